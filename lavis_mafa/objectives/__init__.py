@@ -1,0 +1,48 @@
+"""MAFA's objectives as pure tensor functions: usable with any model, importing torch alone."""
+
+from lavis_mafa.objectives.connections import Connections, judge_connections
+from lavis_mafa.objectives.itc import consistency_loss, itc_loss
+from lavis_mafa.objectives.itm import ItmPairs, candidate_pairs, itm_loss, itm_pairs
+from lavis_mafa.objectives.masked_lm import mask_tokens, masked_lm_loss
+from lavis_mafa.objectives.mining import HardNegatives, mine_hard_negatives, sampling_scores
+from lavis_mafa.objectives.momentum import distilled_targets, enqueue, ramp_up, update_teacher
+from lavis_mafa.objectives.pretraining import (
+    Discriminator,
+    EcmSettings,
+    EncodedBatch,
+    ItcSettings,
+    PairModel,
+    StepOutput,
+    StepSettings,
+    mafa_step,
+)
+from lavis_mafa.objectives.targets import itc_targets
+
+__all__ = [
+    "Connections",
+    "Discriminator",
+    "EcmSettings",
+    "EncodedBatch",
+    "HardNegatives",
+    "ItcSettings",
+    "ItmPairs",
+    "PairModel",
+    "StepOutput",
+    "StepSettings",
+    "candidate_pairs",
+    "consistency_loss",
+    "distilled_targets",
+    "enqueue",
+    "itc_loss",
+    "itc_targets",
+    "itm_loss",
+    "itm_pairs",
+    "judge_connections",
+    "mafa_step",
+    "mask_tokens",
+    "masked_lm_loss",
+    "mine_hard_negatives",
+    "ramp_up",
+    "sampling_scores",
+    "update_teacher",
+]

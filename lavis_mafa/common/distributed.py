@@ -1,0 +1,106 @@
+"""Rank, world size and gathering that work with and without a process group."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def init_process_group(run: Any) -> None:
+    """What LAVIS's ``init_distributed_mode`` does, with gloo where there is no GPU (LAVIS always asks for nccl).
+
+    Args:
+        run: the ``run`` block; ``rank``, ``world_size``, ``gpu``, ``distributed`` and ``dist_backend`` are written into it.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        run.distributed = False
+        return
+    run.rank, run.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    run.gpu = int(os.environ.get("LOCAL_RANK", 0))
+    run.distributed = True
+    on_gpu = str(run.get("device", "cuda")).startswith("cuda") and torch.cuda.is_available()
+    run.dist_backend = "nccl" if on_gpu else "gloo"
+    if on_gpu:
+        torch.cuda.set_device(run.gpu)
+    dist.init_process_group(
+        run.dist_backend,
+        init_method=run.get("dist_url", "env://"),
+        world_size=run.world_size,
+        rank=run.rank,
+        timeout=datetime.timedelta(minutes=30),
+    )
+    dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order."""
+    if not is_distributed():
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def gather_in_rank_order(tensor: Tensor) -> Tensor:
+    """[B, ...] of each rank -> [W*B, ...], without gradient."""
+    if world_size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+def gather_own_first(tensor: Tensor, with_gradient: bool = False) -> Tensor:
+    """[B, ...] of each rank -> [W*B, ...] where the own rows come first and the other ranks' follow in rank order.
+
+    Own rows first keeps every index below B the batch's own, so that nothing downstream needs to know its rank.
+    """
+    if world_size() == 1:
+        return tensor if with_gradient else tensor.detach()
+    if with_gradient:
+        from lavis.models.base_model import GatherLayer
+
+        parts = list(GatherLayer.apply(tensor.contiguous()))
+    else:
+        parts = list(gather_in_rank_order(tensor).split(len(tensor)))
+    return torch.cat([parts.pop(rank()), *parts])
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor([value], device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)

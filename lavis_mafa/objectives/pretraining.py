@@ -1,0 +1,212 @@
+"""One MAFA step, put together from a host model's pair lists, a discriminator and the settings (MAFA Algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lavis_mafa.objectives.connections import Connections, judge_connections
+from lavis_mafa.objectives.itc import consistency_loss, itc_loss
+from lavis_mafa.objectives.itm import CandidatePairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
+from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
+from lavis_mafa.objectives.momentum import distilled_targets
+from lavis_mafa.objectives.targets import itc_targets
+
+
+class PairModel(Protocol):
+    """What MAFA asks of a host model that has encoded a batch."""
+
+    def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
+        """LongTensor[P], LongTensor[P] -> Tensor[P, 2]; column 1 is "matches"."""
+        ...
+
+    def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
+        """LongTensor[P], LongTensor[P] -> Tensor[]; masked or autoregressive, whichever the host trains."""
+        ...
+
+
+class Discriminator(Protocol):
+    """Con-D: how probable is it that a pair matches."""
+
+    def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
+        """LongTensor[P], LongTensor[P] -> Tensor[P] in [0, 1], without gradients."""
+        ...
+
+
+@dataclass
+class ItcSettings:
+    """How the contrastive loss is softened."""
+
+    smoothing: float = 0.5
+    consistency: float = 0.0
+
+
+@dataclass
+class EcmSettings:
+    """How false negatives are found and what is done with them."""
+
+    enabled: bool = True
+    threshold: float = 0.8
+    ambiguous_from: float = 0.5
+    use_in: list[str] = field(default_factory=lambda: ["itc", "itm", "lm"])
+    false_negatives: str = "convert"
+    resample_ambiguous: bool = True
+
+
+@dataclass
+class StepSettings:
+    """What :func:`mafa_step` needs to know."""
+
+    itc: ItcSettings = field(default_factory=ItcSettings)
+    ecm: EcmSettings = field(default_factory=EcmSettings)
+    negatives: str = "hardest"
+
+
+@dataclass
+class EncodedBatch:
+    """A batch as the host model encoded it: B anchors, K >= B candidates of this step, C >= K contrastive keys.
+
+    Keys K..C-1 (ALBEF's queue) are contrasted with but never mined. Keys carry no gradient.
+    """
+
+    sim_i2t: Tensor  # [B, C] fp32 cosine of image b and text key c
+    sim_t2i: Tensor  # [B, C]
+    temperature: Tensor  # []
+    known_positive: Tensor  # BoolTensor[B, C]
+    candidates: int  # K
+    teacher_i2t: Tensor | None = None  # [B, C] the momentum model's cosines
+    teacher_t2i: Tensor | None = None
+    distillation: float = 0.0  # alpha of ALBEF eq. 6
+
+
+@dataclass
+class Mined:
+    """What was asked of Con-D in one step and what came of it; kept for records, on the device."""
+
+    pairs: CandidatePairs
+    probability: Tensor | None = None  # [2B]
+    connections: Connections | None = None
+
+
+@dataclass
+class StepOutput:
+    """Losses (Tensor[]), what was mined, and figures (detached Tensor[]) for the log."""
+
+    loss_itc: Tensor
+    loss_itm: Tensor
+    loss_lm: Tensor
+    mined: Mined
+    figures: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """Their sum (MAFA eq. 6)."""
+        return self.loss_itc + self.loss_itm + self.loss_lm
+
+
+def mafa_step(
+    model: PairModel,
+    batch: EncodedBatch,
+    samples: dict[str, Any],
+    settings: StepSettings,
+    discriminator: Discriminator | None = None,
+) -> StepOutput:
+    """Mine, judge, correct the labels, and compute the three losses (MAFA Algorithm 1, eq. 6).
+
+    With ``ecm.enabled: false`` and ``itc.smoothing: 0`` this is ALBEF without momentum distillation.
+
+    Args:
+        model: the encoded batch as pair lists.
+        batch: similarities and what is known to match.
+        samples: handed to the discriminator as they are.
+        settings: switches of every ablation row.
+        discriminator: required while ``settings.ecm.enabled``.
+
+    Raises:
+        ValueError: ECM without a discriminator, or probabilities that are none (see :func:`judge_connections`).
+    """
+    ecm, count, own_count = settings.ecm, batch.candidates, len(batch.sim_i2t)
+    known = batch.known_positive[:, :count]
+    negatives = mine_hard_negatives(
+        sampling_scores(batch.sim_i2t[:, :count], batch.temperature, settings.negatives),
+        sampling_scores(batch.sim_t2i[:, :count], batch.temperature, settings.negatives),
+        known,
+    )
+    mined = Mined(candidate_pairs(negatives))
+    if ecm.enabled:
+        if discriminator is None:
+            raise ValueError("ecm.enabled is true, but no discriminator (Con-D) was set")
+        mined = _ask(discriminator, samples, mined.pairs, ecm)
+    verdicts = mined.connections
+
+    loss_itc = _contrast(batch, mined, settings)
+    pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
+    logits = model.itm_logits(pairs.image_index, pairs.text_index)
+    own = torch.arange(own_count, device=pairs.label.device)
+    new_image, new_text = _new_pairs(mined, count, ecm)
+    loss_lm = model.lm_loss(torch.cat([own, new_image]), torch.cat([own, new_text]))
+
+    right_positive, right_negative = itm_accuracy(logits.detach(), pairs)
+    figures = {"itm_accuracy_positive": right_positive, "itm_accuracy_negative": right_negative}
+    if verdicts is not None:
+        asked = mined.pairs.exists.sum().clamp_min(1)
+        figures["new_positive_share"] = verdicts.positive.sum() / asked
+        figures["ambiguous_share"] = verdicts.ambiguous.sum() / asked
+    figures["temperature"] = batch.temperature.detach()
+    return StepOutput(loss_itc, itm_loss(logits, pairs), loss_lm, mined, figures)
+
+
+@torch.no_grad()
+def _ask(discriminator: Discriminator, samples: dict[str, Any], pairs: CandidatePairs, ecm: EcmSettings) -> Mined:
+    probability = discriminator.match_probability(samples, pairs.image_index, pairs.text_index)
+    verdicts = judge_connections(probability, ecm.threshold, ecm.ambiguous_from)
+    # an anchor without a candidate was asked about its own pair: no verdict on it counts
+    return Mined(pairs, probability, Connections(verdicts.positive & pairs.exists, verdicts.ambiguous & pairs.exists))
+
+
+def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings) -> Tensor:
+    logits_i2t, logits_t2i = batch.sim_i2t / batch.temperature, batch.sim_t2i / batch.temperature
+    consistency = None
+    if settings.itc.consistency > 0:
+        consistency = consistency_loss(logits_i2t[:, : batch.candidates], logits_t2i[:, : batch.candidates])
+    texts, images = mined.pairs.text_index.chunk(2)[0], mined.pairs.image_index.chunk(2)[1]
+    if mined.connections is not None and "itc" in settings.ecm.use_in:
+        found_i2t, found_t2i = mined.connections.positive.chunk(2)
+    else:
+        found_i2t = found_t2i = torch.zeros_like(texts, dtype=torch.bool)
+    excluded_i2t = excluded_t2i = None
+    if settings.ecm.false_negatives == "eliminate":
+        excluded_i2t = _at(texts, found_i2t, batch.known_positive)
+        excluded_t2i = _at(images, found_t2i, batch.known_positive)
+        logits_i2t = logits_i2t.masked_fill(excluded_i2t, float("-inf"))
+        logits_t2i = logits_t2i.masked_fill(excluded_t2i, float("-inf"))
+        found_i2t = found_t2i = torch.zeros_like(found_i2t)
+    smoothing = settings.itc.smoothing
+    targets_i2t = itc_targets(batch.known_positive, texts, found_i2t, smoothing, excluded_i2t)
+    targets_t2i = itc_targets(batch.known_positive, images, found_t2i, smoothing, excluded_t2i)
+    if batch.teacher_i2t is not None and batch.teacher_t2i is not None:
+        teacher_i2t, teacher_t2i = batch.teacher_i2t / batch.temperature, batch.teacher_t2i / batch.temperature
+        if excluded_i2t is not None and excluded_t2i is not None:
+            teacher_i2t = teacher_i2t.masked_fill(excluded_i2t, float("-inf"))
+            teacher_t2i = teacher_t2i.masked_fill(excluded_t2i, float("-inf"))
+        targets_i2t = distilled_targets(targets_i2t, teacher_i2t.detach(), batch.distillation)
+        targets_t2i = distilled_targets(targets_t2i, teacher_t2i.detach(), batch.distillation)
+    loss = itc_loss(logits_i2t, logits_t2i, targets_i2t, targets_t2i)
+    return loss if consistency is None else loss + settings.itc.consistency * consistency
+
+
+def _at(column: Tensor, mask: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).scatter(1, column[:, None], mask[:, None])
+
+
+def _new_pairs(mined: Mined, count: int, ecm: EcmSettings) -> tuple[Tensor, Tensor]:
+    """The set of pairs that Con-D turned into positives; one found from both sides counts once (D_ECM is a set)."""
+    nothing = mined.pairs.image_index[:0]
+    if mined.connections is None or "lm" not in ecm.use_in or ecm.false_negatives == "eliminate":
+        return nothing, nothing
+    found = torch.nonzero(mined.connections.positive).flatten()  # the step's one dynamic shape
+    code = torch.unique(mined.pairs.image_index[found] * count + mined.pairs.text_index[found])
+    return code // count, code % count

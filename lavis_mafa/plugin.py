@@ -1,0 +1,103 @@
+"""Everything we register with LAVIS, and the hook that does it. At import this needs the standard library alone.
+
+``install_hook`` is called by torch at the end of ``import torch`` (entry-point group ``torch.backends``), in every program of the
+environment. It must therefore be tiny, never raise, and do nothing until LAVIS is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+from typing import Any
+
+# LAVIS's __init__ imports builders, models, processors and at last tasks: once tasks is there, all registries are filled
+LAST_OF_LAVIS = "lavis.tasks"
+
+
+def install_hook() -> None:
+    """Register with LAVIS as soon as it has been imported; ``LAVIS_MAFA_AUTOLOAD=0`` switches this off."""
+    if os.environ.get("LAVIS_MAFA_AUTOLOAD", "1") == "0" or any(isinstance(f, _AfterLavis) for f in sys.meta_path):
+        return
+    if LAST_OF_LAVIS in sys.modules and getattr(sys.modules[LAST_OF_LAVIS], "__spec__", None) is not None:
+        return  # LAVIS came first: whoever imports lavis_mafa registers by hand
+    sys.meta_path.insert(0, _AfterLavis())
+
+
+def register() -> None:
+    """Put our models, tasks, runner, builders, processors and scheduler into LAVIS's registry; again is harmless."""
+    import lavis.common.dist_utils as dist_utils
+    from lavis.common.registry import registry
+
+    from lavis_mafa.common.distributed import init_process_group
+    from lavis_mafa.common.schedule import WarmupCosinePerStep
+    from lavis_mafa.datasets.builders import BUILDERS
+    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.processors.albef_processors import PROCESSORS
+    from lavis_mafa.runners.runner_mafa import RunnerMafa
+    from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+
+    kinds: dict[str, dict[str, Any]] = {
+        "model_name_mapping": {"albef_mafa": AlbefMafa},
+        "task_name_mapping": {"mafa_pretrain": MafaPretrainTask},
+        "runner_name_mapping": {"runner_mafa": RunnerMafa},
+        "builder_name_mapping": BUILDERS,
+        "processor_name_mapping": PROCESSORS,
+        "lr_scheduler_name_mapping": {"warmup_cosine_per_step": WarmupCosinePerStep},
+    }
+    for kind, entries in kinds.items():
+        registry.mapping[kind].update(entries)
+    if not hasattr(dist_utils.init_distributed_mode, "of_lavis"):
+        dist_utils.init_distributed_mode = _device_aware(dist_utils.init_distributed_mode, init_process_group)
+
+
+def _device_aware(of_lavis: Any, ours: Any) -> Any:
+    """LAVIS starts nccl whatever the device; leave it alone on a GPU and start gloo elsewhere."""
+
+    def init_distributed_mode(args: Any) -> None:
+        import torch
+
+        on_gpu = str(args.get("device", "cuda")).startswith("cuda") and torch.cuda.is_available()
+        (of_lavis if on_gpu else ours)(args)
+
+    init_distributed_mode.of_lavis = of_lavis  # type: ignore[attr-defined]
+    return init_distributed_mode
+
+
+class _AfterLavis(importlib.abc.MetaPathFinder):
+    """Finds ``lavis.tasks`` as usual, and registers us right after it was executed."""
+
+    searching = False
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != LAST_OF_LAVIS or self.searching:
+            return None
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+class _ThenRegister(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        self.loader.exec_module(module)
+        try:
+            register()
+        except ImportError as error:  # an incomplete install must not break programs that only use LAVIS
+            import logging
+
+            logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
