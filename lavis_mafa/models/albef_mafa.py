@@ -119,6 +119,7 @@ class AlbefMafa(BaseModel):
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
+        samples = {**samples, "gathered": self.batch_scope == "global"}
         pairs, batch, features = self.encode(samples)
         output = mafa_step(pairs, batch, samples, self._step_settings(samples), self.discriminator)
         return PretrainOutput(
@@ -233,6 +234,7 @@ class AlbefMafa(BaseModel):
         index = gather_own_first(index) if self.batch_scope == "global" else index
         pairs, mined = output.mined.pairs, output.mined
         verdicts = {"image": index[pairs.image_index], "text": index[pairs.text_index], "exists": pairs.exists}
+        verdicts |= {"image_position": pairs.image_index, "text_position": pairs.text_index}
         if mined.probability is not None and mined.connections is not None:
             verdicts["probability"] = mined.probability
             verdicts["positive"], verdicts["ambiguous"] = mined.connections.positive, mined.connections.ambiguous

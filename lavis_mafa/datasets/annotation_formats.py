@@ -1,0 +1,157 @@
+"""One reader per annotation format: each gives the columns it found, and ``read_annotations`` checks and unifies them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from lavis_mafa.common.errors import UserError, did_you_mean
+
+REQUIRED = ("image", "caption")
+OPTIONAL = ("image_id", "concept")
+ROWS_AT_ONCE = 1 << 16
+CHARACTERS_AT_ONCE = 1 << 20
+
+
+def known_columns(path: Path, found: Iterable[str]) -> list[str]:
+    """Which of our columns are among ``found``; a missing required one is a UserError."""
+    found = list(found)
+    for name in REQUIRED:
+        if name not in found:
+            raise UserError(f"{path}: no column '{name}'; its columns are {', '.join(found)}.{did_you_mean(name, found)}")
+    return [name for name in (*REQUIRED, *OPTIONAL) if name in found]
+
+
+def read_parquet(path: Path) -> pa.Table:
+    names = pyarrow.parquet.read_schema(path).names
+    return pyarrow.parquet.read_table(path, columns=known_columns(path, names))
+
+
+def read_separated(path: Path) -> pa.Table:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file, delimiter=delimiter), None)
+    if header is None:
+        return pa.table({})
+    names = known_columns(path, header)
+    return pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(include_columns=names, column_types={name: pa.string() for name in names}),
+    )
+
+
+def read_json_lines(path: Path) -> pa.Table:
+    with path.open(encoding="utf-8-sig") as file:
+        first = next(_objects_in_lines(path, file), None)
+    if first is None:
+        return pa.table({})
+    known_columns(path, first)
+    # Arrow's parser is several times faster than Python's, but it needs one type for a column. What the first row shows nearly
+    # always holds for the others; where it does not (texts and lists of texts mixed, a wrong type, a torn line), Python reads
+    # the file again and can name the row that is wrong.
+    caption = pa.list_(pa.string()) if isinstance(first["caption"], list) else pa.string()
+    image_id = pa.int64() if isinstance(first.get("image_id"), int) else pa.string()
+    fields = {"image": pa.string(), "caption": caption, "image_id": image_id, "concept": pa.string()}
+    options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
+    try:
+        return pyarrow.json.read_json(path, parse_options=options)
+    except pa.ArrowInvalid:
+        with path.open(encoding="utf-8-sig") as file:
+            return _table_of(path, _objects_in_lines(path, file))
+
+
+def read_json_list(path: Path) -> pa.Table:
+    return _table_of(path, _objects_in_list(path))
+
+
+FORMATS: dict[str, Callable[[Path], pa.Table]] = {
+    ".json": read_json_list,
+    ".jsonl": read_json_lines,
+    ".csv": read_separated,
+    ".tsv": read_separated,
+    ".parquet": read_parquet,
+}
+
+
+def _objects_in_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    row = 0
+    for line in lines:
+        if line.strip():
+            row += 1
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, row {row}: not valid JSON ({error}).") from error
+            yield _object(path, row, value)
+
+
+def _objects_in_list(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list, one at a time: ``json.load`` would hold millions of dicts at once."""
+    decode = json.JSONDecoder().raw_decode
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read(CHARACTERS_AT_ONCE).lstrip()
+        if not text.startswith("["):
+            raise UserError(f"{path}: begins with {text[:20]!r}; allowed: a JSON list of objects, or JSON lines in a .jsonl file.")
+        at, row = 1, 0
+        while True:
+            while at < len(text) and text[at] in ", \t\r\n":
+                at += 1
+            if at < len(text) and text[at] == "]":
+                return
+            try:
+                value, at = decode(text, at)
+            except json.JSONDecodeError as error:
+                # Either the object goes on behind what was read, or it is broken: doubling keeps the second case linear.
+                more = file.read(max(CHARACTERS_AT_ONCE, len(text) - at))
+                if not more:
+                    raise UserError(f"{path}, row {row + 1}: not valid JSON ({error.msg}).") from error
+                text, at = text[at:] + more, 0
+                continue
+            row += 1
+            yield _object(path, row, value)
+
+
+def _object(path: Path, row: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, row {row}: {json.dumps(value)[:40]} is not an object; allowed: {{'image': ..., 'caption': ...}}.")
+    return value
+
+
+def _table_of(path: Path, objects: Iterator[dict[str, Any]]) -> pa.Table:
+    schema = pa.schema([("image", pa.string()), ("caption", pa.list_(pa.string())), *((name, pa.string()) for name in OPTIONAL)])
+    tables: list[pa.Table] = []
+    row = 0
+    while chunk := list(islice(objects, ROWS_AT_ONCE)):
+        if not tables:
+            known_columns(path, chunk[0])
+        columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+        for record in chunk:
+            row += 1
+            columns["image"].append(_typed(path, row, record, "image", str, "text"))
+            caption = _typed(path, row, record, "caption", (str, list), "text or a list of texts")
+            texts = [caption] if isinstance(caption, str) else caption
+            columns["caption"].append(texts)
+            if texts is not None and not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{path}, row {row}: 'caption' is {json.dumps(texts)[:60]}; allowed: text or a list of texts.")
+            for name in OPTIONAL:
+                value = _typed(path, row, record, name, (str, int), "text or a whole number")
+                columns[name].append(None if value is None else str(value))
+        tables.append(pa.table(columns, schema=schema))
+    return pa.concat_tables(tables) if tables else pa.table({})
+
+
+def _typed(path: Path, row: int, record: dict[str, Any], name: str, kind: type | tuple[type, ...], allowed: str) -> Any:
+    value = record.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise UserError(f"{path}, row {row}: '{name}' is {json.dumps(value)[:60]}; allowed: {allowed}.")
+    return value

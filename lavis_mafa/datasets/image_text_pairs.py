@@ -1,0 +1,112 @@
+"""Image-text pairs for pre-training, from one's own annotation files."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from lavis.datasets.datasets.base_dataset import BaseDataset
+from torch.utils.data import default_collate
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.annotations import image_keys, read_annotations
+from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.datasets.images import load_rgb
+
+Select = Callable[[pa.Table], pa.Table]
+
+
+def open_annotations(vis_root: str | Path, ann_paths: Sequence[str | Path], select: Select | None) -> tuple[Path, pa.Table]:
+    """The image folder and the annotations, checked as far as a glance can: the first row's image must be there."""
+    root = Path(vis_root)
+    if not root.is_dir():
+        raise UserError(
+            f"The image folder {root} does not exist; set build_info.images.storage to the folder the image paths start from."
+        )
+    table = read_annotations(ann_paths)
+    if select is not None:
+        table = select(table)
+    first = root / table["image"][0].as_py()
+    if not first.is_file():
+        raise UserError(f"{ann_paths[0]}, row 1: no image at {first}; is {root} the folder the paths start from?")
+    return root, table
+
+
+class ImageTextPairs(BaseDataset):
+    """Rows of image and caption(s). Of several captions one is drawn at each access, by Python's ``random``.
+
+    Nothing is seeded here: whoever iterates owns the random state. A row with one caption draws nothing.
+
+    Args:
+        vis_processor: PIL RGB image -> tensor.
+        text_processor: str -> str.
+        vis_root: folder that relative image paths start from.
+        ann_paths: annotation files, see ``read_annotations``.
+        truth: which image matches which text; None takes what a ``concept`` column of the annotations tells.
+        select: the table -> the rows to use (at least one).
+
+    Attributes:
+        table: the annotations. image_keys: [N], one number per image.
+        truth, concepts: the truth and [N] concept numbers by it; None where nothing is known.
+
+    Raises:
+        UserError: from the annotations, or the image folder or the first row's image does not exist.
+    """
+
+    def __init__(
+        self,
+        vis_processor: Callable[[Any], torch.Tensor],
+        text_processor: Callable[[str], str],
+        vis_root: str | Path,
+        ann_paths: Sequence[str | Path],
+        truth: GroundTruth | None = None,
+        select: Select | None = None,
+    ) -> None:
+        # Not BaseDataset's own: it reads JSON lists into dicts and adds a string to every one.
+        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select)
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.image_keys = image_keys(self.table)
+        self.truth = truth or GroundTruth.from_table(self.table)
+        self.concepts: torch.LongTensor | None = None
+        if self.truth is not None and "concept" in self.table.column_names:
+            self.concepts = self.truth.concepts.find_all(self.table["concept"])
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def image_path(self, index: int) -> Path:
+        """Where row ``index``'s image is."""
+        return self.vis_root / self.table["image"][index].as_py()
+
+    def captions(self, index: int) -> list[str]:
+        """Row ``index``'s captions as they were written."""
+        return self.table["caption"][index].as_py()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample: ``image``, ``text_input``, ``index``, ``image_key`` and, with a truth, ``concept`` and ``text_key``.
+
+        Raises:
+            OSError: the image cannot be read. The runner takes another sample in its place and counts it.
+        """
+        captions = self.captions(index)
+        caption = captions[0] if len(captions) == 1 else random.choice(captions)
+        sample = {
+            "image": self.vis_processor(load_rgb(self.image_path(index))),
+            "text_input": self.text_processor(caption),
+            "index": index,
+            "image_key": int(self.image_keys[index]),
+        }
+        if self.truth is not None and self.concepts is not None:
+            sample["concept"] = int(self.concepts[index])
+            # Of the caption as written: processing may cut it or make two texts one.
+            sample["text_key"] = self.truth.text_key(caption)
+        return sample
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: images stacked, texts a list, numbers int64 tensors."""
+        return default_collate(samples)

@@ -1,0 +1,115 @@
+"""The training set as GRIT sees it: global indices, image keys, per-sample seeds, and unreadable images that change no batch."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
+
+
+class BadSample(dict):
+    """Takes the place of a sample that could not be read, until a neighbour is found for it."""
+
+
+class IndexedDataset(Dataset):
+    """Wraps any map-style caption data set of LAVIS or ours.
+
+    Each sample gets ``index`` (its place in the whole training set) and ``image_key`` (equal for captions of one image). Random
+    augmentation and caption choice are seeded by (seed, epoch, index): a sample does not depend on workers, ranks or on whether
+    the run was resumed.
+
+    An unreadable sample is replaced by the next readable one of the same batch, which is on the same rank by construction.
+    """
+
+    def __init__(self, dataset: Any, seed: int = 0) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = 0
+        self.image_keys = image_keys(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        with seeded(self.seed, self.epoch, index):
+            sample = self.dataset[index]
+        if isinstance(sample, dict):
+            sample = {**sample, "index": index, "image_key": int(self.image_keys[index])}
+        return sample
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        samples = [self._try(index) for index in indices]
+        bad = [s for s in samples if isinstance(s, BadSample)]
+        if len(bad) == len(samples):
+            raise OSError(f"no sample of a whole batch can be read, the first because: {bad[0]['reason']}")
+        for place, sample in enumerate(samples):
+            if isinstance(sample, BadSample):
+                neighbour = next(s for s in samples[place:] + samples[:place] if not isinstance(s, BadSample))
+                samples[place] = {**neighbour, "bad_samples": [sample]}
+        return samples
+
+    def collate(self, samples: list[Any]) -> Any:
+        """The data set's own collater, plus ``bad_samples``: what could not be read, and why."""
+        bad = [b for s in samples if isinstance(s, dict) for b in s.pop("bad_samples", [])]
+        extra = {}
+        if samples and isinstance(samples[0], dict):
+            extra = {key: torch.tensor([s[key] for s in samples]) for key in ("index", "image_key")}
+            samples = [{k: v for k, v in s.items() if k not in extra} for s in samples]
+        batch = self.dataset.collater(samples)
+        if isinstance(batch, dict):
+            batch.update(extra)
+            if bad:
+                batch["bad_samples"] = [dict(b) for b in bad]
+        return batch
+
+    def _try(self, index: int) -> Any:
+        try:
+            return self[index]
+        except UNREADABLE as error:
+            return BadSample(index=index, reason=f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Python's, numpy's and torch's generators start from (seed, epoch, index) inside, and go on as before outside."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    number = int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+def image_keys(dataset: Any) -> Tensor:
+    """LongTensor[N]: rows that show the same image share a key; keys of concatenated data sets never collide."""
+    children = getattr(dataset, "datasets", None)
+    if children is not None:
+        keys, offset = [], 0
+        for child in children:
+            own = image_keys(child)
+            keys.append(own + offset)
+            offset += int(own.max()) + 1 if len(own) else 0
+        return torch.cat(keys)
+    if hasattr(dataset, "image_keys"):
+        return dataset.image_keys
+    annotation = getattr(dataset, "annotation", None)
+    if isinstance(annotation, list) and annotation and isinstance(annotation[0], dict):
+        name = next((n for n in ("image_id", "image") if n in annotation[0]), None)
+        if name is not None:
+            first_seen: dict[Any, int] = {}
+            return torch.tensor([first_seen.setdefault(a[name], len(first_seen)) for a in annotation])
+    return torch.arange(len(dataset))

@@ -1,0 +1,90 @@
+"""The evaluation view of image-text annotations: every distinct image against every distinct text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.datasets.datasets.base_dataset import BaseDataset
+from torch.utils.data import default_collate
+
+from lavis_mafa.datasets.annotations import image_keys
+from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.datasets.image_text_pairs import Select, open_annotations
+from lavis_mafa.datasets.images import load_rgb
+
+
+class RetrievalPairs(BaseDataset):
+    """A gallery of images and texts, with the attributes LAVIS's retrieval evaluation reads.
+
+    Args: as ``ImageTextPairs``.
+
+    Attributes:
+        image: [N] paths of the distinct images. text: [T] distinct captions, processed; raw_text: as they were written.
+        img2txt: image -> its own texts; txt2img: text -> the images it is written for.
+        relevant: Bool [N, T], which text is right for which image. The own pairs, and with a truth all that it knows to match.
+        concepts: [N] or None. text_keys: [T] or None.
+
+    Raises:
+        UserError: from the annotations, or the image folder or the first image does not exist.
+    """
+
+    def __init__(
+        self,
+        vis_processor: Callable[[Any], torch.Tensor],
+        text_processor: Callable[[str], str],
+        vis_root: str | Path,
+        ann_paths: Sequence[str | Path],
+        truth: GroundTruth | None = None,
+        select: Select | None = None,
+    ) -> None:
+        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select)
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.truth = truth or GroundTruth.from_table(self.table)
+        paths = self.table["image"].to_pylist()
+        keys = image_keys(self.table).tolist()
+
+        self.image: list[str] = []
+        self.raw_text: list[str] = []
+        self.img2txt: dict[int, list[int]] = {}
+        self.txt2img: dict[int, list[int]] = {}
+        first_rows: list[int] = []
+        number: dict[str, int] = {}
+        for row, (image, captions) in enumerate(zip(keys, self.table["caption"].to_pylist(), strict=True)):
+            # Keys count images in the order of their first rows, so the key is the place in the gallery.
+            if image == len(self.image):
+                self.image.append(str(self.vis_root / paths[row]))
+                self.img2txt[image] = []
+                first_rows.append(row)
+            for caption in captions:
+                text = number.setdefault(caption, len(number))
+                if text == len(self.raw_text):
+                    self.raw_text.append(caption)
+                    self.txt2img[text] = []
+                if text not in self.img2txt[image]:
+                    self.img2txt[image].append(text)
+                    self.txt2img[text].append(image)
+        self.text: list[str] = [text_processor(caption) for caption in self.raw_text]
+
+        self.concepts: torch.Tensor | None = None
+        self.text_keys: torch.Tensor | None = None
+        self.relevant = torch.zeros(len(self.image), len(self.text), dtype=torch.bool)
+        if self.truth is not None and "concept" in self.table.column_names:
+            self.concepts = self.truth.concepts.find_all(self.table["concept"])[first_rows]
+            self.text_keys = torch.tensor([self.truth.text_key(caption) for caption in self.raw_text])
+            self.relevant |= self.truth.matrix(self.concepts, self.text_keys)
+        for image, texts in self.img2txt.items():
+            self.relevant[image, texts] = True
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index}
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: images stacked, ``index`` an int64 tensor."""
+        return default_collate(samples)

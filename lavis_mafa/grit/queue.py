@@ -1,0 +1,215 @@
+"""Phases 1 to 3 of GRIT while an epoch trains: collect features, shuffle a full queue, group it (GRIT-VLP, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lavis_mafa.grit.grouping import Memory
+from lavis_mafa.grit.host_copy import HostCopy, copy_to_host
+from lavis_mafa.grit.indices import SeenIndices
+from lavis_mafa.grit.phases import Rows, check_sizes, shuffle_and_group
+
+
+class GritQueue:
+    """Collects the features an epoch computes anyway and turns them into the next epoch's order (GRIT-VLP, phases 1-3).
+
+    Whenever ``queue_size`` (L) samples have been collected they are shuffled, cut into L / M sub-queues of ``search_space`` (M)
+    and each sub-queue is ordered by ``group_by_similarity`` from a random start. That happens in one background thread, since
+    the order is needed only by the end of the epoch; at most one full queue is being grouped while the next one fills.
+    ``finish_epoch`` groups the short rest in the same way (its last sub-queue is shorter) and returns the whole order.
+
+    The result is a function of (seed, epoch number, collected data): neither the thread's timing nor a stop and resume changes
+    it. With ``batch_scope: local`` every rank has a queue of its own; give each its own seed. M should be a multiple of the
+    batch (and of W * B with ``global``), or some batches straddle two sub-queues.
+
+    The rows of GRIT-VLP's Table 4: "shuffle: no" is ``example_shuffle=False`` here and ``batch_shuffle=False`` in
+    ``next_epoch_order``; "naive" collecting is the same queue, filled by a separate pass over the data before each epoch.
+
+    Args:
+        queue_size: L, samples grouped at a time.
+        search_space: M, samples among which a chain looks for its next; must divide L.
+        example_shuffle: phase 2; off, neighbours in the previous order stay in one sub-queue.
+        seed: of phase 2 and of the starts.
+        background: False groups inside ``collect``, in the caller's thread.
+        memory: "matrix" or "rows", see ``group_by_similarity``.
+
+    Raises:
+        ValueError: M is below 1, above L, or does not divide L.
+
+    Example:
+        >>> queue = GritQueue(queue_size=4, search_space=2, seed=0)
+        >>> queue.collect(torch.arange(6), torch.randn(6, 8), torch.randn(6, 8))
+        >>> sorted(queue.finish_epoch().tolist())
+        [0, 1, 2, 3, 4, 5]
+    """
+
+    def __init__(
+        self,
+        queue_size: int,
+        search_space: int,
+        example_shuffle: bool = True,
+        seed: int = 0,
+        background: bool = True,
+        memory: Memory = "matrix",
+    ) -> None:
+        check_sizes(queue_size, search_space)
+        self.queue_size = queue_size
+        self.search_space = search_space
+        self.example_shuffle = example_shuffle
+        self.seed = seed
+        self.memory: Memory = memory
+        self.epoch = 0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grit") if background else None
+        self._grouping: Future[Tensor] | None = None
+        self._arriving: HostCopy | None = None
+        self._finished: list[Tensor] = []
+        self._start_empty()
+
+    def collect(self, index: Tensor, image_features: Tensor, text_features: Tensor) -> None:
+        """Take one batch (phase 1). A sample already collected in this epoch is ignored.
+
+        Features are copied to the CPU as fp32. From a GPU the copy is not waited for: it is taken in by the next call.
+
+        Args:
+            index: LongTensor[B], positions in the data set.
+            image_features: [B, d], any floating dtype and device.
+            text_features: [B, d].
+
+        Raises:
+            ValueError: shapes do not fit, ``index`` is not an integer tensor, or an index is negative.
+            Exception: whatever the grouping of an earlier full queue raised; the queue raises it again at every later call.
+        """
+        if index.is_floating_point() or index.dtype == torch.bool:
+            # fp32 cannot count past 2**24: indices would silently turn into their neighbours.
+            raise ValueError(f"index is {index.dtype}, but must be an integer tensor.")
+        shapes = [list(tensor.shape) for tensor in (index, image_features, text_features)]
+        if index.dim() != 1 or image_features.dim() != 2 or shapes[1] != shapes[2] or len(index) != len(image_features):
+            raise ValueError(
+                "index, image_features and text_features are {}, {} and {}, but must be [B], [B, d], [B, d].".format(*shapes)
+            )
+        if self._waiting and self._waiting[0][1].shape[1] != shapes[1][1]:
+            raise ValueError(f"features have {shapes[1][1]} dimensions, but {self._waiting[0][1].shape[1]} earlier in this epoch.")
+        self._take_in()
+        self._take_grouped(wait=False)
+        self._arriving = copy_to_host(index, image_features, text_features)
+        if self._arriving.arrived is None:
+            self._take_in()
+
+    def finish_epoch(self) -> Tensor:
+        """The grouped order of everything collected in this epoch; the queue then starts the next epoch empty.
+
+        Returns:
+            LongTensor[n], CPU: each collected index once, full queues in the order they filled, then the rest.
+
+        Raises:
+            Exception: as ``collect``.
+        """
+        self._take_in()
+        if self._count:
+            self._group(self._count)
+        self._take_grouped(wait=True)
+        order = _concatenate(self._finished)
+        self.epoch += 1
+        self._start_empty()
+        return order
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on from here, in the middle of an epoch too: tensors and numbers only.
+
+        Waits for the queue that is being grouped, so that its order is saved and its features need not be.
+        """
+        self._take_in()
+        self._take_grouped(wait=True)
+        columns = [torch.cat(column) for column in zip(*self._waiting, strict=True)] or [torch.empty(0, 0)] * 3
+        return {
+            **self._settings(),
+            "epoch": self.epoch,
+            "queues_grouped": self._queues_grouped,
+            "finished": _concatenate(self._finished),
+            "index": columns[0].long().flatten(),
+            "image_features": columns[1],
+            "text_features": columns[2],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where ``state_dict`` was taken; what this queue held is dropped.
+
+        Raises:
+            ValueError: the state was made with other settings, which would not give the same order.
+        """
+        for key, value in self._settings().items():
+            if state[key] != value:
+                raise ValueError(f"{key} is {value}, but the saved queue had {state[key]}; resume with the saved value.")
+        if self._grouping is not None:
+            self._grouping.exception()  # waits; what it found belongs to the state that is dropped
+            self._grouping = None
+        self._start_empty()
+        self.epoch = int(state["epoch"])
+        self._queues_grouped = int(state["queues_grouped"])
+        self._finished = [state["finished"].clone()]
+        self._seen.add(self._finished[0])
+        self._arriving = copy_to_host(state["index"], state["image_features"], state["text_features"])
+        self._take_in()
+
+    def _settings(self) -> dict[str, int]:
+        return {
+            "queue_size": self.queue_size,
+            "search_space": self.search_space,
+            "example_shuffle": int(self.example_shuffle),
+            "seed": self.seed,
+        }
+
+    def _start_empty(self) -> None:
+        self._arriving = None
+        self._waiting: list[Rows] = []
+        self._count = 0  # rows in _waiting, always below queue_size between calls
+        self._finished = []
+        self._queues_grouped = 0
+        self._seen = SeenIndices()
+
+    def _take_in(self) -> None:
+        """Add the batch that was on its way, and hand over the queue each time it is full."""
+        if self._arriving is None:
+            return
+        arriving, self._arriving = self._arriving, None
+        index, image_features, text_features = arriving.wait()
+        new = self._seen.add(index)
+        rows = (index[new], image_features[new], text_features[new])
+        while len(rows[0]):
+            room = self.queue_size - self._count
+            self._waiting.append((rows[0][:room], rows[1][:room], rows[2][:room]))
+            self._count += len(self._waiting[-1][0])
+            rows = (rows[0][room:], rows[1][room:], rows[2][room:])
+            if self._count == self.queue_size:
+                self._group(self.queue_size)
+
+    def _group(self, count: int) -> None:
+        """Hand the ``count`` waiting rows over for grouping, after the previous ones are done: memory stays at two queues."""
+        self._take_grouped(wait=True)
+        rows, self._waiting, self._count = self._waiting, [], 0
+        work = (rows, self.search_space, self.example_shuffle, (self.seed, self.epoch, self._queues_grouped), self.memory)
+        self._queues_grouped += 1
+        if self._thread is not None:
+            self._grouping = self._thread.submit(shuffle_and_group, *work)
+            return
+        self._grouping = Future()
+        try:
+            self._grouping.set_result(shuffle_and_group(*work))
+        except Exception as error:  # kept in the future, as the thread does, and raised by the next line
+            self._grouping.set_exception(error)
+        self._take_grouped(wait=True)
+
+    def _take_grouped(self, wait: bool) -> None:
+        if self._grouping is not None and (wait or self._grouping.done()):
+            # A failed future stays in place: without its rows the epoch's order is wrong, so no later call may succeed.
+            self._finished.append(self._grouping.result())
+            self._grouping = None
+
+
+def _concatenate(orders: list[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.long), *orders])

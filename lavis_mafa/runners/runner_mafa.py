@@ -1,0 +1,441 @@
+"""``runner_mafa``: LAVIS's runner with a loop of its own, for CPU, GPU and DDP alike, with GRIT and exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.datasets.data_utils import prepare_sample
+from lavis.runners.runner_base import RunnerBase
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from lavis_mafa.common.check import typed_block
+from lavis_mafa.common.distributed import barrier, broadcast_object, is_distributed, rank, world_size
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.datasets.indexed import IndexedDataset
+from lavis_mafa.runners.bad_samples import BadSamples
+from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, random_state, read_resumable, restore_random_state
+from lavis_mafa.runners.connection_record import ConnectionRecord
+from lavis_mafa.runners.grit_feed import GritFeed
+from lavis_mafa.runners.metrics_log import MetricsLog
+from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+
+logger = logging.getLogger(__name__)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class RunnerMafa(RunnerBase):
+    """Trains and evaluates our tasks and LAVIS's own, from LAVIS's YAML.
+
+    Unlike ``runner_base`` it runs on a CPU, takes gloo, logs every loss, steps the learning rate as the scheduler asks, divides
+    accumulated gradients, resumes exactly (also in the middle of an epoch), and writes below the working directory only.
+    """
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
+        self.settings = run_settings(cfg.run_cfg, isinstance(task, MafaPretrainTask))
+        # RunnerBase reads the YAML itself and has no defaults for most keys
+        cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(self.settings)), cfg.run_cfg)
+        super().__init__(cfg, task, model, datasets, job_id)
+        self.checkpoints = CheckpointFolder(self.output_dir, self.settings.keep_checkpoints)
+        self.bad_samples = BadSamples(self.output_dir / "bad_samples.jsonl", self.settings.max_bad_share)
+        self.feed: GritFeed | None = None
+        self.start_step = 0
+        self.best_metric = float("-inf")
+        self.best_epoch: int | None = None
+
+    # --- what RunnerBase builds differently ------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        if self._device is None:
+            wanted = str(self.config.run_cfg.get("device", "cuda"))
+            if wanted.startswith("cuda") and not torch.cuda.is_available():
+                logger.warning("run.device is %s, but no GPU is visible: running on the CPU", wanted)
+                wanted = "cpu"
+            if wanted == "cuda" and self.use_distributed:
+                wanted = f"cuda:{self.config.run_cfg.gpu}"
+            self._device = torch.device(wanted)
+        return self._device
+
+    @property
+    def use_distributed(self) -> bool:
+        return is_distributed()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on its device, in DDP when there is a process group (RunnerBase returns None on a CPU)."""
+        if self._wrapped_model is None:
+            self._model = self._model.to(self.device)
+            self._wrapped_model = self._model
+            if self.use_distributed:
+                self._wrapped_model = DistributedDataParallel(
+                    self._model,
+                    device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                    find_unused_parameters=self.settings.find_unused_parameters,
+                    # our queues are kept equal by gathering; sending them from rank 0 at every step would cost 67 MB
+                    broadcast_buffers=not isinstance(self.task, MafaPretrainTask),
+                )
+        return self._wrapped_model
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        if self._scaler is None and self.settings.precision == "fp16":
+            self._scaler = torch.amp.GradScaler(self.device.type)
+        return self._scaler
+
+    @property
+    def lr_scheduler(self) -> Any:
+        if self._lr_sched is None:
+            run = self.config.run_cfg
+            scheduler = registry.get_lr_scheduler_class(self.settings.lr_sched)
+            if scheduler is None:
+                raise UserError(f"run.lr_sched is {self.settings.lr_sched!r}; known: {', '.join(registry.list_lr_schedulers())}.")
+            self._lr_sched = scheduler(
+                optimizer=self.optimizer,
+                max_epoch=self.settings.lr_horizon_epochs or self.max_epoch,
+                min_lr=self.settings.min_lr,
+                init_lr=self.settings.init_lr,
+                decay_rate=run.get("lr_decay_rate", None),
+                warmup_start_lr=self.settings.warmup_lr,
+                warmup_steps=self.settings.warmup_steps,
+                steps_per_epoch=self.steps_per_epoch,
+            )
+        return self._lr_sched
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader)
+
+    def setup_output_dir(self) -> None:
+        """``<working directory>/output_dir/job_id``, the same on all ranks and never one that exists."""
+        folder = broadcast_object(_new_folder(Path(self.settings.output_dir).absolute(), self.job_id) if rank() == 0 else None)
+        self.output_dir = Path(folder)
+        self.result_dir = self.output_dir / "result"
+        for name, path in (("result_dir", self.result_dir), ("output_dir", self.output_dir)):
+            registry.mapping["paths"].pop(name, None)  # a second run in one process is legitimate
+            registry.register_path(name, str(path))
+
+    def create_loaders(
+        self,
+        datasets: list[Any],
+        num_workers: int,
+        batch_sizes: list[int],
+        is_trains: list[bool],
+        collate_fns: list[Any],
+        dataset_ratios: Any = None,
+    ) -> list[DataLoader]:
+        return [
+            self._train_loader(dataset, size) if train else self._eval_loader(dataset, size, collate)
+            for dataset, size, train, collate in zip(datasets, batch_sizes, is_trains, collate_fns, strict=True)
+        ]
+
+    def _train_loader(self, dataset: Any, batch_size: int) -> DataLoader:
+        if isinstance(dataset, (tuple, list, IterableDataset)):
+            raise UserError("run.runner runner_mafa trains on map-style data sets; use LAVIS's runner_iter for webdataset streams.")
+        indexed = IndexedDataset(dataset, self.settings.seed)
+        grit = self.settings.grit if isinstance(self.task, MafaPretrainTask) else None
+        try:
+            self.feed = GritFeed(grit, len(indexed), batch_size, rank(), world_size(), self.settings.seed)
+        except ValueError as error:
+            raise UserError(f"run.batch_size_train is {batch_size}: {error}") from error
+        return DataLoader(
+            indexed,
+            batch_size=batch_size,
+            sampler=self.feed.sampler,
+            num_workers=self.settings.num_workers,
+            pin_memory=self.device.type == "cuda",
+            collate_fn=indexed.collate,
+            drop_last=True,
+        )
+
+    def _eval_loader(self, dataset: Any, batch_size: int, collate: Any) -> DataLoader:
+        shared = self.use_distributed and self.config.run_cfg.get("use_dist_eval_sampler", True)
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=DistributedSampler(dataset, shuffle=False) if shared else None,
+            num_workers=self.settings.num_workers,
+            pin_memory=self.device.type == "cuda",
+            collate_fn=collate,
+        )
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        started = time.time()
+        if rank() == 0:
+            self.log_config()
+        if self.evaluate_only:
+            for split in self.valid_splits:
+                self._evaluate_split(split, "evaluate")
+        else:
+            self._train_epochs()
+        self._test()
+        logger.info("finished in %s; files in %s", datetime.timedelta(seconds=int(time.time() - started)), self.output_dir)
+
+    def _train_epochs(self) -> None:
+        model = self.model  # before the optimizer looks at its parameters
+        if self.resume_ckpt_path is not None:
+            self._load_checkpoint(self.resume_ckpt_path)
+        total = self.max_epoch * self.steps_per_epoch
+        total = min(total, self.settings.max_steps or total)
+        samples = self.settings.batch_size_train * world_size()
+        self.log = MetricsLog(self.output_dir if rank() == 0 else None, self.steps_per_epoch, samples, total)
+        record = ConnectionRecord(
+            self.output_dir / "connections", rank(), self.settings.record_connections, self.steps_per_epoch
+        )
+        try:
+            for epoch in range(self.start_epoch, self.max_epoch):
+                model.train()
+                finished = self._train_epoch(epoch, record, total)
+                record.write(epoch)
+                if finished:
+                    self._validate(epoch)
+                    self.save(f"{epoch}", epoch, step=0, next_epoch=epoch + 1)
+                else:
+                    self.save(f"{epoch}_{self.start_step}", epoch, step=self.start_step, next_epoch=epoch)
+                    self._validate(epoch)
+                    break
+                self.start_step = 0
+                barrier()
+        finally:
+            self.log.close()
+
+    def _train_epoch(self, epoch: int, record: ConnectionRecord, total: int) -> bool:
+        """Train one epoch from ``start_step`` on; False when ``max_steps`` ended it early."""
+        assert self.feed is not None
+        settings, loader = self.settings, self.train_loader
+        loader.dataset.epoch = epoch
+        self.feed.begin_epoch(epoch)
+        if settings.grit.enabled and settings.grit.collect == "separate" and self.start_step == 0 and self.feed.queue is not None:
+            self.feed.separate_pass(epoch, self._feature_pass())
+        self.log.restart_clock()
+        steps = self.steps_per_epoch
+        for step, samples in enumerate(loader, start=self.start_step):
+            samples = self._prepare(samples, epoch, step)
+            self.lr_scheduler.step(cur_epoch=epoch, cur_step=step)
+            output = self._step(samples, step, steps)
+            self.log.add(losses_and_figures(output))
+            if output.get("image_features") is not None and settings.grit.collect == "training":
+                self.feed.collect(samples["index"], output["image_features"], output["text_features"])
+            record.add(epoch, step, output.get("verdicts"))
+            done, global_step = step + 1, epoch * steps + step + 1
+            if done % self.log_freq == 0 or done == steps or global_step == total:
+                self._flush(epoch, done)
+            if global_step >= total and done < steps:
+                self.start_step = done
+                return False
+            if settings.save_every_steps and done % settings.save_every_steps == 0 and done < steps:
+                self.save(f"{epoch}_{done}", epoch, step=done, next_epoch=epoch)
+                self.log.restart_clock()
+        self.feed.end_epoch(epoch)
+        return True
+
+    def _step(self, samples: dict[str, Any], step: int, steps: int) -> dict[str, Any]:
+        """Forward, backward, and at the end of an accumulation window the optimizer's step."""
+        window = self.accum_grad_iters
+        first = step - step % window
+        length = min(window, steps - first)  # the epoch's last window may be short
+        last = step == first + length - 1
+        model = self.model
+        quiet = model.no_sync() if self.use_distributed and not last else contextlib.nullcontext()
+        with quiet:
+            with self._autocast():
+                if isinstance(self.task, MafaPretrainTask):
+                    output = self.task.step_output(model=model, samples=samples)
+                else:
+                    output = {"loss": self.task.train_step(model=model, samples=samples)}
+            loss = output["loss"] / length
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if last:
+            if self.settings.grad_clip is not None:
+                if self.scaler is not None:
+                    self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), self.settings.grad_clip)
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        return output
+
+    def _prepare(self, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
+        self.bad_samples.add(samples, self.settings.batch_size_train)
+        samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
+        assert self.feed is not None
+        samples.update(epoch=epoch, iters=step, num_iters_per_epoch=self.steps_per_epoch, grouped=self.feed.sampler.grouped)
+        return samples
+
+    def _autocast(self) -> Any:
+        if self.settings.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=PRECISIONS[self.settings.precision])
+
+    def _flush(self, epoch: int, done: int) -> None:
+        derive = getattr(self.task, "derived_figures", None)
+        record = self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
+        losses = {name: value for name, value in record.items() if name.startswith("loss")}
+        if any(value != value or abs(value) == float("inf") for value in losses.values()):
+            raise UserError(
+                f"the loss is not finite at epoch {epoch}, step {done}: {losses}. Nothing was saved since the last checkpoint; "
+                "a lower run.init_lr, run.grad_clip: 1.0 or run.precision: fp32 usually help."
+            )
+
+    @torch.no_grad()
+    def _feature_pass(self) -> Any:
+        """All features without training, for GRIT's separate pass."""
+        model = self.unwrap_dist_model(self.model)
+        model.eval()
+        for samples in self.train_loader:
+            samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
+            with self._autocast():
+                image, text = model.grit_features(samples)
+            yield samples["index"], image, text
+        model.train()
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def _validate(self, epoch: int) -> None:
+        for split in self.valid_splits:
+            result = self._evaluate_split(split, epoch)
+            metric = (result or {}).get("agg_metrics")
+            if metric is not None and split == "val" and metric > self.best_metric:
+                self.best_metric, self.best_epoch = float(metric), epoch
+                self.save("best", epoch, step=0, next_epoch=epoch + 1, with_state=False)
+
+    def _test(self) -> None:
+        if self.test_splits and self.best_epoch is not None:
+            path = self.checkpoints.path("best")
+            barrier()
+            state, _ = read_resumable_weights(path)
+            load_model(self.unwrap_dist_model(self.model), state, path)
+        for split in self.test_splits:
+            self._evaluate_split(split, "best" if self.best_epoch is not None else "last")
+
+    @torch.no_grad()
+    def _evaluate_split(self, split: str, epoch: int | str) -> dict[str, Any] | None:
+        loader = self.dataloaders.get(split)
+        if loader is None:
+            raise UserError(f"run names the split {split!r}, but the data sets have: {', '.join(sorted(self.dataloaders))}.")
+        model = self.unwrap_dist_model(self.model)
+        model.eval()
+        self.task.before_evaluation(model=model, dataset=self.datasets[split])
+        result = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled)
+        if result is None:
+            return None
+        stats = self.task.after_evaluation(val_result=result, split_name=split, epoch=epoch)
+        stats = broadcast_object(stats)
+        if rank() == 0 and stats is not None:
+            with open(self.output_dir / "evaluation.jsonl", "a") as file:
+                file.write(json.dumps({"split": split, "epoch": epoch, **_plain(stats)}) + "\n")
+            shown = {n: round(v, 2) for n, v in _plain(stats).items() if isinstance(v, float)}
+            logger.info("%s: %s", split, "  ".join(f"{n} {v:g}" for n, v in shown.items()))
+        return stats
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, name: str, epoch: int, step: int, next_epoch: int, with_state: bool = True) -> None:
+        """Write everything a resumed run needs; ``step`` steps of ``next_epoch`` are done."""
+        content = None
+        if rank() == 0:
+            content = {
+                "model": self.unwrap_dist_model(self.model).state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+                "config": self.config.to_dict(),
+                "epoch": epoch,
+                "next_epoch": next_epoch,
+                "step": step,
+                "best_metric": self.best_metric,
+                "best_epoch": self.best_epoch,
+            }
+        state = None
+        if with_state:
+            assert self.feed is not None
+            state = {"feed": self.feed.state_dict(step), "random": random_state(self.device)}
+        self.checkpoints.save(name, content, state, rank())
+
+    def _load_checkpoint(self, url_or_filename: str) -> None:
+        content, state = read_resumable(url_or_filename, rank())
+        load_model(self.unwrap_dist_model(self.model), content["model"], url_or_filename)
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.scaler is not None and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.start_epoch = int(content.get("next_epoch", content["epoch"] + 1))
+        self.start_step = int(content.get("step", 0))
+        self.best_metric = float(content.get("best_metric", float("-inf")))
+        self.best_epoch = content.get("best_epoch")
+        if state is not None:
+            _ = self.train_loader  # builds the feed
+            assert self.feed is not None
+            try:
+                self.feed.load_state_dict(state["feed"])
+            except ValueError as error:
+                raise UserError(f"run.resume_ckpt_path: {url_or_filename}: {error}") from error
+            restore_random_state(state["random"], self.device)
+        logger.info("resuming %s at epoch %d, step %d", url_or_filename, self.start_epoch, self.start_step)
+
+    def log_config(self) -> None:
+        OmegaConf.save(OmegaConf.create(self.config.to_dict()), self.output_dir / "config.yaml")
+
+
+def losses_and_figures(output: dict[str, Any]) -> dict[str, Tensor]:
+    """Every loss and figure of a step, by name."""
+    figures = {name: value for name, value in output.items() if name.startswith("loss") and isinstance(value, Tensor)}
+    return {**figures, **(output.get("figures") or {})}
+
+
+def run_settings(run: Any, ours: bool) -> RunBlock:
+    """``run:`` as a typed block. For our task it is checked; LAVIS's own YAMLs keep their keys, and those we know are taken."""
+    if ours:
+        block: RunBlock = typed_block("run", run)
+        return block
+    known = {f.name for f in dataclasses.fields(RunBlock)} - {"grit"}
+    values = {str(k): v for k, v in OmegaConf.to_container(run, resolve=True).items() if k in known}
+    on_gpu = torch.cuda.is_available() and str(run.get("device", "cuda")).startswith("cuda")
+    values.setdefault("precision", "fp16" if run.get("amp", False) and on_gpu else "fp32")
+    values.setdefault("lr_sched", "linear_warmup_cosine_lr")
+    values.setdefault("warmup_lr", -1)
+    values.setdefault("warmup_steps", 0)
+    values.setdefault("min_lr", 0.0)
+    floats = ("init_lr", "min_lr", "warmup_lr", "weight_decay")
+    values.update({name: float(values[name]) for name in floats if name in values})
+    return RunBlock(**values)  # type: ignore[arg-type]
+
+
+def read_resumable_weights(path: Path) -> tuple[dict[str, Any], None]:
+    from lavis_mafa.common.weights import read_checkpoint
+
+    return read_checkpoint(path)["model"], None
+
+
+def _new_folder(parent: Path, name: str) -> str:
+    try:
+        for number in range(1, 10_000):
+            folder = parent / (name if number == 1 else f"{name}_{number}")
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            (folder / "result").mkdir()
+            return str(folder)
+    except OSError as error:
+        raise UserError(f"run.output_dir: cannot write in {parent}: {error.strerror}.") from error
+    raise UserError(f"run.output_dir: {parent} holds 10,000 runs named {name}; choose another one.")
+
+
+def _plain(stats: dict[str, Any]) -> dict[str, Any]:
+    return {k: (float(v) if isinstance(v, (int, float)) or hasattr(v, "item") else v) for k, v in stats.items()}

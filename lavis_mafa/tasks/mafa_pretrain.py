@@ -1,0 +1,117 @@
+"""``mafa_pretrain``: pre-training with MAFA, and retrieval on the evaluation splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lavis.tasks.base_task import BaseTask
+from torch import Tensor, nn
+
+from lavis_mafa.common.check import check_combinations, typed_block
+from lavis_mafa.common.distributed import gather_own_first
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.retrieval_metrics import retrieval_metrics
+from lavis_mafa.common.settings import RunBlock
+
+
+class MafaPretrainTask(BaseTask):
+    """Builds data and model, hands the model's whole output to the runner, and evaluates retrieval.
+
+    Where the data set knows which pairs truly match (``concept``), the log also has the share of chosen hard negatives that are
+    false, and Con-D's precision and recall on them.
+    """
+
+    def __init__(self, run: RunBlock | None = None) -> None:
+        super().__init__()
+        self.run = run or RunBlock()
+        self.truth: Any = None
+
+    @classmethod
+    def setup_task(cls, cfg: Any = None, **kwargs: Any) -> MafaPretrainTask:
+        run: RunBlock = typed_block("run", cfg.run_cfg)
+        model = typed_block("model", cfg.model_cfg) if cfg.model_cfg.arch == "albef_mafa" else None
+        check_combinations(model, run)
+        return cls(run)
+
+    def build_datasets(self, cfg: Any) -> dict[str, Any]:
+        datasets = super().build_datasets(cfg)
+        known = [d["train"].truth for d in datasets.values() if getattr(d.get("train"), "truth", None) is not None]
+        if len(known) == 1 and len(datasets) == 1:
+            self.truth = known[0]
+        return datasets
+
+    def build_model(self, cfg: Any) -> nn.Module:
+        model = super().build_model(cfg)
+        model.batch_scope = self.run.grit.batch_scope
+        con_d = cfg.model_cfg.get("discriminator", None)
+        if con_d is not None and con_d.get("arch") == "ground_truth":
+            from lavis_mafa.discriminators.ground_truth import GroundTruthDiscriminator
+
+            if self.truth is None:
+                raise UserError(
+                    "model.discriminator.arch is ground_truth, but the training data has no `concept` to know the truth from."
+                )
+            model.set_discriminator(GroundTruthDiscriminator(self.truth))
+        return model
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
+        """The loss alone, which is all that LAVIS's own runners ask for."""
+        return model(samples).loss
+
+    def step_output(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
+        """The model's whole output, with figures from ground truth where there is one."""
+        output = model(samples)
+        if self.truth is not None and output.verdicts is not None:
+            output["figures"] = {**output.figures, **self._true_counts(output.verdicts, samples)}
+        return output
+
+    @torch.no_grad()
+    def _true_counts(self, verdicts: dict[str, Tensor], samples: dict[str, Any]) -> dict[str, Tensor]:
+        concept, text_key = samples["concept"], samples["text_key"]
+        if self.run.grit.batch_scope == "global":
+            concept, text_key = gather_own_first(concept), gather_own_first(text_key)
+        image, text = verdicts["image_position"].cpu(), verdicts["text_position"].cpu()
+        match = self.truth.matches(concept.cpu()[image], text_key.cpu()[text]).to(verdicts["exists"].device)
+        match = match & verdicts["exists"]
+        counts = {"asked": verdicts["exists"].sum(), "asked_true": match.sum()}
+        if "positive" in verdicts:
+            counts["found"] = verdicts["positive"].sum()
+            counts["found_true"] = (verdicts["positive"] & match).sum()
+        return {f"count_{name}": value.float() for name, value in counts.items()}
+
+    @staticmethod
+    def derived_figures(averages: dict[str, float]) -> dict[str, float]:
+        """Ratios of averaged counts: ``false_negative_share``, ``con_d_precision``, ``con_d_recall``."""
+        counts = {k.removeprefix("count_"): averages.pop(k) for k in list(averages) if k.startswith("count_")}
+        if counts.get("asked"):
+            averages["false_negative_share"] = counts["asked_true"] / counts["asked"]
+        if counts.get("found"):
+            averages["con_d_precision"] = counts["found_true"] / counts["found"]
+        if counts.get("asked_true") and "found_true" in counts:
+            averages["con_d_recall"] = counts["found_true"] / counts["asked_true"]
+        return averages
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluation(self, model: nn.Module, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any]:
+        """Scores of every image and text of the split, and which of them match."""
+        scores_i2t, scores_t2i = model.compute_sim_matrix(data_loader, task_cfg=self.run)
+        return {"i2t": scores_i2t, "t2i": scores_t2i, "relevant": relevance(data_loader.dataset)}
+
+    def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, float]:
+        return retrieval_metrics(
+            torch.from_numpy(val_result["i2t"]), torch.from_numpy(val_result["t2i"]), val_result["relevant"]
+        )
+
+
+def relevance(dataset: Any) -> Tensor:
+    """BoolTensor[I, T] of an evaluation set: its ``relevant`` where it knows one, else LAVIS's ``img2txt``."""
+    if getattr(dataset, "relevant", None) is not None:
+        return dataset.relevant
+    relevant = torch.zeros(len(dataset.image), len(dataset.text), dtype=torch.bool)
+    for image, texts in dataset.img2txt.items():
+        relevant[image, texts] = True
+    return relevant

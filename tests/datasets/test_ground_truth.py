@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lavis_mafa.datasets import ground_truth
+from lavis_mafa.datasets.ground_truth import GroundTruth, SortedStrings
+
+NAMES = st.text("abü🐶 ", max_size=3)
+
+
+@given(pairs=st.lists(st.tuples(NAMES, NAMES), max_size=20), asked=st.lists(st.tuples(NAMES, NAMES), min_size=1, max_size=20))
+def test_matches_and_matrix_against_a_set(pairs: list[tuple[str, str]], asked: list[tuple[str, str]]) -> None:
+    truth = GroundTruth.from_pairs(pairs)
+    known = set(pairs)
+    concepts = torch.tensor([truth.concept_id(concept) for _, concept in asked])
+    texts = torch.tensor([truth.text_key(text) for text, _ in asked])
+    assert truth.matches(concepts, texts).tolist() == [pair in known for pair in asked]
+    expected = [[(text, concept) in known for text, _ in asked] for _, concept in asked]
+    assert truth.matrix(concepts, texts).tolist() == expected
+
+
+@given(names=st.lists(NAMES), asked=st.lists(st.one_of(st.none(), NAMES), max_size=10))
+def test_sorted_strings_against_a_list(names: list[str], asked: list[str | None]) -> None:
+    strings = SortedStrings(pa.chunked_array([names[:3], names[3:]], pa.string()))
+    ordered = sorted(set(names))
+    assert strings.values.to_pylist() == ordered
+    expected = [ordered.index(name) if name in ordered else -1 for name in asked]
+    assert strings.find_all(pa.chunked_array([asked], pa.string())).tolist() == expected
+    assert [strings.find(name) for name in asked if name is not None] == [
+        number for number, name in zip(expected, asked, strict=True) if name is not None
+    ]
+
+
+def test_numbers_lead_back_to_names_and_kinds() -> None:
+    truth = GroundTruth.from_pairs([("dog", "poodle"), ("pet", "poodle"), ("pet", "cat")], kinds={"dog": "name"})
+    key = truth.text_key("dog")
+    assert truth.text(key) == "dog"
+    assert truth.concept_name(truth.concept_id("cat")) == "cat"
+    assert truth.text_kind(key) == "name"
+    assert truth.text_kind(truth.text_key("pet")) is None
+    assert truth.text_key("Dog") == -1 and truth.text_kind(-1) is None
+
+
+def test_unknown_numbers_match_nothing() -> None:
+    truth = GroundTruth.from_pairs([("a", "x"), ("b", "y")])
+    # -1 * 2 + 1 would be another pair's number.
+    assert not truth.matches(torch.tensor([-1, 0, -1, 1]), torch.tensor([1, -1, -1, -1])).any()
+
+
+def test_from_table_takes_the_union_over_rows() -> None:
+    rows = [
+        {"caption": ["a pet", "a dog"], "concept": "dog"},
+        {"caption": ["a pet"], "concept": "cat"},
+        {"caption": ["a pet"], "concept": None},
+    ]
+    schema = pa.schema([("caption", pa.list_(pa.string())), ("concept", pa.string())])
+    table = pa.Table.from_pylist(rows, schema)
+    truth = GroundTruth.from_table(pa.concat_tables([table[:1], table[1:]]))
+    assert truth is not None
+    concepts = torch.tensor([truth.concept_id("dog"), truth.concept_id("cat")])
+    texts = torch.tensor([truth.text_key("a pet"), truth.text_key("a dog")])
+    assert truth.matrix(concepts, texts).tolist() == [[True, True], [True, False]]
+    assert GroundTruth.from_table(table.select(["caption"])) is None
+
+
+def test_matrix_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = GroundTruth.from_pairs([(f"t{i}", f"c{i * j % 7}") for i in range(9) for j in range(5)])
+    whole = truth.matrix(torch.arange(7), torch.arange(9))
+    monkeypatch.setattr(ground_truth, "PAIRS_AT_ONCE", 10)
+    assert torch.equal(truth.matrix(torch.arange(7), torch.arange(9)), whole)
+    assert truth.matrix(torch.arange(0), torch.arange(9)).shape == (0, 9)
+    assert truth.matrix(torch.arange(3), torch.arange(0)).shape == (3, 0)

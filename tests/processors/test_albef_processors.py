@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lavis.processors.blip_processors import BlipImageEvalProcessor
+from omegaconf import OmegaConf
+from PIL import Image
+from torchvision.transforms import RandomHorizontalFlip
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.processors.albef_processors import (
+    PROCESSORS,
+    AlbefCaptionProcessor,
+    AlbefImageEvalProcessor,
+    AlbefImageTrainProcessor,
+    RandAugment,
+)
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+
+
+def test_eval_is_laviss(image: Image.Image) -> None:
+    assert torch.equal(AlbefImageEvalProcessor(image_size=32)(image), BlipImageEvalProcessor(image_size=32)(image))
+
+
+@pytest.mark.parametrize("randaugment", [{"n": 2, "m": 7}, {"n": 1, "m": 10}, None])
+def test_train_gives_normalised_squares(image: Image.Image, randaugment: dict[str, int] | None) -> None:
+    process = PROCESSORS["albef_image_train"].from_config(OmegaConf.create({"image_size": 32, "randaugment": randaugment}))
+    for _ in range(20):
+        assert process(image).shape == (3, 32, 32)
+        assert process(image).isfinite().all()
+
+
+def test_flip_can_be_switched_off_and_plain_settings_change_nothing(image: Image.Image) -> None:
+    def flips(on: bool) -> bool:
+        return any(isinstance(step, RandomHorizontalFlip) for step in AlbefImageTrainProcessor(flip=on).transform.transforms)
+
+    assert flips(True) and not flips(False)
+    square = image.resize((32, 32))
+    process = AlbefImageTrainProcessor(image_size=32, min_scale=1.0, flip=False, randaugment=None)
+    # A crop of everything is no crop, as far as the random aspect ratio lets it be one.
+    crops = [torch.equal(process(square), AlbefImageEvalProcessor(image_size=32)(square)) for _ in range(40)]
+    assert any(crops)
+
+
+def test_autocontrast_does_not_blank_an_image_without_black(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.random.default_rng(0).integers(5, 200, (16, 16, 3), dtype=np.uint8)
+    augment = RandAugment(1, 7)
+    monkeypatch.setattr(augment, "get_random_ops", lambda: [("AutoContrast", 1.0, 7)])
+    stretched = augment(Image.fromarray(array))
+    assert stretched.min() == 0 and stretched.max() == 255
+    assert np.corrcoef(stretched.ravel(), array.ravel())[0, 1] > 0.99
+
+
+def test_captions() -> None:
+    process = AlbefCaptionProcessor()
+    assert process('A well-known <PERSON>,  and/or  (his) dog\'s "bone"!\n') == "a well known person and or his dogs bone"
+    assert AlbefCaptionProcessor(prompt="a picture of ", max_words=2)("one two three") == "a picture of one two"
+    for empty in ("", "...", " - ?!"):
+        with pytest.raises(ValueError, match="holds no word"):
+            process(empty)
+
+
+@given(st.text())
+def test_cleaning_twice_is_cleaning_once(caption: str) -> None:
+    process = AlbefCaptionProcessor()
+    try:
+        once = process(caption)
+    except ValueError:
+        return
+    assert once == " ".join(once.split()) != ""
+    assert len(once.split()) <= 30
+    assert not set(once) & set(",.'!?\"()*#:;~-/")
+
+
+def test_config_mistakes() -> None:
+    with pytest.raises(UserError, match="albef_image_train.min_scal is not a key.*Did you mean 'min_scale'?"):
+        AlbefImageTrainProcessor.from_config(OmegaConf.create({"name": "albef_image_train", "min_scal": 0.1}))
+    with pytest.raises(UserError, match="randaugment is .*allowed"):
+        AlbefImageTrainProcessor(randaugment={"n": 2})
+    assert AlbefCaptionProcessor.from_config().max_words == 30
