@@ -94,6 +94,7 @@ class Grit:
     example_shuffle: bool = True
     batch_shuffle: bool = True
     collect: str = "training"
+    memory: str = "matrix"
 
 
 @dataclass
@@ -158,6 +159,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.discriminator.precision": ("fp32", "bf16"),
     "run.grit.batch_scope": ("local", "global"),
     "run.grit.collect": ("training", "separate"),
+    "run.grit.memory": ("matrix", "rows"),
     "run.precision": ("fp32", "bf16", "fp16"),
 }
 

@@ -51,12 +51,9 @@ def image_keys(table: pa.Table) -> torch.LongTensor:
     column = table["image"]
     if "image_id" in table.column_names:
         column = pc.coalesce(table["image_id"], column)
-    return _as_tensor(pc.dictionary_encode(column).unify_dictionaries())
-
-
-def _as_tensor(encoded: pa.ChunkedArray) -> torch.LongTensor:
-    parts = [torch.from_numpy(chunk.indices.to_numpy().copy()) for chunk in encoded.chunks]
-    return torch.cat(parts).long() if parts else torch.empty(0, dtype=torch.long)  # type: ignore[return-value]
+    # In one piece first: encoding chunk by chunk repeats the dictionary in each.
+    indices = pc.dictionary_encode(column.cast(pa.large_string()).combine_chunks()).indices
+    return torch.from_numpy(indices.to_numpy().astype(np.int64))  # type: ignore[return-value]
 
 
 def _read_file(path: Path) -> pa.Table:

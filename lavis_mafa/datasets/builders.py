@@ -6,6 +6,7 @@ Nothing is ever downloaded, and relative paths start from the working directory,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,13 @@ class GritEmojiBuilder(_LocalBuilder):
     Splits: ``train``; ``val``, other drawings of concepts that are in training; ``test``, drawings of unknown concepts.
 
     ``build_info.root`` is that folder; ``build_info.captions`` says whether a training image keeps one caption (``fixed``) or
-    one of eight is drawn at each access (``drawn``); ``build_info.max_concepts`` (optional) keeps the first concepts, in every
-    split.
+    one of eight is drawn at each access (``drawn``), or that and all drawings of a concept count as one image (``curated``:
+    like COCO's several captions an image, for training Con-D). ``build_info.max_concepts`` (optional) keeps the first
+    concepts, in every split.
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_emoji" / "defaults.yaml")}
-    CAPTIONS = {"fixed": "train.jsonl", "drawn": "train_captions.jsonl"}
+    CAPTIONS = {"fixed": "train.jsonl", "drawn": "train_captions.jsonl", "curated": "train_captions.jsonl"}
 
     def build(self) -> Datasets:
         """Split -> data set.
@@ -111,14 +113,20 @@ class GritEmojiBuilder(_LocalBuilder):
         truth = load_emoji_truth(root, count)
         concepts = first_concepts(read_truth(root), count)
 
-        def of_these_concepts(rows: pa.Table) -> pa.Table:
+        def of_these_concepts(rows: pa.Table, one_image: bool) -> pa.Table:
             kept = rows.filter(pc.is_in(rows["concept"], value_set=concepts))
             if kept.num_rows == 0:
                 raise UserError(f"{where}.max_concepts is {count}, which leaves a split without images; raise it, or null for all.")
+            if one_image:
+                kept = kept.set_column(kept.schema.get_field_index("image_id"), "image_id", kept["concept"])
             return kept
 
         files = {"train": self.CAPTIONS[captions], "val": "seen.jsonl", "test": "unseen.jsonl"}
-        return {split: self._dataset(split, [root / file], root, of_these_concepts, truth) for split, file in files.items()}
+        one_image = {split: captions == "curated" and split == "train" for split in files}
+        return {
+            split: self._dataset(split, [root / file], root, partial(of_these_concepts, one_image=one_image[split]), truth)
+            for split, file in files.items()
+        }
 
 
 BUILDERS = {"grit_pairs": GritPairsBuilder, "grit_emoji": GritEmojiBuilder}

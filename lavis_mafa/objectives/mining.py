@@ -70,12 +70,11 @@ def sampling_scores(sim: Tensor, temperature: Tensor | float, how: str = "hardes
     """
     if how == "hardest":
         return sim.detach()
-    uniform = torch.rand_like(sim, dtype=torch.float32)
     if how == "random":
-        return uniform
+        return torch.rand_like(sim, dtype=torch.float32)
     if how == "sampled":
-        tiny = torch.finfo(torch.float32).tiny
-        return sim.detach().float() / temperature - torch.log(-torch.log(uniform.clamp_min(tiny)).clamp_min(tiny))
+        gumbel = -torch.empty_like(sim, dtype=torch.float32).exponential_().log()
+        return sim.detach().float() / temperature + gumbel
     raise ValueError(f"negatives is {how!r}, but must be one of hardest, sampled, random")
 
 

@@ -25,9 +25,11 @@ class GritFeed:
         scope = grit.batch_scope if grit is not None else "local"
         self.sampler = GritSampler(dataset_size, batch_size, rank, world_size, scope, seed)
         self.queue = None
-        if self.grit is not None:
+        if grit is not None and grit.enabled:
             queue_seed = seed if scope == "global" else seed + rank
-            self.queue = GritQueue(self.grit.queue_size, self.grit.search_space, self.grit.example_shuffle, queue_seed)
+            self.queue = GritQueue(
+                grit.queue_size, grit.search_space, grit.example_shuffle, queue_seed, memory=grit.memory  # type: ignore[arg-type]
+            )
 
     def begin_epoch(self, epoch: int) -> None:
         """Serve the order made for this epoch, or a random one."""
