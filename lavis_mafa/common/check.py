@@ -74,8 +74,7 @@ def check_model(model: ModelBlock, where: str = "") -> None:
         )
     if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and ecm.enabled:
         raise UserError(
-            "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
-            f"Give the file of a trained {con_d.arch}.{end}"
+            f"model.discriminator.checkpoint is null; an untrained Con-D is never used. Give the file of a trained {con_d.arch}.{end}"
         )
     for part, encoder in (("image_encoder", model.image_encoder), ("text_encoder", model.text_encoder)):
         if encoder.width % encoder.heads:

@@ -39,7 +39,10 @@ def read_annotations(files: Sequence[str | Path]) -> pa.Table:
     """
     if not files:
         raise UserError("No annotation file is given; allowed: one path or a list of paths.")
-    return pa.concat_tables([_read_file(Path(file)) for file in files], promote_options="default")
+    table = pa.concat_tables([_read_file(Path(file)) for file in files], promote_options="default")
+    # Arrow would keep what the parsers no longer need for its next use, but the table is there for the whole run.
+    pa.default_memory_pool().release_unused()
+    return table
 
 
 def image_keys(table: pa.Table) -> torch.LongTensor:
@@ -51,9 +54,9 @@ def image_keys(table: pa.Table) -> torch.LongTensor:
     column = table["image"]
     if "image_id" in table.column_names:
         column = pc.coalesce(table["image_id"], column)
-    # In one piece first: encoding chunk by chunk repeats the dictionary in each.
-    indices = pc.dictionary_encode(column.cast(pa.large_string()).combine_chunks()).indices
-    return torch.from_numpy(indices.to_numpy().astype(np.int64))  # type: ignore[return-value]
+    # Not dictionary_encode: on a table of many chunks it keeps a dictionary for each.
+    keys = pc.index_in(column, value_set=pc.unique(column))
+    return torch.from_numpy(keys.to_numpy().astype(np.int64))  # type: ignore[return-value]
 
 
 def _read_file(path: Path) -> pa.Table:

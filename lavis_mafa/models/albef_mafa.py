@@ -271,9 +271,7 @@ class AlbefMafa(BaseModel):
     def _distillation(self, samples: dict[str, Any]) -> float:
         momentum = self.settings.itc.momentum_distillation
         assert momentum is not None
-        return ramp_up(
-            momentum.alpha, samples.get("epoch", 0), samples.get("iters", 0), samples.get("num_iters_per_epoch", 1)
-        )
+        return ramp_up(momentum.alpha, samples.get("epoch", 0), samples.get("iters", 0), samples.get("num_iters_per_epoch", 1))
 
     @torch.no_grad()
     def _remember(self, image_feature: Tensor, text_feature: Tensor, keys: Tensor) -> None:

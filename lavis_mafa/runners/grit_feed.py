@@ -28,7 +28,11 @@ class GritFeed:
         if grit is not None and grit.enabled:
             queue_seed = seed if scope == "global" else seed + rank
             self.queue = GritQueue(
-                grit.queue_size, grit.search_space, grit.example_shuffle, queue_seed, memory=grit.memory  # type: ignore[arg-type]
+                grit.queue_size,
+                grit.search_space,
+                grit.example_shuffle,
+                queue_seed,
+                memory=grit.memory,  # type: ignore[arg-type]
             )
 
     def begin_epoch(self, epoch: int) -> None:

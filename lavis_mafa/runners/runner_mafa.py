@@ -193,9 +193,7 @@ class RunnerMafa(RunnerBase):
         total = min(total, self.settings.max_steps or total)
         samples = self.settings.batch_size_train * world_size()
         self.log = MetricsLog(self.output_dir if rank() == 0 else None, self.steps_per_epoch, samples, total)
-        record = ConnectionRecord(
-            self.output_dir / "connections", rank(), self.settings.record_connections, self.steps_per_epoch
-        )
+        record = ConnectionRecord(self.output_dir / "connections", rank(), self.settings.record_connections, self.steps_per_epoch)
         try:
             for epoch in range(self.start_epoch, self.max_epoch):
                 model.train()

@@ -102,9 +102,7 @@ class MafaPretrainTask(BaseTask):
         return {"i2t": scores_i2t, "t2i": scores_t2i, "relevant": relevance(data_loader.dataset)}
 
     def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, float]:
-        return retrieval_metrics(
-            torch.from_numpy(val_result["i2t"]), torch.from_numpy(val_result["t2i"]), val_result["relevant"]
-        )
+        return retrieval_metrics(torch.from_numpy(val_result["i2t"]), torch.from_numpy(val_result["t2i"]), val_result["relevant"])
 
 
 def relevance(dataset: Any) -> Tensor:

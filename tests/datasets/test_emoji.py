@@ -219,6 +219,9 @@ def test_emoji_builder(emoji_folder: Path) -> None:
     own = sum(len(texts) for texts in data["val"].img2txt.values())
     assert relevant.sum() >= own
 
+    curated = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), captions="curated")).build_datasets()["train"]
+    assert len(set(zip(curated.image_keys.tolist(), curated.concepts.tolist(), strict=True))) == len(set(curated.image_keys.tolist()))
+
     small = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), max_concepts=100)).build_datasets()
     concepts = set(small["train"].table["concept"].to_pylist()) | set(small["test"].table["concept"].to_pylist())
     assert len(concepts) == len(small["train"].truth.concepts) == 100
@@ -247,7 +250,7 @@ def test_pairs_builder(emoji_folder: Path) -> None:
             {"annotations": {"train": {"storage": "a"}}, "images": {"storage": "."}, "max_images": 0},
             "max_images is 0; allowed",
         ),
-        ("grit_emoji", {"captions": "fixd"}, "captions is 'fixd'; allowed: fixed, drawn. Did you mean 'fixed'?"),
+        ("grit_emoji", {"captions": "fixd"}, "captions is 'fixd'; allowed: fixed, drawn, curated. Did you mean 'fixed'?"),
         ("grit_emoji", {"root": "/nowhere"}, "lavis-mafa build-emoji /nowhere"),
         ("grit_emoji", {"max_concepts": "all"}, "max_concepts is all; allowed"),
     ],

@@ -1,0 +1,94 @@
+"""Settings every test shares: no network, few threads, a small emoji set built once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def emoji(tmp_path_factory) -> Path:
+    """The whole emoji set, as `lavis-mafa build-emoji` writes it."""
+    from lavis_mafa.datasets.emoji import build_emoji
+
+    folder = tmp_path_factory.mktemp("data") / "emoji"
+    build_emoji(folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(tmp_path_factory, emoji) -> Path:
+    """A MAFA run on 60 concepts that takes seconds: the same blocks as the paper's YAML."""
+    path = tmp_path_factory.mktemp("yaml") / "tiny.yaml"
+    path.write_text(
+        f"""
+model:
+  arch: albef_mafa
+  model_type: tiny
+  ecm: {{enabled: true}}
+  discriminator: {{arch: ground_truth}}
+  image_encoder: {{width: 48, depth: 2, heads: 2}}
+  text_encoder: {{init: null, width: 48, layers: 3, fusion_layer: 1, heads: 2}}
+  embed_dim: 32
+datasets:
+  grit_emoji:
+    build_info: {{root: {emoji}, max_concepts: 60}}
+    vis_processor:
+      train: {{name: albef_image_train, image_size: 48, min_scale: 0.6, flip: false, randaugment: null}}
+      eval: {{name: albef_image_eval, image_size: 48}}
+run:
+  task: mafa_pretrain
+  runner: runner_mafa
+  max_epoch: 2
+  batch_size_train: 16
+  batch_size_eval: 32
+  warmup_steps: 2
+  init_lr: 1.0e-3
+  num_workers: 0
+  grit: {{queue_size: 64, search_space: 32}}
+  log_freq: 1
+  k_test: 8
+  device: cpu
+  output_dir: output
+  test_splits: [val]
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def run_cli(tmp_path):
+    """Run `python -m lavis_mafa ...` in a fresh folder; with ``processes`` > 1 under torchrun with gloo."""
+
+    def run(*arguments, processes: int = 1, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: int = 300):
+        launch = [sys.executable, "-m"]
+        if processes > 1:
+            launch += ["torch.distributed.run", f"--nproc_per_node={processes}", "--master_port", _free_port(), "-m"]
+        threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
+        return subprocess.run(
+            [*launch, "lavis_mafa", *map(str, arguments)],
+            cwd=cwd or tmp_path,
+            env={**os.environ, **threads, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
