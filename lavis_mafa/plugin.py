@@ -97,7 +97,48 @@ class _ThenRegister(importlib.abc.Loader):
         self.loader.exec_module(module)
         try:
             register()
-        except ImportError as error:  # an incomplete install must not break programs that only use LAVIS
-            import logging
+        except ImportError as error:
+            if any(_is_being_imported(name) for name in list(sys.modules)):
+                _register_on_use()
+            else:  # an incomplete install must not break programs that only use LAVIS
+                import logging
 
-            logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
+                logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
+
+
+def _is_being_imported(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return name.startswith("lavis_mafa.") and bool(getattr(spec, "_initializing", False))
+
+
+def _register_on_use() -> None:
+    """One of our own modules is importing LAVIS and is not complete yet: register when LAVIS's registry is first asked."""
+    from lavis.common.registry import registry
+
+    for kind, entries in registry.mapping.items():
+        if kind.endswith("_name_mapping"):
+            registry.mapping[kind] = _RegistersOnUse(entries)
+
+
+class _RegistersOnUse(dict):
+    """A mapping of LAVIS's registry that registers us at the first question."""
+
+    def _registered(self) -> dict:
+        from lavis.common.registry import registry
+
+        waiting = {kind: entries for kind, entries in registry.mapping.items() if isinstance(entries, _RegistersOnUse)}
+        mine = next((kind for kind, entries in waiting.items() if entries is self), None)
+        if mine is None or any(_is_being_imported(name) for name in list(sys.modules)):
+            return dict(self)
+        registry.mapping.update({kind: dict(entries) for kind, entries in waiting.items()})
+        register()
+        return registry.mapping[mine]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self._registered().get(key, default)
+
+    def keys(self) -> Any:
+        return self._registered().keys()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._registered()

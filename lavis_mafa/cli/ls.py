@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.projects import project_files
 
 
@@ -12,8 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for name, path in project_files().items():
-        if arguments.part in name:
-            first = path.read_text().splitlines()[0].lstrip("# ")
-            print(f"{name:45s} {first}")
+    files = {name: path for name, path in project_files().items() if arguments.part in name}
+    if not files:
+        raise UserError(f"no YAML has {arguments.part!r} in its name; `lavis-mafa ls` shows all.")
+    for name, path in files.items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:45s} {first}")
     return 0

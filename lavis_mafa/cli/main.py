@@ -6,9 +6,11 @@ import argparse
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from lavis_mafa import __version__
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.common import interrupt
+from lavis_mafa.common.errors import UserError, did_you_mean, of_the_file_system
 
 COMMANDS = {
     "train": "pre-train or fine-tune from a YAML (same flags as LAVIS's train.py)",
@@ -21,27 +23,55 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, except that a wrong argument is one line like every other mistake, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # threads that wait by spinning take the cores from the data loader: ten times slower on a busy two-core machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    parser = argparse.ArgumentParser(prog="lavis-mafa", description="MAFA for LAVIS: manage false negatives in pre-training.")
+    own_process = argv is None
+    argv = sys.argv[1:] if argv is None else argv
+    name = " ".join(["lavis-mafa", *(n for n in argv[:1] if n in COMMANDS)])
+    goodbye = f"{name}: stopped; what was saved before is kept."
+    if own_process:
+        interrupt.watch(goodbye)
+    try:
+        arguments = _arguments(argv)
+        return int(arguments.run(arguments) or 0)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupt.asked():
+            interrupt.leave(goodbye)
+        if isinstance(error, KeyboardInterrupt):
+            print(goodbye, file=sys.stderr)
+            return interrupt.EXIT_CODE
+        message = of_the_file_system(error) if isinstance(error, OSError) else None
+        if message is None:
+            raise
+        print(f"{name}: {message}", file=sys.stderr)
+        return 2
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="lavis-mafa", description="MAFA for LAVIS: manage false negatives in pre-training.")
     parser.add_argument("--version", action="version", version=f"lavis-mafa {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    argv = sys.argv[1:] if argv is None else argv
+    asked = argv[0] if argv else ""
+    if asked not in COMMANDS and not asked.startswith("-"):
+        wrong = f"{asked!r} is no command" if asked else "a command is missing"
+        raise UserError(f"{wrong}; allowed: {', '.join(COMMANDS)}.{did_you_mean(asked, COMMANDS)}")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         # only the asked command's module is imported: `lavis-mafa ls` must not wait for torch
-        if argv[:1] == [name]:
+        if asked == name:
             module = importlib.import_module(f"lavis_mafa.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
-    try:
-        return int(arguments.run(arguments) or 0)
-    except UserError as error:
-        print(f"lavis-mafa {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"lavis-mafa {arguments.command}: stopped; what was saved before is kept.", file=sys.stderr)
-        return 130
+    return parser.parse_args(argv)

@@ -39,16 +39,17 @@ def run(arguments: argparse.Namespace) -> int:
         common = [f"datasets.grit_emoji.build_info.root={emoji}", f"run.output_dir={folder}/{name}"]
         return run_job(f"{STEPS}/{name}.yaml", [*common, *options, *arguments.options])
 
-    _say("2/4  Con-D: a small ALBEF that learns what matches from curated captions and random negatives")
-    con_d = train("con_d")
-    start = last_checkpoint(con_d.output_dir)
-    _say("3/4  GRIT: from that start, grouped batches and the hardest negatives, whether they are true or false")
+    _say("2/4  Con-D: a small ALBEF that learns what matches from curated captions; random negatives first, then sampled ones")
+    first = train("con_d_1")
+    start = last_checkpoint(first.output_dir)
+    con_d = last_checkpoint(train("con_d_2", f"model.pretrained={start}").output_dir)
+    _say("3/4  GRIT: from Con-D's first half on, grouped batches and the hardest negatives, be they true or false")
     grit = train("grit", f"model.pretrained={start}")
-    _say("4/4  MAFA: the same, but Con-D looks at every hard negative and false ones become positives")
-    mafa = train("mafa", f"model.pretrained={start}", f"model.discriminator.checkpoint={start}")
+    _say("4/4  MAFA: the same, but Con-D looks at every hard negative, and false ones become positives")
+    mafa = train("mafa", f"model.pretrained={start}", f"model.discriminator.checkpoint={con_d}")
 
     dataset = mafa.datasets["train"].datasets[0]
-    runs = con_d.output_dir, grit.output_dir, mafa.output_dir
+    runs = first.output_dir, grit.output_dir, mafa.output_dir
     results = report.collect_results(*runs, dataset, mafa.settings.batch_size_train)
     minutes = (time.perf_counter() - started) / 60
     about = {

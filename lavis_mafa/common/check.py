@@ -9,7 +9,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.common.settings import BLOCKS, CHOICES, RANGES, Grit, ModelBlock, RunBlock
+from lavis_mafa.common.settings import BLOCKS, CHOICES, INFINITE, RANGES, Grit, ModelBlock, RunBlock
 
 
 def typed_block(name: str, values: DictConfig | dict[str, Any], where: str = "") -> Any:
@@ -36,8 +36,11 @@ def typed_block(name: str, values: DictConfig | dict[str, Any], where: str = "")
     return block
 
 
-def check_combinations(model: ModelBlock | None, run: RunBlock | None, where: str = "") -> None:
+def check_combinations(model: ModelBlock | None, run: RunBlock | None, where: str = "", files: bool = True) -> None:
     """Settings that are fine alone but impossible together.
+
+    Args:
+        files: False leaves out the checkpoints that only the user can name (a YAML is shipped without them).
 
     Raises:
         UserError: the first one found.
@@ -45,6 +48,8 @@ def check_combinations(model: ModelBlock | None, run: RunBlock | None, where: st
     end = _file(where)
     if model is not None:
         check_model(model, where)
+    if model is not None and files:
+        check_checkpoints(model, run, where)
     if run is None:
         return
     if run.grit.enabled:
@@ -72,10 +77,6 @@ def check_model(model: ModelBlock, where: str = "") -> None:
             "model.ecm.enabled is true, but there is no model.discriminator (Con-D); give "
             f"{{arch: albef_retrieval, checkpoint: PATH}} or set ecm.enabled: false.{end}"
         )
-    if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and ecm.enabled:
-        raise UserError(
-            f"model.discriminator.checkpoint is null; an untrained Con-D is never used. Give the file of a trained {con_d.arch}.{end}"
-        )
     for part, encoder in (("image_encoder", model.image_encoder), ("text_encoder", model.text_encoder)):
         if encoder.width % encoder.heads:
             raise UserError(f"model.{part}.width is {encoder.width}, but must be a multiple of heads ({encoder.heads}).{end}")
@@ -88,6 +89,21 @@ def check_model(model: ModelBlock, where: str = "") -> None:
         raise UserError(
             f"model.text_encoder.fusion_layer is {model.text_encoder.fusion_layer}, but must lie between 1 and layers - 1 "
             f"({model.text_encoder.layers - 1}).{end}"
+        )
+
+
+def check_checkpoints(model: ModelBlock, run: RunBlock | None, where: str = "") -> None:
+    """The checkpoints that a job cannot do without are named; raises UserError."""
+    end, con_d = _file(where), model.discriminator
+    if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and model.ecm.enabled:
+        raise UserError(
+            "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
+            f"Set it to the file of a trained {con_d.arch} (--options model.discriminator.checkpoint=PATH).{end}"
+        )
+    if run is not None and run.evaluate and not model.pretrained:
+        raise UserError(
+            "model.pretrained is null, but run.evaluate is true, and an untrained model is not worth evaluating. "
+            f"Set it to the checkpoint to evaluate (--options model.pretrained=PATH).{end}"
         )
 
 
@@ -112,17 +128,17 @@ def _file(where: str) -> str:
 def _no_unknown_keys(schema: type, values: DictConfig, path: str, where: str) -> None:
     fields = {f.name: f.type for f in dataclasses.fields(schema)}
     hints = _resolved(schema)
-    for key in values:
-        if str(key) not in fields:
+    for key in map(str, values):
+        if key not in fields:
             allowed = ", ".join(sorted(fields))
-            hint = did_you_mean(str(key), fields)
+            hint = did_you_mean(key, fields)
             raise UserError(f"{path}.{key} is not a setting.{hint} Allowed: {allowed}.{_file(where)}")
-        below = hints[str(key)]
+        below = hints[key]
         child = values[key] if not OmegaConf.is_missing(values, key) else None
         if dataclasses.is_dataclass(below) and isinstance(below, type):
             if isinstance(child, DictConfig):
                 _no_unknown_keys(below, child, f"{path}.{key}", where)
-            elif child is not None or "Optional" not in str(fields[str(key)]):
+            elif child is not None or "Optional" not in str(fields[key]):
                 got = OmegaConf.to_container(child) if isinstance(child, ListConfig) else child
                 raise UserError(f"{path}.{key} is {got!r}, but must be a block of settings.{_file(where)}")
 
@@ -164,4 +180,5 @@ def _check_values(block: Any, path: str, where: str) -> None:
         elif key in RANGES and value is not None:
             low, high = RANGES[key]
             if not low <= value <= high:
-                raise UserError(f"{key} is {value}, but must be between {low:g} and {high:g}.{_file(where)}")
+                allowed = f"at least {low:g}" if high == INFINITE else f"between {low:g} and {high:g}"
+                raise UserError(f"{key} is {value}, but must be {allowed}.{_file(where)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -22,3 +23,19 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(name, list(allowed), n=1)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def of_the_file_system(error: OSError) -> str | None:
+    """What a full disk, a missing right or a torn image says, in one line; None where an ``OSError`` is something else.
+
+    A data loader's worker puts its whole traceback into the message of what it raises again; the last line is the error's own.
+    """
+    last = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+        return f"{error.strerror}; what was saved before is kept."
+    words = ("cannot identify image file", "image file is truncated", "No such file or directory", "broken data stream")
+    if any(word in last for word in words):
+        return f"{last.split('Error: ', 1)[-1]}."
+    return None

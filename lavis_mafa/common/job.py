@@ -26,8 +26,13 @@ OUR_MODELS = {"albef_mafa": ("base", "tiny")}
 MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
 
-def check_yaml(name: str, options: list[str]) -> DictConfig:
+def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
     """Read a YAML with overrides and check all that can be checked without LAVIS, data or weights.
+
+    Args:
+        name: a file, or the name of a shipped YAML.
+        options: KEY=VALUE overrides.
+        files: False leaves out what this machine must have: checkpoints that are not named yet, or not there.
 
     Returns:
         the merged configuration (model type's defaults, then the file, then the overrides).
@@ -36,37 +41,63 @@ def check_yaml(name: str, options: list[str]) -> DictConfig:
         UserError: the first mistake found.
     """
     path = find_yaml(name)
+    config = _read(path, options)
+    for block in ("model", "datasets", "run"):
+        if not isinstance(config.get(block), DictConfig):
+            raise UserError(f"{block} is missing; a YAML has the blocks model, datasets and run. ({path})")
+    if not config.datasets:
+        raise UserError(f"datasets is empty; name at least one, such as grit_pairs or grit_emoji. ({path})")
+    for dataset in config.datasets:
+        if not isinstance(config.datasets[dataset], DictConfig):
+            raise UserError(f"datasets.{dataset} is {config.datasets[dataset]!r}, but must be a block of settings. ({path})")
+    for key in map(str, config):
+        if key not in ("model", "datasets", "run", "preprocess"):
+            hint = did_you_mean(key, ("model", "datasets", "run"))
+            raise UserError(f"{key} is not a block.{hint} Allowed: model, datasets, run. ({path})")
+    for block, key, example in (("model", "arch", "albef_mafa"), ("run", "task", "mafa_pretrain")):
+        if not isinstance(config[block].get(key), str):
+            raise UserError(f"{block}.{key} is {config[block].get(key)}; allowed: a registered name, such as {example}. ({path})")
+    arch = config.model.arch
+    model = None
+    if arch in OUR_MODELS:
+        kind = config.model.get("model_type")
+        if kind not in OUR_MODELS[arch]:
+            raise UserError(f"model.model_type is {kind!r}, but {arch} has: {', '.join(OUR_MODELS[arch])}. ({path})")
+        config = _merged(OmegaConf.load(MODEL_DEFAULTS / f"{arch}_{kind}.yaml"), config)
+        model = typed_block("model", config.model, str(path))
+    run = typed_block("run", config.run, str(path)) if config.run.get("task") == "mafa_pretrain" else None
+    check_combinations(model, run, str(path), files)
+    if files:
+        _check_files(config, str(path))
+    return config
+
+
+def _read(path: Path, options: list[str]) -> DictConfig:
+    """The file with its overrides, references resolved."""
     try:
         config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} must have the blocks model, datasets and run at its top level.")
     for option in options:
         if "=" not in option:
             raise UserError(f"--options takes KEY=VALUE, not {option!r}.")
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(options)))
-    assert isinstance(config, DictConfig)
-    for block in ("model", "datasets", "run"):
-        if not isinstance(config.get(block), DictConfig):
-            raise UserError(f"{block} is missing; a YAML has the blocks model, datasets and run. ({path})")
-    for key in config:
-        if key not in ("model", "datasets", "run", "preprocess"):
-            hint = did_you_mean(str(key), ("model", "datasets", "run"))
-            raise UserError(f"{key} is not a block.{hint} Allowed: model, datasets, run. ({path})")
-    arch = config.model.get("arch")
-    model = None
-    if arch in OUR_MODELS:
-        kind = config.model.get("model_type")
-        if kind not in OUR_MODELS[arch]:
-            raise UserError(f"model.model_type is {kind!r}, but {arch} has: {', '.join(OUR_MODELS[arch])}. ({path})")
-        config = OmegaConf.merge(OmegaConf.load(MODEL_DEFAULTS / f"{arch}_{kind}.yaml"), config)
-        assert isinstance(config, DictConfig)
-        model = typed_block("model", config.model, str(path))
-    run = typed_block("run", config.run, str(path)) if config.run.get("task") == "mafa_pretrain" else None
-    check_combinations(model, run, str(path))
-    _check_files(config, str(path))
+        try:
+            config = _merged(config, OmegaConf.from_dotlist([option]))
+        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise UserError(f"--options {option}: cannot be set ({' '.join(str(error).split())}).") from error
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}. ({path})") from error
     return config
+
+
+def _merged(below: Any, above: Any) -> DictConfig:
+    merged = OmegaConf.merge(below, above)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def run_job(name: str, options: list[str]) -> Any:
@@ -88,13 +119,15 @@ def run_job(name: str, options: list[str]) -> Any:
     _known_names(checked, registry)
     registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
     cfg = _lavis_config(find_yaml(name), options, checked)
+    _check_annotations(cfg.datasets_cfg)
     init_process_group(cfg.run_cfg)
     seed = int(cfg.run_cfg.get("seed", 42)) + rank()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    level = logging.INFO if rank() == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    # LAVIS logs to the root, at every access of some properties; our runner says what matters for its tasks too
+    logging.getLogger("lavis_mafa").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         task = tasks.setup_task(cfg)
         datasets = task.build_datasets(cfg)
@@ -113,11 +146,15 @@ def _lavis_config(path: Path, options: list[str], checked: DictConfig) -> Any:
     from lavis.common.config import Config
 
     class CheckedConfig(Config):
-        """LAVIS's configuration, except that ``--options model.model_type=`` picks that type's defaults too."""
+        """LAVIS's configuration, except that what ``--options`` names (a model type, a data set) gets its defaults too."""
 
         @staticmethod
         def build_model_config(config: Any, **_: Any) -> Any:
             return Config.build_model_config(OmegaConf.create({**config, "model": checked.model}))
+
+        @staticmethod
+        def build_dataset_config(config: Any) -> Any:
+            return Config.build_dataset_config(OmegaConf.create({**config, "datasets": checked.datasets}))
 
     return CheckedConfig(argparse.Namespace(cfg_path=str(path), options=list(options)))
 
@@ -131,16 +168,37 @@ def _known_names(config: DictConfig, registry: Any) -> None:
         ("run.lr_sched", config.run.get("lr_sched", "warmup_cosine_per_step"), registry.list_lr_schedulers()),
         *((f"datasets.{name}", name, registry.list_datasets()) for name in config.datasets),
     ]
+    processors = sorted(registry.mapping["processor_name_mapping"])
+    for dataset in config.datasets:
+        for which in ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval"):
+            key = f"datasets.{dataset}.{which}.name"
+            if (processor := OmegaConf.select(config, key)) is not None:
+                wanted.append((key, processor, processors))
     for key, value, known in wanted:
         if value not in known:
             raise UserError(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
 
 
 def _check_files(config: DictConfig, where: str) -> None:
-    for key in ("model.pretrained", "model.discriminator.checkpoint", "run.resume_ckpt_path"):
+    downloads = config.model.get("arch") not in OUR_MODELS  # LAVIS's own models take URLs, ours local files alone
+    for key in ("model.pretrained", "model.discriminator.checkpoint", "run.resume_ckpt_path", "run.coco_captions"):
         value = OmegaConf.select(config, key)
-        if isinstance(value, str) and "://" not in value and not Path(value).is_file():
-            raise UserError(f"{key} is {value!r}, but there is no such file. ({where})")
+        if isinstance(value, str) and not (downloads and "://" in value) and not Path(value).is_file():
+            hint = " Download it first." if "://" in value else ""
+            raise UserError(f"{key} is {value!r}, but there is no such file.{hint} ({where})")
+
+
+def _check_annotations(datasets: DictConfig) -> None:
+    """LAVIS's builders answer an annotation file that is neither there nor anywhere to download with a traceback."""
+    from lavis.common.utils import get_cache_path
+
+    for name, dataset in datasets.items():
+        for split, info in (OmegaConf.select(dataset, "build_info.annotations") or {}).items():
+            urls, files = ([v] if isinstance(v, str) else list(v or []) for v in (info.get("url"), info.get("storage")))
+            for url, file in zip(urls, files, strict=False):
+                if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():
+                    key = f"datasets.{name}.build_info.annotations.{split}.storage"
+                    raise UserError(f"{key} is {file!r}, but there is no file {get_cache_path(file)}, and {url!r} is no address.")
 
 
 @contextlib.contextmanager

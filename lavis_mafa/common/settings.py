@@ -136,6 +136,7 @@ class RunBlock:
     valid_splits: list[str] = field(default_factory=list)
     test_splits: list[str] = field(default_factory=list)
     k_test: int = 256
+    coco_captions: Optional[str] = None  # noqa: UP045 - captions_val2014.json: adds ECCV Caption's metrics on COCO's test split
     use_dist_eval_sampler: bool = False
     resume_ckpt_path: Optional[str] = None  # noqa: UP045
     # devices
@@ -163,26 +164,48 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.precision": ("fp32", "bf16", "fp16"),
 }
 
+INFINITE = float("inf")
 RANGES: dict[str, tuple[float, float]] = {
+    "model.max_text_length": (3, 512),
+    "model.embed_dim": (1, INFINITE),
+    "model.temperature": (0.001, 0.5),
     "model.itc.smoothing": (0.0, 1.0),
-    "model.itc.consistency": (0.0, float("inf")),
-    "model.itc.momentum_distillation.queue_size": (1, float("inf")),
+    "model.itc.consistency": (0.0, INFINITE),
+    "model.itc.momentum_distillation.queue_size": (1, INFINITE),
     "model.itc.momentum_distillation.momentum": (0.0, 1.0),
     "model.itc.momentum_distillation.alpha": (0.0, 1.0),
     "model.ecm.threshold": (0.0, 1.0),
     "model.ecm.ambiguous_from": (0.0, 1.0),
     "model.mlm.mask_probability": (0.0, 1.0),
-    "model.temperature": (0.001, 0.5),
-    "model.max_text_length": (3, 512),
-    "run.batch_size_train": (1, float("inf")),
-    "run.batch_size_eval": (1, float("inf")),
-    "run.accum_grad_iters": (1, float("inf")),
-    "run.max_epoch": (1, float("inf")),
-    "run.max_bad_share": (0.0, 1.0),
-    "run.grit.queue_size": (1, float("inf")),
-    "run.grit.search_space": (1, float("inf")),
-    "run.k_test": (1, float("inf")),
+    "run.init_lr": (0.0, INFINITE),
+    "run.min_lr": (0.0, INFINITE),
+    "run.warmup_steps": (0, INFINITE),
+    "run.lr_horizon_epochs": (1, INFINITE),
+    "run.weight_decay": (0.0, INFINITE),
+    "run.beta2": (0.0, 1.0),
+    "run.max_epoch": (1, INFINITE),
+    "run.max_steps": (1, INFINITE),
+    "run.batch_size_train": (1, INFINITE),
+    "run.batch_size_eval": (1, INFINITE),
+    "run.accum_grad_iters": (1, INFINITE),
+    "run.grad_clip": (1e-12, INFINITE),
+    "run.grit.queue_size": (1, INFINITE),
+    "run.grit.search_space": (1, INFINITE),
     "run.num_workers": (0, 512),
+    "run.max_bad_share": (0.0, 1.0),
+    "run.log_freq": (1, INFINITE),
+    "run.save_every_steps": (1, INFINITE),
+    "run.keep_checkpoints": (1, INFINITE),
+    "run.record_connections": (0, INFINITE),
+    "run.k_test": (1, INFINITE),
 }
+for _encoder in ("image_encoder", "text_encoder", "discriminator.image_encoder", "discriminator.text_encoder"):
+    RANGES |= {f"model.{_encoder}.{size}": (1, INFINITE) for size in ("width", "heads")}
+    if _encoder.endswith("image_encoder"):
+        RANGES |= {f"model.{_encoder}.{size}": (1, INFINITE) for size in ("image_size", "patch_size", "depth")}
+        RANGES |= {f"model.{_encoder}.drop_path": (0.0, 1.0)}
+    else:
+        RANGES |= {f"model.{_encoder}.{size}": (1, INFINITE) for size in ("layers", "fusion_layer")}
+        RANGES |= {f"model.{_encoder}.dropout": (0.0, 1.0)}
 
 BLOCKS: dict[str, Any] = {"model": ModelBlock, "run": RunBlock}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,8 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> dict[str, Any]
             raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a torn pickle can raise anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"{key}: {path} cannot be loaded as plain weights ({reason}). Files that hold other Python objects are refused, "
             "since loading them can run code; save its state dict alone, or as safetensors."
@@ -63,6 +62,8 @@ def write_atomically(content: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except BaseException as error:  # ctrl-C too
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+        raise

@@ -27,7 +27,8 @@ class IndexedDataset(Dataset):
     augmentation and caption choice are seeded by (seed, epoch, index): a sample does not depend on workers, ranks or on whether
     the run was resumed.
 
-    An unreadable sample is replaced by the next readable one of the same batch, which is on the same rank by construction.
+    An unreadable sample is replaced by the next readable one of the same batch, which is on the same rank by construction. A
+    batch without any is collated to its ``bad_samples`` alone: the runner, which counts them, ends the run with one message.
     """
 
     def __init__(self, dataset: Any, seed: int = 0) -> None:
@@ -50,7 +51,7 @@ class IndexedDataset(Dataset):
         samples = [self._try(index) for index in indices]
         bad = [s for s in samples if isinstance(s, BadSample)]
         if len(bad) == len(samples):
-            raise OSError(f"no sample of a whole batch can be read, the first because: {bad[0]['reason']}")
+            return samples
         for place, sample in enumerate(samples):
             if isinstance(sample, BadSample):
                 neighbour = next(s for s in samples[place:] + samples[:place] if not isinstance(s, BadSample))
@@ -59,6 +60,8 @@ class IndexedDataset(Dataset):
 
     def collate(self, samples: list[Any]) -> Any:
         """The data set's own collater, plus ``bad_samples``: what could not be read, and why."""
+        if all(isinstance(s, BadSample) for s in samples):
+            return {"bad_samples": [dict(s) for s in samples]}
         bad = [b for s in samples if isinstance(s, dict) for b in s.pop("bad_samples", [])]
         extra = {}
         if samples and isinstance(samples[0], dict):

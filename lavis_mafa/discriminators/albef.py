@@ -32,7 +32,7 @@ class AlbefDiscriminator:
         self.settings = settings
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         text_encoder = build_text_encoder(replace(settings.text_encoder, init=None), settings.image_encoder.width)
-        self.network = nn.ModuleDict(
+        self.network: Any = nn.ModuleDict(
             {
                 "visual_encoder": build_image_encoder(replace(settings.image_encoder, init=None)),
                 "text_encoder": text_encoder.bert,

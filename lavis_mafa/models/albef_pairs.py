@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class AlbefPairs:
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: masked tokens of each text predicted with its image; the head runs on masked positions only."""
         model = self.model
+        if model.settings.mlm.mask_probability == 0:  # switched off: no pass, but every weight of the head keeps its gradient
+            return sum((p.sum() * 0.0 for p in model.text_encoder.cls.parameters()), torch.zeros((), device=text_index.device))
         tokenizer = model.tokenizer
         ids, labels = mask_tokens(
             self.text_ids.index_select(0, text_index),
@@ -63,7 +65,7 @@ class AlbefPairs:
                 teacher_logits = self._predict(model.text_encoder_m, ids, mask, images, positions)
         return masked_lm_loss(logits, labels.flatten()[positions], teacher_logits, self.distillation)
 
-    def _predict(self, encoder: torch.nn.Module, ids: Tensor, mask: Tensor, images: Tensor, positions: Tensor) -> Tensor:
+    def _predict(self, encoder: Any, ids: Tensor, mask: Tensor, images: Tensor, positions: Tensor) -> Tensor:
         states = encoder.bert(
             ids,
             attention_mask=mask,
@@ -74,7 +76,7 @@ class AlbefPairs:
         return encoder.cls(states.flatten(0, 1).index_select(0, positions))
 
 
-def fuse(bert: torch.nn.Module, text_embeds: Tensor, text_mask: Tensor, image_embeds: Tensor) -> Tensor:
+def fuse(bert: Any, text_embeds: Tensor, text_mask: Tensor, image_embeds: Tensor) -> Tensor:
     """LAVIS's fusion layers on P pairs: [P, T, width], [P, T], [P, N, width] -> [P, T, width]."""
     return bert(
         encoder_embeds=text_embeds,

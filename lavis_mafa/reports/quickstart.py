@@ -24,7 +24,7 @@ SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}
 METRICS = ("tr_r1", "ir_r1", "tr_r_precision", "ir_r_precision", "tr_map_at_r", "ir_map_at_r")
 
 
-def collect_results(con_d: Path, grit: Path, mafa: Path, dataset: Any, batch_size: int) -> dict[str, Any]:
+def collect_results(start: Path, grit: Path, mafa: Path, dataset: Any, batch_size: int) -> dict[str, Any]:
     """Every figure of the table, from the three runs' files and the training data."""
     keys = own_text_keys(dataset)
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +39,7 @@ def collect_results(con_d: Path, grit: Path, mafa: Path, dataset: Any, batch_siz
     }
     retrieval = {
         name: {split: {m: values[m] for m in METRICS} for split, values in read_evaluations(run).items()}
-        for name, run in (("start (Con-D)", con_d), ("GRIT", grit), ("MAFA", mafa))
+        for name, run in (("start", start), ("GRIT", grit), ("MAFA", mafa))
     }
     return {"batches": batches, "chosen_false_negatives": chosen, "con_d": scores, "retrieval": retrieval}
 

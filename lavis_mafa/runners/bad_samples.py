@@ -24,7 +24,7 @@ class BadSamples:
         """Take ``bad_samples`` out of a batch and account for it.
 
         Raises:
-            UserError: the share is exceeded.
+            UserError: the share is exceeded, or nothing of the batch could be read.
         """
         bad = samples.pop("bad_samples", [])
         self.seen += batch_size
@@ -36,6 +36,8 @@ class BadSamples:
             self.listed.update(b["index"] for b in new)
             with open(self.path, "a") as file:
                 file.writelines(json.dumps(b) + "\n" for b in new)
+        if not samples:
+            raise UserError(f"no sample of a whole batch could be read, the first because of {bad[0]['reason']} (all: {self.path}).")
         if self.seen >= 100 and self.count > self.max_share * self.seen:
             raise UserError(
                 f"{self.count} of {self.seen} samples could not be read, more than run.max_bad_share ({self.max_share:g}); "

@@ -77,10 +77,10 @@ def load_model(model: nn.Module, state: dict[str, Any], source: str | Path) -> N
 def random_state(device: torch.device) -> dict[str, Any]:
     """All generators as tensors and numbers, so that reading them back runs no code."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = np.random.get_state()  # the legacy tuple
     state: dict[str, Any] = {
         "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
-        "numpy": {"name": name, "keys": torch.from_numpy(keys.astype(np.int64)), "rest": [position, has_gauss, cached]},
+        "numpy": {"name": name, "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)), "rest": [position, has_gauss, cached]},
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":

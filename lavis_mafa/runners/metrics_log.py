@@ -124,8 +124,8 @@ class MetricsLog:
 
 
 def _short(record: dict[str, Any]) -> str:
-    shown = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_lm", "itm_accuracy_positive", "itm_accuracy_negative")
-    shown += ("new_positive_share", "false_negative_share")
+    shown = ["loss", "loss_itc", "loss_itm", "loss_mlm", "loss_lm", "itm_accuracy_positive", "itm_accuracy_negative"]
+    shown += ["new_positive_share", "false_negative_share"]
     names = {"itm_accuracy_positive": "acc+", "itm_accuracy_negative": "acc-"}
     names |= {"new_positive_share": "new+", "false_negative_share": "fn"}
     return " ".join(f"{names.get(n, n.removeprefix('loss_'))} {record[n]:.3f}" for n in shown if n in record)

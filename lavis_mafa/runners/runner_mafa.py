@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -18,22 +17,22 @@ from lavis.runners.runner_base import RunnerBase
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader
 
-from lavis_mafa.common.check import typed_block
 from lavis_mafa.common.distributed import barrier, broadcast_object, is_distributed, rank, world_size
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.datasets.indexed import IndexedDataset
+from lavis_mafa.common.weights import read_weights
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, random_state, read_resumable, restore_random_state
 from lavis_mafa.runners.connection_record import ConnectionRecord
 from lavis_mafa.runners.grit_feed import GritFeed
+from lavis_mafa.runners.loaders import eval_loader, train_loader
 from lavis_mafa.runners.metrics_log import MetricsLog
+from lavis_mafa.runners.run_block import new_folder, run_settings
+from lavis_mafa.runners.stepping import Stepper, autocast
 from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
 
 logger = logging.getLogger(__name__)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RunnerMafa(RunnerBase):
@@ -42,6 +41,13 @@ class RunnerMafa(RunnerBase):
     Unlike ``runner_base`` it runs on a CPU, takes gloo, logs every loss, steps the learning rate as the scheduler asks, divides
     accumulated gradients, resumes exactly (also in the middle of an epoch), and writes below the working directory only.
     """
+
+    # RunnerBase fills these, untyped
+    _device: torch.device | None
+    _model: Any
+    _wrapped_model: Any
+    _scaler: torch.amp.GradScaler | None
+    _lr_sched: Any
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
         self.settings = run_settings(cfg.run_cfg, isinstance(task, MafaPretrainTask))
@@ -74,7 +80,7 @@ class RunnerMafa(RunnerBase):
         return is_distributed()
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The model on its device, in DDP when there is a process group (RunnerBase returns None on a CPU)."""
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
@@ -120,8 +126,8 @@ class RunnerMafa(RunnerBase):
 
     def setup_output_dir(self) -> None:
         """``<working directory>/output_dir/job_id``, the same on all ranks and never one that exists."""
-        folder = broadcast_object(_new_folder(Path(self.settings.output_dir).absolute(), self.job_id) if rank() == 0 else None)
-        self.output_dir = Path(folder)
+        parent = Path(self.settings.output_dir).absolute()
+        self.output_dir = broadcast_object(new_folder(parent, self.job_id) if rank() == 0 else None)
         self.result_dir = self.output_dir / "result"
         for name, path in (("result_dir", self.result_dir), ("output_dir", self.output_dir)):
             registry.mapping["paths"].pop(name, None)  # a second run in one process is legitimate
@@ -136,40 +142,16 @@ class RunnerMafa(RunnerBase):
         collate_fns: list[Any],
         dataset_ratios: Any = None,
     ) -> list[DataLoader]:
-        return [
-            self._train_loader(dataset, size) if train else self._eval_loader(dataset, size, collate)
-            for dataset, size, train, collate in zip(datasets, batch_sizes, is_trains, collate_fns, strict=True)
-        ]
-
-    def _train_loader(self, dataset: Any, batch_size: int) -> DataLoader:
-        if isinstance(dataset, (tuple, list, IterableDataset)):
-            raise UserError("run.runner runner_mafa trains on map-style data sets; use LAVIS's runner_iter for webdataset streams.")
-        indexed = IndexedDataset(dataset, self.settings.seed)
-        grit = self.settings.grit if isinstance(self.task, MafaPretrainTask) else None
-        try:
-            self.feed = GritFeed(grit, len(indexed), batch_size, rank(), world_size(), self.settings.seed)
-        except ValueError as error:
-            raise UserError(f"run.batch_size_train is {batch_size}: {error}") from error
-        return DataLoader(
-            indexed,
-            batch_size=batch_size,
-            sampler=self.feed.sampler,
-            num_workers=self.settings.num_workers,
-            pin_memory=self.device.type == "cuda",
-            collate_fn=indexed.collate,
-            drop_last=True,
-        )
-
-    def _eval_loader(self, dataset: Any, batch_size: int, collate: Any) -> DataLoader:
-        shared = self.use_distributed and self.config.run_cfg.get("use_dist_eval_sampler", True)
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=DistributedSampler(dataset, shuffle=False) if shared else None,
-            num_workers=self.settings.num_workers,
-            pin_memory=self.device.type == "cuda",
-            collate_fn=collate,
-        )
+        pin, loaders = self.device.type == "cuda", []
+        for dataset, size, train, collate in zip(datasets, batch_sizes, is_trains, collate_fns, strict=True):
+            if train:
+                grit = self.settings.grit if isinstance(self.task, MafaPretrainTask) else None
+                loader, self.feed = train_loader(dataset, size, grit, self.settings, pin)
+            else:
+                shared = self.use_distributed and self.config.run_cfg.get("use_dist_eval_sampler", True)
+                loader = eval_loader(dataset, size, collate, self.settings, pin, shared)
+            loaders.append(loader)
+        return loaders
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -215,6 +197,7 @@ class RunnerMafa(RunnerBase):
         """Train one epoch from ``start_step`` on; False when ``max_steps`` ended it early."""
         assert self.feed is not None
         settings, loader = self.settings, self.train_loader
+        stepper = Stepper(self.task, self.model, self.optimizer, self.scaler, settings, self.device)
         loader.dataset.epoch = epoch
         self.feed.begin_epoch(epoch)
         if settings.grit.enabled and settings.grit.collect == "separate" and self.start_step == 0 and self.feed.queue is not None:
@@ -224,7 +207,7 @@ class RunnerMafa(RunnerBase):
         for step, samples in enumerate(loader, start=self.start_step):
             samples = self._prepare(samples, epoch, step)
             self.lr_scheduler.step(cur_epoch=epoch, cur_step=step)
-            output = self._step(samples, step, steps)
+            output = stepper(samples, step, steps)
             self.log.add(losses_and_figures(output))
             if output.get("image_features") is not None and settings.grit.collect == "training":
                 self.feed.collect(samples["index"], output["image_features"], output["text_features"])
@@ -241,46 +224,12 @@ class RunnerMafa(RunnerBase):
         self.feed.end_epoch(epoch)
         return True
 
-    def _step(self, samples: dict[str, Any], step: int, steps: int) -> dict[str, Any]:
-        """Forward, backward, and at the end of an accumulation window the optimizer's step."""
-        window = self.accum_grad_iters
-        first = step - step % window
-        length = min(window, steps - first)  # the epoch's last window may be short
-        last = step == first + length - 1
-        model = self.model
-        quiet = model.no_sync() if self.use_distributed and not last else contextlib.nullcontext()
-        with quiet:
-            with self._autocast():
-                if isinstance(self.task, MafaPretrainTask):
-                    output = self.task.step_output(model=model, samples=samples)
-                else:
-                    output = {"loss": self.task.train_step(model=model, samples=samples)}
-            loss = output["loss"] / length
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if last:
-            if self.settings.grad_clip is not None:
-                if self.scaler is not None:
-                    self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), self.settings.grad_clip)
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-        return output
-
     def _prepare(self, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
         self.bad_samples.add(samples, self.settings.batch_size_train)
         samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
         assert self.feed is not None
         samples.update(epoch=epoch, iters=step, num_iters_per_epoch=self.steps_per_epoch, grouped=self.feed.sampler.grouped)
         return samples
-
-    def _autocast(self) -> Any:
-        if self.settings.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=PRECISIONS[self.settings.precision])
 
     def _flush(self, epoch: int, done: int) -> None:
         derive = getattr(self.task, "derived_figures", None)
@@ -299,7 +248,7 @@ class RunnerMafa(RunnerBase):
         model.eval()
         for samples in self.train_loader:
             samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
-            with self._autocast():
+            with autocast(self.settings.precision, self.device):
                 image, text = model.grit_features(samples)
             yield samples["index"], image, text
         model.train()
@@ -318,8 +267,7 @@ class RunnerMafa(RunnerBase):
         if self.test_splits and self.best_epoch is not None:
             path = self.checkpoints.path("best")
             barrier()
-            state, _ = read_resumable_weights(path)
-            load_model(self.unwrap_dist_model(self.model), state, path)
+            load_model(self.unwrap_dist_model(self.model), read_weights(path), path)
         for split in self.test_splits:
             self._evaluate_split(split, "best" if self.best_epoch is not None else "last")
 
@@ -394,45 +342,6 @@ def losses_and_figures(output: dict[str, Any]) -> dict[str, Tensor]:
     """Every loss and figure of a step, by name."""
     figures = {name: value for name, value in output.items() if name.startswith("loss") and isinstance(value, Tensor)}
     return {**figures, **(output.get("figures") or {})}
-
-
-def run_settings(run: Any, ours: bool) -> RunBlock:
-    """``run:`` as a typed block. For our task it is checked; LAVIS's own YAMLs keep their keys, and those we know are taken."""
-    if ours:
-        block: RunBlock = typed_block("run", run)
-        return block
-    known = {f.name for f in dataclasses.fields(RunBlock)} - {"grit"}
-    values = {str(k): v for k, v in OmegaConf.to_container(run, resolve=True).items() if k in known}
-    on_gpu = torch.cuda.is_available() and str(run.get("device", "cuda")).startswith("cuda")
-    values.setdefault("precision", "fp16" if run.get("amp", False) and on_gpu else "fp32")
-    values.setdefault("lr_sched", "linear_warmup_cosine_lr")
-    values.setdefault("warmup_lr", -1)
-    values.setdefault("warmup_steps", 0)
-    values.setdefault("min_lr", 0.0)
-    floats = ("init_lr", "min_lr", "warmup_lr", "weight_decay")
-    values.update({name: float(values[name]) for name in floats if name in values})
-    return RunBlock(**values)  # type: ignore[arg-type]
-
-
-def read_resumable_weights(path: Path) -> tuple[dict[str, Any], None]:
-    from lavis_mafa.common.weights import read_checkpoint
-
-    return read_checkpoint(path)["model"], None
-
-
-def _new_folder(parent: Path, name: str) -> str:
-    try:
-        for number in range(1, 10_000):
-            folder = parent / (name if number == 1 else f"{name}_{number}")
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                continue
-            (folder / "result").mkdir()
-            return str(folder)
-    except OSError as error:
-        raise UserError(f"run.output_dir: cannot write in {parent}: {error.strerror}.") from error
-    raise UserError(f"run.output_dir: {parent} holds 10,000 runs named {name}; choose another one.")
 
 
 def _plain(stats: dict[str, Any]) -> dict[str, Any]:

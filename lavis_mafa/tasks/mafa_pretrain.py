@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lavis_mafa.common.check import check_combinations, typed_block
 from lavis_mafa.common.distributed import gather_own_first
+from lavis_mafa.common.eccv import CocoGallery, coco_gallery, eccv_metrics
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.retrieval_metrics import retrieval_metrics
 from lavis_mafa.common.settings import RunBlock
@@ -26,6 +27,7 @@ class MafaPretrainTask(BaseTask):
         super().__init__()
         self.run = run or RunBlock()
         self.truth: Any = None
+        self.coco: CocoGallery | None = None
 
     @classmethod
     def setup_task(cls, cfg: Any = None, **kwargs: Any) -> MafaPretrainTask:
@@ -39,6 +41,11 @@ class MafaPretrainTask(BaseTask):
         known = [d["train"].truth for d in datasets.values() if getattr(d.get("train"), "truth", None) is not None]
         if len(known) == 1 and len(datasets) == 1:
             self.truth = known[0]
+        if self.run.coco_captions is not None:  # now, so that a wrong file is found before hours of scoring
+            tests = [d["test"] for d in datasets.values() if hasattr(d.get("test"), "img2txt")]
+            if len(tests) != 1:
+                raise UserError("run.coco_captions is set, but there is no test split of COCO; use datasets: coco_retrieval.")
+            self.coco = coco_gallery(tests[0], self.run.coco_captions)
         return datasets
 
     def build_model(self, cfg: Any) -> nn.Module:
@@ -96,13 +103,17 @@ class MafaPretrainTask(BaseTask):
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
-    def evaluation(self, model: nn.Module, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any]:
+    def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any]:
         """Scores of every image and text of the split, and which of them match."""
         scores_i2t, scores_t2i = model.compute_sim_matrix(data_loader, task_cfg=self.run)
         return {"i2t": scores_i2t, "t2i": scores_t2i, "relevant": relevance(data_loader.dataset)}
 
     def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, float]:
-        return retrieval_metrics(torch.from_numpy(val_result["i2t"]), torch.from_numpy(val_result["t2i"]), val_result["relevant"])
+        i2t, t2i = torch.from_numpy(val_result["i2t"]), torch.from_numpy(val_result["t2i"])
+        metrics = retrieval_metrics(i2t, t2i, val_result["relevant"])
+        if self.coco is not None and split_name == "test":  # ECCV Caption annotates COCO's test split alone
+            metrics |= eccv_metrics(i2t, t2i, self.coco)
+        return metrics
 
 
 def relevance(dataset: Any) -> Tensor:

@@ -61,6 +61,7 @@ def test_splits(emoji_folder: Path) -> None:
     codes = {code(row) for row in train}
     assert {code(row) for row in seen} <= codes
     assert len({code(row) for row in seen}) == len(seen)
+    assert len(seen) == round(0.3 * len(codes))
     assert 0.07 < len({code(row) for row in unseen}) / 1805 < 0.13
     # All drawings of an unseen concept are held out.
     drawn = find_drawings()

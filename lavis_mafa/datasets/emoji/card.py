@@ -29,7 +29,7 @@ here it is known which other texts are right too, so false negatives can be coun
 - {true_pairs:,} true pairs of concept and text.
 - `train.jsonl`: one fixed caption per image. `train_captions.jsonl`: the same images with {drawn} captions each, to draw from.
 - `unseen.jsonl`: all drawings of a tenth of the concepts; no relative that differs in gender alone is in training.
-- `seen.jsonl`: one drawing of a tenth of the other concepts, whose remaining drawings are in training.
+- `seen.jsonl`: one drawing of three tenths of the other concepts, whose remaining drawings are in training.
 - Skin tones are left out. Images: {size} x {size} pixels, RGB on white. Seed of splits and captions: {seed}.
 
 ## When a text is true of an image (`truth.parquet`)

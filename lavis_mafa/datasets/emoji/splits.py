@@ -8,7 +8,8 @@ from pathlib import Path
 from lavis_mafa.datasets.emoji.texts import Concept
 
 SPLITS = ("train", "seen", "unseen")
-HELD_OUT = 0.1
+UNSEEN_FAMILIES = 0.1
+SEEN_CONCEPTS = 0.3  # enough queries for a short run on a few hundred concepts to tell models apart
 # Captions as web data would have them: mostly what a thing is called, seldom what sort of thing it is.
 CAPTION_WEIGHTS = {"name": 0.50, "alias": 0.20, "keyword": 0.25, "group": 0.05}
 
@@ -20,7 +21,7 @@ def split_drawings(
 
     - ``unseen``: all drawings of a tenth of the families. Concepts that differ in gender alone or are the same picture stay
       together.
-    - ``seen``: one drawing of a tenth of the other concepts, whose remaining drawings are in ``train``.
+    - ``seen``: one drawing of three tenths of the other concepts, whose remaining drawings are in ``train``.
     """
     family = {concept.code: concept.family for concept in concepts}
     for group in same_pictures:
@@ -29,9 +30,9 @@ def split_drawings(
         family.update({code: family[codes[0]] for code in family if family[code] in merged} if codes else {})
 
     families = sorted(set(family.values()))
-    unseen = set(rng.sample(families, round(HELD_OUT * len(families))))
+    unseen = set(rng.sample(families, round(UNSEEN_FAMILIES * len(families))))
     others = [concept.code for concept in concepts if family[concept.code] not in unseen]
-    seen = set(rng.sample(others, round(HELD_OUT * len(others))))
+    seen = set(rng.sample(others, round(SEEN_CONCEPTS * len(others))))
 
     split = {}
     for code in family:

@@ -1,0 +1,157 @@
+"""ECCV Caption's and CxC's metrics on COCO's 5K test split, from score matrices, through the package ``eccv_caption``.
+
+That package (Chun et al. 2022) knows images and captions by COCO's ids. LAVIS's COCO files have the image id in the file name but no
+caption ids, and their captions are in another order than the package's, so the ids are read from COCO's own captions file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lavis_mafa.common.errors import UserError
+
+KEY = "run.coco_captions"
+SHORT = {"i2t": "tr", "t2i": "ir"}
+
+
+@dataclass(frozen=True)
+class CocoGallery:
+    """An evaluation set by COCO's ids: I images, and C captions with their columns in the score matrix."""
+
+    image_id: list[int]  # [I]
+    caption_id: list[int]  # [C]
+    text: Tensor  # LongTensor[C]
+
+
+def eccv_truth() -> Any:
+    """The package's ``Metrics``, which brings its annotations along.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it recommends ujson
+            from eccv_caption import Metrics
+    except ImportError as error:
+        raise UserError(f"{KEY} needs the package eccv_caption; run `pip install lavis-mafa[coco]`.") from error
+    return Metrics()
+
+
+def coco_gallery(dataset: Any, captions: str | Path, truth: Any = None) -> CocoGallery:
+    """Find COCO's ids of an evaluation set's images and captions.
+
+    Args:
+        dataset: LAVIS's ``coco_retrieval`` test split, or ours on the same images.
+        captions: COCO's ``captions_val2014.json``.
+        truth: what ``eccv_truth()`` gives.
+
+    Raises:
+        UserError: the file is not COCO's, or images or captions that ECCV Caption asks for are not in the evaluation set.
+    """
+    known = (truth or eccv_truth()).coco_gts["t2i"]
+    image_id = [_image_id(path) for path in dataset.image]
+    place = {number: i for i, number in enumerate(image_id)}
+    texts = [{_plain(caption): t for t, caption in _captions(dataset, i)} for i in range(len(image_id))]
+    caption_id, columns, unknown = [], [], []
+    for row in _annotations(Path(captions)):
+        if row["id"] in known and row["image_id"] in place:
+            column = texts[place[row["image_id"]]].get(_plain(row["caption"]))
+            if column is None:
+                unknown.append(row)
+            else:
+                caption_id.append(row["id"])
+                columns.append(column)
+    if unknown:
+        first = unknown[0]
+        raise UserError(
+            f"{KEY}: {len(unknown)} captions are not among those of the test split, the first is {first['caption']!r} of image "
+            f"{first['image_id']}; it must be COCO's Karpathy test split."
+        )
+    missing = len(known) - len(caption_id)
+    if missing:
+        raise UserError(
+            f"{KEY}: {missing} of the {len(known)} captions of ECCV Caption are not in the test split or not in {captions}; it needs "
+            "the whole of COCO's Karpathy test split, and captions_val2014.json."
+        )
+    return CocoGallery(image_id, caption_id, torch.tensor(columns))
+
+
+def eccv_metrics(scores_i2t: Tensor, scores_t2i: Tensor, gallery: CocoGallery, truth: Any = None) -> dict[str, float]:
+    """ECCV Caption's R@1, R-Precision and mAP@R and CxC's recalls, in per cent.
+
+    Args:
+        scores_i2t: [I, T], higher is better.
+        scores_t2i: [T, I].
+        gallery: COCO's ids of the I images and of captions among the T texts.
+        truth: what ``eccv_truth()`` gives.
+
+    Returns:
+        ``tr_`` (query = image) and ``ir_`` figures: eccv_r1, eccv_r_precision, eccv_map_at_r, cxc_r1, cxc_r5, cxc_r10.
+    """
+    truth = truth or eccv_truth()
+    longest = max(len(v) for gts in (truth.eccv_gts, truth.cxc_gts) for side in gts.values() for v in side.values())
+    top = max(longest, 10)  # no figure looks further down the list
+    images, captions = torch.tensor(gallery.image_id), torch.tensor(gallery.caption_id)
+    i2t = {n: captions[order].tolist() for n, order in zip(gallery.image_id, _best(scores_i2t, top, gallery.text), strict=True)}
+    rows = scores_t2i[gallery.text]
+    t2i = {n: images[order].tolist() for n, order in zip(gallery.caption_id, _best(rows, top), strict=True)}
+    wanted = ("eccv_r1", "eccv_rprecision", "eccv_map_at_r", "cxc_recalls")
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+        scores = truth.compute_all_metrics(i2t, t2i, target_metrics=wanted, Ks=(1, 5, 10))
+    return {
+        f"{SHORT[side]}_{name.replace('rprecision', 'r_precision')}": 100 * float(value)
+        for name, sides in scores.items()
+        for side, value in sides.items()
+    }
+
+
+def _best(scores: Tensor, top: int, columns: Tensor | None = None, at_once: int = 500) -> Iterator[Tensor]:
+    """The places of each row's ``top`` highest scores, best first; equal scores keep their order."""
+    for part in scores.split(at_once):
+        part = part if columns is None else part[:, columns]
+        yield from part.argsort(dim=1, descending=True, stable=True)[:, :top]
+
+
+def _captions(dataset: Any, image: int) -> Iterator[tuple[int, str]]:
+    """An image's captions as they were written, each with its place among the texts."""
+    places = dataset.img2txt[image]
+    if hasattr(dataset, "raw_text"):
+        yield from ((t, dataset.raw_text[t]) for t in places)
+    else:
+        yield from zip(places, dataset.annotation[image]["caption"], strict=True)
+
+
+def _annotations(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text())["annotations"]
+        if all({"id", "image_id", "caption"} <= row.keys() for row in rows[:1]):
+            return rows
+    except OSError as error:
+        raise UserError(f"{KEY} is {str(path)!r}, which cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{KEY} is {str(path)!r}, which is not COCO's captions_val2014.json (annotations with id, image_id, caption).")
+
+
+def _image_id(path: str) -> int:
+    digits = re.search(r"(\d+)\.\w+$", str(path))
+    if digits is None:
+        raise UserError(f"{KEY} is set, but the image {path} of the test split is not one of COCO's (COCO_val2014_000000391895.jpg).")
+    return int(digits[1])
+
+
+def _plain(caption: str) -> str:
+    """Letters and digits alone: the files differ in blanks and line ends."""
+    return " ".join(re.findall(r"\w+", caption.lower()))

@@ -1,0 +1,64 @@
+"""``run:`` as a typed block, for our task and for LAVIS's, and the folder a run writes to."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lavis_mafa.common.check import typed_block
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.settings import RunBlock
+
+
+def run_settings(run: Any, ours: bool) -> RunBlock:
+    """For our task the block is checked; LAVIS's own YAMLs keep their keys, and those we know are taken.
+
+    Args:
+        run: the ``run`` node.
+        ours: is the task ``mafa_pretrain``.
+    """
+    if ours:
+        block: RunBlock = typed_block("run", run)
+        return block
+    known = {f.name for f in dataclasses.fields(RunBlock)} - {"grit"}
+    values: dict[str, Any] = {k: run[k] for k in map(str, run) if k in known}
+    values = {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in values.items()}
+    on_gpu = torch.cuda.is_available() and str(run.get("device", "cuda")).startswith("cuda")
+    # LAVIS's defaults, not ours
+    values = {
+        "precision": "fp16" if run.get("amp", False) and on_gpu else "fp32",
+        "lr_sched": "linear_warmup_cosine_lr",
+        "warmup_lr": -1,
+        "warmup_steps": 0,
+        "min_lr": 0.0,
+        **values,
+    }
+    floats = ("init_lr", "min_lr", "warmup_lr", "weight_decay")  # YAML reads 1e-4 as text
+    values.update({name: float(values[name]) for name in floats if name in values})
+    return RunBlock(**values)
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make ``parent/name``, or ``name_2``, ``name_3``, ... where it exists: a run never writes into another's folder.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        for number in range(1, 10_000):
+            folder = parent / (name if number == 1 else f"{name}_{number}")
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                if folder.is_dir():
+                    continue
+                raise
+            (folder / "result").mkdir()
+            return folder
+    except OSError as error:
+        raise UserError(f"run.output_dir: cannot write in {parent}: {error.strerror}.") from error
+    raise UserError(f"run.output_dir: {parent} holds 10,000 runs named {name}; choose another one.")

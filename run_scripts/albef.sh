@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# ALBEF with momentum distillation on 8 GPUs: run_scripts/albef.sh run.output_dir=output/mine (NPROC sets the number of GPUs)
+set -euo pipefail
+exec torchrun --nproc_per_node="${NPROC:-8}" -m lavis_mafa train --cfg-path mafa/albef/train/albef.yaml ${@:+--options "$@"}

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# ALBEF-Base on 4 GPUs: run_scripts/albef_base.sh model.mlm.mask_probability=0.5 (NPROC sets the number of GPUs)
+set -euo pipefail
+exec torchrun --nproc_per_node="${NPROC:-4}" -m lavis_mafa train --cfg-path mafa/albef/train/albef_base.yaml ${@:+--options "$@"}

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# GRIT-VLP on 4 GPUs: run_scripts/albef_grit_vlp.sh run.output_dir=output/mine (NPROC sets the number of GPUs)
+set -euo pipefail
+exec torchrun --nproc_per_node="${NPROC:-4}" -m lavis_mafa train --cfg-path mafa/albef/train/grit_vlp.yaml ${@:+--options "$@"}

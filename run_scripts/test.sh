@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Installs into .venv, then checks style and types and runs the tests.
+#
+#   bash run_scripts/test.sh                   everything
+#   bash run_scripts/test.sh tests/grit -x     arguments go to pytest
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+
+install dev
+# threads that wait by spinning take the cores from each other: see docs/decisions.md
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_WAIT_POLICY=passive
+cd "$root"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
+"$venv/bin/python" -m pytest "$@"

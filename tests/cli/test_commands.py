@@ -1,0 +1,80 @@
+"""The small commands: what they print, what they write, what they refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lavis_mafa import __version__
+from lavis_mafa.cli.main import COMMANDS, main
+from lavis_mafa.common.projects import project_files
+
+
+def test_ls_shows_every_yaml_with_its_first_line(capsys):
+    assert main(["ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(project_files())
+    assert "mafa/quickstart/train/mafa.yaml" in project_files()
+    assert all(len(line.split(maxsplit=1)) == 2 for line in lines)
+
+
+def test_ls_with_a_part_shows_those_alone(capsys):
+    assert main(["ls", "quickstart/train/con"]) == 0
+    assert capsys.readouterr().out.split()[0] == "mafa/quickstart/train/con_d.yaml"
+
+
+def test_cp_into_a_folder_and_to_a_name(tmp_path, capsys):
+    name = "mafa/quickstart/train/mafa.yaml"
+    for target, written in ((tmp_path, tmp_path / "mafa.yaml"), (tmp_path / "own.yaml", tmp_path / "own.yaml")):
+        assert main(["cp", name, str(target)]) == 0
+        assert written.read_bytes() == project_files()[name].read_bytes()
+        assert capsys.readouterr().out.strip() == str(written)
+
+
+@pytest.mark.parametrize("name", project_files())
+def test_every_shipped_yaml_says_how_to_launch_it_and_is_valid(name, capsys):
+    head = project_files()[name].read_text().split("\n\n")[0]
+    assert f"--cfg-path {name}" in head
+    assert main(["validate", "--no-files", name]) == 0, capsys.readouterr().err
+
+
+def test_validate_names_each_file(tmp_path, capsys):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("model: {}\n")
+    assert main(["validate", "mafa/quickstart/train/grit.yaml", str(wrong)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "mafa/quickstart/train/grit.yaml: fine\n"
+    assert said.err.startswith(f"{wrong}: ") and len(said.err.splitlines()) == 1
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lavis-mafa {__version__}\n"
+
+
+def test_help_lists_every_command_and_each_explains_its_flags(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, text in COMMANDS.items():
+        assert f"{name} {text}" in said
+    flags = {"train": "--cfg-path", "evaluate": "--cfg-path", "quickstart": "--folder", "build-emoji": "--size", "cp": "target"}
+    for name in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        said = capsys.readouterr().out
+        assert COMMANDS[name].split(" (")[0] in " ".join(said.split()) and flags.get(name, "") in said
+
+
+def test_looking_around_does_not_wait_for_torch():
+    code = "import sys; from lavis_mafa.cli.main import main; main(['ls']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "lavis_mafa", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"lavis-mafa {__version__}\n")

@@ -1,0 +1,136 @@
+"""The training set as GRIT sees it: seeds per sample, image keys, and what stands in for a sample that cannot be read."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
+
+from lavis_mafa.datasets.indexed import BadSample, IndexedDataset, image_keys, seeded
+
+
+class Draws(Dataset):
+    """Every sample is what the three generators give; samples in ``bad`` cannot be read."""
+
+    def __init__(self, size: int = 8, bad: dict[int, Exception] | None = None) -> None:
+        self.size, self.bad = size, bad or {}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        if index in self.bad:
+            raise self.bad[index]
+        drawn = [random.random(), np.random.rand(), torch.rand(()).item()]
+        return {"image": torch.tensor(drawn, dtype=torch.float64), "text_input": f"text {index}"}
+
+    def collater(self, samples: list[dict]) -> dict:
+        return default_collate(samples)
+
+
+def by_index(dataset: IndexedDataset, order: list[int], workers: int = 0) -> dict[int, list[float]]:
+    loader = DataLoader(dataset, batch_size=3, sampler=order, num_workers=workers, collate_fn=dataset.collate)
+    return {int(i): image.tolist() for batch in loader for i, image in zip(batch["index"], batch["image"], strict=True)}
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone():
+    dataset = IndexedDataset(Draws(), seed=3)
+    first = by_index(dataset, list(range(8)))
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    assert by_index(dataset, [5, 2, 7, 0, 1, 6, 3, 4]) == first
+    assert by_index(dataset, list(range(8)), workers=2) == first
+    assert len({tuple(drawn) for drawn in first.values()}) == 8
+    dataset.epoch = 1
+    other_epoch = by_index(dataset, list(range(8)))
+    other_seed = by_index(IndexedDataset(Draws(), seed=4), list(range(8)))
+    for index in range(8):
+        assert first[index] != other_epoch[index] and first[index] != other_seed[index]
+
+
+def test_seeding_a_sample_leaves_the_generators_as_they_were():
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    expected = [draw(), draw()]
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(5)
+    found = [draw()]
+    with seeded(0, 0, 0):
+        draw()
+    with pytest.raises(ValueError), seeded(0, 0, 1):
+        draw()
+        raise ValueError
+    assert [*found, draw()] == expected
+
+
+class Keyed(Draws):
+    def __init__(self, keys: list[int]) -> None:
+        super().__init__(len(keys))
+        self.image_keys = torch.tensor(keys)
+
+
+class LikeLavis(Draws):
+    def __init__(self, annotation: list[dict]) -> None:
+        super().__init__(len(annotation))
+        self.annotation = annotation
+
+
+def test_keys_come_from_the_data_set_from_lavis_annotations_or_are_all_different():
+    assert image_keys(Keyed([4, 4, 2])).tolist() == [4, 4, 2]
+    by_id = LikeLavis([{"image": "a.jpg", "image_id": n} for n in ("x", "y", "x")])
+    assert image_keys(by_id).tolist() == [0, 1, 0]
+    by_path = LikeLavis([{"image": n} for n in ("a.jpg", "a.jpg", "b.jpg")])
+    assert image_keys(by_path).tolist() == [0, 0, 1]
+    assert image_keys(Draws(3)).tolist() == [0, 1, 2]
+
+
+def test_keys_of_concatenated_data_sets_never_collide():
+    """Naively: rows share a key exactly when they are in the same data set and share it there."""
+    parts = [[0, 0, 1], [0, 1, 1, 5], [2]]
+    joined = ConcatDataset([ConcatDataset([Keyed(parts[0]), Keyed(parts[1])]), Keyed(parts[2])])
+    keys = image_keys(joined).tolist()
+    rows = [(number, key) for number, part in enumerate(parts) for key in part]
+    for i, one in enumerate(rows):
+        for j, other in enumerate(rows):
+            assert (keys[i] == keys[j]) == (one == other)
+
+
+def test_a_bad_sample_is_replaced_by_the_next_of_its_batch_and_reported():
+    dataset = IndexedDataset(Draws(bad={1: OSError("gone"), 2: ValueError("no word"), 5: OSError("torn")}))
+    samples = dataset.__getitems__([0, 1, 2, 3, 4, 5])
+    assert [s["index"] for s in samples] == [0, 3, 3, 3, 4, 0]
+    batch = dataset.collate(samples)
+    assert batch["bad_samples"] == [
+        {"index": 1, "reason": "OSError: gone"},
+        {"index": 2, "reason": "ValueError: no word"},
+        {"index": 5, "reason": "OSError: torn"},
+    ]
+    assert batch["index"].tolist() == [0, 3, 3, 3, 4, 0] and len(batch["image"]) == len(batch["text_input"]) == 6
+
+
+def test_a_batch_that_is_all_bad_says_so_and_holds_nothing_else():
+    dataset = IndexedDataset(Draws(bad={0: OSError("gone"), 1: OSError("gone too")}))
+    samples = dataset.__getitems__([0, 1])
+    assert all(isinstance(s, BadSample) for s in samples)
+    expected = [{"index": 0, "reason": "OSError: gone"}, {"index": 1, "reason": "OSError: gone too"}]
+    assert dataset.collate(samples) == {"bad_samples": expected}
+
+
+def test_an_error_of_the_program_is_not_a_bad_sample():
+    dataset = IndexedDataset(Draws(bad={0: KeyError("a bug")}))
+    with pytest.raises(KeyError):
+        dataset.__getitems__([0, 1])
+
+
+def test_a_batch_has_the_data_sets_keys_and_ours():
+    dataset = IndexedDataset(Keyed([0, 1, 1, 7]))
+    batch = dataset.collate(dataset.__getitems__([3, 1]))
+    assert set(batch) == {"image", "text_input", "index", "image_key"}
+    assert batch["index"].tolist() == [3, 1] and batch["image_key"].tolist() == [7, 1]
+    assert batch["index"].dtype == batch["image_key"].dtype == torch.long
+    assert batch["text_input"] == ["text 3", "text 1"]

@@ -1,0 +1,203 @@
+"""Con-D: it says what the model it was loaded from says, and nothing that is not fully loaded is ever used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.discriminators import build_discriminator
+from lavis_mafa.discriminators.ground_truth import GroundTruthDiscriminator
+
+spec = importlib.util.spec_from_file_location("reduced", Path(__file__).parents[1] / "models" / "reduced.py")
+reduced = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reduced)
+IMAGE, TEXT = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([0, 1, 3, 2, 0, 3])
+
+
+def block(checkpoint: Path | str | None, arch: str = "albef_retrieval", precision: str = "fp32", **changes):
+    con_d = {"arch": arch, "checkpoint": None if checkpoint is None else str(checkpoint), "precision": precision}
+    return reduced.block(discriminator=con_d, **changes)
+
+
+def save(model: torch.nn.Module, path: Path, **changes) -> Path:
+    state = {**model.state_dict(), **changes}
+    torch.save({"model": {n: v for n, v in state.items() if v is not None}}, path)
+    return path
+
+
+@torch.no_grad()
+def of_ours(model, samples) -> torch.Tensor:
+    pairs, _, _ = model.encode(samples)
+    return pairs.itm_logits(IMAGE, TEXT).softmax(dim=1)[:, 1]
+
+
+@torch.no_grad()
+def of_lavis(model, samples) -> torch.Tensor:
+    """As LAVIS's retrieval re-ranks: both modalities through the whole network."""
+    text = model.tokenizer(samples["text_input"], padding="max_length", max_length=30, return_tensors="pt")
+    images = model.visual_encoder.forward_features(samples["image"])[IMAGE]
+    output = model.text_encoder(
+        text.input_ids[TEXT],
+        attention_mask=text.attention_mask[TEXT],
+        encoder_hidden_states=images,
+        encoder_attention_mask=torch.ones(images.shape[:2], dtype=torch.long),
+        return_dict=True,
+    )
+    return model.itm_head(output.last_hidden_state[:, 0]).softmax(dim=1)[:, 1]
+
+
+@pytest.mark.parametrize("itc", [{}, {"momentum_distillation": {"queue_size": 8}}], ids=["plain", "with a teacher"])
+def test_our_checkpoint_gives_the_models_own_probabilities(tmp_path, itc):
+    model, samples = reduced.ours(itc=itc), reduced.batch(4)
+    con_d = build_discriminator(block(save(model, tmp_path / "ours.pth"), "albef_mafa"))
+    found = con_d.match_probability(samples, IMAGE, TEXT)
+    torch.testing.assert_close(found, of_ours(model, samples), atol=1e-5, rtol=1e-4)
+    assert found.std() > 1e-3 and not found.requires_grad
+
+
+def test_a_lavis_checkpoint_gives_lavis_probabilities(tmp_path):
+    model, samples = reduced.lavis_retrieval(), reduced.batch(4)
+    con_d = build_discriminator(block(save(model, tmp_path / "lavis.pth")))
+    found = con_d.match_probability(samples, IMAGE, TEXT)
+    torch.testing.assert_close(found, of_lavis(model, samples), atol=1e-5, rtol=1e-4)
+
+
+def test_safetensors_are_read_as_well(tmp_path):
+    from safetensors.torch import save_model
+
+    model, samples = reduced.lavis_retrieval(), reduced.batch(4)
+    save_model(model, str(tmp_path / "lavis.safetensors"))
+    found = build_discriminator(block(tmp_path / "lavis.safetensors")).match_probability(samples, IMAGE, TEXT)
+    torch.testing.assert_close(found, of_lavis(model, samples), atol=1e-5, rtol=1e-4)
+
+
+def test_a_checkpoint_of_another_resolution_is_resized(tmp_path):
+    model = reduced.lavis_retrieval(image_size=48)
+    con_d = build_discriminator(block(save(model, tmp_path / "larger.pth")))
+    assert con_d.match_probability(reduced.batch(4), IMAGE, TEXT).shape == (6,)
+    wide = reduced.SIZES["image_encoder"] | {"image_size": 48}
+    model_block = block(save(model, tmp_path / "larger.pth"))
+    model_block.discriminator.image_encoder = reduced.block(image_encoder=wide).image_encoder
+    samples = {**reduced.batch(4), "image": torch.randn(4, 3, 48, 48)}
+    found = build_discriminator(model_block).match_probability(samples, IMAGE, TEXT)
+    torch.testing.assert_close(found, of_lavis(model, samples), atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_is_close_to_fp32(tmp_path):
+    path, samples = save(reduced.lavis_retrieval(), tmp_path / "lavis.pth"), reduced.batch(4)
+    exact = build_discriminator(block(path)).match_probability(samples, IMAGE, TEXT)
+    fast = build_discriminator(block(path, precision="bf16"))
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found = fast.match_probability(samples, IMAGE, TEXT)
+        assert found.dtype == torch.float32 and 0 <= found.min() and found.max() <= 1
+        torch.testing.assert_close(found, exact, atol=0.03, rtol=0)
+
+
+def test_con_d_is_no_part_of_the_model_that_uses_it(tmp_path):
+    path = save(reduced.lavis_retrieval(), tmp_path / "lavis.pth")
+    model = reduced.ours(ecm={"enabled": True, "threshold": 0.5, "ambiguous_from": 0.5})
+    names = set(model.state_dict()), len(list(model.parameters())), len(list(model.modules()))
+    con_d = build_discriminator(block(path))
+    model.set_discriminator(con_d)
+    assert names == (set(model.state_dict()), len(list(model.parameters())), len(list(model.modules())))
+    before = {n: v.clone() for n, v in con_d.network.state_dict().items()}
+    model.train()
+    assert not con_d.network.training and not any(p.requires_grad for p in con_d.network.parameters())
+    model(reduced.batch(4, index=torch.arange(4))).loss.backward()
+    assert all(torch.equal(before[n], v) for n, v in con_d.network.state_dict().items())
+    assert all(p.grad is None for p in con_d.network.parameters())
+
+
+def test_con_d_reads_the_batch_that_the_model_reads(tmp_path):
+    """Its verdicts in a step are its probabilities of the pairs that were mined."""
+    model = reduced.ours(ecm={"enabled": True})
+    con_d = build_discriminator(block(save(reduced.lavis_retrieval(), tmp_path / "lavis.pth")))
+    model.set_discriminator(con_d)
+    samples = reduced.batch(4, index=torch.tensor([10, 11, 12, 13]))
+    verdicts = model(samples).verdicts
+    asked = con_d.match_probability(samples, verdicts["image"] - 10, verdicts["text"] - 10)
+    torch.testing.assert_close(verdicts["probability"], asked)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"itm_head.weight": None, "itm_head.bias": None}, "2 missing: itm_head.weight, itm_head.bias"),
+        ({"itm_head.weight": torch.zeros(2, 5)}, r"1 other size: itm_head.weight \[2, 5\] \(wanted \[2, 32\]\)"),
+        ({"visual_encoder.blocks.0.norm1.weight": None}, "1 missing: visual_encoder.blocks.0.norm1.weight"),
+        ({"visual_encoder.another": torch.zeros(1)}, "1 left over: visual_encoder.another"),
+    ],
+)
+def test_a_partly_matching_checkpoint_lists_the_keys(tmp_path, changes, message):
+    path = save(reduced.lavis_retrieval(), tmp_path / "partly.pth", **changes)
+    with pytest.raises(UserError, match=message):
+        build_discriminator(block(path))
+
+
+def test_a_checkpoint_without_a_matching_head_lists_the_keys(tmp_path):
+    """As BERT's or a ViT's own weights: nothing of it may serve as Con-D."""
+    torch.save({"cls_token": torch.zeros(1, 1, 32)}, tmp_path / "vit.pth")
+    with pytest.raises(UserError, match=r"missing: .*, and \d+ more"):
+        build_discriminator(block(tmp_path / "vit.pth"))
+
+
+def test_no_checkpoint_is_never_an_untrained_con_d(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        build_discriminator(block(tmp_path / "none.pth"))
+    with pytest.raises(UserError, match="checkpoint is null"):
+        build_discriminator(block(None))
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_a_file_that_runs_code_is_refused_unread(tmp_path, how):
+    mark, path = tmp_path / "it ran", tmp_path / "evil.pth"
+    content = {"model": {**reduced.lavis_retrieval().state_dict(), "x": Evil(mark)}}
+    if how == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": Evil(mark)}))
+    with pytest.raises(UserError, match="cannot be loaded as plain weights"):
+        build_discriminator(block(path))
+    assert not mark.exists()
+
+
+def test_a_harmless_object_beside_the_weights_is_refused_with_advice(tmp_path):
+    torch.save({"model": {}, "config": argparse.Namespace(a=1)}, tmp_path / "namespace.pth")
+    with pytest.raises(UserError, match="save its state dict alone"):
+        build_discriminator(block(tmp_path / "namespace.pth"))
+
+
+# --- ground truth ------------------------------------------------------------------------------------------------------
+
+
+def test_ground_truth_is_the_truth():
+    truth = GroundTruth.from_pairs([("dog", "poodle"), ("dog", "terrier"), ("poodle", "poodle"), ("cat", "tabby")])
+    concepts, texts = ["poodle", "terrier", "tabby", "unknown"], ["dog", "poodle", "cat", "never seen"]
+    samples = {
+        "concept": torch.tensor([truth.concept_id(c) for c in concepts]),
+        "text_key": torch.tensor([truth.text_key(t) for t in texts]),
+    }
+    image, text = torch.arange(4).repeat_interleave(4), torch.arange(4).repeat(4)
+    found = GroundTruthDiscriminator(truth).match_probability(samples, image, text).view(4, 4)
+    assert found.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert build_discriminator(block(None, "ground_truth")) is None  # the task sets it: it knows the data

@@ -1,0 +1,72 @@
+"""The report's counts against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pyarrow as pa
+import pytest
+import torch
+
+from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d
+
+CONCEPTS = ["dog", "cat", "dog", "fox"]
+CAPTIONS = ["dog", "pet", "pet", "fox"]
+DESCRIBES = {"dog": {"dog"}, "pet": {"dog", "cat"}, "fox": {"fox"}}
+
+
+TRUTH = GroundTruth.from_pairs([(t, c) for t, cs in DESCRIBES.items() for c in sorted(cs)], {"dog": "name", "pet": "keyword"})
+
+
+class Data:
+    truth = TRUTH
+    concepts = torch.tensor([TRUTH.concept_id(c) for c in CONCEPTS])
+
+    def __len__(self) -> int:
+        return len(CONCEPTS)
+
+    def captions(self, row: int) -> list[str]:
+        return [CAPTIONS[row]]
+
+
+def matches(image: int, text: int) -> bool:
+    return CONCEPTS[image] in DESCRIBES[CAPTIONS[text]]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [0, 2, 1, 3]])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_in_batch_false_negatives_equal_the_loop(order, size):
+    data = Data()
+    batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+    total = sum(matches(i, t) for rows in batches for i in rows for t in rows if i != t)
+    count = batch_false_negatives(torch.tensor(order), size, data, own_text_keys(data))
+    assert count.per_batch == total / len(batches)
+    assert count.share == pytest.approx(total / len(batches) / (size * (size - 1)))
+
+
+def table(pairs, verdicts):
+    return pa.table({"image": [i for i, _ in pairs], "text": [t for _, t in pairs], "verdict": pa.array(verdicts)})
+
+
+def test_precision_and_recall_equal_the_loop():
+    pairs = [(0, 1), (1, 0), (2, 0), (3, 1), (1, 2), (0, 3)]
+    verdicts = ["positive", "positive", "negative", "ambiguous", "positive", "negative"]
+    truth = [matches(i, t) for i, t in pairs]
+    said = [v == "positive" for v in verdicts]
+    both = sum(a and b for a, b in zip(truth, said, strict=True))
+    data = Data()
+    score = score_con_d(table(pairs, verdicts), data, own_text_keys(data))
+    assert (score.precision, score.recall) == (both / sum(said), both / sum(truth))
+    assert score.true_share == sum(truth) / len(truth)
+
+
+def test_scores_can_be_limited_to_kinds_of_text():
+    data = Data()
+    score = score_con_d(table([(0, 1), (2, 0)], ["positive", "positive"]), data, own_text_keys(data), ("name",))
+    assert score.pairs == 1 and score.precision == 1.0
+
+
+def test_nothing_found_has_no_precision():
+    data = Data()
+    assert math.isnan(score_con_d(table([(1, 0)], ["negative"]), data, own_text_keys(data)).precision)

@@ -1,0 +1,25 @@
+"""Pages that could drift from the code."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def test_the_configuration_page_is_what_the_settings_say():
+    made = runpy.run_path(str(DOCS / "make_configuration.py"))["render"]()
+    assert made == (DOCS / "configuration.md").read_text(encoding="utf-8"), "run python docs/make_configuration.py"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_pages_name_files_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:lavis_mafa|projects|tests|benchmarks|run_scripts|docs)/[\w./-]+)`", text):
+        assert (DOCS.parent / path).exists(), path
