@@ -44,7 +44,10 @@ shorten() {
             if (size >= 20) { print "   " $0; fflush() }
         }
         /^Collecting / && ++found % 50 == 0 { print "   " found " packages looked up ..."; fflush() }
-        /^Installing collected packages/ { print "   installing " split($0, names, ",") " packages, which takes a few minutes ..."; fflush() }
+        /^Installing collected packages/ {
+            count = split($0, names, ",")
+            print "   installing " count (count > 20 ? " packages, which takes a few minutes ..." : " packages ..."); fflush()
+        }
     '
 }
 
@@ -62,9 +65,9 @@ install() {
     # the root belongs to the stamp since an editable install points there
     stamp=$(cat "$root/setup.py" "$constraints" <(echo "$root") | "$venv/bin/python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
-    local done
-    for done in "$extra" dev; do # dev holds quickstart
-        if [ "$(cat "$venv/.installed-$done" 2>/dev/null)" = "$stamp" ]; then
+    local kind
+    for kind in "$extra" dev; do # dev holds quickstart
+        if [ "$(cat "$venv/.installed-$kind" 2>/dev/null)" = "$stamp" ]; then
             return
         fi
     done

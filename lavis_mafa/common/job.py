@@ -192,8 +192,8 @@ def _check_annotations(datasets: DictConfig) -> None:
     """LAVIS's builders answer an annotation file that is neither there nor anywhere to download with a traceback."""
     from lavis.common.utils import get_cache_path
 
-    for name, dataset in datasets.items():
-        for split, info in (OmegaConf.select(dataset, "build_info.annotations") or {}).items():
+    for name in map(str, datasets):
+        for split, info in (OmegaConf.select(datasets[name], "build_info.annotations") or {}).items():
             urls, files = ([v] if isinstance(v, str) else list(v or []) for v in (info.get("url"), info.get("storage")))
             for url, file in zip(urls, files, strict=False):
                 if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():

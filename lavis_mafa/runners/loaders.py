@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lavis_mafa.common.distributed import rank, world_size
@@ -34,6 +35,7 @@ def train_loader(dataset: Any, batch_size: int, grit: Grit | None, settings: Run
         pin_memory=pin,
         collate_fn=indexed.collate,
         drop_last=True,
+        generator=torch.Generator(),  # else each pass over a loader draws from the generator of dropout and masking
     )
     return loader, feed
 
@@ -47,4 +49,5 @@ def eval_loader(dataset: Any, batch_size: int, collate: Any, settings: RunBlock,
         num_workers=settings.num_workers,
         pin_memory=pin,
         collate_fn=collate,
+        generator=torch.Generator(),
     )

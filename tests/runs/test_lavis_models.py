@@ -162,7 +162,9 @@ def test_lavis_retrieval_task_evaluates_our_model(coco, checkpoint, tmp_path, pr
     # our task on the same scores: one right image a text, several right texts an image
     ours = tmp_path / "ours"
     ours.mkdir()
-    launch(["evaluate", "--cfg-path", tmp_path / "eval.yaml", "--options", *options, "run.task=mafa_pretrain"], ours, processes=processes)
+    launch(
+        ["evaluate", "--cfg-path", tmp_path / "eval.yaml", "--options", *options, "run.task=mafa_pretrain"], ours, processes=processes
+    )
     (line,) = (only_run(ours) / "evaluation.jsonl").read_text().splitlines()
     mine = json.loads(line)
     for k in (1, 5, 10):
@@ -212,5 +214,3 @@ def test_missing_annotations_of_a_lavis_builder_are_one_message(coco, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "datasets.coco_caption.build_info.annotations.train.storage is 'elsewhere.json'" in done.stderr
-
-

@@ -99,7 +99,7 @@ def test_two_processes_train_and_resume(tiny_yaml, run_cli, tmp_path):
     run = only_run(tmp_path)
     assert (run / "checkpoint_1.rank0.pth").is_file() and (run / "checkpoint_1.rank1.pth").is_file()
     assert len(list((run / "connections").glob("epoch_1_rank_*.parquet"))) == 2
-    resume = f"run.resume_ckpt_path={run}/checkpoint_0.pth"
+    resume = f"run.resume_ckpt_path={run}/checkpoint_1_3.pth"
     again = run_cli("train", "--cfg-path", tiny_yaml, "--options", *options, resume, processes=2, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     second = max((tmp_path / "output").iterdir(), key=lambda p: p.stat().st_mtime)
