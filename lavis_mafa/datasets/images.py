@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 
 def load_rgb(path: str | PathLike[str]) -> Image.Image:
@@ -13,6 +13,8 @@ def load_rgb(path: str | PathLike[str]) -> Image.Image:
     Raises:
         OSError: the file is missing, torn or no image (``PIL.UnidentifiedImageError`` is one).
     """
+    # LAVIS tells PIL to accept torn files, for every program that imports it; half a picture is no sample
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     with Image.open(path) as image:
         return on_white(image)
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lavis_mafa.common.distributed import gather_objects, is_distributed
 
 logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 5.0  # short epochs would fill the terminal; metrics.jsonl has every record
 
 
 class MetricsLog:
@@ -36,6 +37,7 @@ class MetricsLog:
         self.counts: dict[str, Tensor] = {}
         self.pending = 0
         self.last_time = time.perf_counter()
+        self.last_line = float("-inf")
         self.writer: Any = None
         self.bar: Any = None
         if folder is not None and sys.stderr.isatty():
@@ -110,7 +112,8 @@ class MetricsLog:
         if self.bar is not None:
             self.bar.n = done
             self.bar.set_postfix_str(_short(record), refresh=True)
-        else:
+        elif done >= self.total_steps or time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.perf_counter()
             left = datetime.timedelta(seconds=int((self.total_steps - done) / max(rate, 1e-9)))
             logger.info(
                 "epoch %d step %d/%d  %s  %.1f samples/s  left %s",

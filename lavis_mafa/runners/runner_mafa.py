@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from lavis_mafa.common import interrupt
 from lavis_mafa.common.distributed import barrier, broadcast_object, is_distributed, rank, world_size
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import read_weights
@@ -221,6 +222,8 @@ class RunnerMafa(RunnerBase):
             if output.get("image_features") is not None and settings.grit.collect == "training":
                 self.feed.collect(samples["index"], output["image_features"], output["text_features"])
             record.add(epoch, step, output.get("verdicts"))
+            if interrupt.asked():  # Python can swallow a ctrl-C that lands in a fork hook
+                raise KeyboardInterrupt
             done, global_step = step + 1, epoch * steps + step + 1
             if done % self.log_freq == 0 or done == steps or global_step == total:
                 self._flush(epoch, done)
@@ -256,6 +259,7 @@ class RunnerMafa(RunnerBase):
         model = self.unwrap_dist_model(self.model)
         model.eval()
         for samples in self.train_loader:
+            self.bad_samples.add(samples, self.settings.batch_size_train)
             samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
             with autocast(self.settings.precision, self.device):
                 image, text = model.grit_features(samples)

@@ -140,3 +140,20 @@ def test_gallery_knows_more_than_its_own_pairs_with_a_truth(folder: Path) -> Non
     # "A cat" holds for the dog by the truth; "A pet", unknown to it, for its own images.
     assert data.relevant.tolist() == [[True, True, True, True], [False, True, True, False]]
     assert data.text_keys.tolist() == [truth.text_key("A dog"), -1, truth.text_key("A cat"), -1]
+
+
+def test_a_torn_image_is_an_error(tmp_path: Path) -> None:
+    """LAVIS sets PIL's switch that would fill the rest with grey."""
+    import io
+
+    import lavis  # noqa: F401
+    from PIL import Image
+
+    from lavis_mafa.datasets.images import load_rgb
+
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, format="PNG")
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    with pytest.raises(OSError, match="truncated"):
+        load_rgb(torn)
