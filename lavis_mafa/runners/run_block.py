@@ -35,6 +35,7 @@ def run_settings(run: Any, ours: bool) -> RunBlock:
         "warmup_lr": -1,
         "warmup_steps": 0,
         "min_lr": 0.0,
+        "use_dist_eval_sampler": True,
         **values,
     }
     floats = ("init_lr", "min_lr", "warmup_lr", "weight_decay")  # YAML reads 1e-4 as text

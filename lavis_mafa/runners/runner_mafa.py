@@ -123,7 +123,7 @@ class RunnerMafa(RunnerBase):
                 max_epoch=self.settings.lr_horizon_epochs or self.max_epoch,
                 min_lr=self.settings.min_lr,
                 init_lr=self.settings.init_lr,
-                decay_rate=run.get("lr_decay_rate", None),
+                decay_rate=run.get("lr_decay_rate", 1),
                 warmup_start_lr=self.settings.warmup_lr,
                 warmup_steps=self.settings.warmup_steps,
                 steps_per_epoch=self.steps_per_epoch,
@@ -151,10 +151,13 @@ class RunnerMafa(RunnerBase):
         is_trains: list[bool],
         collate_fns: list[Any],
         dataset_ratios: Any = None,
-    ) -> list[DataLoader]:
-        pin, loaders = self.device.type == "cuda", []
+    ) -> list[DataLoader | None]:
+        pin = self.device.type == "cuda"
+        loaders: list[DataLoader | None] = []
         for dataset, size, train, collate in zip(datasets, batch_sizes, is_trains, collate_fns, strict=True):
-            if train:
+            if train and self.evaluate_only:
+                loader = None  # nobody asks for it, and a set for evaluation may be smaller than a training batch
+            elif train:
                 grit = self.settings.grit if isinstance(self.task, MafaPretrainTask) else None
                 loader, self.feed = train_loader(dataset, size, grit, self.settings, pin)
             else:
@@ -293,9 +296,8 @@ class RunnerMafa(RunnerBase):
         model.eval()
         self.task.before_evaluation(model=model, dataset=self.datasets[split])
         result = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled)
-        if result is None:
-            return None
-        stats = self.task.after_evaluation(val_result=result, split_name=split, epoch=epoch)
+        # LAVIS's retrieval has a result on rank 0 alone; the other ranks must not miss the broadcast
+        stats = None if result is None else self.task.after_evaluation(val_result=result, split_name=split, epoch=epoch)
         stats = broadcast_object(stats)
         if rank() == 0 and stats is not None:
             with open(self.output_dir / "evaluation.jsonl", "a") as file:
