@@ -129,6 +129,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "run.max_bad_share": ("stop when more of the samples cannot be read (checked from 100 samples on)", ""),
     "run.output_dir": ("below the working directory unless absolute; each run gets a new folder in it", ""),
     "run.log_freq": ("steps between two records of `metrics.jsonl`", ""),
+    "run.save_every_epochs": ("save at the end of every n-th epoch, and of the last", ""),
     "run.save_every_steps": ("also save within an epoch; null: at its end alone", ""),
     "run.keep_checkpoints": ("the newest so many stay, and the best", ""),
     "run.record_connections": ("verdicts of Con-D kept per epoch and process, in `connections/*.parquet`; 0 is off", ""),

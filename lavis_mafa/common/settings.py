@@ -127,6 +127,7 @@ class RunBlock:
     # what is written
     output_dir: str = "output"
     log_freq: int = 50
+    save_every_epochs: int = 1
     save_every_steps: Optional[int] = None  # noqa: UP045
     keep_checkpoints: int = 3
     record_connections: int = 2000
@@ -194,6 +195,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.num_workers": (0, 512),
     "run.max_bad_share": (0.0, 1.0),
     "run.log_freq": (1, INFINITE),
+    "run.save_every_epochs": (1, INFINITE),
     "run.save_every_steps": (1, INFINITE),
     "run.keep_checkpoints": (1, INFINITE),
     "run.record_connections": (0, INFINITE),

@@ -34,14 +34,19 @@ class IndexedDataset(Dataset):
     def __init__(self, dataset: Any, seed: int = 0) -> None:
         self.dataset = dataset
         self.seed = seed
-        self.epoch = 0
+        # in shared memory: workers outlive an epoch
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         self.image_keys = image_keys(dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Captions and augmentations of this epoch from now on, in this process and in all workers."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        with seeded(self.seed, self.epoch, index):
+        with seeded(self.seed, int(self._epoch), index):
             sample = self.dataset[index]
         if isinstance(sample, dict):
             sample = {**sample, "index": index, "image_key": int(self.image_keys[index])}

@@ -35,6 +35,7 @@ def train_loader(dataset: Any, batch_size: int, grit: Grit | None, settings: Run
         pin_memory=pin,
         collate_fn=indexed.collate,
         drop_last=True,
+        persistent_workers=settings.num_workers > 0,
         generator=torch.Generator(),  # else each pass over a loader draws from the generator of dropout and masking
     )
     return loader, feed

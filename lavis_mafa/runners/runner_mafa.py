@@ -196,7 +196,8 @@ class RunnerMafa(RunnerBase):
                 record.write(epoch)
                 if finished:
                     self._validate(epoch)
-                    self.save(f"{epoch}", epoch, step=0, next_epoch=epoch + 1)
+                    if (epoch + 1) % self.settings.save_every_epochs == 0 or epoch + 1 == self.max_epoch:
+                        self.save(f"{epoch}", epoch, step=0, next_epoch=epoch + 1)
                 else:
                     self.save(f"{epoch}_{self.start_step}", epoch, step=self.start_step, next_epoch=epoch)
                     self._validate(epoch)
@@ -211,7 +212,7 @@ class RunnerMafa(RunnerBase):
         assert self.feed is not None
         settings, loader = self.settings, self.train_loader
         stepper = Stepper(self.task, self.model, self.optimizer, self.scaler, settings, self.device)
-        loader.dataset.epoch = epoch
+        loader.dataset.set_epoch(epoch)
         self.feed.begin_epoch(epoch)
         if settings.grit.enabled and settings.grit.collect == "separate" and self.start_step == 0 and self.feed.queue is not None:
             self.feed.separate_pass(epoch, self._feature_pass())

@@ -43,7 +43,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone():
     assert by_index(dataset, [5, 2, 7, 0, 1, 6, 3, 4]) == first
     assert by_index(dataset, list(range(8)), workers=2) == first
     assert len({tuple(drawn) for drawn in first.values()}) == 8
-    dataset.epoch = 1
+    dataset.set_epoch(1)
     other_epoch = by_index(dataset, list(range(8)))
     other_seed = by_index(IndexedDataset(Draws(), seed=4), list(range(8)))
     for index in range(8):
