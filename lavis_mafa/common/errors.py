@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class EmptyCaption(ValueError):
+    """A caption of which cleaning leaves nothing; its sample is treated like one with an unreadable image."""
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """`` Did you mean 'nearest'?`` or an empty string.
 

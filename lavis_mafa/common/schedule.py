@@ -12,7 +12,7 @@ class WarmupCosinePerStep:
     """LAVIS's scheduler interface with a cosine that moves every step and may be longer than the training.
 
     The authors stop a 30-epoch cosine after 20 epochs; ``lr_horizon_epochs: 30`` with ``max_epoch: 20`` does the same. Warm-up may
-    be longer than an epoch and comes on top: the cosine starts where it ends.
+    be longer than an epoch; it is part of the horizon, and the cosine starts where it ends.
     """
 
     def __init__(

@@ -13,7 +13,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError)
+from lavis_mafa.common.errors import EmptyCaption
+
+UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, EmptyCaption, SyntaxError)
 
 
 class BadSample(dict):

@@ -44,7 +44,12 @@ def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
     if settings.init is None:
         return encoder
     if settings.init == "deit":
-        state = torch.hub.load_state_dict_from_url(DEIT, map_location="cpu", check_hash=True, weights_only=True)["model"]
+        try:
+            state = torch.hub.load_state_dict_from_url(DEIT, map_location="cpu", check_hash=True, weights_only=True)["model"]
+        except OSError as error:
+            raise UserError(
+                f"model.image_encoder.init is deit, but {DEIT} cannot be downloaded ({error}); give a local file, or null."
+            ) from error
     else:
         state = read_weights(settings.init, "model.image_encoder.init")
         state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}

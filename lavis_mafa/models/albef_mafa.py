@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_mafa.common.check import typed_block
-from lavis_mafa.common.distributed import gather_in_rank_order, gather_own_first, largest
+from lavis_mafa.common.distributed import gather_own_first, largest
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import ModelBlock
 from lavis_mafa.common.weights import read_weights
@@ -26,22 +25,20 @@ from lavis_mafa.models.albef_encoders import (
 )
 from lavis_mafa.models.albef_pairs import AlbefPairs
 from lavis_mafa.models.albef_scoring import score_matrices
+from lavis_mafa.models.albef_teacher import TAUGHT, MomentumTeacher, project
 from lavis_mafa.models.outputs import PretrainOutput
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,
     StepSettings,
-    enqueue,
     mafa_step,
-    ramp_up,
-    update_teacher,
 )
 from lavis_mafa.objectives.pretraining import ItcSettings, StepOutput
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 
 
-class AlbefMafa(BaseModel):
+class AlbefMafa(MomentumTeacher, BaseModel):
     """ALBEF with MAFA (MAFA sections 4.1, 4.2).
 
     Parameter names are LAVIS's, so a checkpoint loads into ``albef_retrieval``, ``albef_vqa``, ``albef_nlvr`` and back.
@@ -50,6 +47,8 @@ class AlbefMafa(BaseModel):
         >>> from lavis.models import load_model
         >>> model = load_model("albef_mafa", "tiny")
     """
+
+    discriminator: Discriminator | None
 
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": str(CONFIGS / "albef_mafa_base.yaml"),
@@ -121,7 +120,11 @@ class AlbefMafa(BaseModel):
             self.temp.clamp_(0.001, 0.5)
         samples = {**samples, "gathered": self.batch_scope == "global"}
         pairs, batch, features = self.encode(samples)
-        output = mafa_step(pairs, batch, samples, self._step_settings(samples), self.discriminator)
+        try:
+            output = mafa_step(pairs, batch, samples, self._step_settings(samples), self.discriminator)
+        except ValueError as error:
+            index = samples["index"].tolist() if "index" in samples else "unknown"
+            raise UserError(f"{error}. Data set indices of the batch: {index}.") from error
         return PretrainOutput(
             loss=output.loss,
             loss_itc=output.loss_itc,
@@ -143,7 +146,7 @@ class AlbefMafa(BaseModel):
         teacher_images, keys_image, keys_text, distillation = None, *own, 0.0
         momentum = self.settings.itc.momentum_distillation
         if momentum is not None:
-            teacher_images, keys_image, keys_text = self._teach(samples["image"], ids, mask)
+            teacher_images, keys_image, keys_text = self._teach(samples, ids, mask)
             distillation = self._distillation(samples)
         teacher_own = keys_image, keys_text
         all_keys = keys
@@ -158,16 +161,20 @@ class AlbefMafa(BaseModel):
             keys_image = torch.cat([keys_image, self.image_queue.T.clone()])
             keys_text = torch.cat([keys_text, self.text_queue.T.clone()])
             all_keys = torch.cat([all_keys, self.idx_queue[0].clone()])
+        with torch.autocast(self.device.type, enabled=False):  # bf16 similarities would change a tenth of what is mined
+            sim_i2t, sim_t2i = image_feature @ keys_text.T, text_feature @ keys_image.T
+            teacher = (teacher_own[0] @ keys_text.T, teacher_own[1] @ keys_image.T) if momentum is not None else (None, None)
         batch = EncodedBatch(
-            sim_i2t=image_feature @ keys_text.T,
-            sim_t2i=text_feature @ keys_image.T,
+            sim_i2t=sim_i2t,
+            sim_t2i=sim_t2i,
             temperature=self.temp,
             known_positive=self._known_positive(keys, all_keys),
             candidates=candidates,
+            teacher_i2t=teacher[0],
+            teacher_t2i=teacher[1],
             distillation=distillation,
         )
         if momentum is not None:
-            batch.teacher_i2t, batch.teacher_t2i = teacher_own[0] @ keys_text.T, teacher_own[1] @ keys_image.T
             self._remember(*teacher_own, keys)
         return AlbefPairs(self, image_embeds, text_embeds, ids, mask, teacher_images, distillation), batch, own
 
@@ -190,11 +197,11 @@ class AlbefMafa(BaseModel):
 
     def image_feature(self, image_embeds: Tensor) -> Tensor:
         """Normalised projection of [CLS]: [B, N, width] -> [B, d], always fp32 since it decides what is mined."""
-        return _project(self.vision_proj, image_embeds)
+        return project(self.vision_proj, image_embeds)
 
     def text_feature(self, text_embeds: Tensor) -> Tensor:
         """[B, T, width] -> [B, d] fp32."""
-        return _project(self.text_proj, text_embeds)
+        return project(self.text_proj, text_embeds)
 
     # --- parts of a step -------------------------------------------------------------------------------------------
 
@@ -211,6 +218,8 @@ class AlbefMafa(BaseModel):
     def _image_keys(self, samples: dict[str, Any]) -> Tensor:
         keys = samples.get("image_key")
         if keys is None or not self.settings.ecm.same_image:
+            keys = samples.get("index")  # the stand-in of an unreadable sample repeats a row: that one is known to match
+        if keys is None:
             return torch.full((len(samples["text_input"]),), -1, device=self.device)
         return keys.to(self.device)
 
@@ -239,58 +248,3 @@ class AlbefMafa(BaseModel):
             verdicts["probability"] = mined.probability
             verdicts["positive"], verdicts["ambiguous"] = mined.connections.positive, mined.connections.ambiguous
         return verdicts
-
-    # --- ALBEF's momentum teacher ----------------------------------------------------------------------------------
-
-    def _add_teacher(self, queue_size: int) -> None:
-        for part in TAUGHT:
-            copy = deepcopy(getattr(self, part)).requires_grad_(False)
-            setattr(self, f"{part}_m", copy)
-        embed_dim = self.settings.embed_dim
-        self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
-        self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
-        self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
-        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-
-    def _copy_to_teacher(self) -> None:
-        for part in TAUGHT:
-            getattr(self, f"{part}_m").load_state_dict(getattr(self, part).state_dict())
-
-    @torch.no_grad()
-    def _teach(self, image: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        momentum = self.settings.itc.momentum_distillation
-        assert momentum is not None
-        for part in TAUGHT if self.training else ():
-            update_teacher(getattr(self, part).parameters(), getattr(self, f"{part}_m").parameters(), momentum.momentum)
-        image_embeds = self.visual_encoder_m.forward_features(image.to(self.device))
-        text_embeds = self.text_encoder_m.bert(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
-        image_feature = F.normalize(self.vision_proj_m(image_embeds[:, 0]).float(), dim=-1)
-        text_feature = F.normalize(self.text_proj_m(text_embeds[:, 0]).float(), dim=-1)
-        return image_embeds, image_feature, text_feature
-
-    def _distillation(self, samples: dict[str, Any]) -> float:
-        momentum = self.settings.itc.momentum_distillation
-        assert momentum is not None
-        return ramp_up(momentum.alpha, samples.get("epoch", 0), samples.get("iters", 0), samples.get("num_iters_per_epoch", 1))
-
-    @torch.no_grad()
-    def _remember(self, image_feature: Tensor, text_feature: Tensor, keys: Tensor) -> None:
-        if not self.training:
-            return
-        image_feature, text_feature = gather_in_rank_order(image_feature), gather_in_rank_order(text_feature)
-        keys = gather_in_rank_order(keys)
-        size = self.image_queue.shape[1]
-        if len(keys) > size:
-            raise UserError(f"model.itc.momentum_distillation.queue_size is {size}, smaller than a global batch ({len(keys)}).")
-        enqueue(self.image_queue, self.queue_ptr, image_feature)
-        enqueue(self.text_queue, self.queue_ptr, text_feature)
-        enqueue(self.idx_queue, self.queue_ptr, keys)
-        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
-
-
-TAUGHT = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-
-
-def _project(layer: nn.Linear, states: Tensor) -> Tensor:
-    with torch.autocast(states.device.type, enabled=False):
-        return F.normalize(layer(states[:, 0].float()), dim=-1)

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.common.errors import EmptyCaption, UserError, did_you_mean
 
 # RandAugment's operations without those that change colours: captions speak of colours.
 COLOUR_KEEPING = [
@@ -151,13 +151,13 @@ class AlbefCaptionProcessor(_FromConfig, BaseProcessor):
         """Clean one caption.
 
         Raises:
-            ValueError: nothing is left. The runner treats the sample like one with an unreadable image.
+            EmptyCaption: nothing is left. The runner treats the sample like one with an unreadable image.
         """
         text = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
         text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
         words = text.split()
         if not words:
-            raise ValueError(f"The caption {caption!r} holds no word.")
+            raise EmptyCaption(f"The caption {caption!r} holds no word.")
         return self.prompt + " ".join(words[: self.max_words])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lavis_mafa.common.distributed import barrier
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import read_checkpoint, write_atomically
 from lavis_mafa.models.albef_encoders import load_exactly
@@ -35,8 +36,10 @@ class CheckpointFolder:
         end of a complete save."""
         if rank_state is not None:
             write_atomically(rank_state, rank_file(self.path(name), rank))
+        barrier()  # the weights are the sign that all ranks' states are there
         if content is not None:
             write_atomically(content, self.path(name))
+        barrier()  # and nothing older goes before they are
         if name != "best" and name not in self.written:
             self.written.append(name)
             for old in self.written[: -self.keep]:

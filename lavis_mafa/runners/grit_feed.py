@@ -24,6 +24,10 @@ class GritFeed:
         self.seed = seed
         scope = grit.batch_scope if grit is not None else "local"
         self.sampler = GritSampler(dataset_size, batch_size, rank, world_size, scope, seed)
+        if self.grit is not None and self.sampler.block > self.grit.search_space:
+            raise ValueError(
+                f"a grouped batch has {self.sampler.block} samples, more than run.grit.search_space ({self.grit.search_space})"
+            )
         self.queue = None
         if grit is not None and grit.enabled:
             queue_seed = seed if scope == "global" else seed + rank

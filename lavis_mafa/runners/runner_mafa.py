@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lavis_mafa.common.weights import read_weights
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, random_state, read_resumable, restore_random_state
 from lavis_mafa.runners.connection_record import ConnectionRecord
+from lavis_mafa.runners.evaluating import evaluate_split
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.loaders import eval_loader, train_loader
 from lavis_mafa.runners.metrics_log import MetricsLog
@@ -88,6 +89,8 @@ class RunnerMafa(RunnerBase):
             self._model = self._model.to(self.device)
             self._wrapped_model = self._model
             if self.use_distributed:
+                for buffer in self._model.buffers():  # DDP leaves this out together with broadcast_buffers
+                    torch.distributed.broadcast(buffer, src=0)
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
                     device_ids=[self.device.index] if self.device.type == "cuda" else None,
@@ -191,12 +194,15 @@ class RunnerMafa(RunnerBase):
         record = ConnectionRecord(self.output_dir / "connections", rank(), self.settings.record_connections, self.steps_per_epoch)
         try:
             for epoch in range(self.start_epoch, self.max_epoch):
+                if epoch * self.steps_per_epoch + self.start_step >= total:
+                    break
                 model.train()
                 finished = self._train_epoch(epoch, record, total)
                 record.write(epoch)
                 if finished:
                     self._validate(epoch)
-                    if (epoch + 1) % self.settings.save_every_epochs == 0 or epoch + 1 == self.max_epoch:
+                    last = (epoch + 1) * self.steps_per_epoch >= total
+                    if (epoch + 1) % self.settings.save_every_epochs == 0 or last:
                         self.save(f"{epoch}", epoch, step=0, next_epoch=epoch + 1)
                 else:
                     self.save(f"{epoch}_{self.start_step}", epoch, step=self.start_step, next_epoch=epoch)
@@ -229,12 +235,16 @@ class RunnerMafa(RunnerBase):
             if interrupt.asked():  # Python can swallow a ctrl-C that lands in a fork hook
                 raise KeyboardInterrupt
             done, global_step = step + 1, epoch * steps + step + 1
-            if done % self.log_freq == 0 or done == steps or global_step == total:
-                self._flush(epoch, done)
-            if global_step >= total and done < steps:
+            # gradients of half an accumulation window are in no checkpoint: save and stop between windows
+            whole = done % settings.accum_grad_iters == 0 and done < steps
+            save = whole and settings.save_every_steps is not None and done % settings.save_every_steps == 0
+            stop = whole and global_step >= total
+            if done % self.log_freq == 0 or done == steps or save or stop:
+                self._flush(epoch, done)  # also looks for NaN, so before anything is saved
+            if stop:
                 self.start_step = done
                 return False
-            if settings.save_every_steps and done % settings.save_every_steps == 0 and done < steps:
+            if save:
                 self.save(f"{epoch}_{done}", epoch, step=done, next_epoch=epoch)
                 self.log.restart_clock()
         self.feed.end_epoch(epoch)
@@ -244,6 +254,7 @@ class RunnerMafa(RunnerBase):
         self.bad_samples.add(samples, self.settings.batch_size_train)
         samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
         assert self.feed is not None
+        samples["first_of_window"] = step % self.settings.accum_grad_iters == 0
         samples.update(epoch=epoch, iters=step, num_iters_per_epoch=self.steps_per_epoch, grouped=self.feed.sampler.grouped)
         return samples
 
@@ -288,24 +299,12 @@ class RunnerMafa(RunnerBase):
         for split in self.test_splits:
             self._evaluate_split(split, "best" if self.best_epoch is not None else "last")
 
-    @torch.no_grad()
     def _evaluate_split(self, split: str, epoch: int | str) -> dict[str, Any] | None:
         loader = self.dataloaders.get(split)
         if loader is None:
             raise UserError(f"run names the split {split!r}, but the data sets have: {', '.join(sorted(self.dataloaders))}.")
         model = self.unwrap_dist_model(self.model)
-        model.eval()
-        self.task.before_evaluation(model=model, dataset=self.datasets[split])
-        result = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled)
-        # LAVIS's retrieval has a result on rank 0 alone; the other ranks must not miss the broadcast
-        stats = None if result is None else self.task.after_evaluation(val_result=result, split_name=split, epoch=epoch)
-        stats = broadcast_object(stats)
-        if rank() == 0 and stats is not None:
-            with open(self.output_dir / "evaluation.jsonl", "a") as file:
-                file.write(json.dumps({"split": split, "epoch": epoch, **_plain(stats)}) + "\n")
-            shown = {n: round(v, 2) for n, v in _plain(stats).items() if isinstance(v, float)}
-            logger.info("%s: %s", split, "  ".join(f"{n} {v:g}" for n, v in shown.items()))
-        return stats
+        return evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -340,6 +339,7 @@ class RunnerMafa(RunnerBase):
         self.start_step = int(content.get("step", 0))
         self.best_metric = float(content.get("best_metric", float("-inf")))
         self.best_epoch = content.get("best_epoch")
+        self._take_best_along(Path(url_or_filename))
         if state is not None:
             _ = self.train_loader  # builds the feed
             assert self.feed is not None
@@ -350,6 +350,17 @@ class RunnerMafa(RunnerBase):
             restore_random_state(state["random"], self.device)
         logger.info("resuming %s at epoch %d, step %d", url_or_filename, self.start_epoch, self.start_step)
 
+    def _take_best_along(self, resumed: Path) -> None:
+        """The best checkpoint so far lies in the old run's folder; without it, the best starts anew."""
+        if self.best_epoch is None:
+            return
+        best = resumed.with_name("checkpoint_best.pth")
+        if rank() == 0 and best.is_file():
+            shutil.copyfile(best, self.checkpoints.path("best"))
+        barrier()
+        if not self.checkpoints.path("best").is_file():
+            self.best_metric, self.best_epoch = float("-inf"), None
+
     def log_config(self) -> None:
         OmegaConf.save(OmegaConf.create(self.config.to_dict()), self.output_dir / "config.yaml")
 
@@ -358,7 +369,3 @@ def losses_and_figures(output: dict[str, Any]) -> dict[str, Tensor]:
     """Every loss and figure of a step, by name."""
     figures = {name: value for name, value in output.items() if name.startswith("loss") and isinstance(value, Tensor)}
     return {**figures, **(output.get("figures") or {})}
-
-
-def _plain(stats: dict[str, Any]) -> dict[str, Any]:
-    return {k: (float(v) if isinstance(v, (int, float)) or hasattr(v, "item") else v) for k, v in stats.items()}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
+from lavis_mafa.common.errors import EmptyCaption
 from lavis_mafa.datasets.indexed import BadSample, IndexedDataset, image_keys, seeded
 
 
@@ -101,7 +102,7 @@ def test_keys_of_concatenated_data_sets_never_collide():
 
 
 def test_a_bad_sample_is_replaced_by_the_next_of_its_batch_and_reported():
-    dataset = IndexedDataset(Draws(bad={1: OSError("gone"), 2: ValueError("no word"), 5: OSError("torn")}))
+    dataset = IndexedDataset(Draws(bad={1: OSError("gone"), 2: EmptyCaption("no word"), 5: OSError("torn")}))
     samples = dataset.__getitems__([0, 1, 2, 3, 4, 5])
     assert [s["index"] for s in samples] == [0, 3, 3, 3, 4, 0]
     batch = dataset.collate(samples)

@@ -1,0 +1,82 @@
+"""ALBEF's momentum teacher and its queue of features (ALBEF section 3.3), as a part of ``albef_mafa``."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavis_mafa.common.distributed import gather_in_rank_order
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.settings import ModelBlock
+from lavis_mafa.objectives import enqueue, ramp_up, update_teacher
+
+TAUGHT = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+
+
+class MomentumTeacher(nn.Module):
+    """Methods of a model that may have a teacher: the parts named in ``TAUGHT`` with ``_m`` appended, as in LAVIS."""
+
+    settings: ModelBlock
+    device: Any
+    training: bool
+    visual_encoder_m: Any
+    text_encoder_m: Any
+    vision_proj_m: Any
+    text_proj_m: Any
+    image_queue: Tensor
+    text_queue: Tensor
+    idx_queue: Tensor
+    queue_ptr: Tensor
+
+    def _add_teacher(self, queue_size: int) -> None:
+        for part in TAUGHT:
+            copy = deepcopy(getattr(self, part)).requires_grad_(False)
+            setattr(self, f"{part}_m", copy)
+        embed_dim = self.settings.embed_dim
+        self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
+        self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
+        self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def _copy_to_teacher(self) -> None:
+        for part in TAUGHT:
+            getattr(self, f"{part}_m").load_state_dict(getattr(self, part).state_dict())
+
+    @torch.no_grad()
+    def _teach(self, samples: dict[str, Any], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        momentum = self.settings.itc.momentum_distillation
+        assert momentum is not None
+        # the student moves once in an accumulation window, and so does its teacher
+        for part in TAUGHT if self.training and samples.get("first_of_window", True) else ():
+            update_teacher(getattr(self, part).parameters(), getattr(self, f"{part}_m").parameters(), momentum.momentum)
+        image_embeds = self.visual_encoder_m.forward_features(samples["image"].to(self.device))
+        text_embeds = self.text_encoder_m.bert(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
+        return image_embeds, project(self.vision_proj_m, image_embeds), project(self.text_proj_m, text_embeds)
+
+    def _distillation(self, samples: dict[str, Any]) -> float:
+        momentum = self.settings.itc.momentum_distillation
+        assert momentum is not None
+        return ramp_up(momentum.alpha, samples.get("epoch", 0), samples.get("iters", 0), samples.get("num_iters_per_epoch", 1))
+
+    @torch.no_grad()
+    def _remember(self, image_feature: Tensor, text_feature: Tensor, keys: Tensor) -> None:
+        if not self.training:
+            return
+        image_feature, text_feature = gather_in_rank_order(image_feature), gather_in_rank_order(text_feature)
+        keys = gather_in_rank_order(keys)
+        size = self.image_queue.shape[1]
+        if len(keys) > size:
+            raise UserError(f"model.itc.momentum_distillation.queue_size is {size}, smaller than a global batch ({len(keys)}).")
+        enqueue(self.image_queue, self.queue_ptr, image_feature)
+        enqueue(self.text_queue, self.queue_ptr, text_feature)
+        enqueue(self.idx_queue, self.queue_ptr, keys)
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
+
+
+def project(layer: nn.Linear, states: Tensor) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        return F.normalize(layer(states[:, 0].float()), dim=-1)
