@@ -3,6 +3,14 @@
     python benchmarks/annotation_memory.py --rows 5000000 --format jsonl --workers 2
 
 Rows are synthetic; reading happens in a fresh process, so that its peak is the reader's own. Linux only (/proc).
+
+Measured with 5,000,000 rows on a 2-core Xeon at 2.5 GHz, 2026-11-22, other work beside it; importing torch and pyarrow alone is
+549 MB of the peak, the table 482 MB:
+
+    format    read    with image keys    peak RSS    private memory of a forked worker
+    parquet   4.5 s    7.0 s             1,479 MB     9 MB
+    jsonl     7.1 s    9.4 s             1,441 MB    13 MB
+    json     39.6 s   40.5 s             1,502 MB    10 MB
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     dataset = mafa.datasets["train"].datasets[0]
     runs = first.output_dir, grit.output_dir, mafa.output_dir
-    results = report.collect_results(*runs, dataset, mafa.settings.batch_size_train)
+    results = report.collect_results(*runs, mafa.datasets, mafa.settings.batch_size_train)
     minutes = (time.perf_counter() - started) / 60
     about = {
         "made by": "lavis-mafa quickstart" + "".join(f" {o}" for o in (["--options", *arguments.options] if arguments.options else [])),

@@ -24,8 +24,9 @@ SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}
 METRICS = ("tr_r1", "ir_r1", "tr_r_precision", "ir_r_precision", "tr_map_at_r", "ir_map_at_r")
 
 
-def collect_results(start: Path, grit: Path, mafa: Path, dataset: Any, batch_size: int) -> dict[str, Any]:
-    """Every figure of the table, from the three runs' files and the training data."""
+def collect_results(start: Path, grit: Path, mafa: Path, datasets: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Every figure of the table, from the three runs' files and the data of all splits."""
+    dataset = datasets["train"].datasets[0]
     keys = own_text_keys(dataset)
     generator = torch.Generator().manual_seed(0)
     orders = {"random": torch.randperm(len(dataset), generator=generator)}
@@ -41,7 +42,17 @@ def collect_results(start: Path, grit: Path, mafa: Path, dataset: Any, batch_siz
         name: {split: {m: values[m] for m in METRICS} for split, values in read_evaluations(run).items()}
         for name, run in (("start", start), ("GRIT", grit), ("MAFA", mafa))
     }
-    return {"batches": batches, "chosen_false_negatives": chosen, "con_d": scores, "retrieval": retrieval}
+    sides = ("positive", "negative")
+    matching = {name: [_last_epoch(run, f"itm_accuracy_{side}") for side in sides] for name, run in (("GRIT", grit), ("MAFA", mafa))}
+    queries = {split: [len(datasets[split]), len(datasets[split].text)] for split in SPLITS}
+    return {
+        "batches": batches,
+        "chosen_false_negatives": chosen,
+        "con_d": scores,
+        "matching": matching,
+        "retrieval": retrieval,
+        "queries": queries,
+    }
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -55,8 +66,12 @@ def format_table(results: dict[str, Any]) -> str:
     lines.append(f"  {'texts':20s} {'pairs':>8s} {'truly match':>12s} {'precision':>10s} {'recall':>8s}")
     for name, score in results["con_d"].items():
         lines.append(f"  {name:20s} {score['pairs']:8d} {score['true_share']:12.1%} {score['precision']:10.1%} {score['recall']:8.1%}")
+    lines += ["", "The matching head on its training pairs, last epoch"]
+    for name, (positive, negative) in results["matching"].items():
+        lines.append(f"  {name:10s} right on {positive:6.1%} of pairs labelled positive, {negative:6.1%} of those labelled negative")
     for split, meaning in SPLITS.items():
-        lines += ["", f"Retrieval, {meaning} (per cent; TR: image to text, IR: text to image)"]
+        images, texts = results["queries"][split]
+        lines += ["", f"Retrieval, {meaning}: {images} images, {texts} texts (per cent; a few points are noise)"]
         lines.append(f"  {'model':15s} {'TR R@1':>8s} {'IR R@1':>8s} {'TR R-P':>8s} {'IR R-P':>8s} {'TR mAP@R':>9s} {'IR mAP@R':>9s}")
         for name, by_split in results["retrieval"].items():
             values = [by_split[split][m] for m in METRICS]
@@ -95,8 +110,8 @@ def galleries(connections: Any, dataset: Any, at_most: int = 12) -> dict[str, li
         anchor = row["image"] if row["direction"] == "text for image" else row["text"]
         own, new = dataset.captions(anchor)[0], dataset.captions(row["text"])[0]
         shown = (row["direction"], own)
-        # a caption that only repeats the own one says little to a reader
-        if shown in seen or own == new or len(result[row["direction"]]) == at_most:
+        # two images with the very same caption say little to a reader
+        if shown in seen or dataset.captions(row["image"])[0] == new or len(result[row["direction"]]) == at_most:
             continue
         seen.add(shown)
         result[row["direction"]].append(
@@ -119,6 +134,12 @@ def thumbnail(path: Path, size: int = 72) -> str:
     buffer = io.BytesIO()
     small.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _last_epoch(run: Path, name: str) -> float:
+    records = read_metrics(run)
+    values = [r[name] for r in records if name in r and r["epoch"] == records[-1]["epoch"]]
+    return sum(values) / len(values)
 
 
 def _mean(run: Path, name: str, grouped: bool) -> float:

@@ -33,13 +33,6 @@ def test_cp_into_a_folder_and_to_a_name(tmp_path, capsys):
         assert capsys.readouterr().out.strip() == str(written)
 
 
-@pytest.mark.parametrize("name", project_files())
-def test_every_shipped_yaml_says_how_to_launch_it_and_is_valid(name, capsys):
-    head = project_files()[name].read_text().split("\n\n")[0]
-    assert f"--cfg-path {name}" in head
-    assert main(["validate", "--no-files", name]) == 0, capsys.readouterr().err
-
-
 def test_validate_names_each_file(tmp_path, capsys):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("model: {}\n")

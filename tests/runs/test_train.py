@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,27 +11,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-
-def only_run(folder: Path) -> Path:
-    (run,) = sorted((folder / "output").iterdir())
-    return run
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint, weights_only=True)["model"]
-
-
-def assert_same_weights(one: Path, other: Path, exactly: bool = True) -> None:
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]) if exactly else torch.allclose(a[name], b[name], atol=1e-5), name
+spec = importlib.util.spec_from_file_location("outputs", Path(__file__).with_name("outputs.py"))
+outputs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(outputs)
+only_run, metrics, weights, assert_same_weights = outputs.only_run, outputs.metrics, outputs.weights, outputs.assert_same_weights
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +71,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_yaml, run_cli, tmp_path, opt
     first = only_run(parts)
     done = run_cli(*arguments, f"run.resume_ckpt_path={first}/checkpoint_1_{stop - steps}.pth", cwd=parts)
     assert done.returncode == 0, done.stderr
-    second = max((parts / "output").iterdir(), key=lambda p: p.stat().st_mtime)
+    second = outputs.newest_run(parts)
     assert_same_weights(only_run(whole) / "checkpoint_2.pth", second / "checkpoint_2.pth")
     wanted = [r["loss"] for r in metrics(only_run(whole))][stop:]
     assert [r["loss"] for r in metrics(second)] == wanted
@@ -102,7 +87,7 @@ def test_two_processes_train_and_resume(tiny_yaml, run_cli, tmp_path):
     resume = f"run.resume_ckpt_path={run}/checkpoint_1_3.pth"
     again = run_cli("train", "--cfg-path", tiny_yaml, "--options", *options, resume, processes=2, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    second = max((tmp_path / "output").iterdir(), key=lambda p: p.stat().st_mtime)
+    second = outputs.newest_run(tmp_path)
     assert_same_weights(run / "checkpoint_1.pth", second / "checkpoint_1.pth")
 
 

@@ -1,0 +1,33 @@
+"""batch_scope: global on two processes has the gradients of one process with the whole batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).with_name("gathering.py")
+spec = importlib.util.spec_from_file_location("gathering", SCRIPT)
+gathering = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gathering)
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, SCRIPT, tmp_path / "found.pth"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found.pth", weights_only=True)
+    wanted = gathering.gradients(0, 8)
+    assert found["whole"].keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found["whole"][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    # the comparison says something: these gradients are not that small, and without those of the other rank it fails
+    assert min(wanted[name].abs().max() for name in ("temp", "vision_proj.weight", "itm_head.weight")) > 1e-3
+    away = {name: float((found["cut"][name] - gradient).abs().max()) for name, gradient in wanted.items()}
+    assert max(away[n] for n in away if n.startswith("visual_encoder.")) > 1e-3
+    assert max(away[n] for n in away if n.startswith("text_encoder.bert.encoder.layer.0.")) > 1e-3
