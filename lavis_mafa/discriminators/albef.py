@@ -9,7 +9,7 @@ import torch
 from lavis.models.vit import interpolate_pos_embed
 from torch import Tensor, nn
 
-from lavis_mafa.common.distributed import gather_own_first, largest
+from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.settings import ModelBlock
 from lavis_mafa.common.weights import read_weights
 from lavis_mafa.models.albef_encoders import (
@@ -20,6 +20,7 @@ from lavis_mafa.models.albef_encoders import (
     load_exactly,
 )
 from lavis_mafa.models.albef_pairs import fuse
+from lavis_mafa.models.tokenizing import tokenize
 
 
 class AlbefDiscriminator:
@@ -83,19 +84,8 @@ class AlbefDiscriminator:
         device = image_index.device
         if next(self.network.parameters()).device != device:
             self.network.to(device)
-        text = self.tokenizer(
-            list(samples["text_input"]),
-            padding="longest",
-            truncation=True,
-            max_length=self.settings.max_text_length,
-            return_tensors="pt",
-        ).to(device)
-        ids, mask = text.input_ids, text.attention_mask
         gathered = bool(samples.get("gathered", False))
-        if gathered:
-            more = largest(ids.shape[1], device) - ids.shape[1]
-            ids = nn.functional.pad(ids, (0, more), value=self.tokenizer.pad_token_id)
-            mask = nn.functional.pad(mask, (0, more))
+        ids, mask = tokenize(self.tokenizer, samples["text_input"], self.settings.max_text_length, device, gathered)
         with torch.autocast(device.type, enabled=False):
             images = self.network["visual_encoder"].forward_features(samples["image"].to(device, self.dtype))
             bert = self.network["text_encoder"]

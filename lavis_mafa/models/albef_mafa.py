@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_mafa.common.check import typed_block
-from lavis_mafa.common.distributed import gather_own_first, largest
+from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import ModelBlock
 from lavis_mafa.common.weights import read_weights
@@ -27,6 +26,7 @@ from lavis_mafa.models.albef_pairs import AlbefPairs
 from lavis_mafa.models.albef_scoring import score_matrices
 from lavis_mafa.models.albef_teacher import TAUGHT, MomentumTeacher, project
 from lavis_mafa.models.outputs import PretrainOutput
+from lavis_mafa.models.tokenizing import tokenize
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,
@@ -188,12 +188,9 @@ class AlbefMafa(MomentumTeacher, BaseModel):
         """Scores for LAVIS's ``retrieval`` task: ITC top-k, then ITM on those (ALBEF section 5). numpy [I, T], [T, I]."""
         return score_matrices(self, data_loader, int(task_cfg.k_test))
 
-    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """ids and mask [B, T], padded to the longest caption of the batch."""
-        text = self.tokenizer(
-            list(captions), padding="longest", truncation=True, max_length=self.settings.max_text_length, return_tensors="pt"
-        ).to(self.device)
-        return text.input_ids, text.attention_mask
+    def tokenize(self, captions: list[str], gathered: bool = False) -> tuple[Tensor, Tensor]:
+        """ids and mask [B, T]; see :func:`lavis_mafa.models.tokenizing.tokenize`."""
+        return tokenize(self.tokenizer, captions, self.settings.max_text_length, self.device, gathered)
 
     def image_feature(self, image_embeds: Tensor) -> Tensor:
         """Normalised projection of [CLS]: [B, N, width] -> [B, d], always fp32 since it decides what is mined."""
@@ -206,11 +203,7 @@ class AlbefMafa(MomentumTeacher, BaseModel):
     # --- parts of a step -------------------------------------------------------------------------------------------
 
     def _token_states(self, samples: dict[str, Any], gathered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ids, mask = self.tokenize(samples["text_input"])
-        if gathered:  # ranks must agree on the padded length before their texts can be put together
-            more = largest(ids.shape[1], ids.device) - ids.shape[1]
-            ids = F.pad(ids, (0, more), value=self.tokenizer.pad_token_id)
-            mask = F.pad(mask, (0, more))
+        ids, mask = self.tokenize(samples["text_input"], gathered)
         image_embeds = self.visual_encoder.forward_features(samples["image"].to(self.device))
         text_embeds = self.text_encoder.bert(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
         return image_embeds, text_embeds, ids, mask
