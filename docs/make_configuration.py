@@ -106,7 +106,10 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "run.weight_decay": ("of all weights but biases and norms", "ALBEF sec. 3.5"),
     "run.beta2": ("of AdamW", ""),
     "run.max_epoch": ("epochs", "MAFA sec. 5.1"),
-    "run.max_steps": ("stop after so many steps in all, for trials; saves a checkpoint that resumes", ""),
+    "run.max_steps": (
+        "stop after so many steps in all, for trials (at the end of an accumulation window); saves a checkpoint that resumes",
+        "",
+    ),
     "run.batch_size_train": ("B, per process", "MAFA sec. 5.1"),
     "run.batch_size_eval": ("images or texts encoded at once", ""),
     "run.accum_grad_iters": ("steps whose gradients are averaged before one update; negatives stay within a step", ""),

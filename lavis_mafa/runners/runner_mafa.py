@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lavis_mafa.common import interrupt
 from lavis_mafa.common.distributed import barrier, broadcast_object, is_distributed, rank, world_size
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import read_weights
+from lavis_mafa.common.weights import read_checkpoint, read_weights
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, random_state, read_resumable, restore_random_state
 from lavis_mafa.runners.connection_record import ConnectionRecord
@@ -351,12 +351,14 @@ class RunnerMafa(RunnerBase):
         logger.info("resuming %s at epoch %d, step %d", url_or_filename, self.start_epoch, self.start_step)
 
     def _take_best_along(self, resumed: Path) -> None:
-        """The best checkpoint so far lies in the old run's folder; without it, the best starts anew."""
+        """The best checkpoint so far lies in the old run's folder; without it, or with a later one, the best starts anew."""
         if self.best_epoch is None:
             return
         best = resumed.with_name("checkpoint_best.pth")
         if rank() == 0 and best.is_file():
-            shutil.copyfile(best, self.checkpoints.path("best"))
+            content = read_checkpoint(best)
+            if (content.get("best_epoch"), content.get("best_metric")) == (self.best_epoch, self.best_metric):
+                shutil.copyfile(best, self.checkpoints.path("best"))
         barrier()
         if not self.checkpoints.path("best").is_file():
             self.best_metric, self.best_epoch = float("-inf"), None
