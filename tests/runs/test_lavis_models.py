@@ -49,7 +49,7 @@ OURS = {
     "model_type": "tiny",
     "ecm": {"enabled": False},
     "itc": {"smoothing": 0.5},
-    "image_encoder": {"image_size": 32, "width": 32, "depth": 2, "heads": 2},
+    "image_encoder": {"image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2},
     "text_encoder": {"init": None, "width": 32, "layers": 2, "fusion_layer": 1, "heads": 2},
     "embed_dim": 16,
 }
