@@ -108,7 +108,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_batch_and_reported():
     batch = dataset.collate(samples)
     assert batch["bad_samples"] == [
         {"index": 1, "reason": "OSError: gone"},
-        {"index": 2, "reason": "ValueError: no word"},
+        {"index": 2, "reason": "EmptyCaption: no word"},
         {"index": 5, "reason": "OSError: torn"},
     ]
     assert batch["index"].tolist() == [0, 3, 3, 3, 4, 0] and len(batch["image"]) == len(batch["text_input"]) == 6
