@@ -1,0 +1,93 @@
+"""Saving a run whole and going on from what was saved."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lavis_mafa.common.distributed import barrier, rank
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.common.weights import read_checkpoint
+from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, random_state, read_resumable, restore_random_state
+from lavis_mafa.runners.grit_feed import GritFeed
+
+logger = logging.getLogger(__name__)
+
+
+class Saving:
+    """Methods of the runner that write and read checkpoints."""
+
+    settings: RunBlock
+    task: Any
+    config: Any
+    device: Any
+    model: Any
+    optimizer: Any
+    scaler: Any
+    unwrap_dist_model: Any
+    output_dir: Path
+    checkpoints: CheckpointFolder
+    feed: GritFeed | None
+    train_loader: Any
+    start_epoch: int
+    start_step: int
+    best_metric: float
+    best_epoch: int | None
+
+    def save(self, name: str, epoch: int, step: int, next_epoch: int, with_state: bool = True) -> None:
+        """Write everything a resumed run needs; ``step`` steps of ``next_epoch`` are done."""
+        content = None
+        if rank() == 0:
+            content = {
+                "model": self.unwrap_dist_model(self.model).state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+                "config": self.config.to_dict(),
+                "epoch": epoch,
+                "next_epoch": next_epoch,
+                "step": step,
+                "best_metric": self.best_metric,
+                "best_epoch": self.best_epoch,
+            }
+        state = None
+        if with_state:
+            assert self.feed is not None
+            state = {"feed": self.feed.state_dict(step), "random": random_state(self.device)}
+        self.checkpoints.save(name, content, state, rank())
+
+    def _load_checkpoint(self, url_or_filename: str) -> None:
+        content, state = read_resumable(url_or_filename, rank())
+        load_model(self.unwrap_dist_model(self.model), content["model"], url_or_filename)
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.scaler is not None and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.start_epoch = int(content.get("next_epoch", content["epoch"] + 1))
+        self.start_step = int(content.get("step", 0))
+        self.best_metric = float(content.get("best_metric", float("-inf")))
+        self.best_epoch = content.get("best_epoch")
+        self._take_best_along(Path(url_or_filename))
+        if state is not None:
+            _ = self.train_loader  # builds the feed
+            assert self.feed is not None
+            try:
+                self.feed.load_state_dict(state["feed"])
+            except ValueError as error:
+                raise UserError(f"run.resume_ckpt_path: {url_or_filename}: {error}") from error
+            restore_random_state(state["random"], self.device)
+        logger.info("resuming %s at epoch %d, step %d", url_or_filename, self.start_epoch, self.start_step)
+
+    def _take_best_along(self, resumed: Path) -> None:
+        """The best checkpoint so far lies in the old run's folder; without it, or with a later one, the best starts anew."""
+        if self.best_epoch is None:
+            return
+        best = resumed.with_name("checkpoint_best.pth")
+        if rank() == 0 and best.is_file():
+            content = read_checkpoint(best)
+            if (content.get("best_epoch"), content.get("best_metric")) == (self.best_epoch, self.best_metric):
+                shutil.copyfile(best, self.checkpoints.path("best"))
+        barrier()
+        if not self.checkpoints.path("best").is_file():
+            self.best_metric, self.best_epoch = float("-inf"), None

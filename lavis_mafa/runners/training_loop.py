@@ -1,0 +1,139 @@
+"""The loop of ``runner_mafa``: epochs, steps, what is collected for GRIT, logged, recorded and saved on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lavis.datasets.data_utils import prepare_sample
+from torch import Tensor
+
+from lavis_mafa.common import interrupt
+from lavis_mafa.common.distributed import barrier, rank, world_size
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.runners.connection_record import ConnectionRecord
+from lavis_mafa.runners.metrics_log import MetricsLog
+from lavis_mafa.runners.saving import Saving
+from lavis_mafa.runners.stepping import Stepper, autocast
+
+
+class TrainingLoop(Saving):
+    """Methods of the runner that train; it has RunnerBase's properties beside it."""
+
+    train_loader: Any
+    bad_samples: Any
+    lr_scheduler: Any
+    log: MetricsLog
+    log_freq: int
+    max_epoch: int
+    resume_ckpt_path: str | None
+    cuda_enabled: bool
+    _validate: Any
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader)
+
+    def _train_epochs(self) -> None:
+        model = self.model  # before the optimizer looks at its parameters
+        if self.resume_ckpt_path is not None:
+            self._load_checkpoint(self.resume_ckpt_path)
+        total = self.max_epoch * self.steps_per_epoch
+        total = min(total, self.settings.max_steps or total)
+        samples = self.settings.batch_size_train * world_size()
+        self.log = MetricsLog(self.output_dir if rank() == 0 else None, self.steps_per_epoch, samples, total)
+        record = ConnectionRecord(self.output_dir / "connections", rank(), self.settings.record_connections, self.steps_per_epoch)
+        try:
+            for epoch in range(self.start_epoch, self.max_epoch):
+                if epoch * self.steps_per_epoch + self.start_step >= total:
+                    break
+                model.train()
+                finished = self._train_epoch(epoch, record, total)
+                record.write(epoch)
+                if finished:
+                    self._validate(epoch)
+                    last = (epoch + 1) * self.steps_per_epoch >= total
+                    if (epoch + 1) % self.settings.save_every_epochs == 0 or last:
+                        self.save(f"{epoch}", epoch, step=0, next_epoch=epoch + 1)
+                else:
+                    self.save(f"{epoch}_{self.start_step}", epoch, step=self.start_step, next_epoch=epoch)
+                    self._validate(epoch)
+                    break
+                self.start_step = 0
+                barrier()
+        finally:
+            self.log.close()
+
+    def _train_epoch(self, epoch: int, record: ConnectionRecord, total: int) -> bool:
+        """Train one epoch from ``start_step`` on; False when ``max_steps`` ended it early."""
+        assert self.feed is not None
+        settings, loader = self.settings, self.train_loader
+        stepper = Stepper(self.task, self.model, self.optimizer, self.scaler, settings, self.device)
+        loader.dataset.set_epoch(epoch)
+        self.feed.begin_epoch(epoch)
+        if settings.grit.enabled and settings.grit.collect == "separate" and self.start_step == 0 and self.feed.queue is not None:
+            self.feed.separate_pass(epoch, self._feature_pass())
+        self.log.restart_clock()
+        steps = self.steps_per_epoch
+        for step, samples in enumerate(loader, start=self.start_step):
+            samples = self._prepare(samples, epoch, step)
+            self.lr_scheduler.step(cur_epoch=epoch, cur_step=step)
+            output = stepper(samples, step, steps)
+            self.log.add(losses_and_figures(output))
+            if output.get("image_features") is not None and settings.grit.collect == "training":
+                self.feed.collect(samples["index"], output["image_features"], output["text_features"])
+            record.add(epoch, step, output.get("verdicts"))
+            if interrupt.asked():  # Python can swallow a ctrl-C that lands in a fork hook
+                raise KeyboardInterrupt
+            done, global_step = step + 1, epoch * steps + step + 1
+            # gradients of half an accumulation window are in no checkpoint: save and stop between windows
+            whole = done % settings.accum_grad_iters == 0 and done < steps
+            save = whole and settings.save_every_steps is not None and done % settings.save_every_steps == 0
+            stop = whole and global_step >= total
+            if done % self.log_freq == 0 or done == steps or save or stop:
+                self._flush(epoch, done)  # also looks for NaN, so before anything is saved
+            if stop:
+                self.start_step = done
+                return False
+            if save:
+                self.save(f"{epoch}_{done}", epoch, step=done, next_epoch=epoch)
+                self.log.restart_clock()
+        self.feed.end_epoch(epoch)
+        return True
+
+    def _prepare(self, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
+        self.bad_samples.add(samples, self.settings.batch_size_train)
+        samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
+        assert self.feed is not None
+        samples["first_of_window"] = step % self.settings.accum_grad_iters == 0
+        samples.update(epoch=epoch, iters=step, num_iters_per_epoch=self.steps_per_epoch, grouped=self.feed.sampler.grouped)
+        return samples
+
+    def _flush(self, epoch: int, done: int) -> None:
+        derive = getattr(self.task, "derived_figures", None)
+        record = self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
+        losses = {name: value for name, value in record.items() if name.startswith("loss")}
+        if any(value != value or abs(value) == float("inf") for value in losses.values()):
+            raise UserError(
+                f"the loss is not finite at epoch {epoch}, step {done}: {losses}. Nothing was saved since the last checkpoint; "
+                "a lower run.init_lr, run.grad_clip: 1.0 or run.precision: fp32 usually help."
+            )
+
+    @torch.no_grad()
+    def _feature_pass(self) -> Any:
+        """All features without training, for GRIT's separate pass."""
+        model = self.unwrap_dist_model(self.model)
+        model.eval()
+        for samples in self.train_loader:
+            self.bad_samples.add(samples, self.settings.batch_size_train)
+            samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
+            with autocast(self.settings.precision, self.device):
+                image, text = model.grit_features(samples)
+            yield samples["index"], image, text
+        model.train()
+
+
+def losses_and_figures(output: dict[str, Any]) -> dict[str, Tensor]:
+    """Every loss and figure of a step, by name."""
+    figures = {name: value for name, value in output.items() if name.startswith("loss") and isinstance(value, Tensor)}
+    return {**figures, **(output.get("figures") or {})}
