@@ -62,8 +62,7 @@ def write_atomically(content: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as error:  # ctrl-C too
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
-        raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        part.unlink(missing_ok=True)  # still there after a full disk or ctrl-C alone: a finished save has renamed it
