@@ -34,13 +34,22 @@ def register() -> None:
     from lavis_mafa.common.schedule import WarmupCosinePerStep
     from lavis_mafa.datasets.builders import BUILDERS
     from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.models.blip2_mafa import Blip2Mafa
+    from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
     from lavis_mafa.processors.albef_processors import PROCESSORS
     from lavis_mafa.runners.runner_mafa import RunnerMafa
+    from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
     from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+    from lavis_mafa.tasks.mafa_vqa import MafaGqaTask, MafaVqaTask
 
     kinds: dict[str, dict[str, Any]] = {
-        "model_name_mapping": {"albef_mafa": AlbefMafa},
-        "task_name_mapping": {"mafa_pretrain": MafaPretrainTask},
+        "model_name_mapping": {"albef_mafa": AlbefMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa},
+        "task_name_mapping": {
+            "mafa_pretrain": MafaPretrainTask,
+            "mafa_captioning": MafaCaptioningTask,
+            "mafa_vqa": MafaVqaTask,
+            "mafa_gqa": MafaGqaTask,
+        },
         "runner_name_mapping": {"runner_mafa": RunnerMafa},
         "builder_name_mapping": BUILDERS,
         "processor_name_mapping": PROCESSORS,

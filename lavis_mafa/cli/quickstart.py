@@ -1,22 +1,30 @@
-"""``lavis-mafa quickstart``: the main job end to end on emoji, in minutes on a laptop CPU."""
+"""``lavis-mafa quickstart``: the main job end to end on emoji, in minutes on a laptop CPU, with ALBEF or with BLIP-2."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lavis_mafa.common.errors import UserError
 
-STEPS = "mafa/quickstart/train"
+ALBEF, BLIP2 = "mafa/quickstart/train", "mafa/quickstart/blip2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="for data, runs and the report (default: quickstart)")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of all three runs")
+    parser.add_argument(
+        "--model",
+        choices=("albef", "blip2"),
+        default="albef",
+        help="albef: GRIT against MAFA, with a report; blip2: stage 1 with MAFA, stage 2, captions and answers (default: albef)",
+    )
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of all runs")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,39 +36,66 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--folder: cannot write {folder}: {error.strerror}.") from error
     from lavis_mafa.common.job import run_job
     from lavis_mafa.datasets.emoji import build_emoji
-    from lavis_mafa.reports import quickstart as report
-    from lavis_mafa.reports.run_files import last_checkpoint
 
     emoji = folder / "emoji"
     _say("1/4  the data: emoji drawn by three artists, with their names and keywords")
     build_emoji(emoji)
 
-    def train(name: str, *options: str) -> Any:
-        common = [f"datasets.grit_emoji.build_info.root={emoji}", f"run.output_dir={folder}/{name}"]
-        return run_job(f"{STEPS}/{name}.yaml", [*common, *options, *arguments.options])
+    def start(yaml: str, *options: str) -> Any:
+        common = [f"datasets.grit_emoji.build_info.root={emoji}", f"run.output_dir={folder}/{Path(yaml).stem}"]
+        return run_job(yaml, [*common, *options, *arguments.options])
+
+    show = _albef if arguments.model == "albef" else _blip2
+    show(start, folder, arguments.options, started)
+    return 0
+
+
+def _albef(start: Callable[..., Any], folder: Path, options: list[str], started: float) -> None:
+    from lavis_mafa.reports import quickstart as report
+    from lavis_mafa.reports.run_files import last_checkpoint
 
     _say("2/4  Con-D: a small ALBEF that learns what matches from curated captions; random negatives first, then sampled ones")
-    first = train("con_d_1")
-    start = last_checkpoint(first.output_dir)
-    con_d = last_checkpoint(train("con_d_2", f"model.pretrained={start}").output_dir)
+    first = start(f"{ALBEF}/con_d_1.yaml")
+    half = last_checkpoint(first.output_dir)
+    con_d = last_checkpoint(start(f"{ALBEF}/con_d_2.yaml", f"model.pretrained={half}").output_dir)
     _say("3/4  GRIT: from Con-D's first half on, grouped batches and the hardest negatives, be they true or false")
-    grit = train("grit", f"model.pretrained={start}")
+    grit = start(f"{ALBEF}/grit.yaml", f"model.pretrained={half}")
     _say("4/4  MAFA: the same, but Con-D looks at every hard negative, and false ones become positives")
-    mafa = train("mafa", f"model.pretrained={start}", f"model.discriminator.checkpoint={con_d}")
+    mafa = start(f"{ALBEF}/mafa.yaml", f"model.pretrained={half}", f"model.discriminator.checkpoint={con_d}")
 
     dataset = mafa.datasets["train"].datasets[0]
     runs = first.output_dir, grit.output_dir, mafa.output_dir
     results = report.collect_results(*runs, mafa.datasets, mafa.settings.batch_size_train)
     minutes = (time.perf_counter() - started) / 60
     about = {
-        "made by": "lavis-mafa quickstart" + "".join(f" {o}" for o in (["--options", *arguments.options] if arguments.options else [])),
+        "made by": "lavis-mafa quickstart" + "".join(f" {o}" for o in (["--options", *options] if options else [])),
         "on": f"{datetime.date.today()}, {platform.machine()}, {_cores()} cores, {minutes:.1f} minutes",
         "drawings": "Noto (Apache-2.0), Twemoji (CC-BY-4.0), OpenMoji (CC-BY-SA-4.0)",
     }
     page = report.write_report(folder / "report" / mafa.output_dir.name, results, *runs[1:], dataset, about)
     print("\n" + report.format_table(results))
     print(f"\n{minutes:.1f} minutes. The page with mined connections: {page}\nThe figures: {page.with_name('results.json')}")
-    return 0
+
+
+def _blip2(start: Callable[..., Any], folder: Path, options: list[str], started: float) -> None:
+    from lavis_mafa.reports.quickstart_blip2 import collect_results, format_results
+    from lavis_mafa.reports.run_files import last_checkpoint
+
+    _say("2/4  Con-D: a small BLIP-2 stage 1 from scratch, which also stands in for a pre-trained ViT")
+    con_d = last_checkpoint(start(f"{BLIP2}/con_d.yaml").output_dir)
+    _say("3/4  stage 1 with MAFA on the frozen ViT, which Con-D shares")
+    stage_1 = start(f"{BLIP2}/stage_1.yaml", f"model.pretrained={con_d}", f"model.discriminator.checkpoint={con_d}")
+    _say("4/4  stage 2: its queries prompt a small language model; then captions and answers for drawings it has not seen")
+    stage_2 = start(f"{BLIP2}/stage_2.yaml", f"model.stage_1={last_checkpoint(stage_1.output_dir)}")
+    finished = f"model.pretrained={last_checkpoint(stage_2.output_dir)}"
+    captions, answers = start(f"{BLIP2}/captions.yaml", finished), start(f"{BLIP2}/vqa.yaml", finished)
+
+    results = collect_results(stage_1.output_dir, captions, answers)
+    path = folder / "blip2" / stage_1.output_dir.name / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print("\n" + format_results(results))
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes. The figures: {path}")
 
 
 def _say(text: str) -> None:

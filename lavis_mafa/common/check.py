@@ -1,71 +1,71 @@
-"""Check a YAML before anything slow happens: unknown keys, wrong types, ranges, impossible combinations."""
+"""Combinations of settings that are impossible, found before anything slow happens."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.common.settings import BLOCKS, CHOICES, INFINITE, RANGES, Grit, ModelBlock, RunBlock
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.model_settings import Blip2OptBlock, MafaBlock
+from lavis_mafa.common.settings import Grit, RunBlock, VqaRun
+from lavis_mafa.common.typed import in_file, typed_block
 
-
-def typed_block(name: str, values: DictConfig | dict[str, Any], where: str = "") -> Any:
-    """A checked instance of the block ``name`` (``model`` or ``run``) with defaults filled in.
-
-    Args:
-        name: key in :data:`lavis_mafa.common.settings.BLOCKS`.
-        values: what the user wrote, already merged with the model type's defaults.
-        where: the file, for the message.
-
-    Raises:
-        UserError: an unknown key, a wrong type, a value outside its choices or range.
-    """
-    schema = BLOCKS[name]
-    values = values if isinstance(values, DictConfig) else OmegaConf.create(values)
-    _no_unknown_keys(schema, values, name, where)
-    try:
-        block = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
-        key = f"{name}.{error.full_key}" if error.full_key else name
-        got = OmegaConf.select(values, error.full_key) if error.full_key else values
-        raise UserError(f"{key} is {got!r}, but must be {_wanted(schema, error.full_key or '')}.{_file(where)}") from error
-    _check_values(block, name, where)
-    return block
+MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
+# whose sizes and parameter names a Con-D has
+FAMILIES = {
+    "albef_mafa": "albef_mafa",
+    "albef_retrieval": "albef_mafa",
+    "blip_mafa": "blip_mafa",
+    "blip_image_text_matching": "blip_mafa",
+    "blip_retrieval": "blip_mafa",
+    "blip2_mafa": "blip2_mafa",
+    "blip2": "blip2_mafa",
+    "blip2_image_text_matching": "blip2_mafa",
+}
 
 
-def check_combinations(model: ModelBlock | None, run: RunBlock | None, where: str = "", files: bool = True) -> None:
+def check_combinations(model: Any, run: RunBlock | None, where: str = "", files: bool = True) -> None:
     """Settings that are fine alone but impossible together.
 
     Args:
+        model: one of the typed model blocks; None for LAVIS's own models.
         files: False leaves out the checkpoints that only the user can name (a YAML is shipped without them).
 
     Raises:
         UserError: the first one found.
     """
-    end = _file(where)
+    end = in_file(where)
     if model is not None:
-        check_model(model, where)
-    if model is not None and files:
-        check_checkpoints(model, run, where)
+        check_sizes(model, where)
+    if isinstance(model, MafaBlock):
+        check_mafa(model, where)
     if run is None:
         return
+    if model is not None:
+        check_task(model, run, where)
+        check_device(model, run, where)
+    if model is not None and files:
+        check_checkpoints(model, run, where)
     if run.grit.enabled:
         check_grit(run.grit, run.batch_size_train, where)
+    if isinstance(run, VqaRun) and "{}" not in run.prompt:
+        raise UserError(f"run.prompt is {run.prompt!r}, but must have {{}} where the question goes: 'Question: {{}} Answer:'.{end}")
     if run.precision == "fp16" and run.device == "cpu":
         raise UserError(f"run.precision is fp16, but run.device is cpu; allowed there: fp32, bf16.{end}")
-    if model is not None and model.itc.smooth_when == "grouped" and not run.grit.enabled and model.itc.smoothing > 0:
+    smoothed = isinstance(model, MafaBlock) and model.itc.smooth_when == "grouped" and model.itc.smoothing > 0
+    if smoothed and not run.grit.enabled and not run.evaluate:
         raise UserError(
             f"model.itc.smoothing is {model.itc.smoothing} with smooth_when: grouped, but run.grit.enabled is false, so it "
             f"would never start; set smoothing: 0 or smooth_when: always.{end}"
         )
 
 
-def check_model(model: ModelBlock, where: str = "") -> None:
-    """The combinations inside ``model:``; raises UserError."""
-    end = _file(where)
+def check_mafa(model: MafaBlock, where: str = "") -> None:
+    """ECM and its Con-D; raises UserError."""
+    end = in_file(where)
     ecm, con_d = model.ecm, model.discriminator
     if ecm.ambiguous_from > ecm.threshold:
         raise UserError(
@@ -73,43 +73,120 @@ def check_model(model: ModelBlock, where: str = "") -> None:
             f"equal switches the ambiguous class off.{end}"
         )
     if ecm.enabled and con_d is None:
+        example = {"albef_mafa": "albef_retrieval", "blip_mafa": "blip_retrieval", "blip2_mafa": "blip2"}[model.arch]
         raise UserError(
             "model.ecm.enabled is true, but there is no model.discriminator (Con-D); give "
-            f"{{arch: albef_retrieval, checkpoint: PATH}} or set ecm.enabled: false.{end}"
+            f"{{arch: {example}, checkpoint: PATH}} or set ecm.enabled: false.{end}"
         )
-    for part, encoder in (("image_encoder", model.image_encoder), ("text_encoder", model.text_encoder)):
-        if encoder.width % encoder.heads:
-            raise UserError(f"model.{part}.width is {encoder.width}, but must be a multiple of heads ({encoder.heads}).{end}")
-    if model.image_encoder.image_size % model.image_encoder.patch_size:
+    if con_d is not None and con_d.arch != "ground_truth":
+        check_sizes(con_d_block(model, where), where, "model.discriminator")
+
+
+def check_sizes(model: Any, where: str = "", shown: str = "model") -> None:
+    """Widths that heads divide, images that patches divide, layers of both kinds; raises UserError."""
+    end = in_file(where)
+    for f in dataclasses.fields(model):
+        part = getattr(model, f.name)
+        width, heads = getattr(part, "width", None), getattr(part, "heads", None)
+        if width is not None and heads is not None and width % heads:
+            raise UserError(f"{shown}.{f.name}.width is {width}, but must be a multiple of heads ({heads}).{end}")
+        if getattr(part, "patch_size", None) is not None and part.image_size % part.patch_size:
+            raise UserError(
+                f"{shown}.{f.name}.image_size is {part.image_size}, but must be a multiple of patch_size ({part.patch_size}).{end}"
+            )
+        if hasattr(part, "fusion_layer") and not 0 < part.fusion_layer < part.layers:
+            raise UserError(
+                f"{shown}.{f.name}.fusion_layer is {part.fusion_layer}, but must lie between 1 and layers - 1 ({part.layers - 1}).{end}"
+            )
+        if getattr(part, "freeze", None) is False and part.precision != "fp32":
+            raise UserError(
+                f"{shown}.{f.name}.precision is {part.precision}, but with freeze: false its weights must be fp32; "
+                f"run.precision: bf16 or fp16 computes in less all the same.{end}"
+            )
+
+
+def con_d_block(model: MafaBlock, where: str = "") -> Any:
+    """The typed block of the network that Con-D is.
+
+    Its sizes are the model's own when it is of the same family (the paper's choice) and no ``model_type`` is named; else that
+    type's defaults, ``base`` where none is named. The blocks of ``model.discriminator`` override them. Images come in the
+    model's size, so that is Con-D's, whatever it was trained at.
+
+    Raises:
+        UserError: an unknown key, a wrong type or value in those blocks.
+    """
+    con_d = model.discriminator
+    assert con_d is not None
+    family = FAMILIES[con_d.arch]
+    own = OmegaConf.create(dataclasses.asdict(model))
+    if family == model.arch and con_d.model_type is None:
+        sizes = own
+    else:
+        kind = con_d.model_type or "base"
+        path = MODEL_DEFAULTS / f"{family}_{kind}.yaml"
+        if not path.is_file():
+            known = sorted(p.stem.removeprefix(f"{family}_") for p in MODEL_DEFAULTS.glob(f"{family}_*.yaml"))
+            raise UserError(f"model.discriminator.model_type is {kind!r}, but {con_d.arch} has: {', '.join(known)}.{in_file(where)}")
+        sizes = OmegaConf.create(OmegaConf.load(path).model)
+        sizes.tokenizer = own.tokenizer  # of BERT's vocabulary all
+    below = {part: getattr(con_d, part) for part in ("image_encoder", "text_encoder", "qformer") if getattr(con_d, part) is not None}
+    fields = {f.name for f in dataclasses.fields(typed_block("model", {"arch": family}))}
+    for part in below:
+        if part not in fields:
+            raise UserError(f"model.discriminator.{part} is set, but {con_d.arch} has no {part}.{in_file(where)}")
+    image_size = {"image_encoder": {"init": None, "image_size": own.image_encoder.image_size}}
+    merged: Any = OmegaConf.merge(sizes, image_size, below, {"arch": family, "discriminator": None})
+    return typed_block("model", merged, where, "model.discriminator")
+
+
+def check_task(model: Any, run: RunBlock, where: str = "") -> None:
+    """Tasks that a model cannot do; raises UserError."""
+    end, stage_2 = in_file(where), isinstance(model, Blip2OptBlock)
+    if run.task in ("mafa_vqa", "mafa_gqa") and not stage_2:
+        raise UserError(f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa.{end}")
+    if run.task == "mafa_captioning" and model.arch not in ("blip2_mafa", "blip2_opt_mafa"):
+        raise UserError(f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa.{end}")
+    if stage_2 and run.grit.enabled:
         raise UserError(
-            f"model.image_encoder.image_size is {model.image_encoder.image_size}, but must be a multiple of patch_size "
-            f"({model.image_encoder.patch_size}).{end}"
+            f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1.{end}"
         )
-    if not 0 < model.text_encoder.fusion_layer < model.text_encoder.layers:
+    if stage_2 and run.task == "mafa_pretrain" and (run.valid_splits or run.test_splits):
         raise UserError(
-            f"model.text_encoder.fusion_layer is {model.text_encoder.fusion_layer}, but must lie between 1 and layers - 1 "
-            f"({model.text_encoder.layers - 1}).{end}"
+            f"run.task is mafa_pretrain, which evaluates retrieval, but {model.arch} has no matching head; leave valid_splits and "
+            f"test_splits empty, and evaluate with mafa_captioning or mafa_vqa.{end}"
         )
 
 
-def check_checkpoints(model: ModelBlock, run: RunBlock | None, where: str = "") -> None:
+def check_device(model: Any, run: RunBlock, where: str = "") -> None:
+    """Half-precision weights on a CPU; raises UserError."""
+    for part in ("image_encoder", "language_model"):
+        if getattr(getattr(model, part, None), "precision", "fp32") == "fp16" and run.device == "cpu":
+            raise UserError(f"model.{part}.precision is fp16, but run.device is cpu; allowed there: fp32, bf16.{in_file(where)}")
+
+
+def check_checkpoints(model: Any, run: RunBlock, where: str = "") -> None:
     """The checkpoints that a job cannot do without are named; raises UserError."""
-    end, con_d = _file(where), model.discriminator
+    end, con_d = in_file(where), getattr(model, "discriminator", None)
     if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and model.ecm.enabled:
         raise UserError(
             "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
             f"Set it to the file of a trained {con_d.arch} (--options model.discriminator.checkpoint=PATH).{end}"
         )
-    if run is not None and run.evaluate and not model.pretrained:
+    if run.evaluate and not model.pretrained:
         raise UserError(
             "model.pretrained is null, but run.evaluate is true, and an untrained model is not worth evaluating. "
             f"Set it to the checkpoint to evaluate (--options model.pretrained=PATH).{end}"
+        )
+    if isinstance(model, Blip2OptBlock) and not model.pretrained and not model.stage_1:
+        raise UserError(
+            "model.stage_1 is null; stage 2 starts from a stage-1 checkpoint. "
+            f"Set it (--options model.stage_1=PATH), or model.pretrained to a stage-2 checkpoint.{end}"
         )
 
 
 def check_grit(grit: Grit, batch_size: int, where: str = "", prefix: str = "run.grit") -> None:
     """B <= M <= L and M divides L; raises UserError with the nearest allowed M."""
-    end = _file(where)
+    end = in_file(where)
     queue, space = grit.queue_size, grit.search_space
     if space > queue:
         raise UserError(f"{prefix}.search_space is {space}, but must not exceed queue_size ({queue}).{end}")
@@ -119,66 +196,3 @@ def check_grit(grit: Grit, batch_size: int, where: str = "", prefix: str = "run.
         divisors = [d for d in range(batch_size, queue + 1) if queue % d == 0] or [queue]
         nearest = min(divisors, key=lambda d: abs(d - space))
         raise UserError(f"{prefix}.search_space is {space}, but must divide queue_size ({queue}); nearest: {nearest}.{end}")
-
-
-def _file(where: str) -> str:
-    return f" ({where})" if where else ""
-
-
-def _no_unknown_keys(schema: type, values: DictConfig, path: str, where: str) -> None:
-    fields = {f.name: f.type for f in dataclasses.fields(schema)}
-    hints = _resolved(schema)
-    for key in map(str, values):
-        if key not in fields:
-            allowed = ", ".join(sorted(fields))
-            hint = did_you_mean(key, fields)
-            raise UserError(f"{path}.{key} is not a setting.{hint} Allowed: {allowed}.{_file(where)}")
-        below = hints[key]
-        child = values[key] if not OmegaConf.is_missing(values, key) else None
-        if dataclasses.is_dataclass(below) and isinstance(below, type):
-            if isinstance(child, DictConfig):
-                _no_unknown_keys(below, child, f"{path}.{key}", where)
-            elif child is not None or "Optional" not in str(fields[key]):
-                got = OmegaConf.to_container(child) if isinstance(child, ListConfig) else child
-                raise UserError(f"{path}.{key} is {got!r}, but must be a block of settings.{_file(where)}")
-
-
-def _wanted(schema: type, full_key: str) -> str:
-    """The type of a nested field in a reader's words."""
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    hint: Any = schema
-    for part in full_key.split("."):
-        if not dataclasses.is_dataclass(hint):
-            break
-        hint = _resolved(hint).get(part.split("[")[0], hint)  # type: ignore[arg-type]
-    return words.get(hint, "a list" if "list" in str(hint) else str(getattr(hint, "__name__", hint)))
-
-
-def _resolved(schema: type) -> dict[str, Any]:
-    """Field types with ``Optional[X]`` as X."""
-    import typing
-
-    hints = typing.get_type_hints(schema)
-    return {name: next((a for a in get_args(t) if a is not type(None)), t) if _optional(t) else t for name, t in hints.items()}
-
-
-def _optional(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def _check_values(block: Any, path: str, where: str) -> None:
-    for f in dataclasses.fields(block):
-        value, key = getattr(block, f.name), f"{path}.{f.name}"
-        if dataclasses.is_dataclass(value):
-            _check_values(value, key, where)
-        elif key in CHOICES:
-            for word in value if isinstance(value, list) else [value]:
-                if word not in CHOICES[key]:
-                    allowed = ", ".join(CHOICES[key])
-                    hint = did_you_mean(str(word), CHOICES[key])
-                    raise UserError(f"{key} is {word!r}, but must be one of {allowed}.{hint}{_file(where)}")
-        elif key in RANGES and value is not None:
-            low, high = RANGES[key]
-            if not low <= value <= high:
-                allowed = f"at least {low:g}" if high == INFINITE else f"between {low:g} and {high:g}"
-                raise UserError(f"{key} is {value}, but must be {allowed}.{_file(where)}")

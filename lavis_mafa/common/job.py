@@ -18,12 +18,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lavis_mafa.common.check import check_combinations, typed_block
+from lavis_mafa.common.check import MODEL_DEFAULTS, check_combinations, check_device
 from lavis_mafa.common.errors import UserError, did_you_mean
 from lavis_mafa.common.projects import find_yaml
+from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 
-OUR_MODELS = {"albef_mafa": ("base", "tiny")}
-MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
+FILES = (
+    "model.pretrained",
+    "model.stage_1",
+    "model.discriminator.checkpoint",
+    "run.resume_ckpt_path",
+    "run.coco_captions",
+    "run.caption_references",
+)
 
 
 def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
@@ -59,17 +66,23 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
             raise UserError(f"{block}.{key} is {config[block].get(key)}; allowed: a registered name, such as {example}. ({path})")
     arch = config.model.arch
     model = None
-    if arch in OUR_MODELS:
-        kind = config.model.get("model_type")
-        if kind not in OUR_MODELS[arch]:
-            raise UserError(f"model.model_type is {kind!r}, but {arch} has: {', '.join(OUR_MODELS[arch])}. ({path})")
+    if arch in MODEL_BLOCKS:
+        kind, known = config.model.get("model_type"), _model_types(arch)
+        if kind not in known:
+            raise UserError(f"model.model_type is {kind!r}, but {arch} has: {', '.join(known)}. ({path})")
         config = _merged(OmegaConf.load(MODEL_DEFAULTS / f"{arch}_{kind}.yaml"), config)
+        if config.run.get("evaluate") is True and "ecm" in config.model:
+            config.model.ecm = {**config.model.ecm, "enabled": False}  # evaluating needs no Con-D
         model = typed_block("model", config.model, str(path))
-    run = typed_block("run", config.run, str(path)) if config.run.get("task") == "mafa_pretrain" else None
+    run = typed_block("run", config.run, str(path)) if config.run.get("task") in RUN_BLOCKS else None
     check_combinations(model, run, str(path), files)
     if files:
         _check_files(config, str(path))
     return config
+
+
+def _model_types(arch: str) -> list[str]:
+    return sorted(file.stem.removeprefix(f"{arch}_") for file in MODEL_DEFAULTS.glob(f"{arch}_*.yaml"))
 
 
 def _read(path: Path, options: list[str]) -> DictConfig:
@@ -106,12 +119,19 @@ def run_job(name: str, options: list[str]) -> Any:
     import numpy as np
     import torch
 
+    if checked.model.arch in MODEL_BLOCKS:
+        from lavis_mafa.common.checkpoint_kinds import check_kinds
+
+        check_kinds(checked.model)
+        _check_device(checked, torch.cuda.is_available())
+
     with _quiet_imports():
         import lavis.common.optims  # noqa: F401 - registers LAVIS's schedulers
         import lavis.runners  # noqa: F401
         import lavis.tasks as tasks
         from lavis.common.registry import registry
 
+    from lavis_mafa.common.checkpoint_kinds import report_keys
     from lavis_mafa.common.distributed import init_process_group, rank
     from lavis_mafa.plugin import register
 
@@ -132,6 +152,8 @@ def run_job(name: str, options: list[str]) -> Any:
         task = tasks.setup_task(cfg)
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
+        if checked.model.arch not in MODEL_BLOCKS:
+            report_keys(model, cfg.model_cfg)
         runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
         job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
         runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
@@ -140,6 +162,14 @@ def run_job(name: str, options: list[str]) -> Any:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return runner
+
+
+def _check_device(config: DictConfig, gpu: bool) -> None:
+    """``run.device: cuda`` falls back to the CPU where there is none, and its half-precision weights would not run there."""
+    if not gpu and config.run.get("task") in RUN_BLOCKS:
+        run = typed_block("run", config.run)
+        run.device = "cpu"
+        check_device(typed_block("model", config.model), run)
 
 
 def _lavis_config(path: Path, options: list[str], checked: DictConfig) -> Any:
@@ -180,8 +210,8 @@ def _known_names(config: DictConfig, registry: Any) -> None:
 
 
 def _check_files(config: DictConfig, where: str) -> None:
-    downloads = config.model.get("arch") not in OUR_MODELS  # LAVIS's own models take URLs, ours local files alone
-    for key in ("model.pretrained", "model.discriminator.checkpoint", "run.resume_ckpt_path", "run.coco_captions"):
+    downloads = config.model.get("arch") not in MODEL_BLOCKS  # LAVIS's own models take URLs, ours local files alone
+    for key in FILES:
         value = OmegaConf.select(config, key)
         if isinstance(value, str) and not (downloads and "://" in value) and not Path(value).is_file():
             hint = " Download it first." if "://" in value else ""

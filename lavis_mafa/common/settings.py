@@ -1,88 +1,9 @@
-"""The typed blocks of our YAML: what may be written, with which type, choices and range (see docs/configuration.md)."""
+"""The typed ``run:`` blocks of our tasks, and the choices and ranges of all settings (see docs/configuration.md)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
-
-from lavis_mafa.objectives.pretraining import EcmSettings, ItcSettings
-
-
-@dataclass
-class MomentumDistillation:
-    queue_size: int = 65536
-    momentum: float = 0.995
-    alpha: float = 0.4
-
-
-@dataclass
-class Itc(ItcSettings):
-    smooth_when: str = "grouped"
-    momentum_distillation: Optional[MomentumDistillation] = None  # noqa: UP045 - OmegaConf reads this annotation
-
-
-@dataclass
-class Ecm(EcmSettings):
-    same_image: bool = True
-
-
-@dataclass
-class Itm:
-    negatives: str = "hardest"
-
-
-@dataclass
-class Mlm:
-    mask_probability: float = 0.5
-
-
-@dataclass
-class ImageEncoder:
-    init: Optional[str] = "deit"  # noqa: UP045
-    image_size: int = 256
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    drop_path: float = 0.0
-    gradient_checkpointing: bool = False
-
-
-@dataclass
-class TextEncoder:
-    init: Optional[str] = "bert-base-uncased"  # noqa: UP045
-    width: int = 768
-    layers: int = 12
-    fusion_layer: int = 6
-    heads: int = 12
-    dropout: float = 0.1
-
-
-@dataclass
-class DiscriminatorBlock:
-    arch: str = "albef_retrieval"
-    checkpoint: Optional[str] = None  # noqa: UP045
-    precision: str = "bf16"
-    image_encoder: Optional[ImageEncoder] = None  # noqa: UP045 - default: the model's own sizes
-    text_encoder: Optional[TextEncoder] = None  # noqa: UP045
-
-
-@dataclass
-class ModelBlock:
-    arch: str = "albef_mafa"
-    model_type: str = "base"
-    pretrained: Optional[str] = None  # noqa: UP045 - start all weights from this checkpoint of ours
-    tokenizer: str = "bert-base-uncased"
-    max_text_length: int = 30
-    embed_dim: int = 256
-    temperature: float = 0.07
-    image_encoder: ImageEncoder = field(default_factory=ImageEncoder)
-    text_encoder: TextEncoder = field(default_factory=TextEncoder)
-    itc: Itc = field(default_factory=Itc)
-    ecm: Ecm = field(default_factory=Ecm)
-    itm: Itm = field(default_factory=Itm)
-    mlm: Mlm = field(default_factory=Mlm)
-    discriminator: Optional[DiscriminatorBlock] = None  # noqa: UP045
+from typing import Optional
 
 
 @dataclass
@@ -152,17 +73,60 @@ class RunBlock:
     dist_backend: Optional[str] = None  # noqa: UP045
 
 
+@dataclass
+class CaptioningRun(RunBlock):
+    """``run:`` of a ``mafa_captioning`` task."""
+
+    task: str = "mafa_captioning"
+    grit: Grit = field(default_factory=lambda: Grit(enabled=False))
+    use_dist_eval_sampler: bool = True  # captions and answers of several ranks are joined by id
+    num_beams: int = 5
+    max_len: int = 30
+    min_len: int = 8
+    length_penalty: float = 1.0
+    caption_metrics: list[str] = field(default_factory=lambda: ["bleu", "cider"])
+    caption_references: Optional[str] = None  # noqa: UP045 - default: the data set's own captions
+
+
+@dataclass
+class VqaRun(RunBlock):
+    """``run:`` of a ``mafa_vqa`` or ``mafa_gqa`` task."""
+
+    task: str = "mafa_vqa"
+    grit: Grit = field(default_factory=lambda: Grit(enabled=False))
+    use_dist_eval_sampler: bool = True  # captions and answers of several ranks are joined by id
+    prompt: str = "Question: {} Answer:"
+    num_beams: int = 5
+    max_len: int = 10
+    min_len: int = 1
+    length_penalty: float = -1.0
+    lemmatize: bool = False
+
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.itc.smooth_when": ("grouped", "always", "never"),
     "model.ecm.use_in": ("itc", "itm", "lm"),
     "model.ecm.false_negatives": ("convert", "eliminate"),
     "model.itm.negatives": ("hardest", "sampled", "random"),
-    "model.discriminator.arch": ("albef_mafa", "albef_retrieval", "ground_truth"),
+    "model.discriminator.arch": (
+        "albef_mafa",
+        "albef_retrieval",
+        "blip_mafa",
+        "blip_image_text_matching",
+        "blip_retrieval",
+        "blip2_mafa",
+        "blip2",
+        "blip2_image_text_matching",
+        "ground_truth",
+    ),
     "model.discriminator.precision": ("fp32", "bf16"),
+    "model.image_encoder.precision": ("fp32", "bf16", "fp16"),
+    "model.language_model.precision": ("fp32", "bf16", "fp16"),
     "run.grit.batch_scope": ("local", "global"),
     "run.grit.collect": ("training", "separate"),
     "run.grit.memory": ("matrix", "rows"),
     "run.precision": ("fp32", "bf16", "fp16"),
+    "run.caption_metrics": ("bleu", "cider", "rouge_l", "meteor", "spice"),
 }
 
 INFINITE = float("inf")
@@ -200,14 +164,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.keep_checkpoints": (1, INFINITE),
     "run.record_connections": (0, INFINITE),
     "run.k_test": (1, INFINITE),
+    "run.num_beams": (1, INFINITE),
+    "run.max_len": (1, INFINITE),
+    "run.min_len": (0, INFINITE),
 }
-for _encoder in ("image_encoder", "text_encoder", "discriminator.image_encoder", "discriminator.text_encoder"):
-    RANGES |= {f"model.{_encoder}.{size}": (1, INFINITE) for size in ("width", "heads")}
-    if _encoder.endswith("image_encoder"):
-        RANGES |= {f"model.{_encoder}.{size}": (1, INFINITE) for size in ("image_size", "patch_size", "depth")}
-        RANGES |= {f"model.{_encoder}.drop_path": (0.0, 1.0)}
-    else:
-        RANGES |= {f"model.{_encoder}.{size}": (1, INFINITE) for size in ("layers", "fusion_layer")}
-        RANGES |= {f"model.{_encoder}.dropout": (0.0, 1.0)}
-
-BLOCKS: dict[str, Any] = {"model": ModelBlock, "run": RunBlock}
+for _part in ("image_encoder", "text_encoder", "qformer", "language_model"):
+    for _size in ("image_size", "patch_size", "width", "depth", "heads", "layers", "fusion_layer", "queries", "cross_attention_every"):
+        RANGES[f"model.{_part}.{_size}"] = (1, INFINITE)
+    RANGES |= {f"model.{_part}.{_share}": (0.0, 1.0) for _share in ("drop_path", "dropout")}
+RANGES["model.image_encoder.mlp_ratio"] = (0.01, INFINITE)

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_mafa.common.errors import UserError
 
 
-def read_checkpoint(path: str | Path, key: str = "checkpoint") -> dict[str, Any]:
+def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool = False) -> dict[str, Any]:
     """Read a ``.pth``/``.pt``/``.bin`` (``weights_only``) or ``.safetensors`` file onto the CPU.
 
     Args:
         path: the file.
         key: the setting it was named by, for the message.
+        names_only: onto the ``meta`` device: names and shapes, without the values.
 
     Raises:
         UserError: the file is missing, is no checkpoint, or would have to run code to load.
@@ -30,11 +31,11 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint") -> dict[str, Any]
         from safetensors.torch import load_file
 
         try:
-            return dict(load_file(path))
+            return dict(load_file(path, device="meta" if names_only else "cpu"))
         except SafetensorError as error:
             raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="meta" if names_only else "cpu", weights_only=True)
     except Exception as error:  # a torn pickle can raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
@@ -66,3 +67,32 @@ def write_atomically(content: dict[str, Any], path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
     finally:
         part.unlink(missing_ok=True)  # still there after a full disk or ctrl-C alone: a finished save has renamed it
+
+
+def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...] = ()) -> None:
+    """Load a state dict; anything missing, left over or of another size is an error that lists the keys.
+
+    Args:
+        may_miss: parts of names that the source cannot know (cross-attention in a text-only BERT).
+
+    Raises:
+        UserError: what does not fit.
+    """
+    own = module.state_dict()
+    sizes = [
+        f"{name} {list(value.shape)} (wanted {list(own[name].shape)})"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    missing = [n for n in own if n not in state and not n.endswith("position_ids") and not any(p in n for p in may_miss)]
+    extra = [n for n in state if n not in own and not n.endswith("position_ids")]
+    problems = [("other size", sizes), ("missing", missing), ("left over", extra)]
+    if any(names for _, names in problems):
+        raise UserError(f"{source} does not fit the model: " + "; ".join(few(k, n) for k, n in problems if n) + ".")
+    module.load_state_dict(state, strict=False)
+
+
+def few(kind: str, names: list[str], at_most: int = 8) -> str:
+    """``3 missing: a, b, c``, the first ``at_most`` of them."""
+    more = f", and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"{len(names)} {kind}: {', '.join(names[:at_most])}{more}" if names else f"none {kind}"

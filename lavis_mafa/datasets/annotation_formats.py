@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,33 +17,52 @@ import pyarrow.parquet
 
 from lavis_mafa.common.errors import UserError, did_you_mean
 
-REQUIRED = ("image", "caption")
-OPTIONAL = ("image_id", "concept")
 ROWS_AT_ONCE = 1 << 16
 CHARACTERS_AT_ONCE = 1 << 20
 
 
-def known_columns(path: Path, found: Iterable[str]) -> list[str]:
-    """Which of our columns are among ``found``; a missing required one is a UserError."""
+@dataclass(frozen=True)
+class Columns:
+    """What a kind of annotations consists of.
+
+    Every row has the columns ``single`` (a text each) and ``several`` (a text or a list of texts); ``optional`` ones (texts or
+    whole numbers) may be there, and all others are ignored.
+    """
+
+    single: tuple[str, ...]
+    several: str
+    optional: tuple[str, ...]
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return (*self.single, self.several)
+
+
+PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept"))
+QUESTIONS = Columns(single=("image", "question"), several="answer", optional=("question_id",))
+
+
+def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[str]:
+    """Which of ``columns`` are among ``found``; a missing required one is a UserError."""
     found = list(found)
-    for name in REQUIRED:
+    for name in columns.required:
         if name not in found:
             raise UserError(f"{path}: no column '{name}'; its columns are {', '.join(found)}.{did_you_mean(name, found)}")
-    return [name for name in (*REQUIRED, *OPTIONAL) if name in found]
+    return [name for name in (*columns.required, *columns.optional) if name in found]
 
 
-def read_parquet(path: Path) -> pa.Table:
+def read_parquet(path: Path, columns: Columns) -> pa.Table:
     names = pyarrow.parquet.read_schema(path).names
-    return pyarrow.parquet.read_table(path, columns=known_columns(path, names))
+    return pyarrow.parquet.read_table(path, columns=known_columns(path, columns, names))
 
 
-def read_separated(path: Path) -> pa.Table:
+def read_separated(path: Path, columns: Columns) -> pa.Table:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = next(csv.reader(file, delimiter=delimiter), None)
     if header is None:
         return pa.table({})
-    names = known_columns(path, header)
+    names = known_columns(path, columns, header)
     return pyarrow.csv.read_csv(
         path,
         parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
@@ -50,31 +70,31 @@ def read_separated(path: Path) -> pa.Table:
     )
 
 
-def read_json_lines(path: Path) -> pa.Table:
+def read_json_lines(path: Path, columns: Columns) -> pa.Table:
     with path.open(encoding="utf-8-sig") as file:
-        first = next(_objects_in_lines(path, file), None)
+        first = next(_objects_in_lines(path, columns, file), None)
     if first is None:
         return pa.table({})
-    known_columns(path, first)
+    known_columns(path, columns, first)
     # Arrow's parser is several times faster than Python's, but it needs one type for a column. What the first row shows nearly
     # always holds for the others; where it does not (texts and lists of texts mixed, a wrong type, a torn line), Python reads
     # the file again and can name the row that is wrong.
-    caption = pa.list_(pa.string()) if isinstance(first["caption"], list) else pa.string()
-    image_id = pa.int64() if isinstance(first.get("image_id"), int) else pa.string()
-    fields = {"image": pa.string(), "caption": caption, "image_id": image_id, "concept": pa.string()}
+    fields: dict[str, pa.DataType] = {name: pa.string() for name in columns.single}
+    fields[columns.several] = pa.list_(pa.string()) if isinstance(first[columns.several], list) else pa.string()
+    fields |= {name: pa.int64() if isinstance(first.get(name), int) else pa.string() for name in columns.optional}
     options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
     try:
         return pyarrow.json.read_json(path, parse_options=options)
     except pa.ArrowInvalid:
         with path.open(encoding="utf-8-sig") as file:
-            return _table_of(path, _objects_in_lines(path, file))
+            return _table_of(path, columns, _objects_in_lines(path, columns, file))
 
 
-def read_json_list(path: Path) -> pa.Table:
-    return _table_of(path, _objects_in_list(path))
+def read_json_list(path: Path, columns: Columns) -> pa.Table:
+    return _table_of(path, columns, _objects_in_list(path, columns))
 
 
-FORMATS: dict[str, Callable[[Path], pa.Table]] = {
+FORMATS: dict[str, Callable[[Path, Columns], pa.Table]] = {
     ".json": read_json_list,
     ".jsonl": read_json_lines,
     ".csv": read_separated,
@@ -83,7 +103,7 @@ FORMATS: dict[str, Callable[[Path], pa.Table]] = {
 }
 
 
-def _objects_in_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     row = 0
     for line in lines:
         if line.strip():
@@ -92,10 +112,10 @@ def _objects_in_lines(path: Path, lines: Iterable[str]) -> Iterator[dict[str, An
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, row {row}: not valid JSON ({error}).") from error
-            yield _object(path, row, value)
+            yield _object(path, columns, row, value)
 
 
-def _objects_in_list(path: Path) -> Iterator[dict[str, Any]]:
+def _objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     """The objects of a JSON list, one at a time: ``json.load`` would hold millions of dicts at once."""
     decode = json.JSONDecoder().raw_decode
     with path.open(encoding="utf-8-sig") as file:
@@ -118,35 +138,39 @@ def _objects_in_list(path: Path) -> Iterator[dict[str, Any]]:
                 text, at = text[at:] + more, 0
                 continue
             row += 1
-            yield _object(path, row, value)
+            yield _object(path, columns, row, value)
 
 
-def _object(path: Path, row: int, value: Any) -> dict[str, Any]:
+def _object(path: Path, columns: Columns, row: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{path}, row {row}: {json.dumps(value)[:40]} is not an object; allowed: {{'image': ..., 'caption': ...}}.")
+        form = ", ".join(f"'{name}': ..." for name in columns.required)
+        raise UserError(f"{path}, row {row}: {json.dumps(value)[:40]} is not an object; allowed: {{{form}}}.")
     return value
 
 
-def _table_of(path: Path, objects: Iterator[dict[str, Any]]) -> pa.Table:
-    schema = pa.schema([("image", pa.string()), ("caption", pa.list_(pa.string())), *((name, pa.string()) for name in OPTIONAL)])
+def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -> pa.Table:
+    several = columns.several
+    types = {name: pa.string() for name in (*columns.required, *columns.optional)} | {several: pa.list_(pa.string())}
+    schema = pa.schema(types)
     tables: list[pa.Table] = []
     row = 0
     while chunk := list(islice(objects, ROWS_AT_ONCE)):
         if not tables:
-            known_columns(path, chunk[0])
-        columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+            known_columns(path, columns, chunk[0])
+        cells: dict[str, list[Any]] = {name: [] for name in schema.names}
         for record in chunk:
             row += 1
-            columns["image"].append(_typed(path, row, record, "image", str, "text"))
-            caption = _typed(path, row, record, "caption", (str, list), "text or a list of texts")
-            texts = [caption] if isinstance(caption, str) else caption
-            columns["caption"].append(texts)
+            for name in columns.single:
+                cells[name].append(_typed(path, row, record, name, str, "text"))
+            value = _typed(path, row, record, several, (str, list), "text or a list of texts")
+            texts = [value] if isinstance(value, str) else value
+            cells[several].append(texts)
             if texts is not None and not all(isinstance(text, str) for text in texts):
-                raise UserError(f"{path}, row {row}: 'caption' is {json.dumps(texts)[:60]}; allowed: text or a list of texts.")
-            for name in OPTIONAL:
+                raise UserError(f"{path}, row {row}: '{several}' is {json.dumps(texts)[:60]}; allowed: text or a list of texts.")
+            for name in columns.optional:
                 value = _typed(path, row, record, name, (str, int), "text or a whole number")
-                columns[name].append(None if value is None else str(value))
-        tables.append(pa.table(columns, schema=schema))
+                cells[name].append(None if value is None else str(value))
+        tables.append(pa.table(cells, schema=schema))
     return pa.concat_tables(tables) if tables else pa.table({})
 
 

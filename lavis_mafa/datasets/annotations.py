@@ -1,4 +1,4 @@
-"""Image-text annotations, in any of the usual formats, as one Arrow table.
+"""Annotations of images (captions, or questions), in any of the usual formats, as one Arrow table.
 
 Arrow and not a list of dicts: five million rows stay under a gigabyte, and forked data-loading workers share them, since
 reading a row changes no reference count.
@@ -14,24 +14,26 @@ import pyarrow as pa
 import torch
 
 from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.datasets.annotation_formats import FORMATS
+from lavis_mafa.datasets.annotation_formats import FORMATS, PAIRS, Columns
 from lavis_mafa.datasets.arrow_compute import pc
 
-CAPTIONS = pa.list_(pa.string())
+TEXTS = pa.list_(pa.string())
 
 
-def read_annotations(files: Sequence[str | Path]) -> pa.Table:
+def read_annotations(files: Sequence[str | Path], columns: Columns = PAIRS) -> pa.Table:
     """Read annotation files (.json, .jsonl, .csv, .tsv, .parquet) into one table, in the order given.
 
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
     ``image_id`` (rows of one image share it) and ``concept`` (what it shows: ground truth for reports). Others are ignored.
+    With ``QUESTIONS`` for ``columns``, rows have ``image``, ``question`` and ``answer`` (text or list), optionally ``question_id``.
 
     Returns:
         Columns ``image`` string, ``caption`` list<string> and, where a file has them, ``image_id`` and ``concept`` string.
+        In general: ``columns.single`` string, ``columns.several`` list<string>, ``columns.optional`` string.
 
     Raises:
         UserError: a file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type; a
-            row has no image or an empty caption. The message names file and row, counted from 1 without a header.
+            row has an empty image, caption, question or answer. The message names file and row, counted from 1 without a header.
 
     Example:
         >>> read_annotations(["train.jsonl"]).column_names
@@ -39,7 +41,7 @@ def read_annotations(files: Sequence[str | Path]) -> pa.Table:
     """
     if not files:
         raise UserError("No annotation file is given; allowed: one path or a list of paths.")
-    table = pa.concat_tables([_read_file(Path(file)) for file in files], promote_options="default")
+    table = pa.concat_tables([_read_file(Path(file), columns) for file in files], promote_options="default")
     # Arrow would keep what the parsers no longer need for its next use, but the table is there for the whole run.
     pa.default_memory_pool().release_unused()
     return table
@@ -59,7 +61,7 @@ def image_keys(table: pa.Table) -> torch.LongTensor:
     return torch.from_numpy(keys.to_numpy().astype(np.int64))  # type: ignore[return-value]
 
 
-def _read_file(path: Path) -> pa.Table:
+def _read_file(path: Path, columns: Columns) -> pa.Table:
     read = FORMATS.get(path.suffix.lower())
     if read is None:
         known = ", ".join(FORMATS)
@@ -67,55 +69,57 @@ def _read_file(path: Path) -> pa.Table:
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file.")
     try:
-        table = read(path)
+        table = read(path, columns)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from error
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows.")
-    columns = {"image": _strings(path, table, "image"), "caption": _caption_lists(path, table)}
-    for name in ("image_id", "concept"):
+    found = {name: _strings(path, table, name, numbers=False) for name in columns.single}
+    found[columns.several] = _text_lists(path, table, columns.several)
+    for name in columns.optional:
         # A JSON line leaves an absent column empty, so a column without any value counts as absent.
         if name in table.column_names and table[name].null_count < table.num_rows:
-            columns[name] = _strings(path, table, name)
-    _check_no_empty_image(path, columns["image"])
-    _check_no_empty_caption(path, columns["caption"])
-    return pa.table(columns)
+            found[name] = _strings(path, table, name, numbers=True)
+    for name in columns.single:
+        _check_no_empty_text(path, name, found[name])
+    _check_no_empty_list(path, columns.several, found[columns.several])
+    return pa.table(found)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _strings(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+def _strings(path: Path, table: pa.Table, name: str, numbers: bool) -> pa.ChunkedArray:
     column = table[name]
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     # A number is a fine id, but never a path.
-    if not (_is_text(kind) or (name != "image" and pa.types.is_integer(kind))):
-        raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text{'' if name == 'image' else ' or whole numbers'}.")
+    if not (_is_text(kind) or (numbers and pa.types.is_integer(kind))):
+        raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text{' or whole numbers' if numbers else ''}.")
     return column.cast(pa.string())
 
 
-def _caption_lists(path: Path, table: pa.Table) -> pa.ChunkedArray:
-    column = table["caption"]
+def _text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+    column = table[name]
     kind = column.type
     if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type):
-        return column.cast(CAPTIONS)
+        return column.cast(TEXTS)
     if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
-        raise UserError(f"{path}: column 'caption' holds {kind}; allowed: text or lists of text.")
-    # The texts stay where they are; only the boundaries of the one-caption lists are new.
+        raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text or lists of text.")
+    # The texts stay where they are; only the boundaries of the one-text lists are new.
     lists = [pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk) for chunk in column.cast(pa.string()).chunks]
-    return pa.chunked_array(lists, CAPTIONS)
+    return pa.chunked_array(lists, TEXTS)
 
 
-def _check_no_empty_image(path: Path, images: pa.ChunkedArray) -> None:
-    row = pc.index(pc.fill_null(pc.not_equal(images, ""), False), False).as_py()
+def _check_no_empty_text(path: Path, name: str, texts: pa.ChunkedArray) -> None:
+    row = pc.index(pc.fill_null(pc.not_equal(texts, ""), False), False).as_py()
     if row >= 0:
-        raise UserError(f"{path}, row {row + 1}: 'image' is empty; allowed: a path.")
+        raise UserError(f"{path}, row {row + 1}: '{name}' is empty; allowed: {'a path' if name == 'image' else 'a text'}.")
 
 
-def _check_no_empty_caption(path: Path, captions: pa.ChunkedArray) -> None:
+def _check_no_empty_list(path: Path, name: str, lists: pa.ChunkedArray) -> None:
     before = 0
-    for chunk in captions.chunks:
+    for chunk in lists.chunks:
         row = pc.index(pc.fill_null(pc.greater(pc.list_value_length(chunk), 0), False), False).as_py()
         if row < 0:
             # A pattern, not a comparison of trimmed texts: it copies nothing.
@@ -123,5 +127,5 @@ def _check_no_empty_caption(path: Path, captions: pa.ChunkedArray) -> None:
             position = pc.index(text, False).as_py()
             row = chunk.value_parent_indices()[position].as_py() if position >= 0 else -1
         if row >= 0:
-            raise UserError(f"{path}, row {before + row + 1}: the caption is empty; allowed: a text, or a list of texts.")
+            raise UserError(f"{path}, row {before + row + 1}: the {name} is empty; allowed: a text, or a list of texts.")
         before += len(chunk)

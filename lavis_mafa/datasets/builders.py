@@ -1,51 +1,56 @@
-"""LAVIS dataset builders: ``grit_pairs`` (one's own image-text pairs) and ``grit_emoji`` (the embedded default data).
+"""LAVIS dataset builders: ``grit_pairs`` and ``grit_vqa`` (one's own image-text pairs and questions), ``grit_emoji`` (embedded data).
 
 Nothing is ever downloaded, and relative paths start from the working directory, not from LAVIS's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
-from omegaconf import DictConfig, ListConfig
+from lavis.datasets.datasets.base_dataset import BaseDataset
 
-from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.annotation_formats import QUESTIONS
 from lavis_mafa.datasets.arrow_compute import pc
+from lavis_mafa.datasets.build_info import check_keys, count, one_of, own_files, yes_or_no
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.image_text_pairs import ImageTextPairs, Select
+from lavis_mafa.datasets.image_text_pairs import ImageTextPairs, Select, open_annotations
+from lavis_mafa.datasets.questions import ImageQuestions, naming_questions
 from lavis_mafa.datasets.retrieval import RetrievalPairs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 SPLITS = ("train", "val", "test")
-Datasets = dict[str, ImageTextPairs | RetrievalPairs]
+Datasets = dict[str, BaseDataset]
 
 
 class _LocalBuilder(BaseDatasetBuilder):
-    """What both builders share: training splits are pairs, the others galleries; no downloads."""
-
-    train_dataset_cls = ImageTextPairs
-    eval_dataset_cls = RetrievalPairs
+    """What our builders share: no downloads, and the processors of a split."""
 
     def build_datasets(self) -> Datasets:
         """Split -> data set, for the splits that the configuration names."""
         return self.build()
 
-    def _dataset(
-        self, split: str, files: list[Path], root: Path, select: Select, truth: GroundTruth | None = None
-    ) -> ImageTextPairs | RetrievalPairs:
+    def _processors(self, split: str) -> tuple[Any, Any]:
         mode = "train" if split == "train" else "eval"
         vis, text = self.vis_processors[mode], self.text_processors[mode]
         for name, processor in (("vis_processor", vis), ("text_processor", text)):
             if processor is None:
                 raise UserError(f"{name}.{mode} is missing, but split '{split}' needs it; give it a name, such as albef_image_{mode}.")
-        cls = self.train_dataset_cls if split == "train" else self.eval_dataset_cls
-        return cls(vis, text, root, files, truth, select)
+        return vis, text
+
+    def _pairs(
+        self, split: str, files: list[Path], root: Path, select: Select, prefix_lm: bool, truth: GroundTruth | None = None
+    ) -> BaseDataset:
+        """Training splits are pairs, the others galleries."""
+        vis, text = self._processors(split)
+        if split == "train":
+            return ImageTextPairs(vis, text, root, files, truth, select, prefix_lm)
+        return RetrievalPairs(vis, text, root, files, truth, select)
 
 
 class GritPairsBuilder(_LocalBuilder):
@@ -53,7 +58,7 @@ class GritPairsBuilder(_LocalBuilder):
 
     ``build_info.annotations.<train|val|test>.storage`` is a file or a list of files, ``build_info.images.storage`` the folder
     that image paths start from; ``build_info.max_images`` (optional) keeps the first rows only. A split without a file is left
-    out.
+    out. ``build_info.prefix_lm`` splits training captions for prefix language modelling (see ``ImageTextPairs``).
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_pairs" / "defaults.yaml")}
@@ -66,18 +71,38 @@ class GritPairsBuilder(_LocalBuilder):
         """
         where = "datasets.grit_pairs.build_info"
         info = self.config.build_info
-        _check_keys(where, info, ("annotations", "images", "max_images"))
-        _check_keys(f"{where}.annotations", info.annotations, SPLITS)
+        check_keys(where, info, ("annotations", "images", "max_images", "prefix_lm"))
+        files, root, limit = own_files(where, info, SPLITS)
+        prefix_lm = yes_or_no(f"{where}.prefix_lm", info.get("prefix_lm", False))
         self.build_processors()
-        files = {split: _paths(info.annotations.get(split)) for split in SPLITS}
-        if not any(files.values()):
-            raise UserError(f"{where}.annotations.train.storage is not set; allowed: a path or a list of paths.")
-        root = info.images.get("storage")
-        if root is None:
-            raise UserError(f"{where}.images.storage is not set; allowed: the folder that image paths start from.")
-        limit = _count(f"{where}.max_images", info.get("max_images"))
-        folder = Path(root).expanduser()
-        return {split: self._dataset(split, paths, folder, lambda rows: rows[:limit]) for split, paths in files.items() if paths}
+        return {split: self._pairs(split, paths, root, lambda rows: rows[:limit], prefix_lm) for split, paths in files.items()}
+
+
+class GritVqaBuilder(_LocalBuilder):
+    """Own questions about images, from the same formats; columns ``image``, ``question``, ``answer``, optionally ``question_id``.
+
+    ``build_info.annotations.<val|test>.storage``, ``build_info.images.storage`` and ``build_info.max_images`` (the first questions
+    only) are as in ``grit_pairs``.
+    """
+
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_vqa" / "defaults.yaml")}
+
+    def build(self) -> Datasets:
+        """Split -> ``ImageQuestions``.
+
+        Raises:
+            UserError: an unknown key, no annotation file at all, no image folder, or whatever ``read_annotations`` finds.
+        """
+        where = "datasets.grit_vqa.build_info"
+        info = self.config.build_info
+        check_keys(where, info, ("annotations", "images", "max_images"))
+        files, root, limit = own_files(where, info, ("val", "test"))
+        self.build_processors()
+        datasets: Datasets = {}
+        for split, paths in files.items():
+            _, table = open_annotations(root, paths, lambda rows: rows[:limit], QUESTIONS)
+            datasets[split] = ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
+        return datasets
 
 
 class GritEmojiBuilder(_LocalBuilder):
@@ -89,6 +114,9 @@ class GritEmojiBuilder(_LocalBuilder):
     one of eight is drawn at each access (``drawn``), or that and all drawings of a concept count as one image (``curated``:
     like COCO's several captions an image, for training Con-D). ``build_info.max_concepts`` (optional) keeps the first
     concepts, in every split.
+
+    ``build_info.view``: with ``questions``, ``val`` and ``test`` ask "what is this?" about each drawing, and every name that truly
+    holds is a right answer; with ``pairs`` they are galleries for retrieval. ``build_info.prefix_lm`` is as in ``grit_pairs``.
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_emoji" / "defaults.yaml")}
@@ -102,51 +130,34 @@ class GritEmojiBuilder(_LocalBuilder):
         """
         where = "datasets.grit_emoji.build_info"
         info = self.config.build_info
-        _check_keys(where, info, ("root", "captions", "max_concepts"))
-        captions = str(info.get("captions", "fixed"))
-        if captions not in self.CAPTIONS:
-            allowed = ", ".join(self.CAPTIONS)
-            raise UserError(f"{where}.captions is '{captions}'; allowed: {allowed}.{did_you_mean(captions, self.CAPTIONS)}")
-        count = _count(f"{where}.max_concepts", info.get("max_concepts"))
+        check_keys(where, info, ("root", "captions", "max_concepts", "view", "prefix_lm"))
+        captions = one_of(f"{where}.captions", info.get("captions", "fixed"), self.CAPTIONS)
+        view = one_of(f"{where}.view", info.get("view", "pairs"), ("pairs", "questions"))
+        prefix_lm = yes_or_no(f"{where}.prefix_lm", info.get("prefix_lm", False))
+        first = count(f"{where}.max_concepts", info.get("max_concepts"))
         self.build_processors()
         root = Path(info.root).expanduser()
-        truth = load_emoji_truth(root, count)
-        concepts = first_concepts(read_truth(root), count)
+        truth = load_emoji_truth(root, first)
+        concepts = first_concepts(read_truth(root), first)
 
         def of_these_concepts(rows: pa.Table, one_image: bool) -> pa.Table:
             kept = rows.filter(pc.is_in(rows["concept"], value_set=concepts))
             if kept.num_rows == 0:
-                raise UserError(f"{where}.max_concepts is {count}, which leaves a split without images; raise it, or null for all.")
+                raise UserError(f"{where}.max_concepts is {first}, which leaves a split without images; raise it, or null for all.")
             if one_image:
                 kept = kept.set_column(kept.schema.get_field_index("image_id"), "image_id", kept["concept"])
             return kept
 
         files = {"train": self.CAPTIONS[captions], "val": "seen.jsonl", "test": "unseen.jsonl"}
-        one_image = {split: captions == "curated" and split == "train" for split in files}
-        return {
-            split: self._dataset(split, [root / file], root, partial(of_these_concepts, one_image=one_image[split]), truth)
-            for split, file in files.items()
-        }
+        datasets: Datasets = {}
+        for split, file in files.items():
+            select = partial(of_these_concepts, one_image=captions == "curated" and split == "train")
+            if view == "questions" and split != "train":
+                _, table = open_annotations(root, [root / file], select)
+                datasets[split] = ImageQuestions(*self._processors(split), root, naming_questions(table, truth))
+            else:
+                datasets[split] = self._pairs(split, [root / file], root, select, prefix_lm, truth)
+        return datasets
 
 
-BUILDERS = {"grit_pairs": GritPairsBuilder, "grit_emoji": GritEmojiBuilder}
-
-
-def _paths(split: Any) -> list[Path]:
-    storage = split.get("storage") if split is not None else None
-    if storage is None:
-        return []
-    return [Path(path).expanduser() for path in (storage if isinstance(storage, ListConfig | list) else [storage])]
-
-
-def _count(key: str, value: Any) -> int | None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise UserError(f"{key} is {value}; allowed: a whole number from 1, or null for all.")
-    return value
-
-
-def _check_keys(where: str, block: DictConfig, allowed: Iterable[str]) -> None:
-    allowed = list(allowed)
-    for key in map(str, block):
-        if key not in allowed:
-            raise UserError(f"{where}.{key} is not a key; allowed: {', '.join(allowed)}.{did_you_mean(key, allowed)}")
+BUILDERS = {"grit_pairs": GritPairsBuilder, "grit_vqa": GritVqaBuilder, "grit_emoji": GritEmojiBuilder}

@@ -13,6 +13,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from torch.utils.data import default_collate
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.annotation_formats import PAIRS, Columns
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.images import load_rgb
@@ -20,14 +21,16 @@ from lavis_mafa.datasets.images import load_rgb
 Select = Callable[[pa.Table], pa.Table]
 
 
-def open_annotations(vis_root: str | Path, ann_paths: Sequence[str | Path], select: Select | None) -> tuple[Path, pa.Table]:
+def open_annotations(
+    vis_root: str | Path, ann_paths: Sequence[str | Path], select: Select | None, columns: Columns = PAIRS
+) -> tuple[Path, pa.Table]:
     """The image folder and the annotations, checked as far as a glance can: the first row's image must be there."""
     root = Path(vis_root)
     if not root.is_dir():
         raise UserError(
             f"The image folder {root} does not exist; set build_info.images.storage to the folder the image paths start from."
         )
-    table = read_annotations(ann_paths)
+    table = read_annotations(ann_paths, columns)
     if select is not None:
         table = select(table)
     first = root / table["image"][0].as_py()
@@ -48,6 +51,7 @@ class ImageTextPairs(BaseDataset):
         ann_paths: annotation files, see ``read_annotations``.
         truth: which image matches which text; None takes what a ``concept`` column of the annotations tells.
         select: the table -> the rows to use (at least one).
+        prefix_lm: split each caption at a random word, for prefix language modelling (BLIP-2 with an encoder-decoder).
 
     Attributes:
         table: the annotations. image_keys: [N], one number per image.
@@ -65,11 +69,13 @@ class ImageTextPairs(BaseDataset):
         ann_paths: Sequence[str | Path],
         truth: GroundTruth | None = None,
         select: Select | None = None,
+        prefix_lm: bool = False,
     ) -> None:
         # Not BaseDataset's own: it reads JSON lists into dicts and adds a string to every one.
         self.vis_root, self.table = open_annotations(vis_root, ann_paths, select)
         self.vis_processor = vis_processor
         self.text_processor = text_processor
+        self.prefix_lm = prefix_lm
         self.image_keys = image_keys(self.table)
         self.truth = truth or GroundTruth.from_table(self.table)
         self.concepts: torch.LongTensor | None = None
@@ -90,12 +96,14 @@ class ImageTextPairs(BaseDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample: ``image``, ``text_input``, ``index``, ``image_key`` and, with a truth, ``concept`` and ``text_key``.
 
+        With ``prefix_lm`` the caption's beginning is ``text_input`` and its rest ``text_output``.
+
         Raises:
             OSError: the image cannot be read. The runner takes another sample in its place and counts it.
         """
         captions = self.captions(index)
         caption = captions[0] if len(captions) == 1 else random.choice(captions)
-        sample = {
+        sample: dict[str, Any] = {
             "image": self.vis_processor(load_rgb(self.image_path(index))),
             "text_input": self.text_processor(caption),
             "index": index,
@@ -105,8 +113,24 @@ class ImageTextPairs(BaseDataset):
             sample["concept"] = int(self.concepts[index])
             # Of the caption as written: processing may cut it or make two texts one.
             sample["text_key"] = self.truth.text_key(caption)
+        if self.prefix_lm:
+            sample["text_input"], sample["text_output"] = split_at_random(sample["text_input"])
         return sample
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch: images stacked, texts a list, numbers int64 tensors."""
         return default_collate(samples)
+
+
+def split_at_random(caption: str) -> tuple[str, str]:
+    """The words before a random place in the caption, and those after it: at least one each, drawn by Python's ``random``.
+
+    A single word is all rest.
+
+    Example:
+        >>> split_at_random("a dog")
+        ('a', 'dog')
+    """
+    words = caption.split()
+    cut = random.randrange(1, len(words)) if len(words) > 1 else 0
+    return " ".join(words[:cut]), " ".join(words[cut:])

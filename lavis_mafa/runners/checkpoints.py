@@ -77,6 +77,12 @@ def load_model(model: nn.Module, state: dict[str, Any], source: str | Path) -> N
     load_exactly(model, state, f"run.resume_ckpt_path: {source}", may_miss=frozen)
 
 
+def model_state(model: Any) -> dict[str, Any]:
+    """The weights that a checkpoint holds: all but frozen ones that come from a file of their own (a ViT-g, a language model)."""
+    left_out: tuple[str, ...] = model.unsaved_parts() if hasattr(model, "unsaved_parts") else ()
+    return {name: value for name, value in model.state_dict().items() if not (left_out and name.startswith(left_out))}
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """All generators as tensors and numbers, so that reading them back runs no code."""
     version, numbers, gauss = random.getstate()

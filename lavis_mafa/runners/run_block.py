@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from lavis_mafa.common.check import typed_block
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.common.typed import typed_block
 
 
 def run_settings(run: Any, ours: bool) -> RunBlock:
-    """For our task the block is checked; LAVIS's own YAMLs keep their keys, and those we know are taken.
+    """For our tasks the block is checked; LAVIS's own YAMLs keep their keys, and those we know are taken.
 
     Args:
         run: the ``run`` node.
-        ours: is the task ``mafa_pretrain``.
+        ours: is the task one of ours.
     """
     if ours:
         block: RunBlock = typed_block("run", run)

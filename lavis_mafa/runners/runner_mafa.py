@@ -27,7 +27,7 @@ from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.loaders import eval_loader, train_loader
 from lavis_mafa.runners.run_block import new_folder, run_settings
 from lavis_mafa.runners.training_loop import TrainingLoop
-from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+from lavis_mafa.tasks.mafa_task import MafaTask
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class RunnerMafa(TrainingLoop, RunnerBase):
     _optimizer: Any
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
-        self.settings = run_settings(cfg.run_cfg, isinstance(task, MafaPretrainTask))
+        self.settings = run_settings(cfg.run_cfg, isinstance(task, MafaTask))
         # RunnerBase reads the YAML itself and has no defaults for most keys
         cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(self.settings)), cfg.run_cfg)
         super().__init__(cfg, task, model, datasets, job_id)
@@ -91,7 +91,7 @@ class RunnerMafa(TrainingLoop, RunnerBase):
                     device_ids=[self.device.index] if self.device.type == "cuda" else None,
                     find_unused_parameters=self.settings.find_unused_parameters,
                     # our queues are kept equal by gathering; sending them from rank 0 at every step would cost 67 MB
-                    broadcast_buffers=not isinstance(self.task, MafaPretrainTask),
+                    broadcast_buffers=not isinstance(self.task, MafaTask),
                 )
         return self._wrapped_model
 
@@ -152,7 +152,7 @@ class RunnerMafa(TrainingLoop, RunnerBase):
             if train and self.evaluate_only:
                 loader = None  # nobody asks for it, and a set for evaluation may be smaller than a training batch
             elif train:
-                grit = self.settings.grit if isinstance(self.task, MafaPretrainTask) else None
+                grit = self.settings.grit if isinstance(self.task, MafaTask) else None
                 loader, self.feed = train_loader(dataset, size, grit, self.settings, pin)
             else:
                 shared = self.use_distributed and self.config.run_cfg.get("use_dist_eval_sampler", True)

@@ -11,7 +11,7 @@ from lavis_mafa.common.distributed import barrier, rank
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.weights import read_checkpoint
-from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, random_state, read_resumable, restore_random_state
+from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, model_state, random_state, read_resumable, restore_random_state
 from lavis_mafa.runners.grit_feed import GritFeed
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Saving:
         content = None
         if rank() == 0:
             content = {
-                "model": self.unwrap_dist_model(self.model).state_dict(),
+                "model": model_state(self.unwrap_dist_model(self.model)),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict() if self.scaler is not None else None,
                 "config": self.config.to_dict(),

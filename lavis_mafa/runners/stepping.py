@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+from lavis_mafa.tasks.mafa_task import MafaTask
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,7 +45,7 @@ class Stepper:
         last = step == first + length - 1
         with self._without_sync() if not last else contextlib.nullcontext():
             with autocast(self.settings.precision, self.device):
-                if isinstance(self.task, MafaPretrainTask):
+                if isinstance(self.task, MafaTask):
                     output = self.task.step_output(model=self.model, samples=samples)
                 else:
                     output = {"loss": self.task.train_step(model=self.model, samples=samples)}

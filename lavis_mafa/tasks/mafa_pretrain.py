@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
-from lavis_mafa.common.check import check_combinations, typed_block
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.eccv import CocoGallery, coco_gallery, eccv_metrics
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.retrieval_metrics import retrieval_metrics
 from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.tasks.mafa_task import MafaTask
 
 
-class MafaPretrainTask(BaseTask):
+class MafaPretrainTask(MafaTask):
     """Builds data and model, hands the model's whole output to the runner, and evaluates retrieval.
 
     Where the data set knows which pairs truly match (``concept``), the log also has the share of chosen hard negatives that are
@@ -24,17 +23,9 @@ class MafaPretrainTask(BaseTask):
     """
 
     def __init__(self, run: RunBlock | None = None) -> None:
-        super().__init__()
-        self.run = run or RunBlock()
+        super().__init__(run)
         self.truth: Any = None
         self.coco: CocoGallery | None = None
-
-    @classmethod
-    def setup_task(cls, cfg: Any = None, **kwargs: Any) -> MafaPretrainTask:
-        run: RunBlock = typed_block("run", cfg.run_cfg)
-        model = typed_block("model", cfg.model_cfg) if cfg.model_cfg.arch == "albef_mafa" else None
-        check_combinations(model, run)
-        return cls(run)
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:
         datasets = super().build_datasets(cfg)
@@ -64,15 +55,11 @@ class MafaPretrainTask(BaseTask):
 
     # --- training --------------------------------------------------------------------------------------------------
 
-    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
-        """The loss alone, which is all that LAVIS's own runners ask for."""
-        return model(samples).loss
-
     def step_output(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
         """The model's whole output, with figures from ground truth where there is one."""
         output = model(samples)
-        if self.truth is not None and output.verdicts is not None:
-            output["figures"] = {**output.figures, **self._true_counts(output.verdicts, samples)}
+        if self.truth is not None and output.get("verdicts") is not None:
+            output["figures"] = {**output["figures"], **self._true_counts(output["verdicts"], samples)}
         return output
 
     @torch.no_grad()

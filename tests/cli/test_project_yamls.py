@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.check import typed_block
+from lavis_mafa.common.typed import typed_block
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.job import check_yaml
 from lavis_mafa.common.projects import project_files, projects_root

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertConfig
 
-from lavis_mafa.common.check import typed_block
-from lavis_mafa.common.settings import ModelBlock
+from lavis_mafa.common.typed import typed_block
+from lavis_mafa.common.model_settings import AlbefBlock
 from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer
 from lavis_mafa.models.albef_mafa import AlbefMafa
 
@@ -35,9 +35,9 @@ SIZES: dict[str, Any] = {
 CAPTIONS = ["a red dog", "two birds on the roof of an old house near the sea", "a blue car in the rain", "the small cat sleeps"]
 
 
-def block(**changes: Any) -> ModelBlock:
+def block(**changes: Any) -> AlbefBlock:
     """``model:`` of a YAML at the reduced size."""
-    settings: ModelBlock = typed_block("model", OmegaConf.merge(OmegaConf.create(SIZES), OmegaConf.create(changes)))
+    settings: AlbefBlock = typed_block("model", OmegaConf.merge(OmegaConf.create(SIZES), OmegaConf.create(changes)))
     return settings
 
 

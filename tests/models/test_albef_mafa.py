@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from transformers import BertConfig, BertForMaskedLM
 
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.settings import TextEncoder
+from lavis_mafa.common.model_settings import TextEncoder
 from lavis_mafa.models import albef_pairs
 from lavis_mafa.models.albef_encoders import build_text_encoder, fold_token_type
 from lavis_mafa.models.albef_mafa import AlbefMafa

@@ -26,7 +26,7 @@ import lavis.tasks
 from lavis.common.registry import registry
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.settings import ImageEncoder, TextEncoder
+from lavis_mafa.common.model_settings import ImageEncoder, TextEncoder
 from lavis_mafa.models.albef_encoders import MINILM, build_image_encoder, build_text_encoder, build_tokenizer
 
 class Tiny(AlbefPretrain):

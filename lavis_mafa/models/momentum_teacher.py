@@ -1,4 +1,4 @@
-"""ALBEF's momentum teacher and its queue of features (ALBEF section 3.3), as a part of ``albef_mafa``."""
+"""The momentum teacher of ALBEF and BLIP with its queue of features (ALBEF section 3.3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lavis_mafa.common.distributed import gather_in_rank_order
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.settings import ModelBlock
+from lavis_mafa.common.model_settings import MafaBlock
 from lavis_mafa.objectives import enqueue, ramp_up, update_teacher
 
 TAUGHT = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
@@ -20,7 +20,8 @@ TAUGHT = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 class MomentumTeacher(nn.Module):
     """Methods of a model that may have a teacher: the parts named in ``TAUGHT`` with ``_m`` appended, as in LAVIS."""
 
-    settings: ModelBlock
+    ramp_up_epochs = 1  # until its targets have their full weight
+    settings: MafaBlock
     device: Any
     training: bool
     visual_encoder_m: Any
@@ -54,13 +55,15 @@ class MomentumTeacher(nn.Module):
         for part in TAUGHT if self.training and samples.get("first_of_window", True) else ():
             update_teacher(getattr(self, part).parameters(), getattr(self, f"{part}_m").parameters(), momentum.momentum)
         image_embeds = self.visual_encoder_m.forward_features(samples["image"].to(self.device))
-        text_embeds = self.text_encoder_m.bert(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
+        text_embeds = self.text_encoder_m.base_model(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
         return image_embeds, project(self.vision_proj_m, image_embeds), project(self.text_proj_m, text_embeds)
 
     def _distillation(self, samples: dict[str, Any]) -> float:
         momentum = self.settings.itc.momentum_distillation
         assert momentum is not None
-        return ramp_up(momentum.alpha, samples.get("epoch", 0), samples.get("iters", 0), samples.get("num_iters_per_epoch", 1))
+        steps_per_epoch = samples.get("num_iters_per_epoch", 1)
+        step = samples.get("epoch", 0) * steps_per_epoch + samples.get("iters", 0)
+        return ramp_up(momentum.alpha, 0, step, self.ramp_up_epochs * steps_per_epoch)
 
     @torch.no_grad()
     def _remember(self, image_feature: Tensor, text_feature: Tensor, keys: Tensor) -> None:
@@ -78,5 +81,6 @@ class MomentumTeacher(nn.Module):
 
 
 def project(layer: nn.Linear, states: Tensor) -> Tensor:
+    """Normalised projection of the first token: [B, N, width] -> [B, d], always fp32 since it decides what is mined."""
     with torch.autocast(states.device.type, enabled=False):
         return F.normalize(layer(states[:, 0].float()), dim=-1)

@@ -1,0 +1,137 @@
+"""Con-D from a BLIP-2 stage 1: LAVIS's ``blip2`` and ``blip2_image_text_matching`` checkpoints, and our own ``blip2_mafa``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lavis.models.blip2_models.blip2 import LayerNorm
+from torch import Tensor, nn
+
+from lavis_mafa.common.check import con_d_block
+from lavis_mafa.common.distributed import gather_own_first
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.model_settings import Blip2Block, MafaBlock
+from lavis_mafa.common.weights import read_weights
+from lavis_mafa.models.albef_encoders import load_exactly
+from lavis_mafa.models.blip2_encoders import EvaVit, build_blip2_tokenizer, build_eva, build_qformer, resize_positions
+from lavis_mafa.models.blip2_pairs import match_queries
+from lavis_mafa.models.tokenizing import tokenize
+
+logger = logging.getLogger(__name__)
+VIT = "visual_encoder."
+PARTS = ("ln_vision.", "query_tokens", "Qformer.bert.", "itm_head.")
+
+
+class Blip2Discriminator:
+    """BLIP-2's matching head as the probability that a pair matches.
+
+    Where its frozen ViT has the very weights of the model's, the model's ViT states are used and the second ViT is not even built.
+    It holds ordinary modules but is none itself, so that a model that uses it neither trains, saves nor broadcasts it.
+    """
+
+    def __init__(self, settings: Blip2Block, precision: str = "fp32", shared: bool = False) -> None:
+        self.settings, self.shared = settings, shared
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.tokenizer = build_blip2_tokenizer(settings.tokenizer)
+        width = settings.qformer.width
+        qformer, query_tokens = build_qformer(replace(settings.qformer, init=None), settings.image_encoder.width, len(self.tokenizer))
+        qformer.cls = nn.Identity()  # it judges and never writes
+        self.network: Any = nn.Module()
+        self.network.ln_vision = LayerNorm(settings.image_encoder.width)
+        self.network.Qformer, self.network.query_tokens = qformer, query_tokens
+        self.network.itm_head = nn.Linear(width, 2)
+        self.visual_encoder: EvaVit | None = None
+
+    @classmethod
+    def from_checkpoint(cls, model: MafaBlock, host: nn.Module | None = None) -> Blip2Discriminator:
+        """Build with the model's own sizes (the paper's choice) unless the block names others, and load every weight.
+
+        Args:
+            model: whose ``discriminator`` block says what to load.
+            host: the model it will work for; its frozen ViT is shared when the checkpoint's has equal weights, or when the
+                checkpoint (as LAVIS writes them) has none.
+
+        Raises:
+            UserError: the file is missing, or a weight of the Q-Former or the matching head is missing or of another size.
+        """
+        block = model.discriminator
+        assert block is not None and block.checkpoint is not None
+        source = f"model.discriminator.checkpoint: {block.checkpoint}"
+        settings = con_d_block(model)
+        state = read_weights(block.checkpoint, "model.discriminator.checkpoint")
+        theirs = getattr(host, "visual_encoder", None)
+        theirs = theirs if isinstance(theirs, EvaVit) and theirs.frozen else None
+        if theirs is not None:
+            state = resize_positions(state, theirs)
+        vit = {name: value for name, value in state.items() if name.startswith(VIT)}
+        shared = theirs is not None and same_weights(theirs, vit)
+        if shared:
+            logger.info("Con-D %s the model's frozen image encoder: it runs once", "has the weights of" if vit else "takes")
+        con_d = cls(settings, block.precision, shared)
+        if not shared:
+            con_d.visual_encoder = _own_vit(settings, vit, source)
+        load_exactly(con_d.network, {n: v for n, v in state.items() if n.startswith(PARTS)}, source)
+        con_d.network.eval().requires_grad_(False).to(con_d.dtype)
+        con_d.network.ln_vision.float()  # it normalises in fp32, whatever comes in
+        return con_d
+
+    @torch.no_grad()
+    def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
+        """One pass over P pairs: [P], [P] -> [P] fp32 in [0, 1].
+
+        Args:
+            samples: ``image`` [B, 3, H, W] and ``text_input``; ``gathered`` true when indices name other ranks' rows too; when
+                the ViT is shared, ``vit_states`` [K, N, width] of all rows that may be named.
+            image_index: LongTensor[P].
+            text_index: LongTensor[P].
+        """
+        device = image_index.device
+        if next(self.network.parameters()).device != device:
+            self.network.to(device)
+        gathered = bool(samples.get("gathered", False))
+        ids, mask = tokenize(self.tokenizer, samples["text_input"], self.settings.max_text_length, device, gathered)
+        with torch.autocast(device.type, enabled=False):
+            images = samples["vit_states"] if self.shared else self._vit_states(samples["image"].to(device), gathered)
+            images = self.network.ln_vision(images.detach().to(self.dtype))
+            if gathered:
+                ids, mask = gather_own_first(ids), gather_own_first(mask)
+            network = self.network
+            logits = match_queries(
+                network.Qformer.bert, network.query_tokens, network.itm_head, images[image_index], ids[text_index], mask[text_index]
+            )
+        return logits.float().softmax(dim=1)[:, 1]
+
+    def _vit_states(self, image: Tensor, gathered: bool) -> Tensor:
+        assert self.visual_encoder is not None
+        if self.visual_encoder.pos_embed.device != image.device:
+            self.visual_encoder.to(image.device)
+        states = self.visual_encoder(image).to(self.dtype)
+        return gather_own_first(states) if gathered else states
+
+
+def same_weights(encoder: EvaVit, state: dict[str, Tensor]) -> bool:
+    """Has a checkpoint's image encoder the weights of ``encoder``, in ``encoder``'s precision? True where it has none at all."""
+    own = encoder.state_dict()
+    state = {name.removeprefix(VIT): value for name, value in state.items()}
+    if not state:
+        return True
+    return own.keys() == state.keys() and all(
+        state[name].shape == value.shape and torch.equal(state[name].to(value), value) for name, value in own.items()
+    )
+
+
+def _own_vit(settings: Blip2Block, state: dict[str, Tensor], source: str) -> EvaVit:
+    """Con-D's own image encoder, from its checkpoint or else from ``model.discriminator.image_encoder.init``."""
+    if not state and settings.image_encoder.init is None:
+        raise UserError(
+            f"{source} holds no image encoder, and the model has no frozen one to share; name its file in "
+            "model.discriminator.image_encoder.init."
+        )
+    encoder = build_eva(replace(settings.image_encoder, init=None if state else settings.image_encoder.init, freeze=True))
+    if state:
+        state = resize_positions(state, encoder)
+        load_exactly(encoder, {name.removeprefix(VIT): value for name, value in state.items()}, source)
+    return encoder.eval().requires_grad_(False)

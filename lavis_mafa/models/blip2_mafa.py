@@ -1,0 +1,160 @@
+"""``blip2_mafa``: stage 1 of BLIP-2 (LAVIS's Q-Former) with MAFA's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lavis.models.blip2_models.blip2 import LayerNorm
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from torch import Tensor, nn
+
+from lavis_mafa.common.distributed import gather_own_first
+from lavis_mafa.common.model_settings import Blip2Block
+from lavis_mafa.common.weights import read_weights
+from lavis_mafa.models.albef_encoders import load_exactly
+from lavis_mafa.models.blip2_encoders import EvaVit, build_blip2_tokenizer, build_eva, build_qformer, resize_positions
+from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
+from lavis_mafa.models.mafa_model import CONFIGS, MafaModel
+from lavis_mafa.models.retrieval_scoring import best_query
+from lavis_mafa.models.tokenizing import tokenize
+from lavis_mafa.objectives import EncodedBatch
+
+
+class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
+    """BLIP-2 stage 1 with MAFA (MAFA sections 5.5, G.7): ITC by the best query, ITM and LM by the Q-Former.
+
+    Parameter names are LAVIS's, so a checkpoint loads into ``blip2``, ``blip2_opt``, ``blip2_image_text_matching`` and back.
+
+    Example:
+        >>> from lavis.models import load_model
+        >>> model = load_model("blip2_mafa", "tiny")
+    """
+
+    # LAVIS fills these, untyped
+    tokenizer: Any
+    visual_encoder: EvaVit
+    ln_vision: Any
+    Qformer: Any
+    query_tokens: Any
+    vision_proj: Any
+    text_proj: Any
+    itm_head: Any
+    max_txt_len: int
+
+    PRETRAINED_MODEL_CONFIG_DICT = {kind: str(CONFIGS / f"blip2_mafa_{kind}.yaml") for kind in ("base", "tiny")}
+
+    def __init__(self, settings: Blip2Block) -> None:
+        self.settings = settings  # first: LAVIS's __init__ asks the three methods below
+        Blip2Qformer.__init__(
+            self,
+            img_size=settings.image_encoder.image_size,
+            freeze_vit=settings.image_encoder.freeze,
+            num_query_token=settings.qformer.queries,
+            cross_attention_freq=settings.qformer.cross_attention_every,
+            embed_dim=settings.embed_dim,
+            max_txt_len=settings.max_text_length,
+        )
+        nn.init.constant_(self.temp, settings.temperature)
+        self._prepare_mafa()
+
+    # --- where LAVIS would download at fixed sizes -----------------------------------------------------------------
+
+    def init_tokenizer(self) -> Any:
+        return build_blip2_tokenizer(self.settings.tokenizer)
+
+    def init_vision_encoder(self, *_: Any, **__: Any) -> tuple[EvaVit, LayerNorm]:
+        encoder = build_eva(self.settings.image_encoder)
+        return encoder, LayerNorm(encoder.num_features)
+
+    def init_Qformer(self, _: int, vision_width: int, *__: Any) -> Any:  # noqa: N802 - LAVIS's name
+        return build_qformer(self.settings.qformer, vision_width, len(self.tokenizer))
+
+    def load_from_pretrained(self, url_or_filename: str) -> None:
+        """Start from a stage-1 checkpoint of ours or LAVIS's; anything that does not fit is an error that lists the keys.
+
+        A checkpoint without its frozen image encoder (LAVIS leaves it out) needs ``image_encoder.init``.
+        """
+        state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
+        left_out = tuple(part for part in self.unsaved_parts() if not any(name.startswith(part) for name in state))
+        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=left_out)
+
+    def unsaved_parts(self) -> tuple[str, ...]:
+        """Frozen weights that come from a file of their own: checkpoints leave them out, as LAVIS's do."""
+        encoder = self.settings.image_encoder
+        return ("visual_encoder.",) if encoder.freeze and encoder.init is not None else ()
+
+    # --- one training step -----------------------------------------------------------------------------------------
+
+    def encode(self, samples: dict[str, Any]) -> tuple[Blip2Pairs, EncodedBatch, tuple[Tensor, Tensor]]:
+        """ViT, queries and texts once: pair lists for ITM and LM, similarities of the best query, features [B, d] for GRIT.
+
+        Writes ``vit_states`` [K, N, width] into ``samples``, for a Con-D with the same frozen ViT.
+        """
+        gathered = self.batch_scope == "global"
+        vit_states = self.visual_encoder(samples["image"].to(self.device))
+        image_embeds = self.ln_vision(vit_states)
+        query_states, cache = query_pass(self, image_embeds)
+        ids, mask = tokenize(self.tokenizer, samples["text_input"], self.max_txt_len, self.device, gathered)
+        image_feature, text_feature = self._image_feature(query_states), self._text_feature(ids, mask)
+        keys = self._image_keys(samples)
+        all_keys, keys_image, keys_text = keys, image_feature.detach(), text_feature.detach()
+        own = most_similar_query(keys_image, keys_text), keys_text
+        if gathered:
+            # a frozen ViT needs no gradient, so its states travel and every rank normalises them all: the same gradients
+            vit_states = gather_own_first(vit_states) if self.visual_encoder.frozen else vit_states
+            image_embeds = (
+                self.ln_vision(vit_states) if self.visual_encoder.frozen else gather_own_first(image_embeds, with_gradient=True)
+            )
+            ids, mask, all_keys = gather_own_first(ids), gather_own_first(mask), gather_own_first(keys)
+            keys_image, keys_text = gather_own_first(keys_image), gather_own_first(keys_text)
+        if self.visual_encoder.frozen:
+            samples["vit_states"] = vit_states
+        batch = EncodedBatch(
+            sim_i2t=best_query(image_feature, keys_text),
+            sim_t2i=best_query(keys_image, text_feature).T,
+            temperature=self.temp,
+            known_positive=self._known_positive(keys, all_keys),
+            candidates=len(all_keys),
+        )
+        return Blip2Pairs(self, image_embeds, ids, mask, cache), batch, own
+
+    @torch.no_grad()
+    def grit_features(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Features [B, d] without a training step, for GRIT's separate pass (GRIT-VLP Table 4, "naive")."""
+        _, image_feature = self.image_rows(samples["image"].to(self.device))
+        _, text_feature = self.text_rows(samples["text_input"])
+        return most_similar_query(image_feature, text_feature), text_feature
+
+    # --- retrieval -------------------------------------------------------------------------------------------------
+
+    def text_rows(self, captions: list[str]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        ids, mask = tokenize(self.tokenizer, captions, self.max_txt_len, self.device)
+        return (ids, mask), self._text_feature(ids, mask)
+
+    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        image_embeds = self.ln_vision(self.visual_encoder(image))
+        return image_embeds, self._image_feature(query_pass(self, image_embeds)[0])
+
+    def match_rows(self, image_states: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+        return match_queries(self.Qformer.bert, self.query_tokens, self.itm_head, image_states, *text)
+
+    # --- features, always fp32 since they decide what is mined ---------------------------------------------------------
+
+    def _image_feature(self, query_states: Tensor) -> Tensor:
+        """[B, queries, width] -> [B, queries, d]"""
+        with torch.autocast(query_states.device.type, enabled=False):
+            return F.normalize(self.vision_proj(query_states.float()), dim=-1)
+
+    def _text_feature(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, T], [B, T] -> [B, d]"""
+        states = self.Qformer.bert(ids, attention_mask=mask, return_dict=True).last_hidden_state[:, 0]
+        with torch.autocast(states.device.type, enabled=False):
+            return F.normalize(self.text_proj(states.float()), dim=-1)
+
+
+def most_similar_query(image_feature: Tensor, text_feature: Tensor) -> Tensor:
+    """Per image the query most similar to its own text (MAFA section G.7): [B, queries, d], [B, d] -> [B, d]."""
+    best = torch.einsum("bqd,bd->bq", image_feature, text_feature).argmax(dim=1)
+    return image_feature[torch.arange(len(best), device=best.device), best]

@@ -1,0 +1,184 @@
+"""``blip2_opt_mafa``: stage 2 of BLIP-2 (LAVIS's ``blip2_opt``) on any device, from our stage 1, with answers to questions."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from lavis.models.base_model import BaseModel
+from lavis.models.blip2_models.blip2 import LayerNorm, disabled_train
+from lavis.models.blip2_models.blip2_opt import Blip2OPT
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from lavis_mafa.common.model_settings import Blip2OptBlock
+from lavis_mafa.common.typed import typed_block
+from lavis_mafa.common.weights import read_weights
+from lavis_mafa.models.albef_encoders import load_exactly
+from lavis_mafa.models.blip2_encoders import PRECISIONS, build_eva, build_qformer, resize_positions
+from lavis_mafa.models.blip2_pairs import query_pass
+from lavis_mafa.models.language_model import build_opt
+from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.models.outputs import PretrainOutput
+
+logger = logging.getLogger(__name__)
+# what stage 1 has and stage 2 does not: its heads, and the text branch of the Q-Former
+WORDS = ("Qformer.bert.embeddings.word_embeddings.", "Qformer.bert.embeddings.position_embeddings.")
+OF_STAGE_1 = ("vision_proj.", "text_proj.", "itm_head.", "temp", "Qformer.cls.", *WORDS)
+TEXT_BRANCH = ("intermediate.", "output.")
+OF_STAGE_2 = ("opt_proj.", "opt_model.")
+
+
+class Fp32LayerNorm(LayerNorm):
+    """LAVIS's, except that half-precision ViT states come out in fp32: the Q-Former's weights are fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class Blip2OptMafa(Blip2OPT):
+    """BLIP-2 stage 2: the Q-Former's queries as a soft prompt of OPT (MAFA sections 5.5, G.7, G.8).
+
+    LAVIS's ``forward`` and ``generate``; its ``blip2_opt`` builds fixed sizes from downloads in fp16, which no CPU runs, and cannot
+    answer questions. Parameter names are LAVIS's.
+
+    Example:
+        >>> from lavis.models import load_model
+        >>> model = load_model("blip2_opt_mafa", "tiny")
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {kind: str(CONFIGS / f"blip2_opt_mafa_{kind}.yaml") for kind in ("opt2.7b", "opt6.7b", "tiny")}
+
+    def __init__(self, settings: Blip2OptBlock) -> None:
+        BaseModel.__init__(self)  # Blip2OPT's own would download
+        self.settings = settings
+        self.visual_encoder = build_eva(settings.image_encoder)
+        if settings.image_encoder.freeze:
+            self.visual_encoder.eval().requires_grad_(False)
+            self.visual_encoder.train = disabled_train
+        self.ln_vision = Fp32LayerNorm(settings.image_encoder.width)
+        self.Qformer, self.query_tokens = build_qformer(settings.qformer, settings.image_encoder.width)
+        self._drop_text_branch()
+        self.opt_model, self.opt_tokenizer = build_opt(settings.language_model)
+        self.opt_model.requires_grad_(not settings.language_model.freeze)
+        self.opt_proj = nn.Linear(settings.qformer.width, self.opt_model.config.hidden_size)
+        self.eos_token_id = self.opt_tokenizer("\n", add_special_tokens=False).input_ids[0]
+        self.max_txt_len = settings.max_text_length
+        self.prompt = settings.prompt
+        self.prompt_length = int(self.opt_tokenizer(self.prompt, return_tensors="pt").attention_mask.sum(1))
+
+    def _drop_text_branch(self) -> None:
+        self.Qformer.cls = None
+        embeddings = self.Qformer.bert.embeddings
+        embeddings.word_embeddings = embeddings.position_embeddings = None
+        for layer in self.Qformer.bert.encoder.layer:
+            layer.output = layer.intermediate = None
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> Blip2OptMafa:
+        """Build from the ``model:`` block; ``stage_1`` starts a training, ``pretrained`` is a stage-2 checkpoint."""
+        settings: Blip2OptBlock = typed_block("model", cfg)
+        model = cls(settings)
+        if settings.pretrained is not None:
+            model.load_from_pretrained(settings.pretrained)
+        elif settings.stage_1 is not None:
+            model.load_stage_1(settings.stage_1)
+        return model
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def load_stage_1(self, path: str) -> None:
+        """Take ViT, query tokens and the Q-Former's query branch from a stage-1 checkpoint; nothing else may be left over or missing.
+
+        Raises:
+            UserError: what does not fit.
+        """
+        state = read_weights(path, "model.stage_1")
+        kept = {name: value for name, value in state.items() if not _of_stage_1_alone(name)}
+        kept = resize_positions(kept, self.visual_encoder)
+        load_exactly(self, kept, f"model.stage_1: {path}", may_miss=(*OF_STAGE_2, *self.unsaved_parts()))
+        logger.info("stage 1: %d weights taken, %d of its text branch and heads left behind", len(kept), len(state) - len(kept))
+
+    def load_from_pretrained(self, url_or_filename: str) -> None:
+        """Start from a stage-2 checkpoint of ours or LAVIS's, which have no frozen parts of their own; exact otherwise."""
+        state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
+        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=self.unsaved_parts())
+
+    def unsaved_parts(self) -> tuple[str, ...]:
+        """Frozen weights that come from a file of their own: checkpoints leave them out, as LAVIS's do."""
+        parts = (("visual_encoder.", self.settings.image_encoder), ("opt_model.", self.settings.language_model))
+        return tuple(name for name, part in parts if part.freeze and part.init is not None)
+
+    # --- training and generation -----------------------------------------------------------------------------------
+
+    def maybe_autocast(self, dtype: Any = None) -> Any:
+        """The language model's own precision (LAVIS: fp16 on every GPU, nothing on a CPU)."""
+        precision = PRECISIONS[self.settings.language_model.precision]
+        if precision == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=precision)
+
+    def forward(self, samples: dict[str, Any]) -> PretrainOutput:
+        """The language modelling loss of each caption after its image's queries.
+
+        Args:
+            samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions.
+        """
+        loss = super().forward({**samples, "image": samples["image"].to(self.device)})["loss"]
+        return PretrainOutput(loss=loss, loss_lm=loss)
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 5,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: list[str] | None = None,
+        prompt: str = "",
+        length_penalty: float = -1.0,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Answer open questions by beam search (MAFA section G.7: width 5, length penalty -1).
+
+        Args:
+            samples: ``image`` [B, 3, H, W], ``text_input`` list of B questions.
+            prompt: with ``{}`` for the question, such as ``Question: {} Answer:``; empty takes the questions as they are.
+            max_len: tokens of an answer at most; min_len: at least.
+            inference_method, num_ans_candidates, answer_list: of LAVIS's tasks; answers are always generated.
+
+        Returns:
+            B answers.
+        """
+        questions = [samples["text_input"]] if isinstance(samples["text_input"], str) else samples["text_input"]
+        self.opt_tokenizer.padding_side = "left"  # an answer follows its question, not padding
+        tokens = self.opt_tokenizer(
+            [prompt.format(question) if prompt else question for question in questions], return_tensors="pt", padding="longest"
+        ).to(self.device)
+        with self.maybe_autocast():
+            image_embeds = self.ln_vision(self.visual_encoder(samples["image"].to(self.device)))
+            queries = self.opt_proj(query_pass(self, image_embeds)[0])
+            seen = torch.ones(queries.shape[:2], dtype=torch.long, device=self.device)
+            # transformers expands ids and mask to the beams, but not the queries
+            outputs = self.opt_model.generate(
+                input_ids=tokens.input_ids,
+                query_embeds=queries.repeat_interleave(num_beams, dim=0),
+                attention_mask=torch.cat([seen, tokens.attention_mask], dim=1),
+                do_sample=False,
+                num_beams=num_beams,
+                max_new_tokens=max_len,
+                min_length=min_len + tokens.input_ids.shape[1],
+                eos_token_id=self.eos_token_id,
+                length_penalty=length_penalty,
+            )
+        answers = self.opt_tokenizer.batch_decode(outputs[:, tokens.input_ids.shape[1] :], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+
+def _of_stage_1_alone(name: str) -> bool:
+    layer = name.split("encoder.layer.")[-1].split(".", 1)[-1] if name.startswith("Qformer.bert.encoder.layer.") else ""
+    return name.startswith(OF_STAGE_1) or layer.startswith(TEXT_BRANCH)

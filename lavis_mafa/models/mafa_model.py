@@ -1,0 +1,142 @@
+"""What our pre-training models share: one MAFA step on an encoded batch, whoever encoded it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from lavis_mafa.common.distributed import gather_own_first
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.model_settings import MafaBlock
+from lavis_mafa.common.typed import typed_block
+from lavis_mafa.models.outputs import PretrainOutput
+from lavis_mafa.models.retrieval_scoring import score_matrices
+from lavis_mafa.objectives import Discriminator, EncodedBatch, StepSettings, mafa_step
+from lavis_mafa.objectives.pretraining import ItcSettings, PairModel, StepOutput
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
+Block = TypeVar("Block", bound=MafaBlock)
+
+
+class MafaModel(nn.Module, Generic[Block]):
+    """Methods of a LAVIS model that trains with MAFA (MAFA Algorithm 1). A host adds :meth:`encode` and retrieval's parts."""
+
+    lm_loss_name = "loss_lm"
+    settings: Block
+    temp: nn.Parameter
+    device: Any
+    discriminator: Discriminator | None
+
+    def _prepare_mafa(self) -> None:
+        """To be called at the end of a host's ``__init__``."""
+        self.batch_scope = "local"  # set from run.grit.batch_scope: whose candidates an anchor sees
+        # the discriminator is no part of the module tree: not trained, not saved, not broadcast
+        self.__dict__["discriminator"] = None
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> Any:
+        """Build from the ``model:`` block; loads ``pretrained`` and the discriminator where they are named, nothing else."""
+        from lavis_mafa.discriminators import build_discriminator
+
+        settings: Any = typed_block("model", cfg)
+        model: Any = cls(settings)
+        if settings.pretrained is not None:
+            model.load_from_pretrained(settings.pretrained)
+        if settings.ecm.enabled and settings.discriminator is not None:
+            model.set_discriminator(build_discriminator(settings, model))
+        return model
+
+    def set_discriminator(self, discriminator: Discriminator | None) -> None:
+        """Use any object with ``match_probability`` as Con-D; it stays out of the module tree and of checkpoints."""
+        self.__dict__["discriminator"] = discriminator
+
+    # --- what a host defines ---------------------------------------------------------------------------------------
+
+    def encode(self, samples: dict[str, Any]) -> tuple[PairModel, EncodedBatch, tuple[Tensor, Tensor]]:
+        """Encode a batch once: pair lists for ITM and LM, similarities for ITC and mining, features [B, d] for GRIT."""
+        raise NotImplementedError
+
+    def text_rows(self, captions: list[str]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """See :class:`lavis_mafa.models.retrieval_scoring.RetrievalModel`."""
+        raise NotImplementedError
+
+    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`lavis_mafa.models.retrieval_scoring.RetrievalModel`."""
+        raise NotImplementedError
+
+    def match_rows(self, image_states: Tensor, text: tuple[Tensor, ...]) -> Tensor:
+        """See :class:`lavis_mafa.models.retrieval_scoring.RetrievalModel`."""
+        raise NotImplementedError
+
+    # --- one training step -----------------------------------------------------------------------------------------
+
+    def forward(self, samples: dict[str, Any]) -> PretrainOutput:
+        """One MAFA step on a batch.
+
+        Args:
+            samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions; from the runner also ``index`` and ``image_key``
+                LongTensor[B], ``grouped`` (does GRIT's order serve this epoch), ``epoch``, ``iters``, ``num_iters_per_epoch``.
+        """
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+        samples = {**samples, "gathered": self.batch_scope == "global"}
+        pairs, batch, features = self.encode(samples)
+        try:
+            output = mafa_step(pairs, batch, samples, self._step_settings(samples), self.discriminator)
+        except ValueError as error:
+            index = samples["index"].tolist() if "index" in samples else "unknown"
+            raise UserError(f"{error}. Data set indices of the batch: {index}.") from error
+        return PretrainOutput(
+            loss=output.loss,
+            loss_itc=output.loss_itc,
+            loss_itm=output.loss_itm,
+            image_features=features[0],
+            text_features=features[1],
+            figures=output.figures,
+            verdicts=self._verdicts(output, samples),
+            **{self.lm_loss_name: output.loss_lm},
+        )
+
+    def compute_sim_matrix(self, data_loader: Any, task_cfg: Any) -> tuple[Any, Any]:
+        """Scores for LAVIS's ``retrieval`` task: ITC top-k, then ITM on those (ALBEF section 5). numpy [I, T], [T, I]."""
+        return score_matrices(self, data_loader, int(task_cfg.k_test))
+
+    # --- parts of a step -------------------------------------------------------------------------------------------
+
+    def _image_keys(self, samples: dict[str, Any]) -> Tensor:
+        keys = samples.get("image_key")
+        if keys is None or not self.settings.ecm.same_image:
+            keys = samples.get("index")  # the stand-in of an unreadable sample repeats a row: that one is known to match
+        if keys is None:
+            return torch.full((len(samples["text_input"]),), -1, device=self.device)
+        return keys.to(self.device)
+
+    def _known_positive(self, keys: Tensor, all_keys: Tensor) -> Tensor:
+        same = (keys[:, None] == all_keys[None, :]) & (keys[:, None] >= 0)
+        return same | torch.eye(len(keys), len(all_keys), dtype=torch.bool, device=keys.device)
+
+    def _step_settings(self, samples: dict[str, Any]) -> StepSettings:
+        itc, when = self.settings.itc, self.settings.itc.smooth_when
+        smooth = when == "always" or (when == "grouped" and bool(samples.get("grouped", False)))
+        return StepSettings(
+            itc=ItcSettings(smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
+            ecm=self.settings.ecm,
+            negatives=self.settings.itm.negatives,
+        )
+
+    def _verdicts(self, output: StepOutput, samples: dict[str, Any]) -> dict[str, Tensor] | None:
+        if "index" not in samples:
+            return None
+        index = samples["index"].to(self.device)
+        index = gather_own_first(index) if self.batch_scope == "global" else index
+        pairs, mined = output.mined.pairs, output.mined
+        verdicts = {"image": index[pairs.image_index], "text": index[pairs.text_index], "exists": pairs.exists}
+        verdicts |= {"image_position": pairs.image_index, "text_position": pairs.text_index}
+        if mined.probability is not None and mined.connections is not None:
+            verdicts["probability"] = mined.probability
+            verdicts["positive"], verdicts["ambiguous"] = mined.connections.positive, mined.connections.ambiguous
+        return verdicts

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.annotation_formats import QUESTIONS
+from lavis_mafa.datasets.annotations import read_annotations
+from lavis_mafa.datasets.builders import GritEmojiBuilder, GritPairsBuilder, GritVqaBuilder
+from lavis_mafa.datasets.image_text_pairs import ImageTextPairs, split_at_random
+from lavis_mafa.datasets.questions import ImageQuestions
+
+ROWS: list[dict[str, Any]] = [
+    {"image": "a.png", "question": "What is this, then?", "answer": "a dog", "question_id": 70},
+    {"image": "b.png", "question": "Is it red?", "answer": "yes", "question_id": 9},
+    {"image": "a.png", "question": "How many?", "answer": "two", "question_id": 8},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4), "red").save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def config(builder: Any, **build_info: Any) -> Any:
+    default = OmegaConf.load(builder.default_config_path()).datasets
+    return OmegaConf.merge(next(iter(default.values())), {"build_info": build_info})
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_format_gives_the_same_questions(folder: Path, suffix: str) -> None:
+    table = read_annotations([write(folder / f"q{suffix}", [{**row, "split": 3} for row in ROWS])], QUESTIONS)
+    data = ImageQuestions(pil_to_tensor, str.upper, folder, table)
+    assert data.answers == [["a dog"], ["yes"], ["two"]]
+    batch = data.collater([data[index] for index in range(len(data))])
+    assert batch["image"].shape == (3, 3, 4, 4)
+    assert batch["text_input"] == [row["question"].upper() for row in ROWS]
+    assert batch["question_id"].tolist() == data.question_ids == [70, 9, 8]
+    assert batch["index"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_lists_of_answers_and_rows_as_ids(folder: Path, suffix: str) -> None:
+    rows = [
+        {"image": "a.png", "question": "what?", "answer": ["dog", "puppy"]},
+        {"image": "b.png", "question": "x?", "answer": ["cat"]},
+    ]
+    data = ImageQuestions(pil_to_tensor, str, folder, read_annotations([write(folder / f"q{suffix}", rows)], QUESTIONS))
+    assert data.answers == [["dog", "puppy"], ["cat"]]
+    assert [data[index]["question_id"] for index in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"image": "a.png", "question": "what?"}], r"q.csv: no column 'answer'; its columns are image, question\."),
+        ([{**ROWS[0], "answer": ""}], "row 1: the answer is empty"),
+        ([ROWS[1], {**ROWS[0], "question": ""}], "row 2: 'question' is empty; allowed: a text"),
+        ([ROWS[0], {**ROWS[1], "question_id": "x"}], "q.csv, row 2: question_id is 'x'; allowed: a whole number"),
+        ([ROWS[0], ROWS[1], ROWS[0]], "q.csv: question_id 70 is there twice, in rows 1 and 3"),
+    ],
+)
+def test_wrong_questions(folder: Path, rows: list[dict[str, Any]], message: str) -> None:
+    annotations = {"test": {"storage": str(write(folder / "q.csv", rows))}}
+    with pytest.raises(UserError, match=message):
+        GritVqaBuilder(config(GritVqaBuilder, annotations=annotations, images={"storage": str(folder)})).build_datasets()
+
+
+def test_vqa_builder(folder: Path) -> None:
+    file = str(write(folder / "q.jsonl", ROWS))
+    annotations = {"val": {"storage": file}, "test": {"storage": [file]}}
+    block = config(GritVqaBuilder, annotations=annotations, images={"storage": str(folder)}, max_images=2)
+    data = GritVqaBuilder(block).build_datasets()
+    assert set(data) == {"val", "test"} and len(data["test"]) == 2
+    assert data["val"][0]["text_input"] == "what is this, then?"
+    with pytest.raises(UserError, match="annotations.train is not a key; allowed: val, test"):
+        GritVqaBuilder(config(GritVqaBuilder, annotations={"train": {"storage": file}})).build_datasets()
+
+
+def test_emoji_questions_have_all_true_names_as_answers(emoji_folder: Path) -> None:
+    data = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), view="questions", max_concepts=60)).build_datasets()
+    assert isinstance(data["train"], ImageTextPairs)
+    rows = [json.loads(line) for line in (emoji_folder / "seen.jsonl").read_text().splitlines()]
+    truth = pyarrow.parquet.read_table(emoji_folder / "truth.parquet").to_pylist()
+    right: dict[str, set[str]] = {}
+    for entry in truth:
+        if entry["kind"] in ("name", "alias"):
+            right.setdefault(entry["concept"], set()).add(entry["text"])
+    concept_of = {row["image"]: row["concept"] for row in rows}
+    for split in ("val", "test"):
+        assert set(data[split].questions) == {"what is this?"} and len(data[split]) > 0
+    for image, answers in zip(data["val"].image, data["val"].answers, strict=True):
+        assert set(answers) == right[concept_of[image]]
+
+
+def test_prefix_and_rest_are_the_caption(folder: Path) -> None:
+    file = write(folder / "a.json", [{"image": "a.png", "caption": "A dog runs  fast"}, {"image": "b.png", "caption": "Cat"}])
+    data = ImageTextPairs(pil_to_tensor, str.lower, folder, [file], prefix_lm=True)
+    random.seed(0)
+    seen = {(sample["text_input"], sample["text_output"]) for sample in (data[0] for _ in range(40))}
+    assert seen == {("a", "dog runs fast"), ("a dog", "runs fast"), ("a dog runs", "fast")}
+    assert (data[1]["text_input"], data[1]["text_output"]) == ("", "cat")
+    assert split_at_random("") == ("", "")
+    assert data.collater([data[0], data[1]])["text_output"][1] == "cat"
+
+
+def test_prefixes_are_for_training_alone(emoji_folder: Path) -> None:
+    data = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), prefix_lm=True, max_concepts=60)).build_datasets()
+    assert {"text_input", "text_output"} <= set(data["train"][0])
+    assert set(data["val"][3]) == {"image", "index", "image_id"} and data["val"][3]["image_id"] == 3
+    for wrong, message in (
+        ({"prefix_lm": 1}, "prefix_lm is 1; allowed: true, false"),
+        ({"view": "question"}, "Did you mean 'questions'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), **wrong)).build_datasets()
+
+
+def test_original_and_mined_pairs_in_one_file(folder: Path) -> None:
+    rows = [
+        {"image": "a.png", "caption": "a dog", "source": "original", "score": None},
+        {"image": "b.png", "caption": "a cat", "source": "original", "score": None},
+        {"image": "a.png", "caption": "a small pet", "source": "mined", "score": 0.93},
+    ]
+    file = write(folder / "pairs.parquet", rows)
+    annotations = {"train": {"storage": str(file)}}
+    block = config(GritPairsBuilder, annotations=annotations, images={"storage": str(folder)})
+    data = GritPairsBuilder(block).build_datasets()["train"]
+    assert [data.captions(row) for row in range(3)] == [["a dog"], ["a cat"], ["a small pet"]]
+    # One image, whichever row it is in.
+    assert data.image_keys.tolist() == [0, 1, 0]
+    assert isinstance(data[2]["image"], torch.Tensor) and data[2]["text_input"] == "a small pet"
