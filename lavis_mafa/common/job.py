@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from lavis_mafa.common.check import MODEL_DEFAULTS, check_combinations, check_device
 from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.common.hub import is_path
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 
@@ -30,6 +31,14 @@ FILES = (
     "run.resume_ckpt_path",
     "run.coco_captions",
     "run.caption_references",
+)
+
+FOLDERS = (  # hub names or local paths
+    "model.tokenizer",
+    "model.image_encoder.init",
+    "model.text_encoder.init",
+    "model.qformer.init",
+    "model.language_model.init",
 )
 
 
@@ -216,6 +225,10 @@ def _check_files(config: DictConfig, where: str) -> None:
         if isinstance(value, str) and not (downloads and "://" in value) and not Path(value).is_file():
             hint = " Download it first." if "://" in value else ""
             raise UserError(f"{key} is {value!r}, but there is no such file.{hint} ({where})")
+    for key in FOLDERS:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and is_path(value) and not Path(value).expanduser().exists():
+            raise UserError(f"{key} is {value!r}, but there is no such file or folder. ({where})")
 
 
 def _check_annotations(datasets: DictConfig) -> None:

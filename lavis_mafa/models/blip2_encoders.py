@@ -13,12 +13,11 @@ from lavis.models.blip2_models.Qformer import BertLMHeadModel
 from lavis.models.eva_vit import VisionTransformer, interpolate_pos_embed
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
-from transformers import BertForMaskedLM as HubBert
 
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import EvaEncoder, QFormer
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer, fold_token_type, load_exactly, minilm_folder, project_embeddings
+from lavis_mafa.common.weights import load_exactly, read_weights
+from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer, minilm_folder, project_embeddings, read_bert
 
 EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 # weights of BERT with one row a token
@@ -150,14 +149,9 @@ def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523)
 
 
 def _load_bert(qformer: BertLMHeadModel, name: str) -> None:
-    try:
-        source: Any = HubBert.from_pretrained(name)
-    except OSError as error:
-        raise UserError(
-            f"model.qformer.init is {name!r}, which is neither a folder with BERT's weights nor reachable as a hub name."
-        ) from error
+    state = read_bert(name, "model.qformer.init")
     own = qformer.state_dict()
-    state = {n: v for n, v in fold_token_type(source.state_dict()).items() if n in own and not n.endswith("position_ids")}
+    state = {n: v for n, v in state.items() if n in own and not n.endswith("position_ids")}
     for n in [n for n in PER_TOKEN if len(state[n]) < len(own[n]) and state[n].shape[1:] == own[n].shape[1:]]:
         state[n] = torch.cat([state[n], own[n][len(state[n]) :]])  # tokens that were added to the vocabulary
     load_exactly(qformer, state, f"model.qformer.init: {name}", may_miss=("crossattention", "_query"))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Tokenizer
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.hub import from_hub
 from lavis_mafa.common.model_settings import LanguageModel
 from lavis_mafa.models.blip2_encoders import PRECISIONS
 
@@ -32,14 +32,10 @@ def build_opt(settings: LanguageModel) -> tuple[OPTForCausalLM, Any]:
     if settings.init is None:
         tokenizer = byte_tokenizer()
         return _norms_in_fp32(OPTForCausalLM(_config(settings, len(tokenizer))).to(dtype)), tokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.init, use_fast=False)
-        return _norms_in_fp32(OPTForCausalLM.from_pretrained(settings.init, torch_dtype=dtype)), tokenizer
-    except OSError as error:
-        raise UserError(
-            f"model.language_model.init is {settings.init!r}, which is neither a folder with OPT's weights and tokenizer nor "
-            "reachable as a hub name."
-        ) from error
+    key, what = "model.language_model.init", "a folder with OPT's weights and tokenizer"
+    tokenizer = from_hub(lambda name: AutoTokenizer.from_pretrained(name, use_fast=False), settings.init, key, what)
+    model = from_hub(lambda name: OPTForCausalLM.from_pretrained(name, torch_dtype=dtype), settings.init, key, what)
+    return _norms_in_fp32(model), tokenizer
 
 
 def byte_tokenizer() -> GPT2Tokenizer:

@@ -12,8 +12,7 @@ from torch import nn
 
 from lavis_mafa.common.distributed import barrier
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import read_checkpoint, write_atomically
-from lavis_mafa.models.albef_encoders import load_exactly
+from lavis_mafa.common.weights import load_exactly, read_checkpoint, write_atomically
 
 
 class CheckpointFolder:
@@ -73,7 +72,8 @@ def read_resumable(path: str | Path, rank: int) -> tuple[dict[str, Any], dict[st
 
 def load_model(model: nn.Module, state: dict[str, Any], source: str | Path) -> None:
     """Load a run's weights. LAVIS leaves frozen weights out of its checkpoints, so those alone may be missing."""
-    frozen = tuple(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    parameters = model.named_parameters(remove_duplicate=False)  # a tied weight has two names
+    frozen = tuple(name for name, parameter in parameters if not parameter.requires_grad)
     load_exactly(model, state, f"run.resume_ckpt_path: {source}", may_miss=frozen)
 
 

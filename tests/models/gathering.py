@@ -1,6 +1,7 @@
 """One forward and backward on this process's share of eight samples; under torchrun the batch is that of all processes.
 
-python gathering.py OUT: writes the gradients, averaged as DDP does, and those of a gathering that lets no gradient through.
+python gathering.py OUT: writes, for each model, the gradients, averaged as DDP does, and those of a gathering that lets no gradient
+through.
 """
 
 from __future__ import annotations
@@ -15,15 +16,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_mafa.models import albef_mafa
-from lavis_mafa.models.albef_mafa import AlbefMafa
+from lavis_mafa.models import albef_mafa, blip_mafa
 
-spec = importlib.util.spec_from_file_location("reduced", Path(__file__).with_name("reduced.py"))
-reduced = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reduced)
 
-CAPTIONS = [*reduced.CAPTIONS, "a tall man in a green hat by the river", "snow", "an old boat", "three people walk home at night"]
+def beside(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reduced, reduced_blip = beside("reduced"), beside("reduced_blip")
+# both halves have 33 tokens: a mean over the tokens of each process is then that over all
+CAPTIONS = [*reduced.CAPTIONS, "a tall man in a green hat by the river", "snow", "an old boat"]
+CAPTIONS.append("three people walk home over the old stone bridge at night")
 WITH_GRADIENT = albef_mafa.gather_own_first
+# which tokens are masked is drawn by each process, and new LM pairs differ in length: both are left out
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "albef": (albef_mafa, reduced.ours, {"mlm": {"mask_probability": 0}, "ecm": {"enabled": True}}),
+    "blip": (blip_mafa, reduced_blip.ours, {"ecm": {"enabled": True, "use_in": ["itc", "itm"]}}),
+}
 
 
 class EveryOther:
@@ -34,9 +46,9 @@ class EveryOther:
         return torch.where(odd[image_index] == odd[text_index], 0.9, 0.1)
 
 
-def build(**changes: Any) -> AlbefMafa:
-    itc = {"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2}
-    model = reduced.ours(itc=itc, mlm={"mask_probability": 0}, ecm={"enabled": True}, **changes).train()
+def build(name: str) -> Any:
+    _, ours, changes = MODELS[name]
+    model = ours(itc={"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2}, **changes).train()
     model.set_discriminator(EveryOther())
     model.batch_scope = "global"
     return model
@@ -48,8 +60,8 @@ def samples(start: int, end: int) -> dict[str, Any]:
     return {"image": images[start:end], "text_input": CAPTIONS[start:end], "image_key": key[start:end]}
 
 
-def gradients(start: int, end: int) -> dict[str, Tensor]:
-    model = build()
+def gradients(name: str, start: int, end: int) -> dict[str, Tensor]:
+    model = build(name)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
     wrapped(samples(start, end)).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -64,9 +76,10 @@ def without_gradient(tensor: Tensor, with_gradient: bool = False) -> Tensor:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     own = dist.get_rank() * 4, dist.get_rank() * 4 + 4
-    found = {"whole": gradients(*own)}
-    albef_mafa.gather_own_first = without_gradient
-    found["cut"] = gradients(*own)
+    found = {name: {"whole": gradients(name, *own)} for name in MODELS}
+    for name, (module, _, _) in MODELS.items():
+        module.gather_own_first = without_gradient
+        found[name]["cut"] = gradients(name, *own)
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
     dist.destroy_process_group()

@@ -95,7 +95,8 @@ def test_one_step_equals_lavis_stage_1(one_process, monkeypatch, freeze, count):
         close(own[name], gradient, rtol=1e-3, msg=name)
     assert any(name.startswith("visual_encoder.") for name in own) != freeze
     # the comparison says something
-    assert min(other[n].abs().max() for n in ("query_tokens", "ln_vision.weight", "itm_head.weight", "vision_proj.weight", "temp")) > 1e-3
+    told = ("query_tokens", "ln_vision.weight", "itm_head.weight", "vision_proj.weight", "temp")
+    assert min(other[name].abs().max() for name in told) > 1e-3
     assert not [n for n, p in mine.named_parameters() if p.requires_grad and p.grad is None]  # DDP waits for all of them
 
 
@@ -547,7 +548,8 @@ def test_an_eva_file_that_does_not_fit_is_refused(tmp_path):
 def test_a_frozen_encoder_in_bf16():
     exact = ours()
     fast = reduced.same_as(exact, image_encoder={"precision": "bf16"}).train()
-    kinds = {p.dtype for n, p in fast.visual_encoder.named_parameters() if n.endswith(("qkv.weight", "fc1.bias", "patch_embed.proj.weight"))}
+    half = ("qkv.weight", "fc1.bias", "patch_embed.proj.weight")
+    kinds = {p.dtype for n, p in fast.visual_encoder.named_parameters() if n.endswith(half)}
     assert kinds == {torch.bfloat16} and fast.ln_vision.weight.dtype == torch.float32
     found, wanted = fast(batch(4)), exact(batch(4))
     for name in ("loss_itc", "loss_itm", "loss_lm"):

@@ -45,13 +45,14 @@ def close(found: torch.Tensor, wanted: torch.Tensor, **more: Any) -> None:
 # --- losses ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("epoch", "iters", "alpha"), [(0, 0, 0.0), (1, 3, 0.26), (2, 0, 0.4)])
+@pytest.mark.parametrize(("epoch", "iters", "alpha"), [(0, 0, 0.0), (1, 3, 0.26)])
 def test_one_step_equals_lavis_blip_pretrain(monkeypatch, epoch, iters, alpha):
     """ITC with teacher and queue, ITM and LM, every gradient; LAVIS draws its negatives, here both take the hardest."""
     monkeypatch.setattr(torch, "multinomial", lambda weights, _: weights.argmax(dim=-1, keepdim=True))
     theirs, mine = reduced.lavis_pretrain(), ours(itc=TEACHER)
     assert theirs.state_dict().keys() == mine.state_dict().keys() - {"idx_queue"}
     mine.load_state_dict({**theirs.state_dict(), "idx_queue": mine.idx_queue})
+    assert mine._distillation({"epoch": 2}) == pytest.approx(0.4)
     mine.train()  # the teacher moves in training only; there is no dropout
     samples = {**batch(4), "epoch": epoch, "iters": iters, "num_iters_per_epoch": 10}
     assert mine._distillation(samples) == pytest.approx(alpha)

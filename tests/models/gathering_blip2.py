@@ -1,0 +1,101 @@
+"""One forward and backward of blip2_mafa on this process's share of eight samples; under torchrun the batch is that of all.
+
+python gathering_blip2.py FOLDER: Con-D's checkpoint is there; writes losses and gradients, averaged as DDP does, for a frozen and
+a trained image encoder, and those of a gathering that lets no gradient through.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lavis_mafa.discriminators import build_discriminator
+from lavis_mafa.models import blip2_mafa
+from lavis_mafa.models.blip2_mafa import Blip2Mafa
+
+spec = importlib.util.spec_from_file_location("reduced_blip2", Path(__file__).with_name("reduced_blip2.py"))
+reduced = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reduced)
+
+# of other lengths, but as many words in the first four as in the last: the LM loss is a mean over words
+CAPTIONS = [
+    "a red dog",
+    "two birds on the roof of an old house",
+    "a blue car in the rain",
+    "the small cat sleeps",
+    "a tall man in a green hat",
+    "snow on a boat",
+    "an old boat",
+    "three people walk home late in the night",
+]
+WITH_GRADIENT = blip2_mafa.gather_own_first
+
+
+def write_con_d(folder: Path) -> None:
+    """A matching network with the model's own image encoder: shared where that is frozen."""
+    judge = reduced.ours(3)
+    judge.visual_encoder.load_state_dict(build(folder, True, con_d=False).visual_encoder.state_dict())
+    reduced.save(judge, folder / "con_d.pth")
+
+
+def build(folder: Path, freeze: bool, con_d: bool = True) -> Blip2Mafa:
+    changes: dict[str, Any] = {
+        "itc": {"smoothing": 0.2, "smooth_when": "always", "consistency": 0.2},
+        "ecm": {"enabled": con_d, "threshold": 0.5, "ambiguous_from": 0.5},
+        "image_encoder": {"freeze": freeze},
+        "discriminator": {"arch": "blip2", "checkpoint": str(folder / "con_d.pth"), "precision": "fp32"},
+    }
+    model = reduced.ours(0, **changes).train()
+    if con_d:
+        model.set_discriminator(build_discriminator(model.settings, model))
+    model.batch_scope = "global"
+    return model
+
+
+def samples(start: int, end: int) -> dict[str, Any]:
+    images = torch.randn(8, 3, reduced.SIZE, reduced.SIZE, generator=torch.Generator().manual_seed(5))
+    key = torch.tensor([0, 1, 2, 3, 4, 0, 5, 6])  # one image on both processes
+    more = {"image_key": key[start:end], "index": torch.arange(start, end)}
+    return {"image": images[start:end], "text_input": CAPTIONS[start:end], **more}
+
+
+def step(folder: Path, freeze: bool, start: int, end: int) -> dict[str, Tensor]:
+    """Losses and gradients by name; ``probability`` [8, 8] where this process asked Con-D, else 0."""
+    model = build(folder, freeze)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    output = wrapped(samples(start, end))
+    output.loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    losses = torch.stack([output.loss_itc, output.loss_itm, output.loss_lm]).detach()
+    probability = torch.zeros(8, 8)
+    probability[output.verdicts["image"], output.verdicts["text"]] = output.verdicts["probability"]
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+        dist.all_reduce(probability, op=dist.ReduceOp.MAX)
+    return {**found, "losses": losses, "probability": probability, "shared": torch.tensor(model.discriminator.shared)}
+
+
+def without_gradient(tensor: Tensor, with_gradient: bool = False) -> Tensor:
+    """The batch's own rows keep theirs."""
+    gathered = WITH_GRADIENT(tensor)
+    return torch.cat([tensor, gathered[len(tensor) :]]) if with_gradient else gathered
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    target = Path(sys.argv[1])
+    own = dist.get_rank() * 4, dist.get_rank() * 4 + 4
+    results = {"frozen": step(target, True, *own), "trained": step(target, False, *own)}
+    blip2_mafa.gather_own_first = without_gradient
+    results["cut"] = step(target, False, *own)
+    if dist.get_rank() == 0:
+        torch.save(results, target / "found.pth")
+    dist.destroy_process_group()

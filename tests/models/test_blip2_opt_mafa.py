@@ -1,0 +1,296 @@
+"""blip2_opt_mafa: weights from stage 1, LAVIS's loss and captions, and answers that do not depend on their batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lavis.models.base_model import BaseModel
+from lavis.models.blip2_models.blip2 import LayerNorm
+from lavis.models.blip2_models.blip2_opt import Blip2OPT
+from lavis.models.blip2_models.blip2_t5 import Blip2T5
+from omegaconf import OmegaConf
+
+from lavis_mafa.common.check import MODEL_DEFAULTS
+from lavis_mafa.common.checkpoint_kinds import check_kinds
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.typed import typed_block
+from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
+from lavis_mafa.models.blip2_mafa import Blip2Mafa
+from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
+from lavis_mafa.models.language_model import byte_tokenizer
+from lavis_mafa.runners.checkpoints import load_model, model_state
+
+VIT: dict[str, Any] = {"image_size": 24, "patch_size": 12, "width": 32, "depth": 2, "heads": 2}
+QFORMER: dict[str, Any] = {"init": None, "width": 32, "layers": 2, "heads": 2, "queries": 3}
+SMALL: dict[str, Any] = {
+    "arch": "blip2_opt_mafa",
+    "model_type": "tiny",
+    "image_encoder": VIT,
+    "qformer": QFORMER,
+    "language_model": {"width": 32, "layers": 2, "heads": 2},
+}
+
+
+def config(arch: str, **changes: Any) -> Any:
+    return OmegaConf.merge(
+        OmegaConf.load(MODEL_DEFAULTS / f"{arch}_tiny.yaml").model, SMALL if arch == "blip2_opt_mafa" else {}, changes
+    )
+
+
+def stage_1(**changes: Any) -> Blip2Mafa:
+    torch.manual_seed(1)
+    block = config("blip2_mafa", image_encoder=VIT, qformer=QFORMER, ecm={"enabled": False})
+    return Blip2Mafa(typed_block("model", OmegaConf.merge(block, changes))).eval()
+
+
+def stage_2(seed: int = 2, **changes: Any) -> Blip2OptMafa:
+    torch.manual_seed(seed)
+    model = Blip2OptMafa(typed_block("model", config("blip2_opt_mafa", **changes))).eval()
+    with torch.no_grad():  # initial weights are so small that every image gets the same words
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5.0)
+    return model
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def stage_1_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("stage_1") / "stage_1.pth"
+    torch.save({"model": stage_1().state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def opt_folder(tmp_path_factory) -> Path:
+    """An OPT as it is published: weights, config and tokenizer in a folder."""
+    folder = tmp_path_factory.mktemp("opt")
+    model = stage_2()
+    model.opt_model.save_pretrained(folder)
+    model.opt_tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --- weights -------------------------------------------------------------------------------------------------------------
+
+
+def test_stage_2_takes_what_it_needs_of_stage_1(stage_1_file, caplog):
+    caplog.set_level("INFO")
+    first = torch.load(stage_1_file, weights_only=True)["model"]
+    model = Blip2OptMafa.from_config(config("blip2_opt_mafa", stage_1=str(stage_1_file)))
+    own = model.state_dict()
+    taken = [name for name in own if name in first]
+    assert taken and all(torch.equal(own[name], first[name]) for name in taken)
+    assert all(name.startswith(("opt_proj.", "opt_model.")) for name in own if name not in first)
+    left = {name for name in first if name not in own}
+    assert f"{len(taken)} weights taken, {len(left)} of its text branch and heads left behind" in caplog.text
+    branch = ("intermediate.", "output.", "word_embeddings", "position_embeddings", "cls.")
+    assert all(any(p in n for p in branch) or n.split(".")[0] in ("vision_proj", "text_proj", "itm_head", "temp") for n in left)
+
+
+def test_what_does_not_fit_is_named(stage_1_file, tmp_path):
+    state = torch.load(stage_1_file, weights_only=True)["model"]
+    for wrong, message in (
+        ({n: v for n, v in state.items() if n != "query_tokens"}, "1 missing: query_tokens"),
+        ({**state, "query_tokens": torch.zeros(1, 5, 32)}, r"1 other size: query_tokens \[1, 5, 32\] \(wanted \[1, 3, 32\]\)"),
+        ({**state, "opt": torch.zeros(1)}, "1 left over: opt"),
+    ):
+        torch.save({"model": wrong}, tmp_path / "wrong.pth")
+        with pytest.raises(UserError, match=message):
+            stage_2().load_stage_1(str(tmp_path / "wrong.pth"))
+
+
+def test_stage_mix_ups_are_found_from_names_alone(stage_1_file, tmp_path):
+    torch.save({"model": stage_2().state_dict()}, tmp_path / "stage_2.pth")
+    second = str(tmp_path / "stage_2.pth")
+    with pytest.raises(UserError, match="is a BLIP-2 stage-1 checkpoint.*model.stage_1"):
+        check_kinds(config("blip2_opt_mafa", pretrained=str(stage_1_file)))
+    with pytest.raises(UserError, match="is a BLIP-2 stage-2 checkpoint.*model.pretrained"):
+        check_kinds(config("blip2_opt_mafa", stage_1=second))
+    with pytest.raises(UserError, match="is a BLIP-2 stage-2 checkpoint, but blip2_mafa needs a BLIP-2 stage-1"):
+        check_kinds(config("blip2_mafa", pretrained=second))
+    con_d = {"arch": "blip2", "checkpoint": str(stage_1_file)}
+    with pytest.raises(UserError, match="Q-Former of 2 layers of width 32 with 3 queries, but 4 layers of width 96 with 4 queries"):
+        check_kinds(config("blip2_mafa", discriminator=con_d))
+    with pytest.raises(UserError, match="is a BLIP-2 stage-1 checkpoint, but albef_retrieval needs an ALBEF"):
+        check_kinds(config("blip2_mafa", discriminator={"arch": "albef_retrieval", "checkpoint": str(stage_1_file)}))
+    check_kinds(config("blip2_opt_mafa", pretrained=second))
+    check_kinds(config("blip2_opt_mafa", stage_1=str(stage_1_file)))
+
+
+def test_frozen_parts_with_a_file_of_their_own_are_not_saved_again(opt_folder, tmp_path):
+    torch.save({f"visual_encoder.{n}": v for n, v in stage_1().visual_encoder.state_dict().items()}, tmp_path / "vit.pth")
+    frozen: dict[str, Any] = {
+        "image_encoder": {"init": str(tmp_path / "vit.pth"), "freeze": True},
+        "language_model": {"init": str(opt_folder), "freeze": True},
+    }
+    model = stage_2(3, **frozen)
+    state = model_state(model)
+    assert not any(name.startswith(("visual_encoder.", "opt_model.")) for name in state)
+    assert {"ln_vision.weight", "query_tokens", "opt_proj.weight"} <= state.keys()
+    torch.save({"model": state}, tmp_path / "stage_2.pth")
+    again = Blip2OptMafa.from_config(config("blip2_opt_mafa", pretrained=str(tmp_path / "stage_2.pth"), **frozen))
+    load_model(again, state, "the same")
+    for name, value in state.items():
+        assert torch.equal(again.state_dict()[name], value)
+    with pytest.raises(UserError, match="missing: visual_encoder"):
+        Blip2OptMafa.from_config(config("blip2_opt_mafa", pretrained=str(tmp_path / "stage_2.pth")))
+    whole = model_state(stage_2())
+    assert any(name.startswith("opt_model.") for name in whole), "from scratch: nowhere else to be found"
+
+
+def test_a_missing_language_model_is_one_message(tmp_path):
+    with pytest.raises(UserError, match="model.language_model.init is .*neither a folder with OPT's weights"):
+        stage_2(language_model={"init": str(tmp_path / "opt"), "freeze": True})
+
+
+# --- LAVIS ---------------------------------------------------------------------------------------------------------------
+
+
+class OfLavis(Blip2OPT):
+    """LAVIS's blip2_opt with its own __init__, from local parts: the OPT is a folder, as LAVIS takes it."""
+
+    def __init__(self, opt: Path) -> None:
+        block = typed_block("model", config("blip2_opt_mafa"))
+        self.block = block
+        super().__init__(img_size=24, vit_precision="fp32", freeze_vit=False, num_query_token=3, opt_model=str(opt), max_txt_len=48)
+        self.opt_model.float()
+
+    def init_tokenizer(self) -> None:  # type: ignore[override]
+        return None
+
+    def init_vision_encoder(self, *_: Any) -> Any:
+        return build_eva(self.block.image_encoder), LayerNorm(32)
+
+    def init_Qformer(self, queries: int, width: int) -> Any:
+        return build_qformer(self.block.qformer, width)
+
+
+def test_the_loss_and_the_captions_are_those_of_lavis(opt_folder):
+    theirs, ours = OfLavis(opt_folder).eval(), stage_2(language_model={"init": str(opt_folder), "freeze": True})
+    with torch.no_grad():
+        for parameter in theirs.opt_proj.parameters():
+            parameter.mul_(5.0)
+    assert not theirs.load_state_dict(ours.state_dict()).missing_keys, "the same names"
+    samples = {"image": images(3), "text_input": ["a red dog", "two cats on a mat", "it"]}
+    ours.train(), theirs.train()  # the OPT drops nothing out here
+    mine, lavis = ours(samples), theirs(samples)
+    torch.testing.assert_close(mine.loss, lavis["loss"], atol=1e-5, rtol=1e-5)
+    mine.loss.backward(), lavis["loss"].backward()
+    torch.testing.assert_close(ours.opt_proj.weight.grad, theirs.opt_proj.weight.grad, atol=1e-6, rtol=1e-4)
+    assert ours.opt_model.lm_head.weight.grad is None and mine.stats == {"loss": mine.loss.item(), "loss_lm": mine.loss.item()}
+    ours.eval(), theirs.eval()
+    for beams in (1, 3):
+        options = {"num_beams": beams, "max_length": 6, "min_length": 1}
+        assert ours.generate(samples, **options) == theirs.generate(samples, **options)
+
+
+def test_a_stage_1_checkpoint_of_ours_loads_into_lavis_blip2_opt(stage_1_file, opt_folder):
+    model = OfLavis(opt_folder)
+    message = model.load_from_pretrained(str(stage_1_file))
+    assert all(name.startswith(("opt_proj.", "opt_model.")) for name in message.missing_keys)
+    first = torch.load(stage_1_file, weights_only=True)["model"]
+    assert torch.equal(model.query_tokens, first["query_tokens"])
+    assert torch.equal(
+        model.Qformer.bert.encoder.layer[0].crossattention.self.key.weight,
+        first["Qformer.bert.encoder.layer.0.crossattention.self.key.weight"],
+    )
+
+
+def test_and_into_the_parts_that_lavis_blip2_t5_has(stage_1_file):
+    block = typed_block("model", config("blip2_opt_mafa"))
+    model = Blip2T5.__new__(Blip2T5)  # its own __init__ downloads a T5
+    BaseModel.__init__(model)
+    model.visual_encoder, model.ln_vision = build_eva(block.image_encoder), LayerNorm(32)
+    model.Qformer, model.query_tokens = build_qformer(block.qformer, 32)
+    Blip2OptMafa._drop_text_branch(model)  # as Blip2T5.__init__ does
+    message = model.load_from_pretrained(str(stage_1_file))
+    assert message.missing_keys == []
+
+
+# --- answers -------------------------------------------------------------------------------------------------------------
+
+QUESTIONS = ["what is this?", "which of the two animals is standing nearer to the house?", "why?"]
+
+
+def test_an_answer_does_not_depend_on_the_other_questions_of_its_batch():
+    model, samples = stage_2(), {"image": images(3), "text_input": QUESTIONS}
+    options: dict[str, Any] = {"prompt": "Question: {} Answer:", "num_beams": 3, "max_len": 6}
+    together = model.predict_answers(dict(samples), **options)
+    alone = [model.predict_answers({"image": images(3)[i : i + 1], "text_input": [q]}, **options)[0] for i, q in enumerate(QUESTIONS)]
+    assert together == alone and len(set(together)) > 1
+    assert samples["text_input"] == QUESTIONS
+
+
+def test_the_whole_prompt_is_read_however_long_the_question():
+    model = stage_2(max_text_length=8)
+    seen: list[torch.Tensor] = []
+    generate = model.opt_model.generate
+    model.opt_model.generate = lambda **kwargs: seen.append(kwargs["input_ids"]) or generate(**kwargs)
+    model.predict_answers({"image": images(2), "text_input": QUESTIONS[:2]}, prompt="Question: {} Answer:", num_beams=2, max_len=2)
+    texts = model.opt_tokenizer.batch_decode(seen[0], skip_special_tokens=True)
+    assert texts == [f"Question: {q} Answer:" for q in QUESTIONS[:2]]
+    pad = model.opt_tokenizer.pad_token_id
+    assert seen[0][0, 0] == pad and seen[0][0, -1] != pad, "padded on the left"
+
+
+def test_greedy_answers_are_the_most_probable_tokens():
+    model = stage_2()
+    prompt = "Question: what is this? Answer:"
+    (answer,) = model.predict_answers(
+        {"image": images(1), "text_input": ["what is this?"]}, prompt="Question: {} Answer:", num_beams=1, max_len=4
+    )
+    ids = model.opt_tokenizer(prompt, return_tensors="pt").input_ids
+    queries = model.opt_proj(
+        model.Qformer.bert(
+            query_embeds=model.query_tokens, encoder_hidden_states=model.ln_vision(model.visual_encoder(images(1))), return_dict=True
+        ).last_hidden_state
+    )
+    tokens: list[int] = []
+    for _ in range(4):
+        embeds = torch.cat(
+            [queries, model.opt_model.model.decoder.embed_tokens(torch.cat([ids, torch.tensor([tokens]).long().view(1, -1)], 1))], 1
+        )
+        best = int(model.opt_model(inputs_embeds=embeds).logits[0, -1].argmax())
+        if best == model.eos_token_id and tokens:
+            break
+        tokens.append(best)
+    assert answer == model.opt_tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_length_limits_hold():
+    model = stage_2()
+    samples = {"image": images(2), "text_input": QUESTIONS[:2]}
+    tokenizer = byte_tokenizer()
+    for shortest, longest in ((1, 3), (5, 5)):
+        answers = model.predict_answers(samples, prompt="{}", num_beams=2, max_len=longest, min_len=shortest)
+        assert all(len(tokenizer(a, add_special_tokens=False).input_ids) <= 3 * longest for a in answers)
+    one = model.predict_answers({"image": images(1), "text_input": "what is this?"}, num_beams=2, max_len=2)
+    assert len(one) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_half_precision_language_models_run_on_a_cpu(precision):
+    part = {"freeze": True, "precision": precision}
+    model = stage_2(image_encoder=part, language_model=part)
+    exact = stage_2(image_encoder={"freeze": True})
+    samples = {"image": images(2), "text_input": ["a red dog", "two cats"]}
+    loss = model(samples).loss
+    loss.backward()
+    torch.testing.assert_close(loss, exact(samples).loss, rtol=0.05, atol=0.05)
+    assert torch.isfinite(model.opt_proj.weight.grad).all() and model.opt_proj.weight.dtype == torch.float32
+    assert len(model.generate(samples, num_beams=2, max_length=3)) == len(model.predict_answers(samples, num_beams=2, max_len=3)) == 2
+
+
+def test_a_byte_tokenizer_knows_every_text():
+    tokenizer = byte_tokenizer()
+    for text in ("a red dog", "Côte d'Ivoire", "犬\n", ""):
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert max(ids) < len(tokenizer)

@@ -1,0 +1,40 @@
+"""blip2_mafa on two processes with batch_scope: global has the losses and gradients of one process with the whole batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).with_name("gathering_blip2.py")
+spec = importlib.util.spec_from_file_location("gathering_blip2", SCRIPT)
+gathering = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gathering)
+
+
+def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
+    gathering.write_con_d(tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, SCRIPT, tmp_path], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found.pth", weights_only=True)
+    wanted = {name: gathering.step(tmp_path, name == "frozen", 0, 8) for name in ("frozen", "trained")}
+    for name, one in wanted.items():
+        assert found[name].keys() == one.keys()
+        assert bool(one["shared"]) == (name == "frozen")  # Con-D reads the gathered states, or gathers its own
+        for key, value in one.items():
+            torch.testing.assert_close(found[name][key], value, atol=2e-5, rtol=1e-3, msg=lambda m, k=(name, key): f"{k}: {m}")
+        asked = one["probability"][one["probability"] > 0]
+        assert (asked > 0.5).any() and (asked < 0.5).any()
+        crossing = torch.cat([one["probability"][:4, 4:].flatten(), one["probability"][4:, :4].flatten()])
+        assert (crossing > 0).any()  # some of the hardest negatives are on the other process
+    assert not any(key.startswith("visual_encoder.") for key in found["frozen"])
+    # the comparison says something: these gradients are not that small, and without those of the other process it fails
+    assert min(wanted["frozen"][key].abs().max() for key in ("temp", "query_tokens", "ln_vision.weight", "itm_head.weight")) > 1e-3
+    away = {key: float((found["cut"][key] - value).abs().max()) for key, value in wanted["trained"].items()}
+    assert max(value for key, value in away.items() if key.startswith("visual_encoder.")) > 1e-3
