@@ -150,6 +150,11 @@ def check_task(model: Any, run: RunBlock, where: str = "") -> None:
         raise UserError(
             f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1.{end}"
         )
+    if stage_2 and not run.evaluate and model.language_model.precision == "fp16" and run.precision != "fp16":
+        raise UserError(
+            f"run.precision is {run.precision}, but model.language_model.precision is fp16, whose gradients vanish without the loss "
+            f"scaling of run.precision: fp16; set that, or model.language_model.precision: bf16.{end}"
+        )
     if stage_2 and run.task == "mafa_pretrain" and (run.valid_splits or run.test_splits):
         raise UserError(
             f"run.task is mafa_pretrain, which evaluates retrieval, but {model.arch} has no matching head; leave valid_splits and "

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lavis_mafa.common.check import con_d_block
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.model_settings import BlipBlock, MafaBlock
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.models.albef_encoders import build_image_encoder, fit_position_embeddings, load_exactly
+from lavis_mafa.common.weights import load_exactly, read_weights
+from lavis_mafa.models.albef_encoders import build_image_encoder, fit_position_embeddings
 from lavis_mafa.models.blip_encoders import build_blip_text_encoder, build_blip_tokenizer
 from lavis_mafa.models.blip_pairs import match
 from lavis_mafa.models.tokenizing import tokenize

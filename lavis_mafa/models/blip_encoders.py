@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import BertConfig, BertTokenizer
 
 from lavis_mafa.common.model_settings import MedEncoder
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer, load_exactly, minilm_folder, project_embeddings, read_bert
+from lavis_mafa.common.weights import load_exactly, read_weights
+from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer, minilm_folder, project_embeddings, read_bert
 
 CROSS_ATTENTION = ("crossattention",)
 

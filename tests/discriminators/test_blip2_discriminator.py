@@ -269,7 +269,8 @@ def test_a_partly_matching_checkpoint_lists_the_keys(tmp_path, matching, host, w
 def test_an_albef_may_ask_a_blip2(tmp_path):
     """Of its own size: another family's defaults, overridden block by block."""
     small = {"image_size": albef.SIZE, "patch_size": 8, "width": 24, "depth": 1, "heads": 2}
-    judge = ours(4, image_encoder=small | {"mlp_ratio": 4.0, "freeze": False}, max_text_length=16)
+    image_encoder = small | {"mlp_ratio": 4.0, "freeze": False}
+    judge = ours(4, image_encoder=image_encoder, max_text_length=16, tokenizer=albef.SIZES["tokenizer"])
     named = {
         "arch": "blip2",
         "model_type": "tiny",

@@ -1,13 +1,14 @@
-"""One forward and backward of blip2_mafa on this process's share of eight samples; under torchrun the batch is that of all.
+"""One forward and backward of blip2_mafa on this process's share of eight samples; of two processes the batch is that of both.
 
-python gathering_blip2.py FOLDER: Con-D's checkpoint is there; writes losses and gradients, averaged as DDP does, for a frozen and
-a trained image encoder, and those of a gathering that lets no gradient through.
+Losses and gradients, averaged as DDP does, for a frozen and a trained image encoder, and those of a gathering that lets no gradient
+through. ``python gathering_blip2.py FOLDER`` is the second process; Con-D's checkpoint is in FOLDER.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ CAPTIONS = [
     "an old boat",
     "three people walk home late in the night",
 ]
+THRESHOLD = 0.5
 WITH_GRADIENT = blip2_mafa.gather_own_first
 
 
 def write_con_d(folder: Path) -> None:
     """A matching network with the model's own image encoder: shared where that is frozen."""
-    judge = reduced.ours(3)
+    judge = reduced.ours(4)
     judge.visual_encoder.load_state_dict(build(folder, True, con_d=False).visual_encoder.state_dict())
     reduced.save(judge, folder / "con_d.pth")
 
@@ -48,7 +50,7 @@ def write_con_d(folder: Path) -> None:
 def build(folder: Path, freeze: bool, con_d: bool = True) -> Blip2Mafa:
     changes: dict[str, Any] = {
         "itc": {"smoothing": 0.2, "smooth_when": "always", "consistency": 0.2},
-        "ecm": {"enabled": con_d, "threshold": 0.5, "ambiguous_from": 0.5},
+        "ecm": {"enabled": con_d, "threshold": THRESHOLD, "ambiguous_from": THRESHOLD},
         "image_encoder": {"freeze": freeze},
         "discriminator": {"arch": "blip2", "checkpoint": str(folder / "con_d.pth"), "precision": "fp32"},
     }
@@ -89,13 +91,19 @@ def without_gradient(tensor: Tensor, with_gradient: bool = False) -> Tensor:
     return torch.cat([tensor, gathered[len(tensor) :]]) if with_gradient else gathered
 
 
+def on_two_processes(folder: Path, rank: int) -> dict[str, dict[str, Tensor]]:
+    """Both processes call it; the same on both."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        own = rank * 4, rank * 4 + 4
+        found = {"frozen": step(folder, True, *own), "trained": step(folder, False, *own)}
+        blip2_mafa.gather_own_first = without_gradient
+        return {**found, "cut": step(folder, False, *own)}
+    finally:
+        blip2_mafa.gather_own_first = WITH_GRADIENT
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    target = Path(sys.argv[1])
-    own = dist.get_rank() * 4, dist.get_rank() * 4 + 4
-    results = {"frozen": step(target, True, *own), "trained": step(target, False, *own)}
-    blip2_mafa.gather_own_first = without_gradient
-    results["cut"] = step(target, False, *own)
-    if dist.get_rank() == 0:
-        torch.save(results, target / "found.pth")
-    dist.destroy_process_group()
+    on_two_processes(Path(sys.argv[1]), rank=1)

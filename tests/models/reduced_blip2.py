@@ -19,16 +19,16 @@ from transformers import BertConfig
 
 from lavis_mafa.common.model_settings import Blip2Block
 from lavis_mafa.common.typed import typed_block
-from lavis_mafa.models.albef_encoders import MINILM
 from lavis_mafa.models.blip2_encoders import build_blip2_tokenizer
 from lavis_mafa.models.blip2_mafa import Blip2Mafa
 
 WIDTH, DEPTH, HEADS, RATIO, SIZE, PATCH = 32, 2, 2, 4.3637, 28, 7
+VOCABULARY = str(Path(__file__).with_name("vocabulary.txt"))  # a few words, and what BERT always has
 QUERY_WIDTH, LAYERS, QUERIES, EVERY, DIM, LENGTH = 48, 3, 3, 2, 16, 20
 SIZES: dict[str, Any] = {
     "arch": "blip2_mafa",
     "model_type": "tiny",
-    "tokenizer": MINILM,
+    "tokenizer": VOCABULARY,
     "max_text_length": LENGTH,
     "embed_dim": DIM,
     "image_encoder": {
@@ -69,7 +69,7 @@ def block(**changes: Any) -> Blip2Block:
     return settings
 
 
-def ours(seed: int = 0, **changes: Any) -> Blip2Mafa:
+def ours(seed: int = 3, **changes: Any) -> Blip2Mafa:
     torch.manual_seed(seed)
     model = Blip2Mafa(block(**changes))
     spread(model)
@@ -87,8 +87,10 @@ def spread(model: nn.Module) -> None:
 class Offline:
     """What LAVIS's __init__ would download, at the reduced size. Vocabulary and head grow by [DEC] in that __init__."""
 
+    tokenizer: Any
+
     def init_tokenizer(self) -> Any:
-        return build_blip2_tokenizer(MINILM)
+        return build_blip2_tokenizer(VOCABULARY)
 
     def init_vision_encoder(self, _: str, image_size: int, *__: Any) -> tuple[nn.Module, nn.Module]:
         encoder = VisionTransformer(
@@ -106,6 +108,7 @@ class Offline:
 
     def init_Qformer(self, queries: int, vision_width: int, every: int = 2) -> tuple[nn.Module, nn.Parameter]:  # noqa: N802
         config = BertConfig(
+            vocab_size=self.tokenizer.vocab_size,  # without [DEC]
             hidden_size=QUERY_WIDTH,
             intermediate_size=4 * QUERY_WIDTH,
             num_hidden_layers=LAYERS,
