@@ -1,13 +1,13 @@
 """What Con-D costs a training step of BLIP-2 stage 1, with the model's frozen ViT shared and with a ViT of its own.
 
-    python benchmarks/con_d_overhead.py [--batch-size 32] [--rounds 25] [--threads 1]
+    python benchmarks/con_d_overhead.py [--batch-size 32] [--rounds 15] [--threads 1]
 
-Two answers. The first is measured: forward, backward and optimizer of ``blip2_mafa`` at the size ``tiny``, image encoder frozen,
-random images and captions. The variants take turns within a round, so that other work on the machine hits all alike, and the
-overhead is the median over the rounds of each round's own ratio, of the process's CPU time (which other work hardly changes) and of
-the time elapsed. The second counts FLOPs at the paper's size on the meta device
-(48 images a GPU, texts of 32 tokens; ViT-g/14 at 224 px, 12 layers of Q-Former): every part's forward and its backward, which is
-counted as well and comes to twice the forward where weights and inputs want gradients, to nothing for the frozen ViT and Con-D.
+Measured: forward, backward and optimizer of ``blip2_mafa`` at the size ``tiny``, image encoder frozen, random images and captions.
+The variants take turns within a round, so that other work on the machine hits all alike; an overhead is the median of each round's
+own ratio. "Con-D / rest" compares, within one step, Con-D's CPU time with that of everything else: what noise touches least.
+
+Counted: FLOPs at the paper's size on the meta device (48 images a GPU, texts of 32 tokens; ViT-g/14 at 224 px, a Q-Former of 12
+layers). Backward is counted too, not assumed: twice the forward where weights and inputs want gradients, nothing for frozen parts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import argparse
 import datetime
 import platform
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lavis.models.eva_vit import VisionTransformer
@@ -40,13 +41,17 @@ from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
 from lavis_mafa.models.mafa_model import CONFIGS
 
 WORDS = "a red green blue round small big smiling face heart hand animal flag cat dog sign clock moon of with and on".split()
+PAPER = {"image_encoder": {"init": None, "precision": "fp32"}, "qformer": {"init": None}}  # FLOPs are the same in half precision
+Flops = tuple[float, float]
 OFF, SHARED, OWN = "ECM off", "Con-D, ViT shared", "Con-D, own ViT"
 
 
 def settings(size: str, changes: dict[str, Any]) -> Blip2Block:
     """The model type's block with nothing that would be downloaded."""
     config = OmegaConf.load(CONFIGS / f"blip2_mafa_{size}.yaml").model
-    block: Blip2Block = typed_block("model", OmegaConf.merge(config, OmegaConf.create({"tokenizer": MINILM}), OmegaConf.create(changes)))
+    block: Blip2Block = typed_block(
+        "model", OmegaConf.merge(config, OmegaConf.create({"tokenizer": MINILM}), OmegaConf.create(changes))
+    )
     return block
 
 
@@ -55,7 +60,9 @@ def machine() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {len(names)} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    return (
+        f"{name}, {len(names)} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    )
 
 
 # --- measured, at the size `tiny` -----------------------------------------------------------------------------------------
@@ -73,108 +80,129 @@ def trained_and_judges(precision: str) -> tuple[Blip2Mafa, dict[str, Any]]:
     return model.train(), {OFF: None, **judges}
 
 
+class Timed:
+    """A Con-D that keeps its own CPU seconds, in the tightest comparison there is: within one and the same step."""
+
+    def __init__(self, con_d: Any) -> None:
+        self.con_d, self.seconds = con_d, 0.0
+
+    def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
+        begin = time.process_time()
+        probability: Tensor = self.con_d.match_probability(samples, image_index, text_index)
+        self.seconds = time.process_time() - begin
+        return probability
+
+
 def measure(batch_size: int, rounds: int, precision: str) -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
     model, judges = trained_and_judges(precision)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
     size = model.settings.image_encoder.image_size
-    seconds: dict[str, list[float]] = {name: [] for name in judges}
-    elapsed: dict[str, list[float]] = {name: [] for name in judges}
+    # CPU time of the step, elapsed time of it, Con-D's CPU time over that of the rest
+    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in judges}
+    names = list(judges)
     for turn in range(rounds + 2):
         samples = {
             "image": torch.randn(batch_size, 3, size, size),
             "text_input": [" ".join(rng.choices(WORDS, k=rng.randint(3, 10))) for _ in range(batch_size)],
             "index": torch.arange(batch_size),
         }
-        names = list(judges)
         for name in names[turn % 3 :] + names[: turn % 3]:
-            model.settings.ecm.enabled = judges[name] is not None
-            model.set_discriminator(judges[name])
+            judge = None if judges[name] is None else Timed(judges[name])
+            model.settings.ecm.enabled = judge is not None
+            model.set_discriminator(judge)
             begin, begin_elapsed = time.process_time(), time.perf_counter()
-            loss = model(samples).loss
-            loss.backward()
+            model(samples).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            cpu, elapsed = time.process_time() - begin, time.perf_counter() - begin_elapsed
+            own = 0.0 if judge is None else judge.seconds
             if turn >= 2:  # the first ones warm up
-                seconds[name].append(time.process_time() - begin)
-                elapsed[name].append(time.perf_counter() - begin_elapsed)
-    print(f"{'':<20} {'CPU time':>11} {'overhead':>11}   {'quartiles':<20} {'elapsed':>11} {'overhead':>11}")
-    for name, values in seconds.items():
-        low, median, high = ratios(values, seconds[OFF])
+                figures[name].append((cpu, elapsed, own / (cpu - own)))
+    print(f"{'':<20} {'CPU time':>11} {'overhead':>10}  {'quartiles':<18} {'elapsed':>10} {'overhead':>10} {'Con-D / rest':>14}")
+    for name, rows in figures.items():
+        cpus, wall, shares = zip(*rows, strict=True)
+        off_cpus, off_wall, _ = zip(*figures[OFF], strict=True)
+        low, middle, high = overheads(cpus, off_cpus)
         print(
-            f"{name:<20} {1000 * statistics.median(values):>8.1f} ms {median:>+9.1f} %   {f'{low:+.1f} to {high:+.1f} %':<20}"
-            f" {1000 * statistics.median(elapsed[name]):>8.1f} ms {ratios(elapsed[name], elapsed[OFF])[1]:>+9.1f} %"
+            f"{name:<20} {1000 * median(cpus):>8.1f} ms {middle:>+8.1f} %  {f'{low:+.1f} to {high:+.1f} %':<18} {1000 * median(wall):>7.1f} ms"
+            f" {overheads(wall, off_wall)[1]:>+8.1f} % {100 * median(shares):>12.1f} %"
         )
 
 
-def ratios(values: list[float], off: list[float]) -> list[float]:
+def overheads(values: tuple[float, ...], off: tuple[float, ...]) -> list[float]:
     """Quartiles of each round's overhead in per cent."""
-    return statistics.quantiles([100 * (value / without - 1) for value, without in zip(values, off, strict=True)], n=4)
+    return quantiles([100 * (value / without - 1) for value, without in zip(values, off, strict=True)], n=4)
 
 
 # --- counted, at the paper's size -----------------------------------------------------------------------------------------
 
 
-def count(forward: Callable[[], list[Tensor]]) -> tuple[float, float]:
-    """FLOPs of a forward and of the backward from its outputs."""
+def count(forward: Callable[[], Tensor]) -> Flops:
+    """FLOPs of a forward, and of the backward from its output."""
     with FlopCounterMode(display=False) as first:
-        outputs = forward()
+        output = forward()
     with FlopCounterMode(display=False) as second:
-        wanted = [output for output in outputs if output.requires_grad]
-        if wanted:
-            torch.autograd.backward(wanted, [torch.ones_like(output) for output in wanted])
+        if output.requires_grad:
+            output.backward(torch.ones_like(output))
     return float(first.get_total_flops()), float(second.get_total_flops())
 
 
-def paper_size(batch: int, length: int) -> None:
-    # fp32 counts what half precision would compute
-    block = settings("base", {"image_encoder": {"init": None, "precision": "fp32"}, "qformer": {"init": None}})
+def on_meta(build: Callable[[], Any]) -> Any:
+    """A model of any size without its memory."""
     linspace: Any = torch.linspace  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
-    torch.linspace = lambda *a, **k: linspace(*a, **{**k, "device": "cpu"})  # type: ignore[assignment]
-    try:
-        with torch.device("meta"):
-            model = Blip2Mafa(block)
-            con_d = Blip2Discriminator(block, "fp32", shared=True)
-    finally:
-        torch.linspace = linspace
-    con_d.network.eval().requires_grad_(False)
-    model.train()
+    with torch.device("meta"), patch("torch.linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"})):
+        return build()
 
+
+def step_parts(block: Blip2Block, batch: int, length: int) -> tuple[dict[str, Flops], dict[str, Flops]]:
+    """FLOPs of a step without Con-D, and of Con-D's Q-Former and own ViT."""
+    model = on_meta(lambda: Blip2Mafa(block)).train()
+    judge = on_meta(lambda: Blip2Discriminator(block, "fp32", shared=True)).network.eval().requires_grad_(False)
     with torch.device("meta"):
-        image = torch.empty(batch, 3, block.image_encoder.image_size, block.image_encoder.image_size)
-        ids, mask = torch.ones(batch, length, dtype=torch.long), torch.ones(batch, length, dtype=torch.long)
-        triples, twice, own = torch.zeros(3 * batch).long(), torch.zeros(2 * batch).long(), torch.zeros(batch).long()
-        vit = count(lambda: [VisionTransformer.forward(model.visual_encoder, image)])  # ours asks a device for its autocast
+        side = block.image_encoder.image_size
+        image, ids = torch.empty(batch, 3, side, side), torch.ones(batch, length, dtype=torch.long)
+        own, twice, thrice = (torch.zeros(n * batch, dtype=torch.long) for n in (1, 2, 3))
+        # ours asks the device for its autocast, of which meta has none
+        vit = count(lambda: VisionTransformer.forward(model.visual_encoder, image))
         states = torch.empty(batch, model.visual_encoder.pos_embed.shape[1], block.image_encoder.width)
         embeds = model.ln_vision(states)
-        _, cache = query_pass(model, embeds)
-        cache = tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in cache)
-        pairs = Blip2Pairs(model, embeds.detach().requires_grad_(), ids, mask, cache)
+        cache = tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in query_pass(model, embeds)[1])
+        pairs = Blip2Pairs(model, embeds.detach().requires_grad_(), ids, torch.ones_like(ids), cache)
         step = {
             "ViT, frozen (B images)": vit,
-            "queries (B images)": count(lambda: [model._image_feature(query_pass(model, embeds)[0])]),
-            "texts (B)": count(lambda: [model._text_feature(ids, mask)]),
-            "ITM (3B pairs)": count(lambda: [pairs.itm_logits(triples, triples)]),
-            "LM (B texts)": count(lambda: [pairs.lm_loss(own, own)]),
+            "queries (B images)": count(lambda: model.vision_proj(query_pass(model, embeds)[0])),
+            "texts (B)": count(lambda: model.text_proj(model.Qformer.bert(ids, return_dict=True).last_hidden_state[:, 0])),
+            "ITM (3B pairs)": count(lambda: pairs.itm_logits(thrice, thrice)),
+            "LM (B texts)": count(lambda: pairs.lm_loss(own, own)),
         }
-        network = con_d.network
-        judged = count(lambda: [match_queries(network.Qformer.bert, network.query_tokens, network.itm_head, network.ln_vision(states)[twice], ids[twice], mask[twice])])
+
+        def judged() -> Tensor:
+            rows = judge.ln_vision(states)[twice], ids[twice], torch.ones_like(ids[twice])
+            return match_queries(judge.Qformer.bert, judge.query_tokens, judge.itm_head, *rows)
+
+        return step, {"Con-D, Q-Former (2B pairs)": count(judged), "Con-D, own ViT (B images)": vit}
+
+
+def count_parts(batch: int, length: int) -> None:
+    step, con_d = step_parts(settings("base", PAPER), batch, length)
     total = sum(map(sum, step.values()))
-    print(f"{'part':<26} {'forward':>10} {'backward':>10} {'share of a step':>17}   (TFLOP)")
-    for name, (forward, backward) in step.items():
-        print(f"{name:<26} {forward / 1e12:>10.3f} {backward / 1e12:>10.3f} {100 * (forward + backward) / total:>15.1f} %")
-    print(f"{'step without Con-D':<26} {total / 1e12:>21.3f} {100:>15.1f} %")
-    print(f"{'Con-D, Q-Former (2B pairs)':<26} {judged[0] / 1e12:>10.3f} {judged[1] / 1e12:>10.3f} {100 * judged[0] / total:>15.1f} %")
-    print(f"{'Con-D, own ViT (B images)':<26} {vit[0] / 1e12:>10.3f} {0:>10.3f} {100 * vit[0] / total:>15.1f} %")
-    print(f"overhead: {SHARED} {100 * judged[0] / total:+.1f} %; {OWN} {100 * (judged[0] + vit[0]) / total:+.1f} %")
+    print(f"{'TFLOP':<28} {'forward':>8} {'backward':>9} {'of a step':>10}")
+    for name, (forward, backward) in {**step, "step without Con-D": (total, 0.0), **con_d}.items():
+        back = "" if forward == total else f"{backward / 1e12:.3f}"
+        print(f"{name:<28} {forward / 1e12:>8.3f} {back:>9} {100 * (forward + backward) / total:>8.1f} %")
+    shared, vit = (100 * part[0] / total for part in con_d.values())
+    print(f"overhead: {SHARED} {shared:+.1f} %; {OWN} {shared + vit:+.1f} %")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=32, help="of the measured steps")
-    parser.add_argument("--rounds", type=int, default=25, help="steps of each variant")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the measured Con-D; bf16 is slow on most CPUs")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each variant")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the measured Con-D; bf16 is slow on most CPUs"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--paper-batch-size", type=int, default=48, help="per GPU, of the counted step")
     parser.add_argument("--text-length", type=int, default=32, help="of the counted step")
@@ -185,7 +213,7 @@ def main() -> None:
     print(f"\nmeasured: size tiny, {arguments.batch_size} pairs, {arguments.rounds} rounds, Con-D in {arguments.precision}")
     measure(arguments.batch_size, arguments.rounds, arguments.precision)
     print(f"\ncounted: paper's size, {arguments.paper_batch_size} pairs, texts of {arguments.text_length} tokens")
-    paper_size(arguments.paper_batch_size, arguments.text_length)
+    count_parts(arguments.paper_batch_size, arguments.text_length)
 
 
 if __name__ == "__main__":

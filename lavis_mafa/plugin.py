@@ -36,6 +36,7 @@ def register() -> None:
     from lavis_mafa.models.albef_mafa import AlbefMafa
     from lavis_mafa.models.blip2_mafa import Blip2Mafa
     from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
+    from lavis_mafa.models.blip_mafa import BlipMafa
     from lavis_mafa.processors.albef_processors import PROCESSORS
     from lavis_mafa.runners.runner_mafa import RunnerMafa
     from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
@@ -43,7 +44,12 @@ def register() -> None:
     from lavis_mafa.tasks.mafa_vqa import MafaGqaTask, MafaVqaTask
 
     kinds: dict[str, dict[str, Any]] = {
-        "model_name_mapping": {"albef_mafa": AlbefMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa},
+        "model_name_mapping": {
+            "albef_mafa": AlbefMafa,
+            "blip_mafa": BlipMafa,
+            "blip2_mafa": Blip2Mafa,
+            "blip2_opt_mafa": Blip2OptMafa,
+        },
         "task_name_mapping": {
             "mafa_pretrain": MafaPretrainTask,
             "mafa_captioning": MafaCaptioningTask,

@@ -21,7 +21,7 @@ run() { # train|evaluate YAML [KEY=VALUE ...]
 
 newest() { # the newest run's best checkpoint, or its last one
     local folder
-    folder=$(ls -d "$out/$1"/*/ | tail -n 1)
+    folder=$(ls -d "$out/$1"/*/ | tail -n 1) || return
     ls "$folder"checkpoint_best.pth 2>/dev/null || ls -t "$folder"checkpoint_*.pth | grep -v '\.rank' | sed -n 1p
 }
 

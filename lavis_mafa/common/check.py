@@ -44,17 +44,15 @@ def check_combinations(model: Any, run: RunBlock | None, where: str = "", files:
         check_mafa(model, where)
     if run is None:
         return
+    check_device(model, run, where)
     if model is not None:
         check_task(model, run, where)
-        check_device(model, run, where)
     if model is not None and files:
         check_checkpoints(model, run, where)
     if run.grit.enabled:
         check_grit(run.grit, run.batch_size_train, where)
     if isinstance(run, VqaRun) and "{}" not in run.prompt:
         raise UserError(f"run.prompt is {run.prompt!r}, but must have {{}} where the question goes: 'Question: {{}} Answer:'.{end}")
-    if run.precision == "fp16" and run.device == "cpu":
-        raise UserError(f"run.precision is fp16, but run.device is cpu; allowed there: fp32, bf16.{end}")
     smoothed = isinstance(model, MafaBlock) and model.itc.smooth_when == "grouped" and model.itc.smoothing > 0
     if smoothed and not run.grit.enabled and not run.evaluate:
         raise UserError(
@@ -163,7 +161,9 @@ def check_task(model: Any, run: RunBlock, where: str = "") -> None:
 
 
 def check_device(model: Any, run: RunBlock, where: str = "") -> None:
-    """Half-precision weights on a CPU; raises UserError."""
+    """What a CPU cannot compute in; raises UserError."""
+    if run.precision == "fp16" and run.device == "cpu":
+        raise UserError(f"run.precision is fp16, but run.device is cpu; allowed there: fp32, bf16.{in_file(where)}")
     for part in ("image_encoder", "language_model"):
         if getattr(getattr(model, part, None), "precision", "fp32") == "fp16" and run.device == "cpu":
             raise UserError(f"model.{part}.precision is fp16, but run.device is cpu; allowed there: fp32, bf16.{in_file(where)}")

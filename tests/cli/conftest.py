@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lavis_mafa.cli.main import main
+from lavis_mafa.common import job
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "purple", "orange", "brown", "grey"]
 
@@ -85,3 +86,29 @@ def trained(tmp_path_factory) -> Path:
     options = ["run.max_steps=3", f"run.output_dir={folder}/output"]
     assert main(["train", "--cfg-path", str(folder / "run.yaml"), "--options", *options]) == 0
     return next((folder / "output").iterdir())
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must fail with exactly one message; the message."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        said = capsys.readouterr().err
+        assert code == 2, said
+        assert len(said.splitlines()) == 1 and said.startswith(f"lavis-mafa {arguments[0]}: "), said
+        return said
+
+    return run
+
+
+@pytest.fixture
+def refused_early(refused, monkeypatch):
+    """The same, of a mistake that must be found before LAVIS is imported, which takes seconds."""
+
+    def not_yet() -> None:
+        raise AssertionError("LAVIS was imported before the mistake was found")
+
+    monkeypatch.setattr(job, "_quiet_imports", not_yet)
+    return refused

