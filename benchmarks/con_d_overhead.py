@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import platform
 import random
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from grouping import machine
 from lavis.models.eva_vit import VisionTransformer
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -35,7 +35,7 @@ from lavis_mafa.common.model_settings import Blip2Block, DiscriminatorBlock
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.discriminators import build_discriminator
 from lavis_mafa.discriminators.blip2 import Blip2Discriminator
-from lavis_mafa.models.albef_encoders import MINILM
+from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip2_mafa import Blip2Mafa
 from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
 from lavis_mafa.models.mafa_model import CONFIGS
@@ -49,33 +49,21 @@ OFF, SHARED, OWN = "ECM off", "Con-D, ViT shared", "Con-D, own ViT"
 def settings(size: str, changes: dict[str, Any]) -> Blip2Block:
     """The model type's block with nothing that would be downloaded."""
     config = OmegaConf.load(CONFIGS / f"blip2_mafa_{size}.yaml").model
-    block: Blip2Block = typed_block(
-        "model", OmegaConf.merge(config, OmegaConf.create({"tokenizer": MINILM}), OmegaConf.create(changes))
-    )
+    block: Blip2Block = typed_block("model", OmegaConf.merge(config, {"tokenizer": MINILM}, changes))
     return block
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return (
-        f"{name}, {len(names)} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    )
 
 
 # --- measured, at the size `tiny` -----------------------------------------------------------------------------------------
 
 
-def trained_and_judges(precision: str) -> tuple[Blip2Mafa, dict[str, Any]]:
+def trained_and_judges() -> tuple[Blip2Mafa, dict[str, Any]]:
     """A model whose image encoder is frozen, and Con-D of the same weights in both forms."""
     block = settings("tiny", {"image_encoder": {"freeze": True}})
     model = Blip2Mafa(block)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "con_d.pth"
         torch.save({"model": model.state_dict()}, path)
-        named = replace(block, discriminator=DiscriminatorBlock("blip2_mafa", str(path), precision))
+        named = replace(block, discriminator=DiscriminatorBlock("blip2_mafa", str(path), "fp32"))
         judges = {SHARED: build_discriminator(named, model), OWN: build_discriminator(named, None)}
     return model.train(), {OFF: None, **judges}
 
@@ -93,13 +81,13 @@ class Timed:
         return probability
 
 
-def measure(batch_size: int, rounds: int, precision: str) -> None:
+def measure(batch_size: int, rounds: int) -> None:
     torch.manual_seed(0)
     rng = random.Random(0)
-    model, judges = trained_and_judges(precision)
+    model, judges = trained_and_judges()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
     size = model.settings.image_encoder.image_size
-    # CPU time of the step, elapsed time of it, Con-D's CPU time over that of the rest
+    # the step's CPU time and its time elapsed, Con-D's CPU time over that of the rest
     figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in judges}
     names = list(judges)
     for turn in range(rounds + 2):
@@ -112,22 +100,23 @@ def measure(batch_size: int, rounds: int, precision: str) -> None:
             judge = None if judges[name] is None else Timed(judges[name])
             model.settings.ecm.enabled = judge is not None
             model.set_discriminator(judge)
-            begin, begin_elapsed = time.process_time(), time.perf_counter()
+            begin = time.process_time(), time.perf_counter()
             model(samples).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            cpu, elapsed = time.process_time() - begin, time.perf_counter() - begin_elapsed
+            cpu, elapsed = time.process_time() - begin[0], time.perf_counter() - begin[1]
             own = 0.0 if judge is None else judge.seconds
             if turn >= 2:  # the first ones warm up
                 figures[name].append((cpu, elapsed, own / (cpu - own)))
-    print(f"{'':<20} {'CPU time':>11} {'overhead':>10}  {'quartiles':<18} {'elapsed':>10} {'overhead':>10} {'Con-D / rest':>14}")
+    print(
+        f"{'median per step':<20} {'CPU time':>10} {'overhead':>10} {'(quartiles)':>18} {'elapsed':>9} {'overhead':>10} {'Con-D/rest':>12}"
+    )
     for name, rows in figures.items():
-        cpus, wall, shares = zip(*rows, strict=True)
-        off_cpus, off_wall, _ = zip(*figures[OFF], strict=True)
+        (cpus, wall, shares), (off_cpus, off_wall, _) = zip(*rows, strict=True), zip(*figures[OFF], strict=True)
         low, middle, high = overheads(cpus, off_cpus)
         print(
-            f"{name:<20} {1000 * median(cpus):>8.1f} ms {middle:>+8.1f} %  {f'{low:+.1f} to {high:+.1f} %':<18} {1000 * median(wall):>7.1f} ms"
-            f" {overheads(wall, off_wall)[1]:>+8.1f} % {100 * median(shares):>12.1f} %"
+            f"{name:<20} {1000 * median(cpus):>7.0f} ms {middle:>+8.1f} % {f'({low:+.1f} to {high:+.1f} %)':>18}"
+            f" {1000 * median(wall):>6.0f} ms {overheads(wall, off_wall)[1]:>+8.1f} % {100 * median(shares):>10.1f} %"
         )
 
 
@@ -209,9 +198,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    print(f"{datetime.date.today()}  {machine()}")
-    print(f"\nmeasured: size tiny, {arguments.batch_size} pairs, {arguments.rounds} rounds, Con-D in {arguments.precision}")
-    measure(arguments.batch_size, arguments.rounds, arguments.precision)
+    print(f"{datetime.date.today()}  {machine('cpu')}")
+    print(f"\nmeasured: size tiny, {arguments.batch_size} pairs, {arguments.rounds} rounds")
+    measure(arguments.batch_size, arguments.rounds)
     print(f"\ncounted: paper's size, {arguments.paper_batch_size} pairs, texts of {arguments.text_length} tokens")
     count_parts(arguments.paper_batch_size, arguments.text_length)
 

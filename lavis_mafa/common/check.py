@@ -132,8 +132,10 @@ def con_d_block(model: MafaBlock, where: str = "") -> Any:
     for part in below:
         if part not in fields:
             raise UserError(f"model.discriminator.{part} is set, but {con_d.arch} has no {part}.{in_file(where)}")
-    image_size = {"image_encoder": {"init": None, "image_size": own.image_encoder.image_size}}
-    merged: Any = OmegaConf.merge(sizes, image_size, below, {"arch": family, "discriminator": None})
+    image_encoder = {"init": None, "image_size": own.image_encoder.image_size}
+    if family == "blip2_mafa":
+        image_encoder["freeze"] = True
+    merged: Any = OmegaConf.merge(sizes, {"image_encoder": image_encoder}, below, {"arch": family, "discriminator": None})
     return typed_block("model", merged, where, "model.discriminator")
 
 

@@ -5,89 +5,35 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-from lavis.models.vit import interpolate_pos_embed
 from torch import Tensor, nn
 
-from lavis_mafa.common.check import con_d_block
-from lavis_mafa.common.distributed import gather_own_first
-from lavis_mafa.common.model_settings import AlbefBlock, MafaBlock
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.models.albef_encoders import (
-    build_image_encoder,
-    build_text_encoder,
-    build_tokenizer,
-    fold_token_type,
-    load_exactly,
-)
+from lavis_mafa.discriminators.dual import DualDiscriminator
+from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_encoder
 from lavis_mafa.models.albef_pairs import fuse
-from lavis_mafa.models.tokenizing import tokenize
+from lavis_mafa.models.bert import build_tokenizer, fold_token_type
 
 
-class AlbefDiscriminator:
-    """ALBEF's matching head as the probability that a pair matches.
+class AlbefDiscriminator(DualDiscriminator):
+    """ALBEF's matching head: each text is read once, then fused with its images."""
 
-    It holds an ordinary module but is none itself, so that a model that uses it neither trains, saves nor broadcasts it.
-    """
+    def parts(self) -> dict[str, nn.Module]:
+        settings = self.settings
+        return {
+            "visual_encoder": build_image_encoder(replace(settings.image_encoder, init=None)),
+            "text_encoder": build_text_encoder(replace(settings.text_encoder, init=None), settings.image_encoder.width).bert,
+            "itm_head": nn.Linear(settings.text_encoder.width, 2),
+        }
 
-    def __init__(self, settings: AlbefBlock, precision: str = "fp32") -> None:
-        self.settings = settings
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        text_encoder = build_text_encoder(replace(settings.text_encoder, init=None), settings.image_encoder.width)
-        self.network: Any = nn.ModuleDict(
-            {
-                "visual_encoder": build_image_encoder(replace(settings.image_encoder, init=None)),
-                "text_encoder": text_encoder.bert,
-                "itm_head": nn.Linear(settings.text_encoder.width, 2),
-            }
-        )
-        self.tokenizer = build_tokenizer(settings.tokenizer)
+    def build_tokenizer(self) -> Any:
+        return build_tokenizer(self.settings.tokenizer)
 
-    @classmethod
-    def from_checkpoint(cls, model: MafaBlock) -> AlbefDiscriminator:
-        """Build with the model's own sizes (the paper's choice) unless the block names others, and load every weight.
-
-        Raises:
-            UserError: the file is missing, or a weight of the encoders or the matching head is missing or of another size.
-        """
-        block = model.discriminator
-        assert block is not None and block.checkpoint is not None
-        con_d = cls(con_d_block(model), block.precision)
-        con_d.load(read_weights(block.checkpoint, "model.discriminator.checkpoint"), block.checkpoint)
-        return con_d
-
-    def load(self, state: dict[str, Tensor], source: str) -> None:
-        """Take the scoring parts out of a checkpoint; its projections, LM head, teacher and queues are not needed."""
+    def wanted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {name.replace("text_encoder.bert.", "text_encoder."): value for name, value in fold_token_type(state).items()}
-        parts = tuple(f"{part}." for part in self.network)
-        state = {name: value for name, value in state.items() if name.startswith(parts)}
-        state = {name: value for name, value in state.items() if not name.startswith(("text_encoder.cls.", "text_encoder.pooler."))}
-        position, encoder = "visual_encoder.pos_embed", self.network["visual_encoder"]
-        if position in state and state[position].shape[-1] == encoder.pos_embed.shape[-1]:
-            state[position] = interpolate_pos_embed(state[position], encoder)
-        load_exactly(self.network, state, f"model.discriminator.checkpoint: {source}")
-        self.network.eval().requires_grad_(False).to(self.dtype)
+        return {name: value for name, value in state.items() if not name.startswith(("text_encoder.cls.", "text_encoder.pooler."))}
 
-    @torch.no_grad()
-    def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
-        """One pass over P pairs: [P], [P] -> [P] fp32 in [0, 1].
+    def text_rows(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        bert = self.network["text_encoder"]
+        return bert(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state, mask
 
-        Args:
-            samples: ``image`` [B, 3, H, W] and ``text_input``; ``gathered`` true when indices name other ranks' rows too.
-            image_index: LongTensor[P].
-            text_index: LongTensor[P].
-        """
-        device = image_index.device
-        if next(self.network.parameters()).device != device:
-            self.network.to(device)
-        gathered = bool(samples.get("gathered", False))
-        ids, mask = tokenize(self.tokenizer, samples["text_input"], self.settings.max_text_length, device, gathered)
-        with torch.autocast(device.type, enabled=False):
-            images = self.network["visual_encoder"].forward_features(samples["image"].to(device, self.dtype))
-            bert = self.network["text_encoder"]
-            texts = bert(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
-            if gathered:
-                images, texts, mask = gather_own_first(images), gather_own_first(texts), gather_own_first(mask)
-            states = fuse(bert, texts[text_index], mask[text_index], images[image_index])
-            logits = self.network["itm_head"](states[:, 0])
-        return logits.float().softmax(dim=1)[:, 1]
+    def logits(self, text: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+        return self.network["itm_head"](fuse(self.network["text_encoder"], text, mask, images)[:, 0])

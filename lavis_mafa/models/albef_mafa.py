@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.model_settings import AlbefBlock
-from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_encoder, build_tokenizer
+from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_encoder
 from lavis_mafa.models.albef_pairs import AlbefPairs, fuse
+from lavis_mafa.models.bert import build_tokenizer
 from lavis_mafa.models.dual_encoder import DualEncoder
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.objectives import EncodedBatch

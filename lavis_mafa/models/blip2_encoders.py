@@ -17,7 +17,7 @@ from transformers import BertConfig, BertTokenizer
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import EvaEncoder, QFormer
 from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer, minilm_folder, project_embeddings, read_bert
+from lavis_mafa.models.bert import MINILM, build_tokenizer, minilm_word_embeddings, read_bert
 
 EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 # weights of BERT with one row a token
@@ -138,9 +138,9 @@ def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523)
     config.query_length = settings.queries
     qformer = BertLMHeadModel(config)
     if settings.init == MINILM:
-        vectors = read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"]
+        vectors = minilm_word_embeddings(settings.width)
         with torch.no_grad():
-            qformer.bert.embeddings.word_embeddings.weight[: len(vectors)] = project_embeddings(vectors, settings.width)
+            qformer.bert.embeddings.word_embeddings.weight[: len(vectors)] = vectors
     elif settings.init is not None:
         _load_bert(qformer, settings.init)
     query_tokens = nn.Parameter(torch.zeros(1, settings.queries, settings.width))

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.model_settings import Blip2Block
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.models.albef_encoders import load_exactly
+from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.models.blip2_encoders import EvaVit, build_blip2_tokenizer, build_eva, build_qformer, resize_positions
 from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
 from lavis_mafa.models.mafa_model import CONFIGS, MafaModel

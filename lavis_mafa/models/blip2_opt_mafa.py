@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from lavis_mafa.common.model_settings import Blip2OptBlock
 from lavis_mafa.common.typed import typed_block
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.models.albef_encoders import load_exactly
+from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.models.blip2_encoders import PRECISIONS, build_eva, build_qformer, resize_positions
 from lavis_mafa.models.blip2_pairs import query_pass
 from lavis_mafa.models.language_model import build_opt

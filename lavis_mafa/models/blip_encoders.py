@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import BertConfig, BertTokenizer
 
 from lavis_mafa.common.model_settings import MedEncoder
-from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer, minilm_folder, project_embeddings, read_bert
+from lavis_mafa.common.weights import load_exactly
+from lavis_mafa.models.bert import MINILM, build_tokenizer, minilm_word_embeddings, read_bert
 
 CROSS_ATTENTION = ("crossattention",)
 
@@ -48,9 +48,9 @@ def build_blip_text(settings: MedEncoder, encoder_width: int) -> tuple[XBertEnco
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each module
         tie_encoder_decoder_weights(encoder, decoder.bert, "", "/attention")
     if settings.init == MINILM:
-        vectors = read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"]
+        vectors = minilm_word_embeddings(settings.width)
         with torch.no_grad():
-            encoder.embeddings.word_embeddings.weight[: len(vectors)] = project_embeddings(vectors, settings.width)
+            encoder.embeddings.word_embeddings.weight[: len(vectors)] = vectors
     elif settings.init is not None:
         _load_bert(encoder, decoder, settings.init)
     return encoder, decoder

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.albef_encoders import fit_position_embeddings, fold_token_type
+from lavis_mafa.models.albef_encoders import fit_position_embeddings
+from lavis_mafa.models.bert import fold_token_type
 from lavis_mafa.models.mafa_model import Block, MafaModel
 from lavis_mafa.models.momentum_teacher import TAUGHT, MomentumTeacher, project
 from lavis_mafa.models.tokenizing import tokenize

@@ -71,16 +71,22 @@ def read_resumable(path: str | Path, rank: int) -> tuple[dict[str, Any], dict[st
 
 
 def load_model(model: nn.Module, state: dict[str, Any], source: str | Path) -> None:
-    """Load a run's weights. LAVIS leaves frozen weights out of its checkpoints, so those alone may be missing."""
+    """Load a run's weights. LAVIS leaves all frozen weights out of its checkpoints, we those with a file of their own."""
     parameters = model.named_parameters(remove_duplicate=False)  # a tied weight has two names
     frozen = tuple(name for name, parameter in parameters if not parameter.requires_grad)
-    load_exactly(model, state, f"run.resume_ckpt_path: {source}", may_miss=frozen)
+    may_miss = unsaved_parts(model) if any(name in state for name in frozen) else frozen
+    load_exactly(model, state, f"run.resume_ckpt_path: {source}", may_miss=may_miss)
 
 
-def model_state(model: Any) -> dict[str, Any]:
+def model_state(model: nn.Module) -> dict[str, Any]:
     """The weights that a checkpoint holds: all but frozen ones that come from a file of their own (a ViT-g, a language model)."""
-    left_out: tuple[str, ...] = model.unsaved_parts() if hasattr(model, "unsaved_parts") else ()
+    left_out = unsaved_parts(model)
     return {name: value for name, value in model.state_dict().items() if not (left_out and name.startswith(left_out))}
+
+
+def unsaved_parts(model: Any) -> tuple[str, ...]:
+    """Beginnings of the names that a checkpoint of ours leaves out."""
+    return model.unsaved_parts() if hasattr(model, "unsaved_parts") else ()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from transformers import BertConfig
 
 from lavis_mafa.common.model_settings import AlbefBlock
 from lavis_mafa.common.typed import typed_block
-from lavis_mafa.models.albef_encoders import MINILM, build_tokenizer
 from lavis_mafa.models.albef_mafa import AlbefMafa
+from lavis_mafa.models.bert import MINILM, build_tokenizer
 
 WIDTH, DEPTH, HEADS, LAYERS, FUSION, DIM, SIZE, PATCH = 32, 2, 2, 3, 1, 16, 32, 8
 SIZES: dict[str, Any] = {

@@ -21,7 +21,7 @@ from transformers import BertConfig
 
 from lavis_mafa.common.model_settings import BlipBlock
 from lavis_mafa.common.typed import typed_block
-from lavis_mafa.models.albef_encoders import MINILM
+from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip_encoders import build_blip_tokenizer
 from lavis_mafa.models.blip_mafa import BlipMafa
 

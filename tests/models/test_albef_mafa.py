@@ -15,8 +15,9 @@ from transformers import BertConfig, BertForMaskedLM
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import TextEncoder
 from lavis_mafa.models import albef_pairs
-from lavis_mafa.models.albef_encoders import build_text_encoder, fold_token_type
+from lavis_mafa.models.albef_encoders import build_text_encoder
 from lavis_mafa.models.albef_mafa import AlbefMafa
+from lavis_mafa.models.bert import fold_token_type
 
 spec = importlib.util.spec_from_file_location("reduced", Path(__file__).with_name("reduced.py"))
 reduced = importlib.util.module_from_spec(spec)

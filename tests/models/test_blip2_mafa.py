@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import QFormer
 from lavis_mafa.models import blip2_encoders
-from lavis_mafa.models.albef_encoders import MINILM
+from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
 from lavis_mafa.models.blip2_mafa import Blip2Mafa, most_similar_query
 from lavis_mafa.models.blip2_pairs import Blip2Pairs, query_pass

