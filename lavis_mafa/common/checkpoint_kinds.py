@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from lavis_mafa.common.check import FAMILIES, con_d_block
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.typed import typed_block
-from lavis_mafa.common.weights import few, read_checkpoint
+from lavis_mafa.common.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
 STAGE_1, STAGE_2, T5 = "a BLIP-2 stage-1 checkpoint", "a BLIP-2 stage-2 checkpoint", "a BLIP-2 checkpoint with T5"
@@ -79,9 +80,14 @@ def report_keys(model: torch.nn.Module, config: Any) -> None:
     taken = {name for name, shape in theirs.items() if name in own and list(own[name].shape) == shape}
     missing = [name for name in own if name not in taken and not name.endswith("position_ids")]
     left_over = [name for name in theirs if name not in taken and not name.endswith("position_ids")]
-    logger.info(
-        "model.%s: %d weights taken from %s; %s; %s", key, len(taken), path, few("missing", missing), few("left over", left_over)
-    )
+    misfits = f"{_by_part('missing', missing)}; {_by_part('left over', left_over)}"
+    logger.info("model.%s: %d weights taken from %s; %s", key, len(taken), path, misfits)
+
+
+def _by_part(kind: str, names: list[str]) -> str:
+    """``23 missing (opt_model 21, opt_proj 2)``"""
+    parts = Counter(name.split(".")[0] for name in names)
+    return f"{len(names)} {kind}" + (f" ({', '.join(f'{part} {count}' for part, count in parts.items())})" if names else "")
 
 
 def _expect(wanted: str, path: str, key: str, arch: str) -> Shapes:

@@ -88,11 +88,10 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_m
     extra = [n for n in state if n not in own and not n.endswith("position_ids")]
     problems = [("other size", sizes), ("missing", missing), ("left over", extra)]
     if any(names for _, names in problems):
-        raise UserError(f"{source} does not fit the model: " + "; ".join(few(k, n) for k, n in problems if n) + ".")
+        raise UserError(f"{source} does not fit the model: " + "; ".join(_few(k, n) for k, n in problems if n) + ".")
     module.load_state_dict(state, strict=False)
 
 
-def few(kind: str, names: list[str], at_most: int = 8) -> str:
-    """``3 missing: a, b, c``, the first ``at_most`` of them."""
+def _few(kind: str, names: list[str], at_most: int = 8) -> str:
     more = f", and {len(names) - at_most} more" if len(names) > at_most else ""
-    return f"{len(names)} {kind}: {', '.join(names[:at_most])}{more}" if names else f"none {kind}"
+    return f"{len(names)} {kind}: {', '.join(names[:at_most])}{more}"

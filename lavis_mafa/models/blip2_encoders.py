@@ -110,6 +110,16 @@ def resize_positions(state: dict[str, Tensor], encoder: EvaVit) -> dict[str, Ten
     return {**state, name: position["pos_embed"]}
 
 
+def with_own_file(frozen_only: bool = False, **parts: Any) -> tuple[str, ...]:
+    """Beginnings of the names of those parts whose settings name a file (``init``), so that a checkpoint may do without them."""
+    return tuple(f"{name}." for name, part in parts.items() if part.init is not None and (part.freeze or not frozen_only))
+
+
+def absent(parts: tuple[str, ...], state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Those parts of which a state dict has nothing: half a part is an error, none of it may be intended."""
+    return tuple(part for part in parts if not any(name.startswith(part) for name in state))
+
+
 def build_blip2_tokenizer(name: str) -> BertTokenizer:
     """BERT's tokenizer with BLIP-2's [DEC]."""
     tokenizer = build_tokenizer(name)

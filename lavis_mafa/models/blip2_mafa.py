@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.model_settings import Blip2Block
 from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.blip2_encoders import EvaVit, build_blip2_tokenizer, build_eva, build_qformer, resize_positions
+from lavis_mafa.models.blip2_encoders import (
+    EvaVit,
+    absent,
+    build_blip2_tokenizer,
+    build_eva,
+    build_qformer,
+    resize_positions,
+    with_own_file,
+)
 from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
 from lavis_mafa.models.mafa_model import CONFIGS, MafaModel
 from lavis_mafa.models.retrieval_scoring import best_query
@@ -73,16 +81,15 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
     def load_from_pretrained(self, url_or_filename: str) -> None:
         """Start from a stage-1 checkpoint of ours or LAVIS's; anything that does not fit is an error that lists the keys.
 
-        A checkpoint without its frozen image encoder (LAVIS leaves it out) needs ``image_encoder.init``.
+        A checkpoint without its image encoder (LAVIS and we leave a frozen one out) needs ``image_encoder.init``.
         """
         state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
-        left_out = tuple(part for part in self.unsaved_parts() if not any(name.startswith(part) for name in state))
-        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=left_out)
+        may_miss = absent(with_own_file(visual_encoder=self.settings.image_encoder), state)
+        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=may_miss)
 
     def unsaved_parts(self) -> tuple[str, ...]:
         """Frozen weights that come from a file of their own: checkpoints leave them out, as LAVIS's do."""
-        encoder = self.settings.image_encoder
-        return ("visual_encoder.",) if encoder.freeze and encoder.init is not None else ()
+        return with_own_file(frozen_only=True, visual_encoder=self.settings.image_encoder)
 
     # --- one training step -----------------------------------------------------------------------------------------
 

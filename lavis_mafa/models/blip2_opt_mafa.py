@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lavis_mafa.common.model_settings import Blip2OptBlock
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.blip2_encoders import PRECISIONS, build_eva, build_qformer, resize_positions
+from lavis_mafa.models.blip2_encoders import PRECISIONS, absent, build_eva, build_qformer, resize_positions, with_own_file
 from lavis_mafa.models.blip2_pairs import query_pass
 from lavis_mafa.models.language_model import build_opt
 from lavis_mafa.models.mafa_model import CONFIGS
@@ -97,18 +97,22 @@ class Blip2OptMafa(Blip2OPT):
         state = read_weights(path, "model.stage_1")
         kept = {name: value for name, value in state.items() if not _of_stage_1_alone(name)}
         kept = resize_positions(kept, self.visual_encoder)
-        load_exactly(self, kept, f"model.stage_1: {path}", may_miss=(*OF_STAGE_2, *self.unsaved_parts()))
+        may_miss = absent(with_own_file(visual_encoder=self.settings.image_encoder), kept)
+        load_exactly(self, kept, f"model.stage_1: {path}", may_miss=(*OF_STAGE_2, *may_miss))
         logger.info("stage 1: %d weights taken, %d of its text branch and heads left behind", len(kept), len(state) - len(kept))
 
     def load_from_pretrained(self, url_or_filename: str) -> None:
-        """Start from a stage-2 checkpoint of ours or LAVIS's, which have no frozen parts of their own; exact otherwise."""
+        """Start from a stage-2 checkpoint of ours or LAVIS's; exact, except for parts that have a file of their own."""
         state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
-        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=self.unsaved_parts())
+        may_miss = absent(with_own_file(**self._parts()), state)
+        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=may_miss)
 
     def unsaved_parts(self) -> tuple[str, ...]:
         """Frozen weights that come from a file of their own: checkpoints leave them out, as LAVIS's do."""
-        parts = (("visual_encoder.", self.settings.image_encoder), ("opt_model.", self.settings.language_model))
-        return tuple(name for name, part in parts if part.freeze and part.init is not None)
+        return with_own_file(frozen_only=True, **self._parts())
+
+    def _parts(self) -> dict[str, Any]:
+        return {"visual_encoder": self.settings.image_encoder, "opt_model": self.settings.language_model}
 
     # --- training and generation -----------------------------------------------------------------------------------
 

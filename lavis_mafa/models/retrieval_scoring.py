@@ -50,12 +50,14 @@ def score_matrices(model: RetrievalModel, data_loader: Any, top_k: int, pairs_at
     parts = [model.text_rows(texts[start : start + 256]) for start in range(0, len(texts), 256)]
     text = tuple(_stack(column) for column in zip(*(rows for rows, _ in parts), strict=True))
     text_features = torch.cat([features for _, features in parts])
-    image_states, image_features = [], []
+    images, image_features = torch.empty(0), list[Tensor]()
     for samples in data_loader:
         states, features = model.image_rows(samples["image"].to(model.device))
+        done = sum(len(part) for part in image_features)
+        if done == 0:  # in main memory and once: token states of a whole gallery fit no GPU
+            images = torch.empty(len(data_loader.dataset.image), *states.shape[1:], dtype=states.dtype)
+        images[done : done + len(states)] = states.cpu()
         image_features.append(features)
-        image_states.append(states.cpu())  # token states of a whole gallery do not fit a GPU
-    images = torch.cat(image_states)
     similarity = best_query(torch.cat(image_features), text_features)
 
     def matching(image_index: Tensor, text_index: Tensor) -> Tensor:

@@ -215,3 +215,51 @@ def test_missing_annotations_of_a_lavis_builder_are_one_message(coco, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "datasets.coco_caption.build_info.annotations.train.storage is 'elsewhere.json'" in done.stderr
+
+
+def test_lavis_stage_2_trains_on_our_stage_1(coco, tmp_path):
+    """blip2_opt from LAVIS's YAML on captions, blip2_t5 on captions that are cut in two."""
+    from lavis_mafa.common.typed import typed_block
+    from lavis_mafa.models.bert import MINILM
+    from lavis_mafa.models.blip2_mafa import Blip2Mafa
+
+    vit = {"init": None, "image_size": 24, "patch_size": 12, "width": 32, "depth": 2, "heads": 2, "freeze": False, "precision": "fp32"}
+    block = {"arch": "blip2_mafa", "tokenizer": MINILM, "image_encoder": vit, "ecm": {"enabled": False}}
+    qformer = {"init": None, "width": 32, "layers": 2, "heads": 2, "queries": 3}
+    stage_1 = Blip2Mafa(typed_block("model", {**block, "qformer": qformer}))
+    torch.save({"model": stage_1.state_dict()}, tmp_path / "stage_1.pth")
+
+    opt = OmegaConf.load(OF_LAVIS.parent / "blip2" / "train" / "pretrain_stage2.yaml")
+    opt.datasets = {"coco_caption": OmegaConf.merge(opt.datasets.coco_caption, builder(coco))}
+    opt.datasets.coco_caption.vis_processor.train.image_size = 24
+    run = {
+        "runner": "runner_mafa",
+        "device": "cpu",
+        "amp": False,
+        "batch_size_train": 4,
+        "max_epoch": 1,
+        "num_workers": 0,
+        "log_freq": 1,
+    }
+    part = {"pretrained": str(tmp_path / "stage_1.pth"), "image_size": 24, "vit_precision": "fp32", "num_query_token": 3}
+    opt.run.update({**run, "output_dir": "output/opt"})
+    opt.model.update({**part, "freeze_vit": False, "opt_model": str(tmp_path / "opt")})
+    OmegaConf.save(opt, tmp_path / "opt.yaml")
+    t5 = OmegaConf.merge(opt, {"model": {"arch": "blip2_t5", "model_type": "pretrain_flant5xl", "t5_model": str(tmp_path / "t5")}})
+    files = {"train": {"storage": str(coco / "train.json")}}
+    pairs = {"build_info": {"annotations": files, "images": {"storage": str(coco)}, "prefix_lm": True}}
+    t5.datasets = {"grit_pairs": {**pairs, "vis_processor": {"train": {"name": "blip_image_train", "image_size": 24}}}}
+    t5.run.output_dir = "output/t5"
+    OmegaConf.save(t5, tmp_path / "t5.yaml")
+
+    done = launch([tmp_path], tmp_path, Path(__file__).with_name("lavis_stage_2.py"))
+    for name in ("opt", "t5"):
+        (folder,) = (tmp_path / "output" / name).iterdir()
+        losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert len(losses) == 6 and all(0 < loss < 100 for loss in losses)
+        before, after = stage_1.state_dict(), torch.load(folder / "checkpoint_0.pth", weights_only=True)["model"]
+        assert torch.allclose(before["query_tokens"], after["query_tokens"], atol=1e-2), "it started from stage 1"
+        assert not torch.equal(before["query_tokens"], after["query_tokens"]), "and trained"
+    said = [line for line in done.stderr.splitlines() if "weights taken from" in line]
+    assert len(said) == 2 and all("28 left over (" in line and "itm_head 2" in line for line in said), done.stderr
+    assert "opt_proj 2)" in said[0] and "t5_proj 2)" in said[1]
