@@ -70,6 +70,8 @@ def check_mafa(model: MafaBlock, where: str = "") -> None:
             f"model.ecm.ambiguous_from is {ecm.ambiguous_from}, but must not exceed threshold ({ecm.threshold}); "
             f"equal switches the ambiguous class off.{end}"
         )
+    if model.arch == "blip2_mafa" and model.itc.momentum_distillation is not None:
+        raise UserError(f"model.itc.momentum_distillation is set, but blip2_mafa has no momentum teacher; allowed: null.{end}")
     if ecm.enabled and con_d is None:
         example = {"albef_mafa": "albef_retrieval", "blip_mafa": "blip_retrieval", "blip2_mafa": "blip2"}[model.arch]
         raise UserError(

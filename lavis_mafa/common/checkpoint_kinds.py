@@ -11,7 +11,6 @@ import torch
 
 from lavis_mafa.common.check import FAMILIES, con_d_block
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.typed import typed_block
 from lavis_mafa.common.weights import read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -42,16 +41,12 @@ def kind_of(shapes: Shapes) -> str | None:
     return ALBEF if any(name.startswith("text_encoder.bert.") for name in shapes) else None
 
 
-def check_kinds(model: Any) -> None:
-    """The checkpoints that a ``model:`` block names are of the right kind, and Con-D's Q-Former of the right size.
-
-    Args:
-        model: the block as written, merged with its type's defaults.
+def check_kinds(block: Any) -> None:
+    """The checkpoints that a typed ``model:`` block names are of the right kind, and Con-D's Q-Former of the right size.
 
     Raises:
         UserError: a mix-up; the message says what the file is and where it belongs.
     """
-    block = typed_block("model", model)
     wanted = {"blip2_mafa": STAGE_1, "blip2_opt_mafa": STAGE_2, "blip_mafa": BLIP, "albef_mafa": ALBEF}[block.arch]
     if block.pretrained is not None:
         _expect(wanted, block.pretrained, "model.pretrained", block.arch)

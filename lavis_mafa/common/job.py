@@ -24,10 +24,9 @@ from lavis_mafa.common.hub import is_path
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 
+CHECKPOINTS = ("model.pretrained", "model.stage_1", "model.discriminator.checkpoint")
 FILES = (
-    "model.pretrained",
-    "model.stage_1",
-    "model.discriminator.checkpoint",
+    *CHECKPOINTS,
     "run.resume_ckpt_path",
     "run.coco_captions",
     "run.caption_references",
@@ -87,6 +86,10 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
     check_combinations(model, run, str(path), files)
     if files:
         _check_files(config, str(path))
+        if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS):
+            from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
+
+            check_kinds(model)
     return config
 
 
@@ -129,9 +132,6 @@ def run_job(name: str, options: list[str]) -> Any:
     import torch
 
     if checked.model.arch in MODEL_BLOCKS:
-        from lavis_mafa.common.checkpoint_kinds import check_kinds
-
-        check_kinds(checked.model)
         _check_device(checked, torch.cuda.is_available())
 
     with _quiet_imports():

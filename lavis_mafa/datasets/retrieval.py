@@ -25,6 +25,7 @@ class RetrievalPairs(BaseDataset):
         image: [N] paths of the distinct images. text: [T] distinct captions, processed; raw_text: as they were written.
         img2txt: image -> its own texts; txt2img: text -> the images it is written for.
         relevant: Bool [N, T], which text is right for which image. The own pairs, and with a truth all that it knows to match.
+        image_ids: [N] the annotations' own where all of them are numbers, else 0 to N-1.
         concepts: [N] or None. text_keys: [T] or None.
 
     Raises:
@@ -79,12 +80,16 @@ class RetrievalPairs(BaseDataset):
         for image, texts in self.img2txt.items():
             self.relevant[image, texts] = True
 
+        # what captioning names its captions by: the annotations' own ids where they are numbers, as COCO's are
+        given = self.table["image_id"].take(first_rows).to_pylist() if "image_id" in self.table.column_names else []
+        numbers = [int(text) for text in given if text is not None and text.isdigit()]
+        self.image_ids = numbers if len(set(numbers)) == len(self.image) else list(range(len(self.image)))
+
     def __len__(self) -> int:
         return len(self.image)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # image_id is what captioning names its captions by
-        return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": index}
+        return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": self.image_ids[index]}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch: images stacked, ``index`` and ``image_id`` int64 tensors."""

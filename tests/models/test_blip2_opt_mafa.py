@@ -40,6 +40,10 @@ def config(arch: str, **changes: Any) -> Any:
     )
 
 
+def typed(arch: str, **changes: Any) -> Any:
+    return typed_block("model", config(arch, **changes))
+
+
 def stage_1(**changes: Any) -> Blip2Mafa:
     torch.manual_seed(1)
     block = config("blip2_mafa", image_encoder=VIT, qformer=QFORMER, ecm={"enabled": False})
@@ -110,18 +114,18 @@ def test_stage_mix_ups_are_found_from_names_alone(stage_1_file, tmp_path):
     torch.save({"model": stage_2().state_dict()}, tmp_path / "stage_2.pth")
     second = str(tmp_path / "stage_2.pth")
     with pytest.raises(UserError, match="is a BLIP-2 stage-1 checkpoint.*model.stage_1"):
-        check_kinds(config("blip2_opt_mafa", pretrained=str(stage_1_file)))
+        check_kinds(typed("blip2_opt_mafa", pretrained=str(stage_1_file)))
     with pytest.raises(UserError, match="is a BLIP-2 stage-2 checkpoint.*model.pretrained"):
-        check_kinds(config("blip2_opt_mafa", stage_1=second))
+        check_kinds(typed("blip2_opt_mafa", stage_1=second))
     with pytest.raises(UserError, match="is a BLIP-2 stage-2 checkpoint, but blip2_mafa needs a BLIP-2 stage-1"):
-        check_kinds(config("blip2_mafa", pretrained=second))
+        check_kinds(typed("blip2_mafa", pretrained=second))
     con_d = {"arch": "blip2", "checkpoint": str(stage_1_file)}
     with pytest.raises(UserError, match="Q-Former of 2 layers of width 32 with 3 queries, but 4 layers of width 96 with 4 queries"):
-        check_kinds(config("blip2_mafa", discriminator=con_d))
+        check_kinds(typed("blip2_mafa", discriminator=con_d))
     with pytest.raises(UserError, match="is a BLIP-2 stage-1 checkpoint, but albef_retrieval needs an ALBEF"):
-        check_kinds(config("blip2_mafa", discriminator={"arch": "albef_retrieval", "checkpoint": str(stage_1_file)}))
-    check_kinds(config("blip2_opt_mafa", pretrained=second))
-    check_kinds(config("blip2_opt_mafa", stage_1=str(stage_1_file)))
+        check_kinds(typed("blip2_mafa", discriminator={"arch": "albef_retrieval", "checkpoint": str(stage_1_file)}))
+    check_kinds(typed("blip2_opt_mafa", pretrained=second))
+    check_kinds(typed("blip2_opt_mafa", stage_1=str(stage_1_file)))
 
 
 def test_frozen_parts_with_a_file_of_their_own_are_not_saved_again(opt_folder, tmp_path):

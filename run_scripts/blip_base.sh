@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# BLIP on 8 GPUs: run_scripts/blip_base.sh run.max_epoch=10 (NPROC sets the number of GPUs)
+set -euo pipefail
+exec torchrun --nproc_per_node="${NPROC:-8}" -m lavis_mafa train --cfg-path mafa/blip/train/blip_base.yaml ${@:+--options "$@"}

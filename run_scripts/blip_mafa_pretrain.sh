@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# MAFA on BLIP on 4 GPUs: run_scripts/blip_mafa_pretrain.sh model.discriminator.checkpoint=CON_D.pth (NPROC sets the number of GPUs)
+set -euo pipefail
+exec torchrun --nproc_per_node="${NPROC:-4}" -m lavis_mafa train --cfg-path mafa/blip/train/pretrain.yaml ${@:+--options "$@"}
