@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lavis_mafa.objectives import language_modelling_loss
+
 if TYPE_CHECKING:
     from lavis_mafa.models.blip2_mafa import Blip2Mafa
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]  # of each layer [B, heads, queries, d]
-IGNORED = -100
 
 
 class Blip2Pairs:
@@ -50,13 +51,14 @@ class Blip2Pairs:
         ids[:, 0] = model.tokenizer.bos_token_id
         mask = self.text_mask.index_select(0, text_index)
         queries = torch.ones(len(ids), model.query_tokens.shape[1], dtype=mask.dtype, device=mask.device)
-        return model.Qformer(
+        states = model.Qformer.bert(
             ids,
             attention_mask=torch.cat([queries, mask], dim=1),
             past_key_values=cache,
             return_dict=True,
-            labels=ids.masked_fill(ids == model.tokenizer.pad_token_id, IGNORED),
-        ).loss
+            is_decoder=True,
+        ).last_hidden_state
+        return language_modelling_loss(states, ids, model.Qformer.cls, model.tokenizer.pad_token_id)
 
 
 def query_pass(model: Any, image_embeds: Tensor) -> tuple[Tensor, KeysValues]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lavis_mafa.objectives.masked_lm import IGNORED
+from lavis_mafa.objectives import language_modelling_loss
 
 if TYPE_CHECKING:
     from lavis_mafa.models.blip_mafa import BlipMafa
@@ -35,9 +35,11 @@ class BlipPairs:
         """[P], [P] -> []: each token of a text predicted from those before it and its image, labels smoothed by 0.1 as in LAVIS."""
         ids, mask, images = self._rows(image_index, text_index)
         ids = led_by(self.model.tokenizer.bos_token_id, ids)
-        labels = ids.masked_fill(ids == self.model.tokenizer.pad_token_id, IGNORED)
         decoder = self.model.text_decoder
-        return decoder(ids, attention_mask=mask, encoder_hidden_states=images, labels=labels, return_dict=True).loss
+        states = decoder.bert(
+            ids, attention_mask=mask, encoder_hidden_states=images, return_dict=True, is_decoder=True, use_cache=False
+        ).last_hidden_state
+        return language_modelling_loss(states, ids, decoder.cls, self.model.tokenizer.pad_token_id)
 
     def _rows(self, image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask = self.text_ids.index_select(0, text_index), self.text_mask.index_select(0, text_index)

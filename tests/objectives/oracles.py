@@ -74,3 +74,16 @@ def itm_rows(found, probability, threshold, ambiguous_from, convert=True, resamp
 
 def cross_entropy(logits, labels):
     return sum(-math.log(softmax(row)[y]) for row, y in zip(logits, labels, strict=True)) / len(labels)
+
+
+def language_modelling(states, ids, head, pad, smoothing):
+    """BLIP section 3.2: each token but the first, given the state before it, with a smoothed one-hot target."""
+    total, count = 0.0, 0
+    for row, tokens in zip(states, ids, strict=True):
+        for state, token in zip(row, tokens[1:], strict=False):
+            if token == pad:
+                continue
+            log_p = [math.log(p) for p in softmax(head(state))]
+            total -= (1 - smoothing) * log_p[token] + smoothing * sum(log_p) / len(log_p)
+            count += 1
+    return total / count

@@ -21,6 +21,7 @@ from lavis_mafa.objectives import (
     itm_loss,
     itm_pairs,
     judge_connections,
+    language_modelling_loss,
     mask_tokens,
     masked_lm_loss,
     mine_hard_negatives,
@@ -312,6 +313,23 @@ def test_no_masked_token_is_a_zero_loss_with_a_graph():
 
 
 # --- momentum ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_language_modelling_equals_the_loop_and_lavis(smoothing):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(3, 5, 4, generator=generator)
+    ids = torch.tensor([[1, 5, 6, 0, 0], [1, 7, 0, 0, 0], [1, 2, 3, 4, 5]])
+    head = torch.nn.Linear(4, 9)
+
+    def row(state):
+        return head(torch.tensor(state)).tolist()
+
+    found = language_modelling_loss(states, ids, head, pad_token_id=0, label_smoothing=smoothing)
+    assert float(found) == pytest.approx(oracles.language_modelling(states.tolist(), ids.tolist(), row, 0, smoothing), abs=1e-5)
+    # the form LAVIS has: logits everywhere, padding ignored
+    logits, labels = head(states)[:, :-1].flatten(0, 1), ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100).flatten()
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing))
 
 
 def test_teacher_moves_by_one_minus_momentum():
