@@ -50,7 +50,7 @@ setup(
     extras_require={
         "quickstart": QUICKSTART,
         "coco": ["eccv_caption"],
-        "dev": [*QUICKSTART, "eccv_caption", "pytest", "hypothesis", "ruff", "mypy"],
+        "dev": [*QUICKSTART, "eccv_caption", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
     entry_points={
         "console_scripts": ["lavis-mafa = lavis_mafa.cli.main:main"],

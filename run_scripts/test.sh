@@ -8,9 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 install dev
 # threads that wait by spinning take the cores from each other: see docs/decisions.md
-export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_WAIT_POLICY=passive
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-"$venv/bin/python" -m pytest "$@"
+"$venv/bin/python" -m pytest -n auto --dist loadfile "$@"  # a file stays on one core: its fixtures are built once
