@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import Blip2OptBlock, MafaBlock
-from lavis_mafa.common.settings import Grit, RunBlock, VqaRun
+from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
 from lavis_mafa.common.typed import in_file, typed_block
 
 MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -44,15 +44,17 @@ def check_combinations(model: Any, run: RunBlock | None, where: str = "", files:
         check_mafa(model, where)
     if run is None:
         return
-    check_device(model, run, where)
+    check_device(model, run.device, run.precision, where)
     if model is not None:
         check_task(model, run, where)
     if model is not None and files:
-        check_checkpoints(model, run, where)
+        check_checkpoints(model, run.evaluate, where)
     if run.grit.enabled:
         check_grit(run.grit, run.batch_size_train, where)
-    if isinstance(run, VqaRun) and "{}" not in run.prompt:
-        raise UserError(f"run.prompt is {run.prompt!r}, but must have {{}} where the question goes: 'Question: {{}} Answer:'.{end}")
+    if isinstance(run, VqaRun) and run.prompt.count("{}") != 1:
+        raise UserError(f"run.prompt is {run.prompt!r}, but must have one {{}} for the question: 'Question: {{}} Answer:'.{end}")
+    if isinstance(run, CaptioningRun | VqaRun) and run.min_len > run.max_len:
+        raise UserError(f"run.min_len is {run.min_len}, but must not exceed max_len ({run.max_len}).{end}")
     smoothed = isinstance(model, MafaBlock) and model.itc.smooth_when == "grouped" and model.itc.smoothing > 0
     if smoothed and not run.grit.enabled and not run.evaluate:
         raise UserError(
@@ -148,6 +150,10 @@ def check_task(model: Any, run: RunBlock, where: str = "") -> None:
         raise UserError(f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa.{end}")
     if run.task == "mafa_captioning" and model.arch not in ("blip2_mafa", "blip2_opt_mafa"):
         raise UserError(f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa.{end}")
+    if run.task == "mafa_captioning" and not stage_2 and not run.evaluate:
+        raise UserError(f"run.task is {run.task}, which trains stage 2 alone; {model.arch} is trained by mafa_pretrain.{end}")
+    if run.task == "mafa_pretrain" and run.use_dist_eval_sampler:
+        raise UserError(f"run.use_dist_eval_sampler is true, but but {run.task} shares the rows itself; allowed: false.{end}")
     if stage_2 and run.grit.enabled:
         raise UserError(
             f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1.{end}"
@@ -164,16 +170,25 @@ def check_task(model: Any, run: RunBlock, where: str = "") -> None:
         )
 
 
-def check_device(model: Any, run: RunBlock, where: str = "") -> None:
+def check_device(model: Any, device: str, precision: str = "fp32", where: str = "") -> None:
     """What a CPU cannot compute in; raises UserError."""
-    if run.precision == "fp16" and run.device == "cpu":
-        raise UserError(f"run.precision is fp16, but run.device is cpu; allowed there: fp32, bf16.{in_file(where)}")
-    for part in ("image_encoder", "language_model"):
-        if getattr(getattr(model, part, None), "precision", "fp32") == "fp16" and run.device == "cpu":
-            raise UserError(f"model.{part}.precision is fp16, but run.device is cpu; allowed there: fp32, bf16.{in_file(where)}")
+    if device != "cpu":
+        return
+    asked = {"run.precision": precision}
+    asked |= {f"model.{part}.precision": _precision_of(model, part) for part in ("image_encoder", "language_model")}
+    con_d = getattr(model, "discriminator", None)
+    if con_d is not None and con_d.arch != "ground_truth" and model.ecm.enabled:
+        asked["model.discriminator.image_encoder.precision"] = _precision_of(con_d_block(model, where), "image_encoder")
+    for key, value in asked.items():
+        if value == "fp16":
+            raise UserError(f"{key} is fp16, but run.device is cpu; allowed there: fp32, bf16.{in_file(where)}")
 
 
-def check_checkpoints(model: Any, run: RunBlock, where: str = "") -> None:
+def _precision_of(model: Any, part: str) -> str:
+    return getattr(getattr(model, part, None), "precision", "fp32")
+
+
+def check_checkpoints(model: Any, evaluate: bool, where: str = "") -> None:
     """The checkpoints that a job cannot do without are named; raises UserError."""
     end, con_d = in_file(where), getattr(model, "discriminator", None)
     if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and model.ecm.enabled:
@@ -181,7 +196,7 @@ def check_checkpoints(model: Any, run: RunBlock, where: str = "") -> None:
             "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
             f"Set it to the file of a trained {con_d.arch} (--options model.discriminator.checkpoint=PATH).{end}"
         )
-    if run.evaluate and not model.pretrained:
+    if evaluate and not model.pretrained:
         raise UserError(
             "model.pretrained is null, but run.evaluate is true, and an untrained model is not worth evaluating. "
             f"Set it to the checkpoint to evaluate (--options model.pretrained=PATH).{end}"

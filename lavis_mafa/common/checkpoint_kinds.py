@@ -11,11 +11,12 @@ import torch
 
 from lavis_mafa.common.check import FAMILIES, con_d_block
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import read_checkpoint
+from lavis_mafa.common.weights import read_weights
 
 logger = logging.getLogger(__name__)
 STAGE_1, STAGE_2, T5 = "a BLIP-2 stage-1 checkpoint", "a BLIP-2 stage-2 checkpoint", "a BLIP-2 checkpoint with T5"
-BLIP, ALBEF = "a BLIP checkpoint", "an ALBEF checkpoint"
+INSTRUCT, BLIP, ALBEF = "an InstructBLIP checkpoint", "a BLIP checkpoint", "an ALBEF checkpoint"
+OF_MODEL = {"blip2_mafa": STAGE_1, "blip2_opt_mafa": STAGE_2, "blip_mafa": BLIP, "albef_mafa": ALBEF}
 Shapes = dict[str, list[int]]
 
 
@@ -25,20 +26,18 @@ def shapes_of(path: str | Path, key: str) -> Shapes:
     Raises:
         UserError: the file is missing or no checkpoint.
     """
-    content = read_checkpoint(path, key, names_only=True)
-    state = content.get("model", content)
-    return {name: list(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: list(value.shape) for name, value in read_weights(path, key, names_only=True).items()}
 
 
 def kind_of(shapes: Shapes) -> str | None:
     """The kind by the parts it alone has; None for something else."""
     if "query_tokens" in shapes:
-        if "t5_proj.weight" in shapes:
-            return T5
-        return STAGE_2 if "opt_proj.weight" in shapes else STAGE_1
-    if any(name.startswith(("text_decoder.", "text_encoder.embeddings.")) for name in shapes):
+        of_language = {"opt_proj.weight": STAGE_2, "t5_proj.weight": T5, "llm_proj.weight": INSTRUCT}
+        return next((kind for name, kind in of_language.items() if name in shapes), STAGE_1)
+    # BLIP's text layers all look at the image; ALBEF's first ones read the text alone
+    if any(name.startswith(("text_decoder.", "text_encoder.encoder.layer.0.crossattention.")) for name in shapes):
         return BLIP
-    return ALBEF if any(name.startswith("text_encoder.bert.") for name in shapes) else None
+    return ALBEF if any(name.startswith("text_encoder.") for name in shapes) else None
 
 
 def check_kinds(block: Any) -> None:
@@ -47,14 +46,13 @@ def check_kinds(block: Any) -> None:
     Raises:
         UserError: a mix-up; the message says what the file is and where it belongs.
     """
-    wanted = {"blip2_mafa": STAGE_1, "blip2_opt_mafa": STAGE_2, "blip_mafa": BLIP, "albef_mafa": ALBEF}[block.arch]
     if block.pretrained is not None:
-        _expect(wanted, block.pretrained, "model.pretrained", block.arch)
+        _expect(OF_MODEL[block.arch], block.pretrained, "model.pretrained", block.arch)
     if getattr(block, "stage_1", None) is not None:
         _expect(STAGE_1, block.stage_1, "model.stage_1", block.arch)
     con_d = getattr(block, "discriminator", None)
     if con_d is not None and con_d.checkpoint and block.ecm.enabled and con_d.arch != "ground_truth":
-        family = {"blip2_mafa": STAGE_1, "blip_mafa": BLIP, "albef_mafa": ALBEF}[FAMILIES[con_d.arch]]
+        family = OF_MODEL[FAMILIES[con_d.arch]]
         shapes = _expect(family, con_d.checkpoint, "model.discriminator.checkpoint", con_d.arch)
         if family == STAGE_1:
             _check_qformer(con_d_block(block).qformer, shapes, con_d.checkpoint)
@@ -88,13 +86,14 @@ def _by_part(kind: str, names: list[str]) -> str:
 def _expect(wanted: str, path: str, key: str, arch: str) -> Shapes:
     shapes = shapes_of(path, key)
     found = kind_of(shapes)
-    if found is not None and found != wanted:
-        hint = {
+    if found != wanted:
+        hints: dict[tuple[str, str | None], str] = {
             ("model.pretrained", STAGE_1): " Give it as model.stage_1 to train stage 2 on it.",
             ("model.stage_1", STAGE_2): " Give it as model.pretrained to go on from it or to evaluate it.",
             ("model.pretrained", STAGE_2): " Its model is blip2_opt_mafa.",
-        }.get((key, found), "")
-        raise UserError(f"{key}: {path} is {found}, but {arch} needs {wanted} here.{hint}")
+        }
+        hint = hints.get((key, found), "")
+        raise UserError(f"{key}: {path} is {found or 'something else'}, but {arch} needs {wanted} here.{hint}")
     return shapes
 
 

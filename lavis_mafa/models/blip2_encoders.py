@@ -46,6 +46,7 @@ class EvaVit(VisionTransformer):
             use_checkpoint=settings.gradient_checkpointing,
         )
         self.frozen, self.dtype = settings.freeze, PRECISIONS[settings.precision]
+        self.as_published = False  # has it still the weights of the file that init names?
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> token states [B, N, width]; fp32 unless the caller computes in less."""
@@ -67,6 +68,7 @@ def build_eva(settings: EvaEncoder) -> EvaVit:
     encoder = EvaVit(settings)
     if settings.init is not None:
         load_eva(encoder, eva_weights(settings.init), f"model.image_encoder.init: {settings.init}")
+        encoder.as_published = True
     if encoder.dtype != torch.float32:
         for module in encoder.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):

@@ -86,6 +86,7 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
         may_miss = absent(with_own_file(visual_encoder=self.settings.image_encoder), state)
         load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=may_miss)
+        self.visual_encoder.as_published &= bool(may_miss)
 
     def unsaved_parts(self) -> tuple[str, ...]:
         """Frozen weights that come from a file of their own: checkpoints leave them out, as LAVIS's do."""

@@ -13,12 +13,13 @@ from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import Blip2OptBlock
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.models.blip2_encoders import PRECISIONS, absent, build_eva, build_qformer, resize_positions, with_own_file
 from lavis_mafa.models.blip2_pairs import query_pass
-from lavis_mafa.models.language_model import build_opt
+from lavis_mafa.models.language_model import build_opt, check_opt
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.models.outputs import PretrainOutput
 
@@ -53,6 +54,7 @@ class Blip2OptMafa(Blip2OPT):
     def __init__(self, settings: Blip2OptBlock) -> None:
         BaseModel.__init__(self)  # Blip2OPT's own would download
         self.settings = settings
+        check_opt(settings.language_model)  # its 5 GB come last, a wrong name is told first
         self.visual_encoder = build_eva(settings.image_encoder)
         if settings.image_encoder.freeze:
             self.visual_encoder.eval().requires_grad_(False)
@@ -95,6 +97,8 @@ class Blip2OptMafa(Blip2OPT):
             UserError: what does not fit.
         """
         state = read_weights(path, "model.stage_1")
+        if any(name.startswith(OF_STAGE_2) for name in state):
+            raise UserError(f"model.stage_1: {path} is a stage-2 checkpoint; give it as model.pretrained.")
         kept = {name: value for name, value in state.items() if not _of_stage_1_alone(name)}
         kept = resize_positions(kept, self.visual_encoder)
         may_miss = absent(with_own_file(visual_encoder=self.settings.image_encoder), kept)
@@ -137,14 +141,11 @@ class Blip2OptMafa(Blip2OPT):
         self,
         samples: dict[str, Any],
         num_beams: int = 5,
-        inference_method: str = "generate",
         max_len: int = 10,
         min_len: int = 1,
-        num_ans_candidates: int = 128,
-        answer_list: list[str] | None = None,
         prompt: str = "",
         length_penalty: float = -1.0,
-        **kwargs: Any,
+        **of_ranking: Any,
     ) -> list[str]:
         """Answer open questions by beam search (MAFA section G.7: width 5, length penalty -1).
 
@@ -152,7 +153,7 @@ class Blip2OptMafa(Blip2OPT):
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B questions.
             prompt: with ``{}`` for the question, such as ``Question: {} Answer:``; empty takes the questions as they are.
             max_len: tokens of an answer at most; min_len: at least.
-            inference_method, num_ans_candidates, answer_list: of LAVIS's tasks; answers are always generated.
+            of_ranking: what LAVIS's tasks say for models that rank given answers; here answers are always generated.
 
         Returns:
             B answers.
@@ -160,7 +161,7 @@ class Blip2OptMafa(Blip2OPT):
         questions = [samples["text_input"]] if isinstance(samples["text_input"], str) else samples["text_input"]
         self.opt_tokenizer.padding_side = "left"  # an answer follows its question, not padding
         tokens = self.opt_tokenizer(
-            [prompt.format(question) if prompt else question for question in questions], return_tensors="pt", padding="longest"
+            [self._asked(question, prompt, max_len) for question in questions], return_tensors="pt", padding="longest"
         ).to(self.device)
         with self.maybe_autocast():
             image_embeds = self.ln_vision(self.visual_encoder(samples["image"].to(self.device)))
@@ -180,6 +181,16 @@ class Blip2OptMafa(Blip2OPT):
             )
         answers = self.opt_tokenizer.batch_decode(outputs[:, tokens.input_ids.shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
+
+    def _asked(self, question: str, prompt: str, max_len: int) -> str:
+        """The prompt with the question in it, the question cut where the language model's positions would not suffice."""
+        text = (prompt or "{}").replace("{}", question)
+        room = self.opt_model.config.max_position_embeddings - self.query_tokens.shape[1] - max_len
+        too_many = len(self.opt_tokenizer(text).input_ids) - room
+        if too_many <= 0 or not question:
+            return text
+        words = self.opt_tokenizer(question, add_special_tokens=False).input_ids
+        return self._asked(self.opt_tokenizer.decode(words[: max(0, len(words) - too_many - 1)]), prompt, max_len)
 
 
 def _of_stage_1_alone(name: str) -> bool:

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Tokenizer
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
-from lavis_mafa.common.hub import from_hub
+from lavis_mafa.common.hub import check_kind_on_hub, from_hub, model_from_hub
 from lavis_mafa.common.model_settings import LanguageModel
 from lavis_mafa.models.blip2_encoders import PRECISIONS
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # with OPT's ids
 POSITIONS = 512
+KEY, WHAT = "model.language_model.init", "a folder with OPT's weights and tokenizer"
 
 
 def build_opt(settings: LanguageModel) -> tuple[OPTForCausalLM, Any]:
@@ -32,10 +33,15 @@ def build_opt(settings: LanguageModel) -> tuple[OPTForCausalLM, Any]:
     if settings.init is None:
         tokenizer = byte_tokenizer()
         return _norms_in_fp32(OPTForCausalLM(_config(settings, len(tokenizer))).to(dtype)), tokenizer
-    key, what = "model.language_model.init", "a folder with OPT's weights and tokenizer"
-    tokenizer = from_hub(lambda name: AutoTokenizer.from_pretrained(name, use_fast=False), settings.init, key, what)
-    model = from_hub(lambda name: OPTForCausalLM.from_pretrained(name, torch_dtype=dtype), settings.init, key, what)
+    tokenizer = from_hub(lambda name: AutoTokenizer.from_pretrained(name, use_fast=False), settings.init, KEY, WHAT)
+    model = model_from_hub(OPTForCausalLM, settings.init, KEY, WHAT, "opt", may_miss=("lm_head.",), torch_dtype=dtype)
     return _norms_in_fp32(model), tokenizer
+
+
+def check_opt(settings: LanguageModel) -> None:
+    """What ``init`` names is an OPT, found from its config before anything large is loaded; raises UserError."""
+    if settings.init is not None:
+        check_kind_on_hub(settings.init, KEY, WHAT, "opt")
 
 
 def byte_tokenizer() -> GPT2Tokenizer:

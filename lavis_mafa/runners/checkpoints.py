@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lavis.models.blip2_models.blip2 import Blip2Base
 from torch import nn
 
 from lavis_mafa.common.distributed import barrier
@@ -85,8 +86,12 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def unsaved_parts(model: Any) -> tuple[str, ...]:
-    """Beginnings of the names that a checkpoint of ours leaves out."""
-    return model.unsaved_parts() if hasattr(model, "unsaved_parts") else ()
+    """Beginnings of the names that a checkpoint leaves out: our models say it; of LAVIS's BLIP-2 what it has frozen."""
+    if hasattr(model, "unsaved_parts"):
+        return model.unsaved_parts()
+    parts = ("visual_encoder", "opt_model", "t5_model") if isinstance(model, Blip2Base) else ()
+    frozen = (part for part in parts if hasattr(model, part) and not any(p.requires_grad for p in getattr(model, part).parameters()))
+    return tuple(f"{part}." for part in frozen)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

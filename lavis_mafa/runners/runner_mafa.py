@@ -26,6 +26,7 @@ from lavis_mafa.runners.evaluating import evaluate_split
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.loaders import eval_loader, train_loader
 from lavis_mafa.runners.run_block import new_folder, run_settings
+from lavis_mafa.runners.stepping import autocast
 from lavis_mafa.runners.training_loop import TrainingLoop
 from lavis_mafa.tasks.mafa_task import MafaTask
 
@@ -197,7 +198,9 @@ class RunnerMafa(TrainingLoop, RunnerBase):
         if loader is None:
             raise UserError(f"run names the split {split!r}, but the data sets have: {', '.join(sorted(self.dataloaders))}.")
         model = self.unwrap_dist_model(self.model)
-        return evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
+        # LAVIS's tasks and models bring their own
+        with autocast(self.settings.precision if isinstance(self.task, MafaTask) else "fp32", self.device):
+            return evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
 
     def log_config(self) -> None:
         OmegaConf.save(OmegaConf.create(self.config.to_dict()), self.output_dir / "config.yaml")

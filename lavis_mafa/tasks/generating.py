@@ -34,7 +34,7 @@ def as_id(value: Any) -> int | str:
         391895
     """
     value = value.item() if hasattr(value, "item") else value
-    return int(value) if isinstance(value, str) and value.isdigit() else value
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def joined_on_rank_0(made: dict[int | str, Made]) -> dict[int | str, Made] | None:
@@ -46,7 +46,7 @@ def joined_on_rank_0(made: dict[int | str, Made]) -> dict[int | str, Made] | Non
 
 
 def write_result(name: str, records: list[dict[str, Any]]) -> Path:
-    """Write ``<name>.json`` into the run's ``result`` folder, in the form that evaluation servers take."""
+    """Write ``<name>.json`` into the run's ``result`` folder, in the form of COCO's results."""
     path = Path(registry.get_path("result_dir")) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".json.tmp")

@@ -24,6 +24,8 @@ class MafaCaptioningTask(MafaTask):
         UserError: at construction, an unknown name in ``run.caption_metrics`` or a wrong ``run.caption_references``.
     """
 
+    evaluates = ("image", "image_id")
+
     def __init__(self, run: Any) -> None:
         super().__init__(run)
         # Now, so that a mistake is found before hours of generating.
@@ -38,20 +40,21 @@ class MafaCaptioningTask(MafaTask):
     def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any] | None:
         """The captions by image id, and the data set's own references of these images; None except on rank 0."""
         settings = self._settings(model)
-        made: dict[Id, tuple[str, list[str]]] = {}
+        made: dict[Id, tuple[str, list[str], str | None]] = {}
         for samples in batches(data_loader, "captions", cuda_enabled):
             captions = model.generate(samples, **settings)
             # Which row of the data set a sample is: our data sets give an index, LAVIS's an instance_id.
             rows = samples["index"] if "index" in samples else samples.get("instance_id", [None] * len(captions))
             for image, row, caption in zip(samples["image_id"], rows, captions, strict=True):
                 own = [] if row is None or self.references is not None else own_references(data_loader.dataset, int(row))
-                made[as_id(image)] = (caption.strip(), own)
+                made[as_id(image)] = (caption.strip(), own, None if row is None else own_path(data_loader.dataset, int(row)))
         joined = joined_on_rank_0(made)
         if joined is None:
             return None
         return {
-            "captions": {image: caption for image, (caption, _) in joined.items()},
-            "references": self.references or {image: own for image, (_, own) in joined.items() if own},
+            "captions": {image: caption for image, (caption, _, _) in joined.items()},
+            "references": self.references or {image: own for image, (_, own, _) in joined.items() if own},
+            "paths": {image: path for image, (_, _, path) in joined.items() if path is not None},
         }
 
     def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, float] | None:
@@ -61,7 +64,9 @@ class MafaCaptioningTask(MafaTask):
             The metrics, and ``agg_metrics``: CIDEr plus BLEU-4, whichever of them were asked for. None without references.
         """
         captions = val_result["captions"]
-        write_result(f"{split_name}_epoch{epoch}", [{"image_id": image, "caption": text} for image, text in captions.items()])
+        paths = val_result.get("paths", {})
+        rows = [{"image_id": i, "caption": text} | ({"image": paths[i]} if i in paths else {}) for i, text in captions.items()]
+        write_result(f"{split_name}_epoch{epoch}", rows)
         if not val_result["references"]:
             logger.info("%s has no reference captions: no metrics.", split_name)
             return None
@@ -90,3 +95,9 @@ def own_references(dataset: Any, row: int) -> list[str]:
         return [dataset.raw_text[text] for text in dataset.img2txt[row]]
     captions = dataset.annotation[row].get("caption", []) if hasattr(dataset, "annotation") else []
     return [captions] if isinstance(captions, str) else list(captions)
+
+
+def own_path(dataset: Any, row: int) -> str | None:
+    """Where the image of a row is, for a data set that lists its images."""
+    images = getattr(dataset, "image", None)
+    return str(images[row]) if isinstance(images, list) else None

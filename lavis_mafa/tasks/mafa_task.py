@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
-from lavis_mafa.common.check import check_combinations
+from lavis_mafa.common.check import check_combinations, check_device
+from lavis_mafa.common.checkpoint_kinds import check_kinds
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, typed_block
 
@@ -17,6 +20,8 @@ Task = TypeVar("Task", bound="MafaTask")
 class MafaTask(BaseTask):
     """Base of ``mafa_pretrain``, ``mafa_captioning`` and ``mafa_vqa``; ``run`` is the task's own typed block."""
 
+    evaluates: tuple[str, ...] = ()  # what a sample must have
+
     def __init__(self, run: Any = None) -> None:
         super().__init__()
         self.run: Any = run or RunBlock()
@@ -25,8 +30,21 @@ class MafaTask(BaseTask):
     def setup_task(cls: type[Task], cfg: Any = None, **kwargs: Any) -> Task:
         run = typed_block("run", cfg.run_cfg)
         model = typed_block("model", cfg.model_cfg) if cfg.model_cfg.arch in MODEL_BLOCKS else None
-        check_combinations(model, run)
+        check_combinations(model, run)  # again: LAVIS's own train.py comes here without our command line
+        if model is not None:
+            check_kinds(model)
+            check_device(model, run.device if torch.cuda.is_available() else "cpu", run.precision)
         return cls(run)
+
+    def build_datasets(self, cfg: Any) -> dict[str, Any]:
+        """LAVIS's, with a look at what the evaluation splits give: the wrong kind of data is found before hours of work."""
+        datasets = super().build_datasets(cfg)
+        for split in {*self.run.valid_splits, *self.run.test_splits}:
+            for name, parts in datasets.items():
+                lacking = [key for key in self.evaluates if split in parts and key not in parts[split][0]]
+                if lacking:
+                    raise UserError(f"datasets.{name} has no {lacking[0]!r} in its split {split!r}, but {self.run.task} needs it.")
+        return datasets
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
         """The loss alone, which is all that LAVIS's own runners ask for."""

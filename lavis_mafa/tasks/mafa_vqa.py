@@ -33,6 +33,8 @@ class MafaVqaTask(MafaTask):
         UserError: at construction, ``run.lemmatize`` without spaCy's English model.
     """
 
+    evaluates = ("image", "text_input", "question_id")
+
     def __init__(self, run: Any) -> None:
         super().__init__(run)
         # Now, so that a missing model is found before hours of generating.

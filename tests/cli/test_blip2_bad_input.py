@@ -89,10 +89,10 @@ def test_an_opt_that_is_no_folder_and_not_on_the_hub(refused, emoji, files):
     assert "neither a folder with OPT's weights and tokenizer nor reachable as a hub name" in said
 
 
-@pytest.mark.parametrize("prompt", ["'Question: Answer:'", "''", "'{question}'"])
+@pytest.mark.parametrize("prompt", ["'Question: Answer:'", "''", "'{question}'", "'{} {}'"])
 def test_a_prompt_without_a_place_for_the_question(refused_early, files, prompt):
     said = refused_early(*train("vqa", *STAGE_2, f"model.pretrained={files['stage_2']}", f"run.prompt={prompt}"))
-    assert f"run.prompt is {prompt}" in said and "must have {}" in said
+    assert f"run.prompt is {prompt}" in said and "must have one {} for the question" in said
 
 
 def test_questions_without_answers(refused, files, tmp_path):
@@ -149,3 +149,68 @@ def test_tasks_that_a_model_cannot_do(refused_early, files):
     assert "model.discriminator.qformer.widht is not a setting. Did you mean 'width'?" in refused_early(
         *train("stage_1", *STAGE_1, "model.discriminator.qformer={widht: 8}")
     )
+
+
+def test_lengths_that_no_answer_can_have(refused_early, files):
+    for name in ("captions", "vqa"):
+        said = refused_early(*train(name, *STAGE_2, f"model.pretrained={files['stage_2']}", "run.min_len=9", "run.max_len=8"))
+        assert "run.min_len is 9, but must not exceed max_len (8)" in said
+
+
+def test_files_that_are_no_checkpoint_of_any_kind(refused_early, files, tmp_path):
+    torch.save({"model": torch.zeros(1)}, tmp_path / "tensor.pth")
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    start = f"model.pretrained={files['stage_1']}"
+    said = refused_early(*train("stage_1", *STAGE_1, start, "model.discriminator.checkpoint=other.pth"))
+    assert "other.pth is something else, but blip2_mafa needs a BLIP-2 stage-1 checkpoint" in said
+    said = refused_early(*train("stage_1", *STAGE_1, start, "model.discriminator.checkpoint=tensor.pth"))
+    assert "tensor.pth holds a Tensor as its model" in said
+
+
+def test_our_models_under_lavis_tasks_are_checked_too(refused_early, files):
+    plain = ["run.task=image_text_pretrain", *STAGE_2]
+    assert "model.stage_1 is null" in refused_early(*train("stage_2", *plain))
+    half = ["model.image_encoder.precision=fp16", "model.image_encoder.freeze=true", f"model.stage_1={files['stage_1']}"]
+    assert "model.image_encoder.precision is fp16, but run.device is cpu" in refused_early(*train("stage_2", *plain, *half))
+
+
+def test_con_d_in_fp16_on_a_cpu(refused_early, files):
+    con_d = f"model.discriminator={{arch: blip2_mafa, checkpoint: {files['stage_1']}, image_encoder: {{precision: fp16}}}}"
+    said = refused_early(*train("stage_1", *STAGE_1, f"model.pretrained={files['stage_1']}", con_d))
+    assert "model.discriminator.image_encoder.precision is fp16" in said
+
+
+def test_settings_that_would_do_nothing_or_harm(refused_early, files):
+    first = f"model.pretrained={files['stage_1']}"
+    said = refused_early(*train("con_d", *STAGE_1, first, "run.task=mafa_captioning"))
+    assert "trains stage 2 alone; blip2_mafa is trained by mafa_pretrain" in said
+    assert "allowed: false" in refused_early(*train("con_d", *STAGE_1, first, "run.use_dist_eval_sampler=true"))
+    said = refused_early(*train("con_d", *STAGE_1, "model.itc.momentum_distillation.queue_size=8"))
+    assert "blip2_mafa has no momentum teacher" in said
+
+
+def test_data_of_the_wrong_kind_for_the_task(refused, emoji, files):
+    def data(view: str) -> list[str]:
+        size = "datasets.grit_emoji.vis_processor.eval.image_size=16"
+        return [f"datasets.grit_emoji.build_info={{root: {emoji}, max_concepts: 60, view: {view}}}", size]
+
+    second = [*STAGE_2, f"model.pretrained={files['stage_2']}"]
+    question = "datasets.grit_emoji.text_processor={eval: {name: blip_question}}"
+    said = refused(*train("captions", *second, question, *data("questions")))
+    assert "has no 'image_id' in its split" in said and "mafa_captioning needs it" in said
+    said = refused(*train("vqa", *second, *data("pairs")))
+    assert "has no 'text_input' in its split" in said and "mafa_vqa needs it" in said
+
+
+def test_a_con_d_with_the_names_of_lavis_albef_retrieval(tmp_path):
+    """Its text encoder has no ``bert.`` in its names, as BLIP's."""
+    from safetensors.torch import save_file
+
+    from lavis_mafa.common.checkpoint_kinds import ALBEF, BLIP, STAGE_1, kind_of, shapes_of
+
+    text = "text_encoder.encoder.layer"
+    assert kind_of({"text_encoder.embeddings.word_embeddings.weight": [1], f"{text}.6.crossattention.self.key.weight": [1]}) == ALBEF
+    assert kind_of({"text_encoder.embeddings.word_embeddings.weight": [1], f"{text}.0.crossattention.self.key.weight": [1]}) == BLIP
+    save_file({"query_tokens": torch.zeros(1, 2, 3)}, tmp_path / "stage_1.safetensors")
+    shapes = shapes_of(tmp_path / "stage_1.safetensors", "model.pretrained")
+    assert shapes == {"query_tokens": [1, 2, 3]} and kind_of(shapes) == STAGE_1

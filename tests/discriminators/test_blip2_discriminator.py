@@ -185,7 +185,11 @@ def test_equal_in_the_models_precision_is_equal(checkpoint, matching):
 
 def test_a_checkpoint_without_an_encoder_takes_the_frozen_one(tmp_path, matching, host):
     cut = save(matching, tmp_path / "cut.pth", without="visual_encoder.")
+    with pytest.raises(UserError, match="none of its size that is frozen as model.image_encoder.init gives it"):
+        build(cut, host)  # its weights came from elsewhere: nothing says that Con-D was trained on them
+    host.visual_encoder.as_published = True
     con_d = build(cut, host)
+    host.visual_encoder.as_published = False
     assert con_d.shared and con_d.visual_encoder is None
     samples = batch(4)
     host.encode(samples)

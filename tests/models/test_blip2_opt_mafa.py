@@ -298,3 +298,34 @@ def test_a_byte_tokenizer_knows_every_text():
         ids = tokenizer(text).input_ids
         assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids, skip_special_tokens=True) == text
         assert max(ids) < len(tokenizer)
+
+
+def test_an_opt_without_some_of_its_weights_is_refused(opt_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "half"
+    shutil.copytree(opt_folder, folder)
+    (weights,) = folder.glob("pytorch_model.bin")
+    state = torch.load(weights, weights_only=True)
+    torch.save(dict(list(state.items())[: len(state) // 2]), weights)
+    with pytest.raises(UserError, match="which lacks .* of its weights"):
+        stage_2(language_model={"init": str(folder), "freeze": True})
+    with pytest.raises(UserError, match="model.qformer.init is .*holds a model of type 'opt'"):
+        stage_2(qformer={"init": str(opt_folder)})
+
+
+def test_a_stage_2_file_is_no_stage_1(tmp_path):
+    torch.save({"model": stage_2().state_dict()}, tmp_path / "stage_2.pth")
+    with pytest.raises(UserError, match="is a stage-2 checkpoint; give it as model.pretrained"):
+        stage_2().load_stage_1(str(tmp_path / "stage_2.pth"))
+
+
+def test_a_question_longer_than_the_positions_is_cut_and_its_prompt_kept():
+    model = stage_2()
+    seen: list[torch.Tensor] = []
+    generate = model.opt_model.generate
+    model.opt_model.generate = lambda **kwargs: seen.append(kwargs["input_ids"]) or generate(**kwargs)
+    model.predict_answers({"image": images(1), "text_input": ["why " * 400]}, prompt="Question: {} Answer:", num_beams=2, max_len=4)
+    text = model.opt_tokenizer.decode(seen[0][0], skip_special_tokens=True)
+    assert text.startswith("Question: why why") and text.endswith(" Answer:")
+    assert seen[0].shape[1] <= model.opt_model.config.max_position_embeddings - 3 - 4
