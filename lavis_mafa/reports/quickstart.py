@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from PIL import Image
 
 from lavis_mafa.common.weights import read_checkpoint
-from lavis_mafa.reports.plots import training_curves
-from lavis_mafa.reports.run_files import last_checkpoint, read_connections, read_evaluations, read_metrics
-from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d, true_matches
+from lavis_mafa.reports import curves
+from lavis_mafa.reports.gallery import distinct_candidates, gallery_data
+from lavis_mafa.reports.page import render, score_histogram, write_page
+from lavis_mafa.reports.run_files import last_checkpoint, open_runs, read_connections, read_evaluations, read_metrics
+from lavis_mafa.reports.tables import Table, evaluation_table, figure
+from lavis_mafa.reports.training_rows import Part, TrainingRows
+from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d
 from lavis_mafa.runners.checkpoints import rank_file
 
-TEMPLATES = Path(__file__).parent
+AT_MOST = 2000  # connections in the page
 SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}
 METRICS = ("tr_r1", "ir_r1", "tr_r_precision", "ir_r_precision", "tr_map_at_r", "ir_map_at_r")
 
@@ -84,56 +85,51 @@ def write_report(folder: Path, results: dict[str, Any], grit: Path, mafa: Path, 
     """Write ``results.json``, ``curves.png`` and ``report.html`` into ``folder``; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({**results, "about": about}, indent=2))
-    curves = training_curves({"GRIT": read_metrics(grit), "MAFA": read_metrics(mafa)})
-    (folder / "curves.png").write_bytes(curves)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    page = environment.get_template("quickstart.html").render(
-        results=results,
-        splits=SPLITS,
-        metrics=METRICS,
+    metrics = {"GRIT": read_metrics(grit), "MAFA": read_metrics(mafa)}
+    (folder / "curves.png").write_bytes(curves.training_curves(metrics))
+    run = replace(open_runs([mafa])[0], name="MAFA")
+    rows = TrainingRows([Part(Path(dataset.vis_root), dataset.table, dataset.truth)])
+    candidates = distinct_candidates(0, run.connections, rows)
+    main, less = curves.curves(metrics)
+    page = render(
+        "quickstart.html",
+        tables=_tables(results),
         about=about,
-        curves=base64.b64encode(curves).decode(),
-        galleries=galleries(read_connections(mafa), dataset),
+        legend=curves.legend(list(metrics)),
+        curves=main,
+        more_curves=less,
+        histograms=[score_histogram(run, 0, candidates)],
+        gallery=gallery_data([run], [rows], [candidates], AT_MOST),
     )
-    (folder / "report.html").write_text(page)
+    write_page(folder / "report.html", page)
     return folder / "report.html"
 
 
-def galleries(connections: Any, dataset: Any, at_most: int = 12) -> dict[str, list[dict[str, Any]]]:
-    """Mined connections to look at, as in the paper's Figures 7 and 8: the surest of both directions, each anchor once."""
-    match = true_matches(connections, dataset, own_text_keys(dataset)).tolist()
-    rows = [{**row, "true": true} for row, true in zip(connections.to_pylist(), match, strict=True)]
-    rows = sorted((r for r in rows if r["verdict"] == "positive"), key=lambda r: -r["probability"])
-    result: dict[str, list[dict[str, Any]]] = {"text for image": [], "image for text": []}
-    seen: set[tuple[str, str]] = set()
-    for row in rows:
-        anchor = row["image"] if row["direction"] == "text for image" else row["text"]
-        own, new = dataset.captions(anchor)[0], dataset.captions(row["text"])[0]
-        shown = (row["direction"], own)
-        # two images with the very same caption say little to a reader
-        if shown in seen or dataset.captions(row["image"])[0] == new or len(result[row["direction"]]) == at_most:
-            continue
-        seen.add(shown)
-        result[row["direction"]].append(
-            {
-                "anchor_image": thumbnail(dataset.image_path(anchor)),
-                "anchor_text": own,
-                "new_image": thumbnail(dataset.image_path(row["image"])),
-                "new_text": new,
-                "probability": row["probability"],
-                "true": row["true"],
-            }
-        )
-    return result
-
-
-def thumbnail(path: Path, size: int = 72) -> str:
-    """An image as a data URL."""
-    with Image.open(path) as image:
-        small = image.convert("RGB").resize((size, size))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _tables(results: dict[str, Any]) -> dict[str, Any]:
+    """The page's tables, by the names its template has for them."""
+    batches = [
+        [name, f"{c['per_batch']:.1f}", figure(c["share"], True), figure(results["chosen_false_negatives"][name], True)]
+        for name, c in results["batches"].items()
+    ]
+    con_d = [
+        [name, f"{s['pairs']:,}", *(figure(s[key], True) for key in ("true_share", "precision", "recall"))]
+        for name, s in results["con_d"].items()
+    ]
+    matching = [[name, *(figure(side, True) for side in sides)] for name, sides in results["matching"].items()]
+    head = ["batches", "false pairs a batch", "of all pairs", "of the hardest negatives"]
+    return {
+        "batches": Table(head, batches, "Known from the emoji's truth"),
+        "con_d": Table(["texts", "pairs", "truly match", "precision", "recall"], con_d, "All recorded verdicts, at the threshold"),
+        "matching": Table(["run", "right on pairs labelled positive", "right on pairs labelled negative"], matching, "Share of pairs"),
+        "retrieval": [
+            evaluation_table(
+                "{}: {} images, {} texts".format(meaning[0].upper() + meaning[1:], *results["queries"][split]),
+                list(METRICS),
+                {name: by_split[split] for name, by_split in results["retrieval"].items()},
+            )
+            for split, meaning in SPLITS.items()
+        ],
+    }
 
 
 def _last_epoch(run: Path, name: str) -> float:

@@ -1,0 +1,48 @@
+"""``lavis-mafa report``: one HTML page about one or more runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: the one with metrics.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="where the page goes (default: report.html)")
+    parser.add_argument(
+        "--gallery",
+        type=_count,
+        default=5000,
+        metavar="N",
+        help="show the N surest connections, of both directions in turn (default: 5000; 0: none)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from lavis_mafa.common.errors import UserError
+    from lavis_mafa.reports.page import report_page, write_page
+    from lavis_mafa.reports.run_files import open_runs
+
+    output: Path = arguments.output
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; give a file, such as {output / 'report.html'}.")
+    runs = open_runs(arguments.runs)
+    page, gallery = report_page(runs, arguments.gallery)
+    write_page(output, page)
+    for name, problem in gallery["problems"].items():
+        print(f"{name}: {problem}")
+    shown, size = len(gallery["lists"]["gallery"]), output.stat().st_size / 1e6
+    print(
+        f"{output}: {len(runs)} run{'s' * (len(runs) > 1)}, {shown:,} of {gallery['candidates']:,} recorded connections, {size:.1f} MB"
+    )
+    return 0
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return number

@@ -1,0 +1,197 @@
+"""Plots of runs: SVG that takes its colours from the page, and PNG for elsewhere."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+TITLES = {
+    "loss": "Total loss",
+    "loss_itc": "ITC loss",
+    "loss_itm": "ITM loss",
+    "loss_mlm": "MLM loss",
+    "loss_lm": "LM loss",
+    "false_negative_share": "False share of the hardest negatives",
+    "new_positive_share": "New positives, share of candidates",
+    "ambiguous_share": "Ambiguous, share of candidates",
+    "con_d_precision": "Con-D's precision",
+    "con_d_recall": "Con-D's recall",
+    "itm_accuracy_positive": "ITM accuracy on positive pairs",
+    "itm_accuracy_negative": "ITM accuracy on negative pairs",
+    "temperature": "Temperature",
+    "learning_rate": "Learning rate",
+    "samples_per_second": "Samples a second",
+}
+LESS_ASKED = ("itm_accuracy_positive", "itm_accuracy_negative", "temperature", "learning_rate", "samples_per_second")
+SHARES = ("_share", "_precision", "_recall", "_positive", "_negative")
+NO_FIGURES = ("epoch", "step", "samples_seen")
+POINTS = 400  # a line has at most so many; more than a plot of this size can show
+SERIES = 6
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+# stand-ins that become CSS variables in an SVG, and the light page's colours for a PNG
+INK, GRID, GOOD = "#010203", "#020304", "#030405"
+LINES = [f"#0405{i:02x}" for i in range(SERIES)]
+VARIABLES = {INK: "--ink-2", GRID: "--line", GOOD: "--good", **{c: f"--series-{i}" for i, c in enumerate(LINES)}}
+COLOURS = ["#0b62a8", "#c2500a", "#00806b", "#a03a86", "#8a6d00", "#5b5bd6"]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot of the page; ``summary`` says in words what a reader who does not see it has to know."""
+
+    title: str
+    summary: str
+    svg: Markup
+
+
+def curves(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[Plot], list[Plot]]:
+    """One plot for each loss and share that some run logged; and those of the less asked figures."""
+    names = [n for n in TITLES if any(n in r for records in runs.values() for r in records)]
+    logged = {n for records in runs.values() for r in records for n, v in r.items() if isinstance(v, int | float)}
+    names += sorted(n for n in logged - set(names) - set(NO_FIGURES) if n.startswith("loss"))
+    first: list[Plot] = []
+    less: list[Plot] = []
+    for name in names:
+        lines = {run: _line(records, name) for run, records in runs.items()}
+        figure = Figure(figsize=(4.0, 2.5), layout="constrained")
+        with matplotlib.rc_context(_style()):
+            axis = figure.subplots()
+            _draw(axis, lines, LINES)
+            if name.endswith(SHARES):
+                axis.set_ylim(0, max(0.01, axis.get_ylim()[1]))
+                axis.yaxis.set_major_formatter(PercentFormatter(1))
+        ends = (f"{run} from {y[0]:.3g} to {y[-1]:.3g}" for run, (_, y) in lines.items() if len(y))
+        summary = f"{_title(name)} over samples seen: {'; '.join(ends)}."
+        (less if name in LESS_ASKED else first).append(Plot(_title(name), summary, as_svg(figure, name)))
+    return first, less
+
+
+def score_histogram(run: str, number: int, scores: list[float], true: list[bool | None], threshold: float, ambiguous: float) -> Plot:
+    """How Con-D's scores are spread, with the thresholds; stacked by truth where it is known.
+
+    Args:
+        run: its name. number: tells its plot from other runs' in the page.
+        scores: [P] match probabilities. true: [P] whether the pair truly matches.
+        threshold, ambiguous: of ``model.ecm``.
+    """
+    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+    values, known = np.array(scores), np.array([t is True for t in true])
+    with matplotlib.rc_context(_style()):
+        axis = figure.subplots()
+        bins = np.linspace(0, 1, 51)
+        parts = [(values[known], GOOD, 0.9), (values[~known], LINES[0], 0.55)] if known.any() else [(values, LINES[0], 0.75)]
+        below = np.zeros(50)
+        for part, colour, alpha in parts:
+            count, _ = np.histogram(part, bins)
+            axis.bar(bins[:-1], count, width=0.0185, align="edge", bottom=below, color=colour, alpha=alpha, linewidth=0)
+            below += count
+        top = max(float(below.max()), 1.0)
+        axis.set_ylim(0, top * 1.22)
+        marks = [(threshold, 0.99, f"positive above {threshold:g}", threshold <= 0.7)]
+        if ambiguous < threshold:
+            marks.append((ambiguous, 0.88, f"negative up to {ambiguous:g}", ambiguous < 0.3))
+        for place, height, words, to_the_right in marks:
+            axis.axvline(place, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+            shift, side = (4, "left") if to_the_right else (-4, "right")
+            at: dict[str, Any] = {
+                "xycoords": ("data", "axes fraction"),
+                "textcoords": "offset points",
+                "va": "top",
+                "ha": side,
+                "color": INK,
+            }
+            axis.annotate(words, (place, height), (shift, 0), **at)
+        _finish(axis, "Con-D's match probability")
+        axis.set_xlim(0, 1)
+    shares = f"{(values > threshold).mean():.1%} are above {threshold:g}, {(values <= ambiguous).mean():.1%} not above {ambiguous:g}"
+    return Plot(run, f"{len(values)} scores: {shares}.", as_svg(figure, f"scores-{number}"))
+
+
+def training_curves(runs: dict[str, list[dict[str, Any]]]) -> bytes:
+    """The main curves side by side, as PNG: one panel a figure, one line a run, over samples seen."""
+    names = ("loss_itc", "loss_itm", "loss_mlm", "false_negative_share")
+    figure = Figure(figsize=(12, 2.8), layout="constrained", dpi=110)
+    with matplotlib.rc_context(_style("#333333", "#dddddd")):
+        axes = figure.subplots(1, len(names))
+        for axis, name in zip(axes, names, strict=True):
+            _draw(axis, {run: _line(records, name) for run, records in runs.items()}, COLOURS, "#dddddd")
+            axis.set_title(_title(name), fontsize=10)
+        axes[0].legend(list(runs), fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def legend(runs: list[str]) -> list[dict[str, str]]:
+    """The same colours and dashes in the page's own words: (name, CSS colour, SVG dash array)."""
+    arrays = [" ".join(str(2 * v) for v in d[1]) if isinstance(d, tuple) else "" for d in DASHES]
+    return [
+        {"name": run, "colour": f"var(--series-{i % SERIES})", "dashes": arrays[i % len(DASHES)] if len(runs) > 1 else ""}
+        for i, run in enumerate(runs)
+    ]
+
+
+def as_svg(figure: Figure, prefix: str) -> Markup:
+    """The figure as inline SVG: colours are the page's variables, the text is text, and ids are this plot's own."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg, count=1)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\1{prefix}-", svg)
+    svg = svg.replace("xlink:href", "href")
+    for stand_in, variable in VARIABLES.items():
+        svg = svg.replace(stand_in, f"var({variable})")
+    return Markup(re.sub(r"\s*\n\s*", "\n", svg))
+
+
+def _draw(axis: Axes, lines: dict[str, tuple[Any, Any]], colours: list[str], grid: str = GRID) -> None:
+    for number, (run, (x, y)) in enumerate(lines.items()):
+        dots: dict[str, Any] = {"marker": "o", "markersize": 3} if len(x) == 1 else {}
+        dash = DASHES[number % len(DASHES)] if len(lines) > 1 else "solid"
+        axis.plot(x, y, label=run, color=colours[number % SERIES], linestyle=dash, linewidth=1.6, **dots)
+    _finish(axis, "samples seen", grid)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _finish(axis: Axes, label: str, grid: str = GRID) -> None:
+    axis.set_xlabel(label)
+    axis.grid(axis="y", color=grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.tick_params(length=0)
+
+
+def _line(records: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
+    """[n] samples seen and [n] values, averaged in stretches where there are more than a plot can show."""
+    points = [(r["samples_seen"], r[name]) for r in records if "samples_seen" in r and isinstance(r.get(name), int | float)]
+    points = [p for p in points if math.isfinite(p[1])]
+    if len(points) > POINTS:
+        parts = np.array_split(np.array(points, dtype=np.float64), POINTS)
+        points = [tuple(part.mean(axis=0)) for part in parts]
+    return np.array([x for x, _ in points]), np.array([y for _, y in points])
+
+
+def _style(ink: str = INK, grid: str = GRID) -> Any:
+    colours = {n: ink for n in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
+    sizes = {"font.size": 9.0, "axes.labelsize": 9.0, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5}
+    return {**colours, **sizes, "axes.edgecolor": grid}
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name, name.removeprefix("loss_").replace("_", " ") + " loss")

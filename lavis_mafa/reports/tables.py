@@ -1,0 +1,181 @@
+"""The tables of a page: settings, what each run came to, evaluations, Con-D against the truth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.reports.gallery import Candidate
+from lavis_mafa.reports.run_files import Run
+
+SHOWN = (
+    "model.arch",
+    "model.model_type",
+    "model.ecm.enabled",
+    "model.ecm.threshold",
+    "model.ecm.ambiguous_from",
+    "model.ecm.use_in",
+    "model.discriminator.arch",
+    "model.discriminator.checkpoint",
+    "model.itc.smoothing",
+    "model.itm.negatives",
+    "run.grit.enabled",
+    "run.grit.queue_size",
+    "run.grit.search_space",
+    "run.batch_size_train",
+    "run.max_epoch",
+    "run.init_lr",
+    "run.precision",
+    "run.seed",
+)
+NOISE = ("run.output_dir", "run.dist_url", "run.rank", "run.gpu", "run.dist_backend")  # differ without meaning anything
+SIDES = {"tr": "TR", "txt": "TR", "ir": "IR", "img": "IR"}
+ENDINGS = {"r_precision": "R-Precision", "map_at_r": "mAP@R", "r_mean": "mean", "r1": "R@1", "r5": "R@5", "r10": "R@10"}
+NAMES = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "cider": "CIDEr", "rouge_l": "ROUGE-L"}
+NAMES |= {"meteor": "METEOR", "spice": "SPICE", "accuracy": "answers right"}
+
+
+@dataclass
+class Table:
+    """``best`` holds the (row, column) of every column's largest value, where several rows have one."""
+
+    head: list[str]
+    rows: list[list[str]]
+    caption: str
+    best: set[tuple[int, int]] = field(default_factory=set)
+
+
+def full_settings(config: DictConfig) -> dict[str, Any]:
+    """Dotted key -> value of the model, run and data blocks; our own blocks with their defaults."""
+    found: dict[str, Any] = {}
+    for block, known in (("model", MODEL_BLOCKS), ("run", RUN_BLOCKS), ("datasets", {})):
+        values = config.get(block)
+        if not isinstance(values, DictConfig):
+            continue
+        plain = OmegaConf.to_container(values)
+        if values.get("arch" if block == "model" else "task") in known:
+            try:
+                plain = asdict(typed_block(block, values))
+            except UserError:
+                pass  # settings of another version are shown as they were written
+        _flatten(block, plain, found)
+    return found
+
+
+def settings_table(runs: list[Run]) -> Table:
+    """The settings that tell what was done, and all in which the runs differ."""
+    of_runs = [full_settings(run.config) for run in runs]
+    keys = list(dict.fromkeys(key for settings in of_runs for key in settings))
+    differ = {k for k in keys if len({repr(s.get(k)) for s in of_runs}) > 1 and k not in NOISE}
+    data = [k for k in keys if k.startswith("datasets.") and ".build_info." in k]
+    shown = [k for k in (*SHOWN, *data) if k in keys]
+    shown += [k for k in keys if k in differ and k not in shown]
+    rows = [[key, *(_value(s.get(key)) for s in of_runs)] for key in shown]
+    table = Table(["setting", *(run.name for run in runs)], rows, "Settings, defaults included")
+    if len(runs) > 1:
+        table.best = {(r, c) for r, key in enumerate(shown) if key in differ for c in range(len(runs) + 1)}
+    return table
+
+
+def summary_table(runs: list[Run]) -> Table:
+    """What each run came to: its size, its last losses, and what Con-D made of the hardest negatives."""
+    losses = {"loss": "loss", "loss_itc": "ITC", "loss_itm": "ITM", "loss_mlm": "MLM", "loss_lm": "LM"}
+    shares = {"new_positive_share": "new positives", "ambiguous_share": "ambiguous", "false_negative_share": "false negatives"}
+    shares |= {"con_d_precision": "Con-D precision", "con_d_recall": "Con-D recall"}
+    ends = [_last_epoch(run) for run in runs]
+    shown = [name for name in (*losses, *shares) if any(name in end for end in ends)]
+    head = ["run", "model", "epochs", "samples", *((losses | shares)[name] for name in shown)]
+    rows = []
+    for run, end in zip(runs, ends, strict=True):
+        epochs = f"{run.metrics[-1]['epoch'] + 1}" if run.metrics else "–"
+        samples = f"{run.metrics[-1]['samples_seen']:,}" if run.metrics else "–"
+        model = str(OmegaConf.select(run.config, "model.arch") or "–")
+        rows.append([run.name, model, epochs, samples, *(figure(end.get(n), n in shares) for n in shown)])
+    return Table(head, rows, "Averages over the last epoch; shares are of the hardest negatives")
+
+
+def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
+    """Split -> tables of all runs: retrieval, and separately captions or answers where some run has them."""
+    tables: dict[str, list[Table]] = {}
+    for split in dict.fromkeys(split for run in runs for split in run.evaluations):
+        found = {run.name: run.evaluations.get(split, {}) for run in runs}
+        names = list(dict.fromkeys(n for v in found.values() for n, x in v.items() if isinstance(x, int | float)))
+        names = [n for n in names if n not in ("epoch", "agg_metrics")]
+        retrieval = [n for n in names if n.split("_")[0] in SIDES or n == "r_mean"]
+        for title, columns in (("Retrieval", retrieval), ("Captions and answers", [n for n in names if n not in retrieval])):
+            if columns:
+                of_title = {run: values for run, values in found.items() if title == "Retrieval" or any(n in values for n in columns)}
+                tables.setdefault(split, []).append(evaluation_table(f"{title} on {split}, in per cent", columns, of_title))
+    return tables
+
+
+def truth_table(runs: list[Run], candidates: list[list[Candidate]]) -> Table | None:
+    """Con-D's verdicts against the truth, over the distinct recorded pairs; None where no truth is known."""
+    rows = []
+    for run, found in zip(runs, candidates, strict=True):
+        known = [c for c in found if c.true is not None]
+        if known:
+            matching, positive = sum(c.true is True for c in known), [c for c in known if c.verdict == 2]
+            both = sum(c.true is True for c in positive)
+            counts = [f"{len(known):,}", _share(matching, len(known))]
+            rows.append([run.name, *counts, f"{len(positive):,}", _share(both, len(positive)), _share(both, matching)])
+    head = ["run", "pairs", "truly match", "judged positive", "precision", "recall"]
+    return Table(head, rows, "A precision equal to “truly match” is what guessing would reach") if rows else None
+
+
+def evaluation_table(caption: str, columns: list[str], found: dict[str, dict[str, Any]]) -> Table:
+    """``columns`` of each run's evaluation, the best of each column marked."""
+    epochs = any("epoch" in values for values in found.values())
+    first = [[run, str(v.get("epoch", "–"))] if epochs else [run] for run, v in found.items()]
+    rows = [[*begin, *(figure(v.get(n), digits=1) for n in columns)] for begin, v in zip(first, found.values(), strict=True)]
+    table = Table(["run", *(["epoch"] if epochs else []), *map(_metric, columns)], rows, caption)
+    for place, name in enumerate(columns):
+        values = [v.get(name, -math.inf) for v in found.values()]
+        if sum(value > -math.inf for value in values) > 1:
+            table.best |= {(row, place + len(first[0])) for row, value in enumerate(values) if value == max(values)}
+    return table
+
+
+def _last_epoch(run: Run) -> dict[str, float]:
+    """Each figure's average over the records of the last epoch."""
+    last = [r for r in run.metrics if r["epoch"] == run.metrics[-1]["epoch"]]
+    values = {name: [r[name] for r in last if isinstance(r.get(name), int | float)] for r in last for name in r}
+    return {name: sum(v) / len(v) for name, v in values.items() if v}
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, dict) and value:
+        for key, below in value.items():
+            _flatten(f"{prefix}.{key}", below, into)
+    else:
+        into[prefix] = value
+
+
+def _value(value: Any) -> str:
+    words = {True: "yes", False: "no", None: "–"}
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
+    return words[value] if value is None or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def figure(value: float | None, share: bool = False, digits: int = 3) -> str:
+    """A number for a cell; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.1%}" if share else f"{value:.{digits}f}"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "–"
+
+
+def _metric(name: str) -> str:
+    side, _, ending = name.partition("_")
+    if side in SIDES:
+        return f"{SIDES[side]} {ENDINGS.get(ending, ending.replace('_', ' '))}"
+    return NAMES.get(name, ENDINGS.get(name, name.replace("_", " ")))
