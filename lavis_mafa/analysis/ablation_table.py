@@ -1,0 +1,120 @@
+"""An ablation's figures over its seeds, beside the paper's: for the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lavis_mafa.analysis.ablation import Row, Table
+from lavis_mafa.analysis.ablation_runs import Figures, Trial
+
+SHOWN = {"tr_r1": "TR R@1", "ir_r1": "IR R@1", "agg_metrics": "mean recall"}
+PAPER = (
+    "The paper's figures are for COCO's 5K test split, fine-tuned after pre-training a ViT-B on 4M pairs: "
+    "compare the order of the rows with them, not the figures."
+)
+
+
+def collect(table: Table, base: str, options: list[str], trials: Sequence[Trial]) -> dict[str, Any]:
+    """Everything that is known of a table's rows so far, by row and seed.
+
+    Args:
+        table: whose rows.
+        base: the YAML that was run. options: what it was run with. trials: every row with every seed, finished or not.
+
+    Returns:
+        per row the options, the paper's figures, those of each seed and split, and their ``mean`` and ``spread`` (the standard
+        deviation of a sample, None for one seed).
+    """
+    rows = []
+    for row in table.rows:
+        own = [trial for trial in trials if trial.row == row]
+        seeds = {trial.seed: (str(trial.runs[-1].finished()), figures) for trial in own if (figures := trial.figures()) is not None}
+        mean, spread = _over_seeds([figures for _, figures in seeds.values()])
+        rows.append(
+            {
+                "number": row.number,
+                "name": row.name,
+                "options": own[0].runs[0].options[len(options) : -1] if own else row.options,  # without the base's and the seed
+                "paper": _with_mean_recall(row),
+                "seeds": {str(seed): {"folder": folder, **figures} for seed, (folder, figures) in seeds.items()},
+                "mean": mean,
+                "spread": spread,
+            }
+        )
+    return {"table": table.key, "title": table.title, "base": base, "options": options, "note": PAPER, "rows": rows}
+
+
+def format_terminal(results: dict[str, Any]) -> str:
+    """The table with aligned columns, one for each split that was scored."""
+    lines = [results["title"]]
+    for split, header, rows in _tables(results):
+        widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+        lines += ["", f"{split} split of {results['base']}: mean ± standard deviation over seeds, per cent"]
+        for cells in [header, *rows]:
+            aligned = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+            lines.append("  ".join(aligned).rstrip())
+    return "\n".join([*lines, "", PAPER])
+
+
+def format_markdown(results: dict[str, Any]) -> str:
+    """The same as Markdown."""
+    lines = [f"# {results['title']}"]
+    for split, header, rows in _tables(results):
+        lines += ["", f"`{split}` split of `{results['base']}`: mean ± standard deviation over seeds, per cent.", ""]
+        lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(cells)} |" for cells in rows)]
+    changed = f"Options of all rows: `{' '.join(results['options'])}`." if results["options"] else ""
+    lines += ["", PAPER, *([changed] if changed else []), "", "| row | options |", "|---|---|"]
+    lines += [f"| {row['number']} | `{' '.join(row['options']) or 'none'}` |" for row in results["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """``results.json`` and ``table.md`` in ``folder``, each replaced at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("results.json", json.dumps(results, indent=2) + "\n"), ("table.md", format_markdown(results))):
+        partial = folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / name)
+
+
+def _tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(split, header, rows of cells), for each split that any row was scored on."""
+    splits = list(dict.fromkeys(split for row in results["rows"] for split in row["mean"]))
+    given = [m for m in SHOWN if any(m in row["paper"] for row in results["rows"])]
+    header = ["row", "", *SHOWN.values(), "seeds", *(f"paper {SHOWN[m]}" for m in given)]
+    tables = []
+    for split in splits:
+        rows = []
+        for row in results["rows"]:
+            count = sum(split in figures for figures in row["seeds"].values())
+            measured = [_cell(row["mean"].get(split, {}).get(m), row["spread"].get(split, {}).get(m)) for m in SHOWN]
+            paper = [_cell(row["paper"].get(m), None) for m in given]
+            rows.append([str(row["number"]), row["name"], *measured, str(count), *paper])
+        tables.append((split, header, rows))
+    return tables
+
+
+def _cell(mean: float | None, spread: float | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.1f}"
+
+
+def _with_mean_recall(row: Row) -> dict[str, float]:
+    return row.paper if len(row.paper) < 6 else {**row.paper, "agg_metrics": round(statistics.mean(row.paper.values()), 1)}
+
+
+def _over_seeds(seeds: list[Figures]) -> tuple[Figures, dict[str, dict[str, float | None]]]:
+    mean: Figures = {}
+    spread: dict[str, dict[str, float | None]] = {}
+    for split in dict.fromkeys(s for figures in seeds for s in figures):
+        values = [figures[split] for figures in seeds if split in figures]
+        metrics = [m for m in values[0] if all(m in v for v in values)]
+        mean[split] = {m: statistics.mean(v[m] for v in values) for m in metrics}
+        spread[split] = {m: statistics.stdev(v[m] for v in values) if len(values) > 1 else None for m in metrics}
+    return mean, spread

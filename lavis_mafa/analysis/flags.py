@@ -1,0 +1,47 @@
+"""Command-line flags that both offline passes have, and what is wrong with them alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lavis_mafa.common.errors import UserError
+
+
+def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """``--cfg-path``, ``--con-d`` and the rest that a pass needs; sizes are left to the command."""
+    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="whose model is Con-D and whose training data are read")
+    parser.add_argument("--con-d", required=True, metavar="CHECKPOINT", help="Con-D's weights: ours, or LAVIS's retrieval or ITM ones")
+    parser.add_argument("--samples", type=int, metavar="N", help="only so many samples, a random part (default: all)")
+    parser.add_argument("--seed", type=int, help="of the shuffle and of GRIT's starts (default: run.seed)")
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"folder for the result (default: {output})")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings, e.g. run.num_workers=8")
+
+
+def check_sizes(batch_sizes: Sequence[int], search_spaces: Sequence[int], samples: int | None) -> None:
+    """B >= 2, B <= M, something to read; raises UserError."""
+    for size in batch_sizes:
+        if size < 2:
+            raise UserError(f"--batch-size is {size}, but a batch with negatives has at least 2 samples.")
+        for space in search_spaces:
+            if size > space:
+                raise UserError(f"--batch-size is {size}, but must not exceed --search-space ({space}).")
+    if samples is not None and samples < 1:
+        raise UserError(f"--samples is {samples}, but must be at least 1.")
+
+
+def check_share(flag: str, value: float, above_zero: bool = False) -> None:
+    """A probability or share; raises UserError."""
+    if not (0.0 < value <= 1.0 if above_zero else 0.0 <= value <= 1.0):
+        raise UserError(f"{flag} is {value:g}, but must be {'above 0 and at most 1' if above_zero else 'between 0 and 1'}.")
+
+
+def sizes_or_defaults(given: Any, config: Any, key: str, default: int) -> list[int]:
+    """What the command line says, else what the YAML trains with."""
+    from omegaconf import OmegaConf
+
+    if given is not None:
+        return given if isinstance(given, list) else [given]
+    return [int(OmegaConf.select(config, key) or default)]

@@ -1,0 +1,81 @@
+"""What a mining pass found, as JSON and as tables for the terminal: quartiles of scores, and what was skipped and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from lavis_mafa.analysis.choosing import OUTCOMES
+from lavis_mafa.analysis.counting import reason_of
+from lavis_mafa.analysis.pairs_file import own_scores
+from lavis_mafa.analysis.tally import ratio
+
+QUARTILES = ("minimum", "25 %", "median", "75 %", "maximum")
+
+
+def mine_results(
+    judged: pa.Table, outcome: np.ndarray, image_keys: np.ndarray, bad: list[dict[str, Any]], truth: Any, concepts: Tensor | None
+) -> dict[str, Any]:
+    """Every figure of the tables, ready for JSON.
+
+    Args:
+        judged: as ``mining.judged`` writes it, R rows.
+        outcome: [R], see ``choosing.choose``.
+        image_keys: [N] of the data.
+        bad: samples that could not be read.
+        truth: the data's ``GroundTruth``, or None.
+        concepts: [N] by it.
+    """
+    mined = np.flatnonzero(outcome == 0)
+    probability = judged["probability"].to_numpy()
+    own = own_scores(judged, len(image_keys)).drop_null().to_numpy()
+    new = judged.take(mined)
+    results: dict[str, Any] = {
+        "mined": len(mined),
+        "images_with_new_captions": len(np.unique(image_keys[new["image"].to_numpy()])),
+        "samples": judged.num_rows // 2,
+        "unreadable": dict(Counter(map(reason_of, bad))),
+        "outcomes": {name: int((outcome == number).sum()) for number, name in enumerate(OUTCOMES)},
+        "scores": {"own pairs": quartiles(own), "candidates": quartiles(probability), "mined": quartiles(probability[mined])},
+    }
+    if truth is not None and concepts is not None:
+        true = truth.matches(concepts[new["image"].to_numpy().copy()], truth.texts.find_all(new["caption"]))
+        results["mined_truly_match"] = ratio(int(true.sum()), len(mined))
+    return results
+
+
+def quartiles(scores: np.ndarray) -> dict[str, float | int | None]:
+    """Count and five figures of what is no NaN."""
+    scores = scores[~np.isnan(scores)]
+    figures = np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]).tolist() if len(scores) else [None] * 5
+    return {"pairs": len(scores), **dict(zip(QUARTILES, figures, strict=True))}
+
+
+def format_mined(results: dict[str, Any]) -> str:
+    """The tables for a terminal of 100 columns."""
+    settings = results["settings"]
+    rules = f"p > {settings['threshold']:g}"
+    rules += f", at least {settings['margin']:g} of the own pair's" if settings["margin"] else ""
+    rules += f", at most {settings['per_image']} an image" if settings["per_image"] is not None else ""
+    images = f"{results['images_with_new_captions']:,} images"
+    lines = [f"{results['mined']:,} new pairs for {images}, from {results['samples']:,} pairs ({rules})"]
+    if not results["mined"]:
+        lines.append("Nothing was mined: pairs.parquet holds the original pairs alone.")
+    if results.get("mined_truly_match") is not None:
+        lines.append(f"By the known truth {results['mined_truly_match']:.1%} of them match.")
+    lines += ["", f"  {'Con-D':34s} {'pairs':>10s} " + " ".join(f"{name:>8s}" for name in QUARTILES)]
+    for name, row in results["scores"].items():
+        figures = " ".join("       -" if row[q] is None else f"{row[q]:8.3f}" for q in QUARTILES)
+        lines.append(f"  {name:34s} {row['pairs']:10,d} {figures}")
+    lines += ["", f"  {'what became of the candidates':34s} {'pairs':>10s} {'share':>8s}"]
+    total = sum(results["outcomes"].values())
+    for name, number in results["outcomes"].items():
+        if number or name == OUTCOMES[0]:
+            lines.append(f"  {name:34s} {number:10,d} {number / max(total, 1):8.1%}")
+    for reason, number in results["unreadable"].items():
+        lines.append(f"  {'unreadable sample: ' + reason:34s} {number:10,d}")
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""From a YAML and a checkpoint to the data and the Con-D of an offline pass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lavis_mafa.common import job
+from lavis_mafa.common.distributed import init_process_group, rank
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.projects import find_yaml
+from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.common.typed import RUN_BLOCKS
+
+WITH_MATCHING = ("albef_mafa", "blip_mafa", "blip2_mafa")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What an offline pass works with."""
+
+    con_d: Any  # a RetrievalModel
+    dataset: Any  # map-style, the training split of all data sets
+    run: RunBlock
+    device: torch.device
+    model_settings: str  # digests of the `model` and `datasets` blocks
+    data_settings: str
+
+
+def checked_config(name: str, options: list[str], con_d: str) -> Any:
+    """The YAML, checked as far as this needs no LAVIS: what only training asks for (its own Con-D, a start) is not asked for.
+
+    Raises:
+        UserError: a mistake in it, an architecture without a matching head, or no such checkpoint.
+    """
+    config = job.check_yaml(name, options, files=False)
+    if config.model.arch not in WITH_MATCHING:
+        allowed = ", ".join(WITH_MATCHING)
+        raise UserError(f"model.arch is {config.model.arch}, but Con-D needs a matching head; allowed: {allowed}. ({find_yaml(name)})")
+    if not os.path.isfile(con_d):
+        raise UserError(f"--con-d is {con_d!r}, but there is no such file.")
+    return config
+
+
+def open_pass(config: Any, name: str, options: list[str], con_d: str) -> Opened:
+    """Build data and Con-D; under torchrun, join the process group.
+
+    Images are seen whole, by ``vis_processor.eval`` where there is one: a random crop may cut off what a caption speaks of.
+
+    Raises:
+        UserError: from the data, the names in the YAML or the checkpoint.
+    """
+    _, cfg = job.prepare(name, options, files=False)
+    from lavis.common.registry import registry
+
+    from lavis_mafa.analysis.con_d import load_con_d
+    from lavis_mafa.common.typed import typed_block
+    from lavis_mafa.runners.run_block import run_settings
+
+    run = run_settings(cfg.run_cfg, config.run.task in RUN_BLOCKS)
+    on_gpu = run.device.startswith("cuda") and torch.cuda.is_available()
+    init_process_group(cfg.run_cfg)
+    device = torch.device(f"cuda:{cfg.run_cfg.get('gpu') or 0}" if on_gpu else "cpu")
+    if not on_gpu and run.precision == "fp16":
+        raise UserError("run.precision is fp16, but the pass runs on a CPU; allowed there: fp32, bf16.")
+    dataset = _training_data(cfg.datasets_cfg, registry)
+    model = load_con_d(typed_block("model", config.model), con_d, device)
+    return Opened(model, dataset, run, device, _digest(dataclasses.asdict(model.settings)), _digest(_plain(cfg.datasets_cfg)))
+
+
+def _plain(config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def process_group_closed() -> Iterator[None]:
+    """Leave no process group behind, whatever happens."""
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def progress_bar(samples: int) -> Iterator[Callable[[int], object]]:
+    """Samples done, rate and time left on stderr; rank 0's alone. The rate is the mean so far, since a block scores after encoding."""
+    from tqdm import tqdm
+
+    with tqdm(total=samples, unit="pair", smoothing=0, disable=rank() != 0, file=sys.stderr, mininterval=1.0) as bar:
+        yield bar.update
+
+
+def _training_data(datasets: Any, registry: Any) -> Any:
+    from lavis.datasets.datasets.base_dataset import ConcatDataset
+    from torch.utils.data import IterableDataset
+
+    parts = []
+    for name in map(str, datasets):
+        builder = registry.get_builder_class(name)(datasets[name])
+        part = builder.build_datasets().get("train")
+        if part is None or isinstance(part, IterableDataset) or not hasattr(part, "__len__"):
+            raise UserError(f"datasets.{name} has no training split of pairs that can be read by number, which this pass needs.")
+        if builder.vis_processors.get("eval") is not None and datasets[name].get("vis_processor", {}).get("eval") is not None:
+            part.vis_processor = builder.vis_processors["eval"]
+        if getattr(part, "prefix_lm", False):
+            part.prefix_lm = False  # whole captions are judged
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else ConcatDataset(parts)

@@ -1,0 +1,154 @@
+"""A YAML and a checkpoint, opened to look into them: the model with its weights, the data, and batches in a chosen order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from tqdm import tqdm
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.job import check_yaml, prepare
+from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.datasets.indexed import IndexedDataset
+from lavis_mafa.runners.bad_samples import BadSamples
+
+# what a checkpoint holds anyway need not be fetched first; a frozen ViT of BLIP-2 has a file of its own
+COVERED = {
+    "albef_mafa": ("image_encoder", "text_encoder"),
+    "blip_mafa": ("image_encoder", "text_encoder"),
+    "blip2_mafa": ("qformer",),
+}
+
+
+@dataclass
+class Opened:
+    """``model`` is in eval mode on ``device``; ``datasets`` maps a split to its data set."""
+
+    model: Any
+    datasets: dict[str, Any]
+    settings: RunBlock
+    device: torch.device
+    checkpoint: Path
+
+
+def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bool) -> Opened:
+    """Build a YAML's data, and its model with the weights of ``checkpoint``; Con-D is left out.
+
+    Args:
+        name: a file, or the name of a shipped YAML.
+        checkpoint: of the YAML's model.
+        options: KEY=VALUE overrides.
+        teacher: False leaves out a momentum teacher too.
+
+    Raises:
+        UserError: whatever :func:`lavis_mafa.common.job.check_yaml` finds, or another model than one that trains with MAFA.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"--checkpoint is {str(checkpoint)!r}, but there is no such file.")
+    arch = check_yaml(name, options, files=False).model.arch
+    if arch not in COVERED:
+        raise UserError(f"model.arch is {arch!r}, which has no contrastive loss of ours; allowed here: {', '.join(COVERED)}.")
+    ours = [f"model.pretrained={checkpoint}", "model.discriminator=null", "run.evaluate=true", "run.distributed=false"]
+    ours += [f"model.{part}.init=null" for part in COVERED[arch]]
+    ours += [] if teacher else ["model.itc.momentum_distillation=null"]
+    _, cfg = prepare(name, [*options, *ours])
+
+    import lavis.tasks as tasks
+    from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
+
+    from lavis_mafa.runners.run_block import run_settings
+    from lavis_mafa.tasks.mafa_task import MafaTask
+
+    task = tasks.setup_task(cfg)
+    settings = run_settings(cfg.run_cfg, isinstance(task, MafaTask))
+    datasets = concat_datasets(reorg_datasets_by_split(task.build_datasets(cfg)))
+    device = torch.device(settings.device if torch.cuda.is_available() else "cpu")
+    return Opened(task.build_model(cfg).to(device).eval(), datasets, settings, device, checkpoint)
+
+
+class PairsOfGallery(Dataset):
+    """An evaluation split as pairs: each of its texts, with the first image that it is written for."""
+
+    def __init__(self, gallery: Any) -> None:
+        self.gallery = gallery
+
+    def __len__(self) -> int:
+        return len(self.gallery.text)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.gallery.txt2img[index]
+        image = image[0] if isinstance(image, list) else image
+        return {"image": self.gallery[image]["image"], "text_input": self.gallery.text[index]}
+
+    def collater(self, samples: list[dict[str, Any]]) -> Any:
+        return default_collate(samples)
+
+
+def open_split(opened: Opened, split: str) -> IndexedDataset:
+    """The pairs of a split.
+
+    Raises:
+        UserError: there is no such split, or none of pairs.
+    """
+    dataset = opened.datasets.get(split)
+    if dataset is None:
+        raise UserError(f"the data have no split {split!r}; they have: {', '.join(sorted(opened.datasets))}.")
+    if isinstance(dataset, tuple | list | IterableDataset):
+        raise UserError(f"split {split!r} is a stream; only data sets with an index can be analysed.")
+    if hasattr(dataset, "txt2img") and hasattr(dataset, "text"):
+        dataset = PairsOfGallery(dataset)
+    elif split != "train":
+        raise UserError(f"split {split!r} is no gallery of images and captions.")
+    return IndexedDataset(dataset, opened.settings.seed)
+
+
+@dataclass
+class Reader:
+    """Batches of a data set with a progress bar; what cannot be read is replaced and counted, as in training."""
+
+    dataset: IndexedDataset
+    opened: Opened
+    batch_size: int
+    output: Path
+
+    def __call__(self, order: Tensor, what: str, drop_last: bool = False) -> Iterator[dict[str, Any]]:
+        """The samples of ``order`` (LongTensor[n]), ``batch_size`` at a time."""
+        settings = self.opened.settings
+        loader: DataLoader = DataLoader(
+            self.dataset,
+            batch_size=self.batch_size,
+            sampler=order.tolist(),
+            num_workers=settings.num_workers,
+            pin_memory=self.opened.device.type == "cuda",
+            collate_fn=self.dataset.collate,
+            drop_last=drop_last,
+            generator=torch.Generator(),
+        )
+        bad = BadSamples(self.output / "bad_samples.jsonl", settings.max_bad_share)
+        for samples in tqdm(loader, desc=what, unit="batch"):
+            bad.add(samples, self.batch_size)
+            yield samples
+
+
+def new_output(wanted: Path) -> Path:
+    """Make the folder ``wanted``, or ``wanted_2``, ``wanted_3``, ... where it exists: nothing is ever overwritten.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    number = 1
+    while True:
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"--output: cannot write {folder}: {error.strerror}.") from error

@@ -1,0 +1,192 @@
+"""``lavis-mafa analyse soft-labels|vision-usage``: look into a trained model, without training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lavis_mafa.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lavis_mafa.analysis.trained_model import Opened
+
+SOFT_LABELS = "soft labels of S-ITC, the consistency loss and momentum distillation (MAFA Table 2)"
+VISION_USAGE = "accuracy of predicted words with and without the image (GRIT-VLP's usage of vision)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{soft-labels,vision-usage}")
+    labels = kinds.add_parser("soft-labels", help=SOFT_LABELS, description=SOFT_LABELS)
+    _add_common(labels, "run.batch_size_train")
+    labels.add_argument(
+        "--order", choices=("grouped", "random"), default="grouped", help="of the data (default: grouped, as GRIT does)"
+    )
+    labels.add_argument("--smoothing", type=_share, metavar="ALPHA", help="of S-ITC (default: the YAML's, or 0.5 where that is 0)")
+    labels.set_defaults(analyse=_soft_labels)
+    usage = kinds.add_parser("vision-usage", help=VISION_USAGE, description=VISION_USAGE)
+    _add_common(usage, "run.batch_size_eval")
+    usage.add_argument("--split", help="of the data (default: val where the data have it, else train)")
+    usage.add_argument("--passes", type=_count, default=1, help="masks drawn per caption, for masked language modelling (default: 1)")
+    usage.add_argument("--mask-probability", type=_share, nargs="+", metavar="P", help="one or more (default: the YAML's)")
+    usage.set_defaults(analyse=_vision_usage)
+
+
+def _add_common(parser: argparse.ArgumentParser, size: str) -> None:
+    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a file, or a name that `lavis-mafa ls` shows")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="weights of the YAML's model")
+    parser.add_argument("--output", type=Path, help="a new folder; where it exists it gets a number (default: output/KIND)")
+    parser.add_argument("--batch-size", type=_count, metavar="B", help=f"default: {size}")
+    parser.add_argument("--max-samples", type=_count, metavar="N", help="a random N of the samples (default: all)")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of the YAML")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.output is None:
+        arguments.output = Path("output") / arguments.kind
+    arguments.analyse(arguments)
+    return 0
+
+
+def _soft_labels(arguments: argparse.Namespace) -> None:
+    if arguments.batch_size is not None:
+        _check_groups(arguments.batch_size)
+    import torch
+
+    from lavis_mafa.analysis import soft_labels as analysis
+    from lavis_mafa.analysis.trained_model import Reader, new_output, open_checkpoint, open_split
+    from lavis_mafa.runners.stepping import autocast
+
+    opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=True)
+    settings, model, itc = opened.settings, opened.model, opened.model.settings.itc
+    left_out = analysis.restore_teacher(model, arguments.checkpoint)
+    size = arguments.batch_size or settings.batch_size_train
+    _check_groups(size)
+    dataset = open_split(opened, "train")
+    order = _draw(arguments, opened, dataset)
+    if size > len(order):
+        raise UserError(f"the batch size is {size}, but there are only {len(order)} samples; give a smaller --batch-size.")
+    if arguments.order == "grouped" and size > settings.grit.search_space:
+        raise UserError(f"the batch size is {size}, but must not exceed run.grit.search_space ({settings.grit.search_space}).")
+    softening = analysis.Softening(
+        smoothing=arguments.smoothing if arguments.smoothing is not None else itc.smoothing or 0.5,
+        consistency=itc.consistency or 0.2,
+        distillation=None if left_out is not None else itc.momentum_distillation.alpha,
+    )
+    output = new_output(arguments.output)
+    read, labels = Reader(dataset, opened, size, output), analysis.SortedLabels(size)
+    with torch.no_grad(), autocast(settings.precision, opened.device):
+        if arguments.order == "grouped":
+            features = read(order, "features for GRIT")
+            order = analysis.grouped_order(model, features, order, size, settings.grit, settings.seed)
+        for samples in read(order, "soft labels", drop_last=True):
+            labels.add(analysis.soft_labels(model.encode(samples)[1], softening))
+    queue_size = 0 if left_out is not None else itc.momentum_distillation.queue_size
+    print(
+        f"{labels.anchors} anchors in {arguments.order} batches of {size}; alpha of S-ITC {softening.smoothing:g}, lambda of the "
+        f"consistency loss {softening.consistency:g}"
+        + (f", alpha of momentum distillation {softening.distillation:g}" if softening.distillation is not None else "")
+    )
+    print(analysis.format_table(labels, queue_size, left_out))
+    groups = ("top1-5", "top6-B", "topB+1-B+Q")
+    content = {
+        **_about(arguments, opened, size),
+        "order": arguments.order,
+        "anchors": labels.anchors,
+        "queue_size": queue_size,
+        "smoothing": softening.smoothing,
+        "consistency": softening.consistency,
+        "distillation": softening.distillation,
+        "left_out": {analysis.MOMENTUM: left_out} if left_out is not None else {},
+        "sums": {method: dict(zip(groups, sums, strict=True)) for method, sums in labels.sums().items()},
+        analysis.PAPER: {method: dict(zip(groups, sums, strict=True)) for method, sums in analysis.PAPERS_SUMS.items()},
+        "mean_sorted_labels": {method: curve.tolist() for method, curve in labels.curves().items()},
+    }
+    (output / "soft_labels.png").write_bytes(analysis.plot_curves(labels))
+    _write(output / "soft_labels.json", content)
+
+
+def _vision_usage(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from lavis_mafa.analysis import vision_usage as analysis
+    from lavis_mafa.analysis.trained_model import Reader, new_output, open_checkpoint, open_split
+    from lavis_mafa.runners.stepping import autocast
+
+    opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
+    block, settings = opened.model.settings, opened.settings
+    masked = hasattr(block, "mlm")
+    _check_masking(arguments, block, masked)
+    split = arguments.split or ("val" if "val" in opened.datasets else "train")
+    dataset = open_split(opened, split)
+    order = _draw(arguments, opened, dataset)
+    size = arguments.batch_size or settings.batch_size_eval
+    if arguments.batch_size is not None and size > len(order):
+        raise UserError(f"--batch-size is {size}, but there are only {len(order)} samples; give a smaller one.")
+    output = new_output(arguments.output)
+    batches = Reader(dataset, opened, size, output)(order, f"words of {split}")
+    with autocast(settings.precision, opened.device):
+        if masked:
+            chances = arguments.mask_probability or [block.mlm.mask_probability]
+            found = analysis.masked_usage(opened.model, batches, chances, arguments.passes, settings.seed)
+            usage = {f"{100 * chance:g} % masked": one for chance, one in found.items()}
+        else:
+            usage = {"next word": analysis.next_word_usage(opened.model, batches)}
+    rows = {name: one.figures() for name, one in usage.items()}
+    words = {name: one.words for name, one in usage.items()}
+    print(f"{len(order)} captions of {split}; words predicted: {', '.join(f'{count} ({name})' for name, count in words.items())}")
+    print(analysis.format_usage(rows))
+    results = {name: {"words": words[name], **row} for name, row in rows.items()}
+    more = {"split": split, "captions": len(order), "passes": arguments.passes, "seed": settings.seed, "torch": torch.__version__}
+    _write(output / "vision_usage.json", {**_about(arguments, opened, size), **more, "results": results})
+
+
+def _draw(arguments: argparse.Namespace, opened: Opened, dataset: Any) -> Tensor:
+    from lavis_mafa.analysis.reading import shuffled
+
+    return shuffled(len(dataset), opened.settings.seed, arguments.max_samples)
+
+
+def _check_groups(batch_size: int) -> None:
+    if batch_size < 6:
+        raise UserError(f"the batch size is {batch_size}, but Table 2 sums Top1-5 and Top6-B; give a --batch-size of at least 6.")
+
+
+def _check_masking(arguments: argparse.Namespace, block: Any, masked: bool) -> None:
+    if masked and block.mlm.mask_probability == 0:
+        raise UserError("model.mlm.mask_probability is 0: this model does not predict words, so there is nothing to measure.")
+    if not masked and (arguments.passes != 1 or arguments.mask_probability):
+        raise UserError(
+            f"--passes and --mask-probability are for masked language modelling, but {block.arch} predicts every next word."
+        )
+    if 0.0 in (arguments.mask_probability or ()):
+        raise UserError("--mask-probability is 0, which masks no word; allowed: above 0, up to 1.")
+
+
+def _about(arguments: argparse.Namespace, opened: Opened, size: int) -> dict[str, Any]:
+    names = {"yaml": arguments.cfg_path, "checkpoint": str(opened.checkpoint), "options": arguments.options}
+    return {**names, "arch": opened.model.settings.arch, "batch_size": size, "max_samples": arguments.max_samples}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written: {path.parent}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value

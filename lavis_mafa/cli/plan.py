@@ -1,0 +1,96 @@
+"""``lavis-mafa plan YAML``: parameters, memory, FLOPs and hours of a training, computed before it starts (MAFA Table 12)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.job import check_yaml
+from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("yaml", help="a file, or a name that `lavis-mafa ls` shows")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="pairs per GPU instead of run.batch_size_train")
+    parser.add_argument("--gpus", type=_positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--samples", type=_positive, default=5_000_000, metavar="N", help="pairs of an epoch; default: 4M-Noisy's 5000000"
+    )
+    parser.add_argument("--text-length", type=_positive, metavar="N", help="tokens of a caption; default: the longest allowed")
+    parser.add_argument(
+        "--new-positives", type=_share, default=0.0, metavar="SHARE", help="pairs that Con-D adds to the LM, of a batch"
+    )
+    parser.add_argument("--own-vit", action="store_true", help="Con-D's ViT has other weights than a BLIP-2's frozen one")
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument("--throughput", type=_number, metavar="X", help="pairs a second of all GPUs")
+    speed.add_argument("--peak", type=_number, metavar="X", help="TFLOP/s of a GPU; default: an A100's in run.precision")
+    parser.add_argument("--share", type=_share, default=0.4, metavar="X", help="of the peak that is reached; default: 0.4")
+    parser.add_argument("--measure", action="store_true", help="also time a few steps on this machine (small models)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, in bytes, FLOPs and seconds")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    batch = [] if arguments.batch_size is None else [f"run.batch_size_train={arguments.batch_size}"]
+    config = check_yaml(arguments.yaml, [*arguments.options, *batch], files=False)
+    arch, task = config.model.arch, config.run.task
+    if arch not in MODEL_BLOCKS:
+        raise UserError(f"model.arch is {arch!r}, of which only LAVIS knows the sizes; plan knows: {', '.join(MODEL_BLOCKS)}.")
+    if task not in RUN_BLOCKS:
+        raise UserError(f"run.task is {task!r}, but plan knows: {', '.join(RUN_BLOCKS)}.")
+    model, job = typed_block("model", config.model), typed_block("run", config.run)
+    if job.evaluate:
+        raise UserError(f"run.evaluate is true, but a plan is of a training. ({arguments.yaml})")
+    if arguments.text_length is not None and not 3 <= arguments.text_length <= model.max_text_length:
+        raise UserError(f"--text-length is {arguments.text_length}, but must be 3 to model.max_text_length ({model.max_text_length}).")
+
+    logging.disable(logging.INFO)  # LAVIS logs what it builds
+    with warnings.catch_warnings():  # of LAVIS's dependencies
+        warnings.simplefilter("ignore")
+        from lavis_mafa.analysis.measure import measure
+        from lavis_mafa.analysis.plan import Wanted, make_plan, table
+
+    names = ("gpus", "samples", "text_length", "new_positives", "own_vit", "throughput", "peak", "share")
+    wanted = Wanted(**{name: getattr(arguments, name) for name in names})
+    plan = make_plan(model, job, wanted)
+    timed = None
+    if arguments.measure:
+        timed = measure(model, job, plan.total, plan.size.text_length, wanted.own_vit)
+        if wanted.throughput is None and wanted.peak is None:
+            speed = arguments.gpus * plan.size.batch / timed.seconds
+            plan = replace(plan, pairs_a_second=speed, assumption=f"{speed:,.1f} pairs a second, as measured below")
+    print(table(plan))
+    if timed is not None:
+        print("\n" + timed.line(plan.size.batch, job.grit.search_space))
+    if arguments.json is not None:
+        measured = None if timed is None else {"kind": "measured", **asdict(timed)}
+        arguments.json.write_text(
+            json.dumps({"yaml": arguments.yaml, **plan.as_dict(), "measured": measured}, indent=1), encoding="utf-8"
+        )
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text.replace("_", ""))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"{text} is not a share")
+    return value

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# ALBEF with MAFA on 4 GPUs: Con-D in two halves, MAFA, and its figures on COCO (MAFA Tables 3 and 4), each stage from the newest
+# checkpoint of the one before.
+#
+#   bash run_scripts/albef_mafa.sh      everything, below ./output/albef
+#   bash run_scripts/albef_mafa.sh 3    from the third step on
+#
+# NPROC sets the number of GPUs. The same chain on emoji, in minutes on a CPU: run_scripts/emoji_mafa.sh.
+set -euo pipefail
+first=${1:-1} step=0 out=output/albef
+
+run() { # YAML [KEY=VALUE ...]
+    local yaml=$1
+    shift
+    step=$((step + 1))
+    if [ "$step" -ge "$first" ]; then
+        echo "== step $step: $yaml"
+        torchrun --nproc_per_node="${NPROC:-4}" -m lavis_mafa train --cfg-path "$yaml" ${@:+--options "$@"}
+    fi
+}
+
+newest() { # the newest run's best checkpoint, or its last one
+    local folder
+    folder=$(ls -d "$out/$1"/*/ | tail -n 1) || return
+    ls "$folder"checkpoint_best.pth 2>/dev/null || ls -t "$folder"checkpoint_*.pth | grep -v '\.rank' | sed -n 1p
+}
+
+run mafa/albef/train/1_discriminator_pretrain.yaml
+start=$(newest con_d_pretrain)
+run mafa/albef/train/2_discriminator_finetune_coco.yaml model.pretrained="$start" # Con-D, and Table 4, row 3
+con_d=$(newest con_d)
+run mafa/albef/train/pretrain.yaml model.discriminator.checkpoint="$con_d"
+mafa=$(newest mafa)
+run mafa/albef/train/2_discriminator_finetune_coco.yaml model.pretrained="$mafa" run.output_dir=$out/mafa_coco # Table 4, row 4

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The chain of albef_mafa.sh at emoji size: Con-D in two halves, then MAFA; six minutes on two cores, below ./output/quickstart.
+# `lavis-mafa quickstart` does the same, trains plain GRIT beside it and writes a page that compares them.
+#
+#   bash run_scripts/emoji_mafa.sh run.seed=43    arguments are KEY=VALUE for all three
+set -euo pipefail
+
+run() { # YAML [KEY=VALUE ...]
+    local yaml=$1
+    shift
+    echo "== $yaml"
+    lavis-mafa train --cfg-path "$yaml" ${@:+--options "$@"}
+}
+
+newest() { # the newest run's last checkpoint
+    local folder
+    folder=$(ls -d "output/quickstart/$1"/*/ | tail -n 1) || return
+    ls -t "$folder"checkpoint_*.pth | grep -v '\.rank' | sed -n 1p
+}
+
+lavis-mafa build-emoji data/emoji
+run mafa/quickstart/train/con_d_1.yaml "$@"
+half=$(newest con_d_1) # grouped batches start from here: a matching head learns nothing from hardest negatives at the very start
+run mafa/quickstart/train/con_d_2.yaml model.pretrained="$half" "$@"
+con_d=$(newest con_d_2)
+run mafa/quickstart/train/mafa.yaml model.pretrained="$half" model.discriminator.checkpoint="$con_d" "$@"

@@ -1,0 +1,171 @@
+"""Counting against a plain loop over pairs, and what must hold whatever the numbers are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavis_mafa.analysis.blocks import encoded_blocks
+from lavis_mafa.analysis.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.counting import Sampling, blocks_of, count_false_negatives, samplings
+from lavis_mafa.analysis.reading import shuffled
+from lavis_mafa.analysis.tally import Tally
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.grit import group_by_similarity
+from lavis_mafa.models.retrieval_scoring import best_query
+
+THRESHOLDS = (0.4, 0.6)
+
+
+def one_by_one(model, data, batches):
+    """(direction, probability, truly matches) of every anchor's hardest negative, a pair at a time; None where there is none."""
+    found = []
+    with torch.no_grad():
+        images = [model.image_rows(data.images[i : i + 1]) for i in range(len(data))]
+        texts = [model.text_rows([t]) for t in data.texts]
+
+    def alike(i, t):
+        return float(best_query(images[i][1], texts[t][1]))
+
+    for rows in batches:
+        for anchor in rows:
+            others = [r for r in rows if data.image_keys[r] != data.image_keys[anchor]]
+            for direction in (0, 1):
+                if not others:
+                    found.append((direction, None, None))
+                    continue
+                ranked = max(others, key=lambda r: alike(anchor, r) if direction == 0 else alike(r, anchor))  # noqa: B023
+                i, t = (anchor, ranked) if direction == 0 else (ranked, anchor)
+                with torch.no_grad():
+                    p = float(model.match_rows(images[i][0], texts[t][0]).softmax(dim=1)[0, 1])
+                found.append(
+                    (direction, p, bool(data.truth.matches(data.concepts[i], torch.tensor(data.truth.text_key(data.texts[t])))))
+                )
+    return found
+
+
+def dividing(encoder, rows):
+    """Two thresholds in wide gaps of the probabilities of all pairs, so that rounding cannot move a pair across."""
+    (block,) = encoded_blocks(encoder, rows, blocks_of(torch.arange(len(rows)), len(rows)))
+    everyone = torch.arange(len(rows))
+    scores = match_probabilities(encoder, block, everyone.repeat_interleave(len(rows)), everyone.repeat(len(rows))).unique()
+    middle = scores[len(scores) // 5 : -len(scores) // 5]
+    assert middle[-1] - middle[0] > 0.001, "Con-D has no opinion"
+    widest = middle.diff().topk(2).indices
+    return tuple(sorted(((middle[widest] + middle[widest + 1]) / 2).tolist()))
+
+
+def slices(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+@pytest.mark.parametrize("arch", ["albef_mafa", "blip2_mafa"])
+def test_counts_equal_a_loop_over_pairs(kit, models, arch):
+    rows, encoder = kit.rows(23), kit.encoder_of(models[arch])
+    data, order, seed = rows.dataset, shuffled(23, 5), 5
+    ways = samplings([4, 8], [8, 12])
+    thresholds = dividing(encoder, rows)
+    count = count_false_negatives(encoder, rows, order, ways, thresholds, seed, batch_size=5)
+    assert list(count.tallies) == ways and count.samples == 23 and count.truth_known
+    for way, tally in count.tallies.items():
+        batches = []
+        for block in encoded_blocks(encoder, rows, blocks_of(order, 12)):
+            for part in slices(list(range(len(block))), way.search_space or 12):
+                grouped = part if way.search_space is None else grouped_order(block, way.search_space, seed)[part].tolist()
+                batches += [block.index[batch].tolist() for batch in slices(grouped, way.batch_size)]
+        found = one_by_one(models[arch], data, batches)
+        for side in (0, 1):
+            mine = [(p, true) for direction, p, true in found if direction == side and p is not None]
+            assert int(tally.negatives[side]) == len(mine) and int(tally.negatives[side] + tally.lonely[side]) == 23
+            assert tally.false[side].tolist() == [sum(p > t for p, _ in mine) for t in thresholds]
+            assert int(tally.true[side]) == sum(true for _, true in mine)
+            assert tally.both[side].tolist() == [sum(p > t and true for p, true in mine) for t in thresholds]
+        everything = [(p, true) for _, p, true in found if p is not None]
+        assert int(tally.judged.sum()) == len(everything)
+        assert tally.squared_error == pytest.approx(sum((p - true) ** 2 for p, true in everything), abs=1e-4)
+        assert tally.against_truth()["brier"] == pytest.approx(tally.squared_error / len(everything))
+    assert any(0 < int(t.false[0, 0]) < int(t.negatives[0]) for t in count.tallies.values()), "the test compares nothing but zeros"
+
+
+def test_grouping_stays_in_its_part_and_is_grits(kit):
+    (block,) = encoded_blocks(kit.encoder, kit.rows(21), blocks_of(torch.arange(21), 21))
+    order = grouped_order(block, 8, seed=1)
+    for rows in torch.arange(21).split(8):
+        part = order[rows]
+        assert sorted(part.tolist()) == rows.tolist()
+        start = int(part[0] - rows[0])
+        assert torch.equal(rows[group_by_similarity(block.image_features[rows], block.text_features[rows], start)], part)
+    assert not torch.equal(order, grouped_order(block, 8, seed=2))
+    assert [len(b) for b in batches_of(order, 5, 8)] == [5, 3, 5, 3, 5]
+
+
+def test_known_positives_are_never_mined_and_all_anchors_are_there(kit):
+    (block,) = encoded_blocks(kit.encoder, kit.rows(20, per_image=4), blocks_of(torch.arange(20), 20))
+    found = hardest_negatives(block, batches_of(torch.randperm(20), 6))
+    keys = block.image_key
+    assert bool((keys[found.image] != keys[found.text])[found.exists].all())
+    assert torch.equal(found.image[:20][found.exists[:20]], torch.arange(20)[found.exists[:20]])
+    assert torch.equal(found.text[20:][found.exists[20:]], torch.arange(20)[found.exists[20:]])
+    alone = hardest_negatives(block, [torch.arange(20).split(4)[0], torch.arange(4, 20)])
+    assert not alone.exists[:4].any() and alone.exists[4:20].all()
+
+
+def test_a_block_is_the_same_in_any_pieces(kit):
+    once, pieces = (next(encoded_blocks(kit.encoder, kit.rows(9), blocks_of(torch.arange(9), 9), size)) for size in (9, 2))
+    assert torch.allclose(once.images, pieces.images, atol=1e-5) and once.captions == pieces.captions
+    image, text = torch.randint(9, (40,)), torch.randint(9, (40,))
+    scores = [match_probabilities(kit.encoder, block, image, text, size) for block, size in ((once, 512), (pieces, 3))]
+    assert torch.allclose(*scores, atol=1e-5)
+
+
+def test_half_precision_keeps_states_small_and_features_whole(kit, con_d):
+    encoder = kit.encoder_of(con_d, "bf16")
+    (block,) = encoded_blocks(encoder, kit.rows(6), blocks_of(torch.arange(6), 6))
+    assert block.images.dtype == block.texts[0].dtype == torch.bfloat16
+    assert block.image_features.dtype == block.text_features.dtype == torch.float32
+    assert match_probabilities(encoder, block, torch.arange(6), torch.arange(6)).dtype == torch.float32
+
+
+def test_unreadable_samples_are_left_out_and_counted(kit):
+    rows = kit.rows(12, broken=(3, 4, 5, 11))
+    told = []
+    count = count_false_negatives(kit.encoder, rows, torch.arange(12), samplings([3], [3]), (0.5,), batch_size=3, progress=told.append)
+    assert count.samples == 8 and count.unreadable == {"OSError": 4} and sum(told) == 12
+    assert all(int(t.negatives.sum() + t.lonely.sum()) == 16 for t in count.tallies.values())
+
+
+def test_data_smaller_than_a_batch_are_one_batch(kit):
+    ways = samplings([64], [128])
+    count = count_false_negatives(kit.encoder, kit.rows(7), torch.arange(7), ways, (0.5,))
+    assert [t.negatives.tolist() for t in count.tallies.values()] == [[7, 7], [7, 7]]
+
+
+def test_a_con_d_that_says_nan_names_the_samples(kit, con_d, monkeypatch):
+    nan = torch.full((1,), float("nan"))
+    (block,) = encoded_blocks(kit.encoder, kit.rows(4), blocks_of(torch.arange(4), 4))
+    monkeypatch.setattr(con_d, "match_rows", lambda states, texts: nan.expand(len(states), 2))
+    with pytest.raises(UserError, match="image 1, text 2"):
+        match_probabilities(kit.encoder, block, torch.tensor([1]), torch.tensor([2]))
+    monkeypatch.setattr(con_d, "image_rows", lambda image: (image.flatten(2), nan.expand(len(image), 8)))
+    with pytest.raises(UserError, match="4 samples; data set rows: 0, 1, 2, 3"):
+        list(encoded_blocks(kit.encoder, kit.rows(4), blocks_of(torch.arange(4), 4)))
+
+
+def test_tallies_of_two_ranks_are_the_tally_of_all():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(2, 2, 30, generator=generator)
+    exists, true = (torch.rand(2, 2, 30, generator=generator) > 0.3 for _ in range(2))
+    one, other, both = (Tally(THRESHOLDS) for _ in range(3))
+    one.add(scores[0].flatten(), exists[0].flatten(), true[0].flatten())
+    other.add(scores[1].flatten(), exists[1].flatten(), true[1].flatten())
+    both.add(*(torch.cat([x[0], x[1]], dim=1).flatten() for x in (scores, exists, true)))
+    one.merge(other)
+    assert one.counts() == both.counts()
+    assert one.against_truth()["brier"] == pytest.approx(both.against_truth()["brier"])
+    assert [b["pairs"] for b in one.against_truth()["calibration"]] == both.judged.tolist()
+    assert one.counts(0.83)[0]["wrt_image"] == pytest.approx(0.83 * int(one.false[0, 0]))
+
+
+def test_the_order_of_ways():
+    assert samplings([8, 4, 8], [12]) == [Sampling(4), Sampling(8), Sampling(4, 12), Sampling(8, 12)]
+    assert torch.equal(shuffled(10, 3, 4), shuffled(10, 3)[:4]) and sorted(shuffled(10, 3).tolist()) == list(range(10))

@@ -1,0 +1,147 @@
+"""What `plan` computes against real steps at a small size, the paper's figures, and itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+from lavis_mafa.analysis.build import build, build_con_d
+from lavis_mafa.analysis.flops import grit_flops_of_pair, step_flops
+from lavis_mafa.analysis.memory import grit_memory, saved_bytes, weights_of
+from lavis_mafa.analysis.step import CON_D, CON_D_VIT, IMAGE, StepSize
+from lavis_mafa.cli.main import main
+from lavis_mafa.common.settings import Grit
+from lavis_mafa.common.typed import typed_block
+from lavis_mafa.models.mafa_model import CONFIGS
+
+BATCH, LENGTH = 6, 12
+JUDGED = {"ecm": {"enabled": True, "threshold": 1.0, "ambiguous_from": 1.0}}  # nothing found, so nothing added to the LM
+BLOCKS = {
+    "albef with a teacher": {"arch": "albef_mafa", "itc": {"momentum_distillation": {"queue_size": 24}}},
+    "blip": {"arch": "blip_mafa"},
+    "blip2, frozen": {"arch": "blip2_mafa", "image_encoder": {"freeze": True}},
+    "stage 2": {"arch": "blip2_opt_mafa"},
+}
+
+
+def tiny(name: str) -> Any:
+    changes = dict(BLOCKS[name])
+    arch = changes["arch"]
+    if arch != "blip2_opt_mafa":
+        changes |= {**JUDGED, "discriminator": {"arch": arch, "precision": "fp32"}, "max_text_length": LENGTH}
+        changes |= {"mlm": {"mask_probability": 1.0}} if arch == "albef_mafa" else {}
+    config: Any = OmegaConf.merge(OmegaConf.load(CONFIGS / f"{arch}_tiny.yaml").model, {**changes, "model_type": "tiny"})
+    return typed_block("model", config)
+
+
+def real_step(block: Any, con_d: Any) -> tuple[float, int]:
+    """FLOPs of a whole step of the real model on the CPU, and bytes that autograd saves in its forward."""
+    torch.manual_seed(0)
+    model = build(block)
+    if hasattr(model, "set_discriminator"):
+        model.set_discriminator(con_d)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+
+    side = block.image_encoder.image_size
+    # a byte tokenizer: "aaaa" is as many tokens, and with </s> and the line's end it is cut to the longest allowed
+    caption = "a" * 60 if block.arch == "blip2_opt_mafa" else "a " * 40
+    samples = {"image": torch.randn(BATCH, 3, side, side), "text_input": [caption] * BATCH, "epoch": 2}
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(samples).loss
+        loss.backward()
+    found = sum(size for storage, (size, _) in saved.items() if storage not in own)
+    return float(counter.get_total_flops()), found
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_parts_add_up_to_a_real_step(name):
+    block = tiny(name)
+    size = StepSize(BATCH, block.max_text_length if name == "stage 2" else LENGTH)
+    counted = sum(part.total for part in step_flops(block, size).values())
+    saved = saved_bytes(block, size, "fp32", "cpu")
+    flops, found = real_step(block, build_con_d(block))
+    assert counted == pytest.approx(flops, rel=0.02)
+    assert sum(saved.values()) == pytest.approx(found, rel=0.15)
+
+
+def paper(arch: str, **changes: Any) -> Any:
+    return typed_block("model", {"arch": arch, "discriminator": {"arch": arch}, **changes})
+
+
+def test_the_papers_model_and_overhead():
+    """MAFA Table 12: 210M, Con-D 210M, an epoch of 3 h 06 min where GRIT-VLP takes 2 h 30 min."""
+    block = paper("albef_mafa")
+    weights = weights_of(block)
+    assert weights.trained == pytest.approx(210e6, rel=0.01) and weights.con_d == pytest.approx(210e6, rel=0.01)
+    parts = step_flops(block, StepSize(2, 30))
+    judging = sum(parts[name].total for name in (CON_D, CON_D_VIT))
+    alone = sum(part.total for part in parts.values()) - judging
+    assert judging / alone == pytest.approx(186 / 150 - 1, abs=0.04)
+    assert parts[IMAGE].backward == pytest.approx(2 * parts[IMAGE].forward, rel=0.01)  # the image itself wants no gradient
+
+
+def test_a_con_d_with_the_frozen_vit_of_blip2_costs_a_twentieth():
+    block = paper("blip2_mafa")
+    parts = step_flops(block, StepSize(2, 32), own_vit=True)
+    alone = sum(part.total for name, part in parts.items() if name not in (CON_D, CON_D_VIT))
+    assert alone / 2 == pytest.approx(761e9, rel=0.005) and parts[IMAGE].backward == 0
+    assert parts[CON_D].total / alone == pytest.approx(0.048, abs=0.001)
+    assert (parts[CON_D].total + parts[CON_D_VIT].total) / alone == pytest.approx(0.73, abs=0.005)
+
+
+def test_half_precision_saves_memory_and_checkpointing_more():
+    block = paper("albef_mafa", image_encoder={"depth": 3}, text_encoder={"layers": 2, "fusion_layer": 1})
+    size = StepSize(64, 30)
+    full, half = (sum(saved_bytes(block, size, precision).values()) for precision in ("fp32", "bf16"))
+    assert 0.5 * full < half < full
+    block.image_encoder.gradient_checkpointing = True
+    assert sum(saved_bytes(block, size, "bf16").values()) < half
+
+
+def test_grits_memory_is_that_of_two_queues():
+    """L rows of two fp32 vectors and an index; matrices of both directions, a sub-queue of 4,800 at a time being 184 MB."""
+    memory = grit_memory(Grit(queue_size=48000, search_space=4800), 256, 1000)
+    assert memory.queue == 2 * 48000 * (2 * 256 * 4 + 8) and memory.grouping == memory.queue + 2 * 2 * 4800**2 * 4
+    assert grit_memory(Grit(queue_size=48000, search_space=4800, memory="rows"), 256, 1000).grouping == memory.queue
+    assert grit_flops_of_pair(Grit(search_space=4800), 256) == 4 * 4800 * 256
+    assert grit_memory(Grit(enabled=False), 256, 1000).queue == grit_flops_of_pair(Grit(enabled=False), 256) == 0
+
+
+def test_the_command_prints_and_writes(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    command = ["plan", "mafa/quickstart/train/mafa.yaml", "--batch-size", "4", "--samples", "1000", "--throughput", "100"]
+    assert main([*command, "--measure", "--json", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "Computed, not measured" in text and "Measured on " in text and "250 steps an epoch, 4,000 in all" in text
+    plan = json.loads(file.read_text())
+    assert plan["hours"] == pytest.approx(16 * 1000 / 100 / 3600) and plan["measured"]["kind"] == "measured"
+    assert plan["kind"] == "computed" and plan["weights"]["trained"] > 4e6 and plan["measured"]["seconds"] > 0
+
+
+def test_what_cannot_be_planned_is_one_line(tmp_path, capsys):
+    yaml = tmp_path / "lavis.yaml"
+    yaml.write_text("model: {arch: albef_pretrain}\ndatasets: {coco_caption: {}}\nrun: {task: mafa_pretrain}\n")
+    for arguments, message in (
+        ([str(yaml)], "model.arch is 'albef_pretrain'"),
+        (["mafa/albef/eval/retrieval_coco.yaml"], "run.evaluate is true"),
+        (["mafa/albef/train/pretrain.yaml", "--text-length", "99"], "--text-length is 99"),
+        (["mafa/albef/train/pretrain.yaml", "--batch-size", "0"], "--batch-size: 0 is not a positive number"),
+        (
+            ["mafa/blip2/train/stage_2.yaml", "--options", "model.language_model.init=facebook/opt-350m"],
+            "whose size is not known",
+        ),
+    ):
+        assert main(["plan", *arguments]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
