@@ -18,10 +18,10 @@ from con_d_overhead import settings
 from grouping import machine
 from omegaconf import OmegaConf
 
-from lavis_mafa.analysis.build import build
-from lavis_mafa.analysis.flops import step_flops
-from lavis_mafa.analysis.memory import RESERVE, gpu_memory, lm_logits, saved_bytes, weights_of
-from lavis_mafa.analysis.step import StepSize, no_memory, pretend
+from lavis_mafa.analysis.cost.build import build
+from lavis_mafa.analysis.cost.flops import step_flops
+from lavis_mafa.analysis.cost.memory import RESERVE, gpu_memory, lm_logits, saved_bytes, weights_of
+from lavis_mafa.analysis.cost.step import StepSize, no_memory, pretend
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.models.mafa_model import CONFIGS
 

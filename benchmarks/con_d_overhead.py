@@ -27,8 +27,8 @@ from grouping import machine
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lavis_mafa.analysis.flops import step_flops
-from lavis_mafa.analysis.step import CON_D, CON_D_VIT, StepSize
+from lavis_mafa.analysis.cost.flops import step_flops
+from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, StepSize
 from lavis_mafa.common.model_settings import Blip2Block, DiscriminatorBlock
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.discriminators import build_discriminator

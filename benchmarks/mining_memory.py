@@ -21,10 +21,10 @@ import torch
 from grouping import machine
 from torch import Tensor
 
-from lavis_mafa.analysis.blocks import Encoder, encoded_blocks
-from lavis_mafa.analysis.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
-from lavis_mafa.analysis.counting import blocks_of
-from lavis_mafa.analysis.reading import ReadableRows, shuffled
+from lavis_mafa.analysis.connections.blocks import Encoder, encoded_blocks
+from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.connections.counting import blocks_of
+from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
 
 DIM, TEXT = 256, 12
 

@@ -27,10 +27,10 @@ from grouping import machine
 from omegaconf import OmegaConf
 from torch.utils.data import default_collate
 
-from lavis_mafa.analysis.blocks import Encoder, encoded_blocks
-from lavis_mafa.analysis.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
-from lavis_mafa.analysis.counting import blocks_of
-from lavis_mafa.analysis.reading import ReadableRows
+from lavis_mafa.analysis.connections.blocks import Encoder, encoded_blocks
+from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.connections.counting import blocks_of
+from lavis_mafa.analysis.connections.reading import ReadableRows
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.models.albef_mafa import AlbefMafa
 from lavis_mafa.models.blip2_mafa import Blip2Mafa

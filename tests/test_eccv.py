@@ -131,9 +131,11 @@ def test_wrong_files_are_one_message(dataset, captions, truth, tmp_path):
 
 
 def test_the_task_adds_them_on_the_test_split_only(dataset, captions, truth, monkeypatch):
+    from lavis.tasks.base_task import BaseTask
+
     from lavis_mafa.common import eccv
     from lavis_mafa.common.settings import RunBlock
-    from lavis_mafa.tasks.mafa_pretrain import BaseTask, MafaPretrainTask
+    from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
 
     monkeypatch.setattr(eccv, "eccv_truth", lambda: truth)
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_retrieval": {"test": dataset}})

@@ -7,8 +7,8 @@ import os
 import time
 from pathlib import Path
 
-from lavis_mafa.analysis.ablation import Table, concrete, find_table, load_tables
-from lavis_mafa.analysis.ablation_runs import Trial, check_ours, plan_run, plan_trials
+from lavis_mafa.analysis.ablation.runs import Trial, check_ours, plan_run, plan_trials
+from lavis_mafa.analysis.ablation.tables import Table, concrete, find_table, load_tables
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.job import check_yaml, run_job
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(table: Table, base: str, options: list[str], trials: list[Trial], chosen: list[Trial], folder: Path) -> None:
-    from lavis_mafa.analysis.ablation_table import collect, format_terminal, write_results
+    from lavis_mafa.analysis.ablation.results import collect, format_terminal, write_results
 
     started, trained = time.perf_counter(), 0
     for number, trial in enumerate(chosen, start=1):

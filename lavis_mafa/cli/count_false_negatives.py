@@ -6,12 +6,12 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from lavis_mafa.analysis.flags import add_pass_arguments, check_share, check_sizes, sizes_or_defaults
-from lavis_mafa.analysis.folder import check_unfinished, write_bytes, write_text
+from lavis_mafa.analysis.connections.flags import add_pass_arguments, check_share, check_sizes, sizes_or_defaults
+from lavis_mafa.analysis.connections.folder import check_unfinished, write_bytes, write_text
 from lavis_mafa.common.errors import UserError
 
 if TYPE_CHECKING:
-    from lavis_mafa.analysis.opening import Opened
+    from lavis_mafa.analysis.connections.opening import Opened
 
 RESULT = "count.json"
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_share("--threshold", threshold)
     check_share("--correction", arguments.correction, above_zero=True)
     check_unfinished(arguments.output, RESULT)
-    from lavis_mafa.analysis.opening import checked_config, open_pass, process_group_closed
+    from lavis_mafa.analysis.connections.opening import checked_config, open_pass, process_group_closed
 
     config = checked_config(arguments.cfg_path, arguments.options, arguments.con_d)
     sizes = sizes_or_defaults(arguments.batch_size, config, "run.batch_size_train", 96)
@@ -53,12 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _count(arguments: argparse.Namespace, opened: Opened, sizes: list[int], spaces: list[int]) -> None:
-    from lavis_mafa.analysis.blocks import Encoder
-    from lavis_mafa.analysis.count_plot import count_plot
-    from lavis_mafa.analysis.count_report import count_results, format_count
-    from lavis_mafa.analysis.counting import count_false_negatives, samplings
-    from lavis_mafa.analysis.opening import progress_bar
-    from lavis_mafa.analysis.reading import ReadableRows, shuffled
+    from lavis_mafa.analysis.connections.blocks import Encoder
+    from lavis_mafa.analysis.connections.count_plot import count_plot
+    from lavis_mafa.analysis.connections.count_report import count_results, format_count
+    from lavis_mafa.analysis.connections.counting import count_false_negatives, samplings
+    from lavis_mafa.analysis.connections.opening import progress_bar
+    from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
     from lavis_mafa.common.distributed import rank
 
     if arguments.truth and getattr(opened.dataset, "truth", None) is None:

@@ -7,12 +7,12 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.analysis.flags import add_pass_arguments, check_share, check_sizes, sizes_or_defaults
-from lavis_mafa.analysis.folder import begin, check_unfinished, file_digest, fingerprint, write_text
+from lavis_mafa.analysis.connections.flags import add_pass_arguments, check_share, check_sizes, sizes_or_defaults
+from lavis_mafa.analysis.connections.folder import begin, check_unfinished, file_digest, fingerprint, write_text
 from lavis_mafa.common.errors import UserError
 
 if TYPE_CHECKING:
-    from lavis_mafa.analysis.opening import Opened
+    from lavis_mafa.analysis.connections.opening import Opened
 
 RESULT = "mine.json"
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.per_image is not None and arguments.per_image < 1:
         raise UserError(f"--per-image is {arguments.per_image}, but must be at least 1.")
     check_unfinished(arguments.output, RESULT)
-    from lavis_mafa.analysis.opening import checked_config, open_pass, process_group_closed
+    from lavis_mafa.analysis.connections.opening import checked_config, open_pass, process_group_closed
 
     config = checked_config(arguments.cfg_path, arguments.options, arguments.con_d)
     (size,) = sizes_or_defaults(arguments.batch_size, config, "run.batch_size_train", 96)
@@ -48,12 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) -> None:
-    from lavis_mafa.analysis.blocks import Encoder
-    from lavis_mafa.analysis.counting import blocks_of
-    from lavis_mafa.analysis.mining import mine_blocks, part_path
-    from lavis_mafa.analysis.opening import progress_bar
-    from lavis_mafa.analysis.reading import ReadableRows, shuffled
-    from lavis_mafa.analysis.source_rows import SourceRows
+    from lavis_mafa.analysis.connections.blocks import Encoder
+    from lavis_mafa.analysis.connections.counting import blocks_of
+    from lavis_mafa.analysis.connections.mining import mine_blocks, part_path
+    from lavis_mafa.analysis.connections.opening import progress_bar
+    from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
+    from lavis_mafa.analysis.connections.source_rows import SourceRows
     from lavis_mafa.common.distributed import barrier, rank
 
     run = opened.run
@@ -92,10 +92,10 @@ def _finish(arguments: argparse.Namespace, dataset: Any, rows: Any, source: Any,
     import numpy as np
     import pyarrow as pa
 
-    from lavis_mafa.analysis.choosing import OUTCOMES, Rules, choose
-    from lavis_mafa.analysis.mine_report import format_mined, mine_results
-    from lavis_mafa.analysis.mining import read_parts, write_parquet
-    from lavis_mafa.analysis.pairs_file import pairs_table
+    from lavis_mafa.analysis.connections.choosing import OUTCOMES, Rules, choose
+    from lavis_mafa.analysis.connections.mine_report import format_mined, mine_results
+    from lavis_mafa.analysis.connections.mining import read_parts, write_parquet
+    from lavis_mafa.analysis.connections.pairs_file import pairs_table
 
     folder = arguments.output
     judged, bad = read_parts(folder / "blocks", blocks)

@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     logging.disable(logging.INFO)  # LAVIS logs what it builds
     with warnings.catch_warnings():  # of LAVIS's dependencies
         warnings.simplefilter("ignore")
-        from lavis_mafa.analysis.measure import measure
-        from lavis_mafa.analysis.plan import Wanted, make_plan, table
+        from lavis_mafa.analysis.cost.measure import measure
+        from lavis_mafa.analysis.cost.plan import Wanted, make_plan, table
 
     names = ("gpus", "samples", "text_length", "new_positives", "own_vit", "throughput", "peak", "share")
     wanted = Wanted(**{name: getattr(arguments, name) for name in names})

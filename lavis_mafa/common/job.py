@@ -15,118 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from lavis_mafa.common.check import MODEL_DEFAULTS, check_checkpoints, check_combinations, check_device
+from lavis_mafa.common.check import check_device
 from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.common.hub import is_path
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
-
-CHECKPOINTS = ("model.pretrained", "model.stage_1", "model.discriminator.checkpoint")
-FILES = (
-    *CHECKPOINTS,
-    "run.resume_ckpt_path",
-    "run.coco_captions",
-    "run.caption_references",
-)
-
-FOLDERS = (  # hub names or local paths
-    "model.tokenizer",
-    "model.image_encoder.init",
-    "model.text_encoder.init",
-    "model.qformer.init",
-    "model.language_model.init",
-)
-
-
-def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
-    """Read a YAML with overrides and check all that can be checked without LAVIS, data or weights.
-
-    Args:
-        name: a file, or the name of a shipped YAML.
-        options: KEY=VALUE overrides.
-        files: False leaves out what this machine must have: checkpoints that are not named yet, or not there.
-
-    Returns:
-        the merged configuration (model type's defaults, then the file, then the overrides).
-
-    Raises:
-        UserError: the first mistake found.
-    """
-    path = find_yaml(name)
-    config = _read(path, options)
-    for block in ("model", "datasets", "run"):
-        if not isinstance(config.get(block), DictConfig):
-            raise UserError(f"{block} is missing; a YAML has the blocks model, datasets and run. ({path})")
-    if not config.datasets:
-        raise UserError(f"datasets is empty; name at least one, such as grit_pairs or grit_emoji. ({path})")
-    for dataset in config.datasets:
-        if not isinstance(config.datasets[dataset], DictConfig):
-            raise UserError(f"datasets.{dataset} is {config.datasets[dataset]!r}, but must be a block of settings. ({path})")
-    for key in map(str, config):
-        if key not in ("model", "datasets", "run", "preprocess"):
-            hint = did_you_mean(key, ("model", "datasets", "run"))
-            raise UserError(f"{key} is not a block.{hint} Allowed: model, datasets, run. ({path})")
-    for block, key, example in (("model", "arch", "albef_mafa"), ("run", "task", "mafa_pretrain")):
-        if not isinstance(config[block].get(key), str):
-            raise UserError(f"{block}.{key} is {config[block].get(key)}; allowed: a registered name, such as {example}. ({path})")
-    arch = config.model.arch
-    model = None
-    if arch in MODEL_BLOCKS:
-        kind, known = config.model.get("model_type"), _model_types(arch)
-        if kind not in known:
-            raise UserError(f"model.model_type is {kind!r}, but {arch} has: {', '.join(known)}. ({path})")
-        config = _merged(OmegaConf.load(MODEL_DEFAULTS / f"{arch}_{kind}.yaml"), config)
-        if config.run.get("evaluate") is True and "ecm" in config.model:
-            config.model.ecm = {**config.model.ecm, "enabled": False}  # evaluating needs no Con-D
-        model = typed_block("model", config.model, str(path))
-    run = typed_block("run", config.run, str(path)) if config.run.get("task") in RUN_BLOCKS else None
-    check_combinations(model, run, str(path), files)
-    if model is not None and run is None:  # one of LAVIS's tasks, whose other keys are LAVIS's
-        check_device(model, str(config.run.get("device", "cuda")), where=str(path))
-        if files:
-            check_checkpoints(model, bool(config.run.get("evaluate", False)), str(path))
-    if files:
-        _check_files(config, str(path))
-        if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS):
-            from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
-
-            check_kinds(model)
-    return config
-
-
-def _model_types(arch: str) -> list[str]:
-    return sorted(file.stem.removeprefix(f"{arch}_") for file in MODEL_DEFAULTS.glob(f"{arch}_*.yaml"))
-
-
-def _read(path: Path, options: list[str]) -> DictConfig:
-    """The file with its overrides, references resolved."""
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path} must have the blocks model, datasets and run at its top level.")
-    for option in options:
-        if "=" not in option:
-            raise UserError(f"--options takes KEY=VALUE, not {option!r}.")
-        try:
-            config = _merged(config, OmegaConf.from_dotlist([option]))
-        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-            raise UserError(f"--options {option}: cannot be set ({' '.join(str(error).split())}).") from error
-    try:
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}. ({path})") from error
-    return config
-
-
-def _merged(below: Any, above: Any) -> DictConfig:
-    merged = OmegaConf.merge(below, above)
-    assert isinstance(merged, DictConfig)
-    return merged
+from lavis_mafa.common.yaml_file import check_yaml as check_yaml
 
 
 def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConfig, Any]:
@@ -237,19 +131,6 @@ def _known_names(config: DictConfig, registry: Any) -> None:
     for key, value, known in wanted:
         if value not in known:
             raise UserError(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
-
-
-def _check_files(config: DictConfig, where: str) -> None:
-    downloads = config.model.get("arch") not in MODEL_BLOCKS  # LAVIS's own models take URLs, ours local files alone
-    for key in FILES:
-        value = OmegaConf.select(config, key)
-        if isinstance(value, str) and not (downloads and "://" in value) and not Path(value).is_file():
-            hint = " Download it first." if "://" in value else ""
-            raise UserError(f"{key} is {value!r}, but there is no such file.{hint} ({where})")
-    for key in FOLDERS:
-        value = OmegaConf.select(config, key)
-        if isinstance(value, str) and is_path(value) and not Path(value).expanduser().exists():
-            raise UserError(f"{key} is {value!r}, but there is no such file or folder. ({where})")
 
 
 def _check_annotations(datasets: DictConfig) -> None:

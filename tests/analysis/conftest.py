@@ -10,8 +10,8 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import default_collate
 
-from lavis_mafa.analysis.blocks import Encoder
-from lavis_mafa.analysis.reading import ReadableRows
+from lavis_mafa.analysis.connections.blocks import Encoder
+from lavis_mafa.analysis.connections.reading import ReadableRows
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.datasets.ground_truth import GroundTruth
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavis_mafa.analysis.blocks import encoded_blocks
-from lavis_mafa.analysis.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
-from lavis_mafa.analysis.counting import Sampling, blocks_of, count_false_negatives, samplings
-from lavis_mafa.analysis.reading import shuffled
-from lavis_mafa.analysis.tally import Tally
+from lavis_mafa.analysis.connections.blocks import encoded_blocks
+from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.connections.counting import Sampling, blocks_of, count_false_negatives, samplings
+from lavis_mafa.analysis.connections.reading import shuffled
+from lavis_mafa.analysis.connections.tally import Tally
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.models.retrieval_scoring import best_query

@@ -12,12 +12,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lavis_mafa.analysis import mining
-from lavis_mafa.analysis.choosing import BELOW, KNOWN, MARGIN, MINED, NO_CANDIDATE, OUTCOMES, OVER, TWICE, Rules, choose, plain
-from lavis_mafa.analysis.counting import blocks_of
-from lavis_mafa.analysis.folder import begin, check_unfinished
-from lavis_mafa.analysis.pairs_file import pairs_table
-from lavis_mafa.analysis.source_rows import SourceRows
+from lavis_mafa.analysis.connections import mining
+from lavis_mafa.analysis.connections.choosing import (
+    BELOW,
+    KNOWN,
+    MARGIN,
+    MINED,
+    NO_CANDIDATE,
+    OUTCOMES,
+    OVER,
+    TWICE,
+    Rules,
+    choose,
+    plain,
+)
+from lavis_mafa.analysis.connections.counting import blocks_of
+from lavis_mafa.analysis.connections.folder import begin, check_unfinished
+from lavis_mafa.analysis.connections.pairs_file import pairs_table
+from lavis_mafa.analysis.connections.source_rows import SourceRows
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import TEXTS, image_keys, read_annotations
 

@@ -10,8 +10,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_mafa.analysis import mining
-from lavis_mafa.analysis.con_d import load_con_d
+from lavis_mafa.analysis.connections import mining
+from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import read_annotations

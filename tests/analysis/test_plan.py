@@ -10,10 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_mafa.analysis.build import build, build_con_d
-from lavis_mafa.analysis.flops import grit_flops_of_pair, step_flops
-from lavis_mafa.analysis.memory import grit_memory, saved_bytes, weights_of
-from lavis_mafa.analysis.step import CON_D, CON_D_VIT, IMAGE, StepSize
+from lavis_mafa.analysis.cost.build import build, build_con_d
+from lavis_mafa.analysis.cost.flops import grit_flops_of_pair, step_flops
+from lavis_mafa.analysis.cost.memory import grit_memory, saved_bytes, weights_of
+from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, IMAGE, StepSize
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.settings import Grit
 from lavis_mafa.common.typed import typed_block

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lavis_mafa.analysis.ablation import concrete, find_table, load_tables
-from lavis_mafa.analysis.ablation_runs import plan_trials
-from lavis_mafa.analysis.ablation_table import collect, format_terminal
+from lavis_mafa.analysis.ablation.results import collect, format_terminal
+from lavis_mafa.analysis.ablation.runs import plan_trials
+from lavis_mafa.analysis.ablation.tables import concrete, find_table, load_tables
 from lavis_mafa.cli import ablate
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.job import check_yaml, run_job

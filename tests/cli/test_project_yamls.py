@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from lavis_mafa.analysis.ablation import Row, concrete, load_tables
+from lavis_mafa.analysis.ablation.tables import Row, concrete, load_tables
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.job import check_yaml

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_mafa.analysis.ablation import Row, Table
-from lavis_mafa.analysis.ablation_runs import Figures, Trial
+from lavis_mafa.analysis.ablation.runs import Figures, Trial
+from lavis_mafa.analysis.ablation.tables import Row, Table
 
 SHOWN = {"tr_r1": "TR R@1", "ir_r1": "IR R@1", "agg_metrics": "mean recall"}
 PAPER = (

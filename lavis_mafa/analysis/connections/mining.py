@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lavis_mafa.analysis.blocks import Block, Encoder, encoded_blocks
-from lavis_mafa.analysis.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
-from lavis_mafa.analysis.reading import ReadableRows
-from lavis_mafa.analysis.source_rows import SourceRows
+from lavis_mafa.analysis.connections.blocks import Block, Encoder, encoded_blocks
+from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.connections.reading import ReadableRows
+from lavis_mafa.analysis.connections.source_rows import SourceRows
 from lavis_mafa.common.distributed import rank, world_size
 
 DIRECTIONS = ("text for image", "image for text")

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.analysis.ablation import Row, concrete
+from lavis_mafa.analysis.ablation.tables import Row, concrete
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.job import check_yaml
 from lavis_mafa.common.projects import find_yaml

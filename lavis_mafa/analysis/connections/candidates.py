@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lavis_mafa.analysis.blocks import Block, Encoder
+from lavis_mafa.analysis.connections.blocks import Block, Encoder
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.seeding import seeded_generator

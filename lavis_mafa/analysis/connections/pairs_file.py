@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from lavis_mafa.analysis.source_rows import SourceRows
+from lavis_mafa.analysis.connections.source_rows import SourceRows
 from lavis_mafa.datasets.arrow_compute import pc
 
 ORIGINAL, MINED = "original", "mined"

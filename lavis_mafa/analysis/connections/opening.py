@@ -62,7 +62,7 @@ def open_pass(config: Any, name: str, options: list[str], con_d: str) -> Opened:
     _, cfg = job.prepare(name, options, files=False)
     from lavis.common.registry import registry
 
-    from lavis_mafa.analysis.con_d import load_con_d
+    from lavis_mafa.analysis.connections.con_d import load_con_d
     from lavis_mafa.common.typed import typed_block
     from lavis_mafa.runners.run_block import run_settings
 

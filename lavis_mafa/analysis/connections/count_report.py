@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lavis_mafa.analysis.counting import Count
+from lavis_mafa.analysis.connections.counting import Count
 
 
 def count_results(count: Count, correction: float, about: dict[str, Any]) -> dict[str, Any]:

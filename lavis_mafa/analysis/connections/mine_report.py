@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from lavis_mafa.analysis.choosing import OUTCOMES
-from lavis_mafa.analysis.counting import reason_of
-from lavis_mafa.analysis.pairs_file import own_scores
-from lavis_mafa.analysis.tally import ratio
+from lavis_mafa.analysis.connections.choosing import OUTCOMES
+from lavis_mafa.analysis.connections.counting import reason_of
+from lavis_mafa.analysis.connections.pairs_file import own_scores
+from lavis_mafa.analysis.connections.tally import ratio
 
 QUARTILES = ("minimum", "25 %", "median", "75 %", "maximum")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lavis_mafa.analysis.build import build, build_con_d
-from lavis_mafa.analysis.step import IMAGE, LM, StepSize, leaf, modules_of, no_memory, pretend, run_step
+from lavis_mafa.analysis.cost.build import build, build_con_d
+from lavis_mafa.analysis.cost.step import IMAGE, LM, StepSize, leaf, modules_of, no_memory, pretend, run_step
 from lavis_mafa.common.settings import Grit
 from lavis_mafa.grit.grouping import MATRIX_BUDGET
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_mafa.analysis.build import build, build_con_d
-from lavis_mafa.analysis.step import CON_D, CON_D_VIT, IMAGE, StepSize, leaf, no_memory, pretend, run_step
+from lavis_mafa.analysis.cost.build import build, build_con_d
+from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, IMAGE, StepSize, leaf, no_memory, pretend, run_step
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_mafa.analysis.blocks import Block, Encoder, encoded_blocks
-from lavis_mafa.analysis.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
-from lavis_mafa.analysis.reading import ReadableRows
-from lavis_mafa.analysis.tally import Tally
+from lavis_mafa.analysis.connections.blocks import Block, Encoder, encoded_blocks
+from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.connections.reading import ReadableRows
+from lavis_mafa.analysis.connections.tally import Tally
 from lavis_mafa.common.distributed import gather_objects, rank, world_size
 
 
