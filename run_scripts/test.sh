@@ -13,4 +13,4 @@ cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-"$venv/bin/python" -m pytest -n auto --dist loadfile "$@"  # a file stays on one core: its fixtures are built once
+"$venv/bin/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"  # a file stays on one core: its fixtures are built once

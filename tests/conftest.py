@@ -15,6 +15,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long runs first, so that no core waits for another at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "runs")
+
+
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory) -> Path:
     """The whole emoji set, as `lavis-mafa build-emoji` writes it."""
