@@ -24,7 +24,7 @@ from lavis_mafa.common.job import check_yaml
 from lavis_mafa.common.projects import project_files, projects_root
 from lavis_mafa.common.typed import typed_block
 
-YAMLS = sorted(project_files())
+YAMLS = sorted(name for name, path in project_files().items() if not path.is_symlink())  # a second name is no second file
 PAPER = [name for name in YAMLS if not name.startswith("mafa/quickstart/")]
 TRAINING = [name for name in PAPER if "/train/" in name]
 BLIP2 = [name for name in PAPER if name.startswith("mafa/blip2/")]
