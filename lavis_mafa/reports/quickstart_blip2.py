@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lavis_mafa.reports.run_files import read_evaluations, read_metrics
+from lavis_mafa.reports.run_files import last_epoch, read_evaluations, read_metrics
 
 SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}
 EXAMPLES = 6
@@ -19,9 +19,8 @@ def collect_results(stage_1: Path, captions: Any, answers: Any) -> dict[str, Any
         stage_1: folder of the stage-1 run.
         captions: the finished runner of the captioning evaluation; answers: that of the question answering.
     """
-    epochs = {record["epoch"]: record for record in read_metrics(stage_1)}
     names = ("loss_itc", "loss_itm", "loss_lm", "new_positive_share", "false_negative_share", "con_d_precision", "con_d_recall")
-    last = epochs[max(epochs)]
+    last = last_epoch(read_metrics(stage_1))
     return {
         "stage_1": {name: last[name] for name in names if name in last} | {"retrieval": read_evaluations(stage_1).get("val", {})},
         "captions": read_evaluations(captions.output_dir),

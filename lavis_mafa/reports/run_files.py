@@ -44,6 +44,18 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return _json_lines(run / "metrics.jsonl")
 
 
+def last_epoch(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Each figure's average over the steps of the last epoch; a record stands for the steps since the one before it."""
+    last = [record for record in metrics if record["epoch"] == metrics[-1]["epoch"]]
+    steps = [record["step"] - before for before, record in zip([0, *(r["step"] for r in last)], last, strict=False)]
+    found: dict[str, list[tuple[float, int]]] = {}
+    for record, count in zip(last, steps, strict=True):
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                found.setdefault(name, []).append((value, count))
+    return {name: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
+
+
 def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
     """The last evaluation of each split."""
     return {record["split"]: record for record in _json_lines(run / "evaluation.jsonl")}

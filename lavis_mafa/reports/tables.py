@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.reports.gallery import Candidate
-from lavis_mafa.reports.run_files import Run
+from lavis_mafa.reports.run_files import Run, last_epoch
 
 SHOWN = (
     "model.arch",
@@ -87,7 +87,7 @@ def summary_table(runs: list[Run]) -> Table:
     losses = {"loss": "loss", "loss_itc": "ITC", "loss_itm": "ITM", "loss_mlm": "MLM", "loss_lm": "LM"}
     shares = {"new_positive_share": "new positives", "ambiguous_share": "ambiguous", "false_negative_share": "false negatives"}
     shares |= {"con_d_precision": "Con-D precision", "con_d_recall": "Con-D recall"}
-    ends = [_last_epoch(run) for run in runs]
+    ends = [last_epoch(run.metrics) for run in runs]
     shown = [name for name in (*losses, *shares) if any(name in end for end in ends)]
     head = ["run", "model", "epochs", "samples", *((losses | shares)[name] for name in shown)]
     rows = []
@@ -139,13 +139,6 @@ def evaluation_table(caption: str, columns: list[str], found: dict[str, dict[str
         if sum(value > -math.inf for value in values) > 1:
             table.best |= {(row, place + len(first[0])) for row, value in enumerate(values) if value == max(values)}
     return table
-
-
-def _last_epoch(run: Run) -> dict[str, float]:
-    """Each figure's average over the records of the last epoch."""
-    last = [r for r in run.metrics if r["epoch"] == run.metrics[-1]["epoch"]]
-    values = {name: [r[name] for r in last if isinstance(r.get(name), int | float)] for r in last for name in r}
-    return {name: sum(v) / len(v) for name, v in values.items() if v}
 
 
 def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
