@@ -14,7 +14,7 @@ from lavis_mafa.common.weights import read_checkpoint
 from lavis_mafa.reports import curves
 from lavis_mafa.reports.gallery import distinct_candidates, gallery_data
 from lavis_mafa.reports.page import render, score_histogram, write_page
-from lavis_mafa.reports.run_files import last_checkpoint, open_runs, read_connections, read_evaluations, read_metrics
+from lavis_mafa.reports.run_files import last_checkpoint, last_epoch, open_runs, read_connections, read_evaluations, read_metrics
 from lavis_mafa.reports.tables import Table, evaluation_table, figure
 from lavis_mafa.reports.training_rows import Part, TrainingRows
 from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d
@@ -44,7 +44,8 @@ def collect_results(start: Path, grit: Path, mafa: Path, datasets: dict[str, Any
         for name, run in (("start", start), ("GRIT", grit), ("MAFA", mafa))
     }
     sides = ("positive", "negative")
-    matching = {name: [_last_epoch(run, f"itm_accuracy_{side}") for side in sides] for name, run in (("GRIT", grit), ("MAFA", mafa))}
+    ends = {name: last_epoch(read_metrics(run)) for name, run in (("GRIT", grit), ("MAFA", mafa))}
+    matching = {name: [end[f"itm_accuracy_{side}"] for side in sides] for name, end in ends.items()}
     queries = {split: [len(datasets[split]), len(datasets[split].text)] for split in SPLITS}
     return {
         "batches": batches,
@@ -130,12 +131,6 @@ def _tables(results: dict[str, Any]) -> dict[str, Any]:
             for split, meaning in SPLITS.items()
         ],
     }
-
-
-def _last_epoch(run: Path, name: str) -> float:
-    records = read_metrics(run)
-    values = [r[name] for r in records if name in r and r["epoch"] == records[-1]["epoch"]]
-    return sum(values) / len(values)
 
 
 def _mean(run: Path, name: str, grouped: bool) -> float:
