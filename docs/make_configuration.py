@@ -160,6 +160,8 @@ MEANINGS: dict[str, tuple[str, str]] = {
     ),
     "run.grit.memory": ("`matrix`: M x M similarities, fast; `rows`: O(M d) memory, for M in the ten thousands", ""),
     "run.num_workers": ("data loading processes per training process", ""),
+    "run.max_nonfinite_steps": ("stop after so many steps in a row with a loss or gradient that is not finite; none of them is applied", ""),
+    "run.rank_timeout_minutes": ("a process that makes no progress for so long ends the job, which names it", ""),
     "run.max_bad_share": ("stop when more of the samples cannot be read (checked from 100 samples on)", ""),
     "run.output_dir": ("below the working directory unless absolute; each run gets a new folder in it", ""),
     "run.log_freq": ("steps between two records of `metrics.jsonl`", ""),

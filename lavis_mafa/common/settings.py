@@ -40,6 +40,7 @@ class RunBlock:
     accum_grad_iters: int = 1
     grad_clip: Optional[float] = None  # noqa: UP045
     precision: str = "fp32"
+    max_nonfinite_steps: int = 10
     seed: int = 42
     grit: Grit = field(default_factory=Grit)
     # data loading
@@ -67,6 +68,7 @@ class RunBlock:
     world_size: int = 1
     dist_url: str = "env://"
     find_unused_parameters: bool = False
+    rank_timeout_minutes: float = 30.0
     # filled in by LAVIS at run time
     rank: Optional[int] = None  # noqa: UP045
     gpu: Optional[int] = None  # noqa: UP045
@@ -166,6 +168,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.k_test": (1, INFINITE),
     "run.num_beams": (1, INFINITE),
     "run.max_len": (1, INFINITE),
+    "run.max_nonfinite_steps": (1, INFINITE),
+    "run.rank_timeout_minutes": (0.01, INFINITE),
     "run.min_len": (0, INFINITE),
 }
 for _part in ("image_encoder", "text_encoder", "qformer", "language_model"):
