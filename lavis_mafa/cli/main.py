@@ -52,12 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except interrupt.Stopped as stopped:
+        if stopped.message:
+            print(f"{name}: {stopped.message}", file=sys.stderr)
+        return interrupt.exit_code()
     except (Exception, KeyboardInterrupt) as error:
-        if interrupt.asked():
-            interrupt.leave(goodbye)
+        if own_process and interrupt.asked():
+            interrupt.leave()
         if isinstance(error, KeyboardInterrupt):
             print(goodbye, file=sys.stderr)
-            return interrupt.EXIT_CODE
+            return interrupt.exit_code()
         message = of_the_file_system(error) if isinstance(error, OSError) else None
         if message is None:
             raise

@@ -1,4 +1,4 @@
-"""Ctrl-C ends the command for sure, with one line.
+"""Ctrl-C and SIGTERM (what a cluster sends before it takes a node away) end a command for sure, and a training once it is saved.
 
 Python's own way is not enough once a data loader has workers: they are interrupted too and print tracebacks, and an interrupt that
 lands in a fork hook or in a ``__del__`` is swallowed, so that the run goes on, fails on its dead workers, or waits for them forever.
@@ -6,55 +6,149 @@ lands in a fork hook or in a ``__del__`` is swallowed, so that the run goes on, 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
-EXIT_CODE = 130
 PATIENCE = 5.0  # seconds for the normal way out, which closes files and removes what is half written
+ONCE_MORE = 1.0  # seconds: a second ctrl-C that comes sooner is the same one, passed on by a launcher
+WORKER_PATIENCE = 600  # seconds after SIGTERM in which a data loader's worker is left to its owner
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_asked = False
+_process = os.getpid()
+_first: tuple[int, float] | None = None  # the first signal and when it came
+_postponed = False
+_leaving = False
+_wake: int | None = None  # the end of a pipe: a lock could be held where the signal arrives
+_goodbye = "stopped."
+_finishing: set[int] = set()  # threads that must be done before the process ends
+
+
+class Stopped(SystemExit):
+    """A signal ended a training, which has saved itself; the exit code is the one shells give to that signal."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(exit_code())
+        self.message = message
 
 
 def asked() -> bool:
-    """Whether ctrl-C was pressed: whatever fails after that fails because of it."""
-    return _asked
+    """Whether ctrl-C or SIGTERM came: whatever fails after that fails because of it."""
+    return _first is not None
+
+
+def exit_code() -> int:
+    """130 for ctrl-C, 143 for SIGTERM."""
+    return 128 + int(_first[0] if _first is not None else signal.SIGINT)
 
 
 def watch(goodbye: str) -> None:
-    """From now on the first ctrl-C raises ``KeyboardInterrupt`` here, but not in forked workers, and the process ends within
-    ``PATIENCE`` seconds whatever becomes of that. A second one ends it at once."""
-    process = os.getpid()
-    reader, writer = os.pipe()  # a lock could be held where the signal arrives; a pipe cannot
+    """From now on the first signal raises ``KeyboardInterrupt`` here, but not in forked workers, and the process ends within
+    ``PATIENCE`` seconds whatever becomes of that, or when the checkpoint that is being written is complete. A second ctrl-C ends it
+    at once."""
+    global _wake, _goodbye
+    _goodbye = goodbye
+    reader, _wake = os.pipe()
 
     def end_after_patience() -> None:
         os.read(reader, 1)
         time.sleep(PATIENCE)
-        leave(goodbye)
+        leave()
 
-    def on_interrupt(*_: Any) -> None:
-        global _asked
-        if os.getpid() != process:
-            return
-        if _asked:
-            leave(goodbye)
-        _asked = True
-        sys.unraisablehook = lambda _: None  # half-built loaders complain when they are collected
-        os.write(writer, b"x")
-        raise KeyboardInterrupt
-
-    threading.Thread(target=end_after_patience, name="ctrl-C", daemon=True).start()
-    signal.signal(signal.SIGINT, on_interrupt)
+    threading.Thread(target=end_after_patience, name="signals", daemon=True).start()
+    _install()
 
 
-def leave(goodbye: str) -> NoReturn:
-    """Say so, end the workers, and end; without the interpreter's own way out, which would wait for threads and workers."""
-    print(goodbye, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Inside, the first signal only makes :func:`asked` true: who trains looks at it, saves, and raises :class:`Stopped`.
+
+    One that came too late for that raises ``KeyboardInterrupt`` at the end. Works without :func:`watch` too.
+
+    Example:
+        >>> with postponed():
+        ...     train_until(asked)
+    """
+    global _postponed, _first
+    if not _leaving:
+        _first = None  # of a training that a signal ended earlier in this process
+    before = _install()
+    _postponed = True
+    try:
+        yield
+    finally:
+        _postponed = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked():
+        _leave_soon()
+
+
+@contextlib.contextmanager
+def finished_first() -> Iterator[None]:
+    """What this thread does inside (writing a checkpoint) is waited for when a signal ends the process."""
+    thread = threading.get_ident()
+    _finishing.add(thread)
+    try:
+        yield
+    finally:
+        _finishing.discard(thread)
+
+
+def leave(at_once: bool = False) -> NoReturn:
+    """Wait for what must be finished, say goodbye, end the workers, and end; without the interpreter's own way out, which would wait
+    for threads and workers."""
+    global _goodbye
+    while _finishing and not at_once:
+        time.sleep(0.05)
+    goodbye, _goodbye = _goodbye, ""  # main and the patient thread may both come here
+    if goodbye:
+        print(goodbye, file=sys.stderr, flush=True)
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()
     sys.stdout.flush()
-    os._exit(EXIT_CODE)
+    os._exit(exit_code())
+
+
+def _install() -> dict[int, Any]:
+    global _process
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    _process = os.getpid()
+    return {number: signal.signal(number, _on_signal) for number in SIGNALS}
+
+
+def _on_signal(number: int, _: Any) -> None:
+    global _first
+    if os.getpid() != _process:
+        _in_worker(number)
+    elif _first is not None:
+        if number == signal.SIGINT and time.monotonic() - _first[1] > ONCE_MORE and _wake is not None:
+            leave(at_once=True)
+    else:
+        _first = number, time.monotonic()
+        if not _postponed:
+            _leave_soon()
+        os.write(2, b"\nstopping: this step is finished and the run saved; ctrl-C once more stops at once\n")
+
+
+def _in_worker(number: int) -> None:
+    """A terminal, torchrun and Slurm signal workers too, whose last batches are still wanted. They end with their owner."""
+    if number == signal.SIGTERM:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(WORKER_PATIENCE)
+
+
+def _leave_soon() -> NoReturn:
+    global _leaving
+    _leaving = True
+    sys.unraisablehook = lambda _: None  # half-built loaders complain when they are collected
+    if _wake is not None:
+        os.write(_wake, b"x")
+    raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
             return dict(load_file(path))
         except SafetensorError as error:
             raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
+    if not names_only and (record := torn_record(path)) is not None:
+        raise UserError(f"{key}: {path} is damaged: the checksum of {record} is wrong. Use another checkpoint, or copy it again.")
     try:
         content = torch.load(path, map_location="meta" if names_only else "cpu", weights_only=True)
     except Exception as error:  # a torn pickle can raise anything
@@ -50,6 +53,22 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
     return content
 
 
+def torn_record(path: Path) -> str | None:
+    """The first part of a checkpoint whose checksum is wrong, or what else is wrong with the file; None for a good one.
+
+    ``torch.save`` stores a CRC-32 of each tensor that ``torch.load`` never looks at: it takes a flipped bit for a weight. Files
+    that are no such archive (safetensors, PyTorch before 1.6) have none, and pass.
+    """
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            return "it ends too early" if file.read(4) == b"PK\x03\x04" or not path.stat().st_size else None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return str(error)
+
+
 def read_weights(path: str | Path, key: str = "checkpoint", names_only: bool = False) -> dict[str, Tensor]:
     """The state dict in a checkpoint: its ``model`` entry where there is one (LAVIS's and our layout), else the file itself."""
     content = read_checkpoint(path, key, names_only)
@@ -60,7 +79,11 @@ def read_weights(path: str | Path, key: str = "checkpoint", names_only: bool = F
 
 
 def write_atomically(content: dict[str, Any], path: Path) -> None:
-    """Save to a temporary sibling and rename, so that a reader sees the old file or the new one, never half of it."""
+    """Save to a temporary sibling and rename, so that a reader sees the old file or the new one, never half of it.
+
+    Raises:
+        UserError: it cannot be written; what was there before still is.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -68,10 +91,23 @@ def write_atomically(content: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error
+        _sync_folder(path.parent)  # the new name too must survive a power cut
+    except (OSError, RuntimeError) as error:
+        # torch closes its half-written archive on the way out, which fails in its own words
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}. What was saved before is kept.") from error
     finally:
         part.unlink(missing_ok=True)  # still there after a full disk or ctrl-C alone: a finished save has renamed it
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...] = ()) -> None:

@@ -124,6 +124,8 @@ def _check_files(config: DictConfig, where: str) -> None:
     downloads = config.model.get("arch") not in MODEL_BLOCKS  # LAVIS's own models take URLs, ours local files alone
     for key in FILES:
         value = OmegaConf.select(config, key)
+        if (key, value) == ("run.resume_ckpt_path", "auto"):
+            continue  # the newest checkpoint of the same run, if there is one
         if isinstance(value, str) and not (downloads and "://" in value) and not Path(value).is_file():
             hint = " Download it first." if "://" in value else ""
             raise UserError(f"{key} is {value!r}, but there is no such file.{hint} ({where})")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lavis.models.blip2_models.blip2 import Blip2Base
 from torch import nn
 
-from lavis_mafa.common.distributed import barrier
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import load_exactly, read_checkpoint, write_atomically
+from lavis_mafa.runners.background import BackgroundWriter, host_copy
 
 
 class CheckpointFolder:
@@ -26,31 +24,80 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
         self.folder, self.keep = folder, keep
-        self.written: list[str] = []
+        self.written = [path.stem.removeprefix("checkpoint_") for path in reversed(numbered(folder))]  # of a run that goes on
+        self._writer = BackgroundWriter()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last one could not be written; :meth:`wait` raises what was in the way."""
+        return self._writer.failed
 
     def path(self, name: str) -> Path:
         return self.folder / f"checkpoint_{name}.pth"
 
     def save(self, name: str, content: dict[str, Any] | None, rank_state: dict[str, Any] | None, rank: int) -> None:
-        """Each rank saves its own state first, then rank 0 (the one with ``content``) the weights: a complete file names the
-        end of a complete save."""
+        """Copy everything to the host and write it while the training goes on; every rank must call it.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self._writer.wait()
+        content, rank_state = host_copy(content), host_copy(rank_state)
+        self._writer.start(lambda: self._write(name, content, rank_state, rank))
+
+    def wait(self) -> None:
+        """Until the last one is complete.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self._writer.wait()
+
+    def _write(self, name: str, content: dict[str, Any] | None, rank_state: dict[str, Any] | None, rank: int) -> None:
+        """Each rank's state first, then from rank 0 (the one with ``content``) the weights: their file is the sign that all of the
+        checkpoint is there. Nothing older goes before."""
+        path = self.path(name)
         if rank_state is not None:
-            write_atomically(rank_state, rank_file(self.path(name), rank))
-        barrier()  # the weights are the sign that all ranks' states are there
-        if content is not None:
-            write_atomically(content, self.path(name))
-        barrier()  # and nothing older goes before they are
-        if name != "best" and name not in self.written:
-            self.written.append(name)
-            for old in self.written[: -self.keep]:
-                rank_file(self.path(old), rank).unlink(missing_ok=True)
-                if content is not None:
-                    self.path(old).unlink(missing_ok=True)
-            del self.written[: -self.keep]
+            self._writer.agree(lambda: write_atomically(rank_state, rank_file(path, rank)))
+        self._writer.agree(lambda: _write_weights(content, path))
+        if name == "best":
+            return
+        self.written = [*(n for n in self.written if n != name), name]
+        for old in self.written[: -self.keep]:
+            if content is not None:
+                self.path(old).unlink(missing_ok=True)  # first, so that no weights stand without their states
+            rank_file(self.path(old), rank).unlink(missing_ok=True)
+        del self.written[: -self.keep]
+
+
+def _write_weights(content: dict[str, Any] | None, path: Path) -> None:
+    if content is None:
+        return
+    bad = [name for name, value in content["model"].items() if value.is_floating_point() and bool(value.isnan().any())]
+    if bad:
+        raise UserError(f"{path} is not written: {len(bad)} of the model's weights hold NaN, the first {bad[0]}.")
+    write_atomically(content, path)
 
 
 def rank_file(checkpoint: Path, rank: int) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}.rank{rank}.pth")
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first; without the best one, which does not resume."""
+    files = [path for path in folder.glob("checkpoint_*.pth") if re.fullmatch(r"checkpoint_\d+(_\d+)?\.pth", path.name)]
+    return sorted(files, key=position, reverse=True)
+
+
+def position(checkpoint: Path) -> tuple[int, int]:
+    """The epoch and the step that come next: ``checkpoint_4.pth`` ends epoch 4, ``checkpoint_4_37.pth`` is in the middle of it.
+
+    Example:
+        >>> position(Path("checkpoint_4.pth")), position(Path("checkpoint_4_37.pth"))
+        ((5, 0), (4, 37))
+    """
+    epoch, *step = map(int, checkpoint.stem.split("_")[1:])
+    return (epoch, step[0]) if step else (epoch + 1, 0)
 
 
 def read_resumable(path: str | Path, rank: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -92,26 +139,3 @@ def unsaved_parts(model: Any) -> tuple[str, ...]:
     parts = ("visual_encoder", "opt_model", "t5_model") if isinstance(model, Blip2Base) else ()
     frozen = (part for part in parts if hasattr(model, part) and not any(p.requires_grad for p in getattr(model, part).parameters()))
     return tuple(f"{part}." for part in frozen)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """All generators as tensors and numbers, so that reading them back runs no code."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # the legacy tuple
-    state: dict[str, Any] = {
-        "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
-        "numpy": {"name": name, "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)), "rest": [position, has_gauss, cached]},
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
-    np.random.set_state((numpy["name"], numpy["keys"].numpy().astype(np.uint32), *numpy["rest"]))
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

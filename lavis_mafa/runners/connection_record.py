@@ -14,8 +14,8 @@ from torch import Tensor
 class ConnectionRecord:
     """Keeps at most ``limit`` verdicts an epoch and rank, spread evenly over the epoch's steps and over both directions."""
 
-    def __init__(self, folder: Path, rank: int, limit: int, steps_per_epoch: int) -> None:
-        self.folder, self.rank, self.limit = folder, rank, limit
+    def __init__(self, folder: Path, rank: int, limit: int, steps_per_epoch: int, start_step: int = 0) -> None:
+        self.folder, self.rank, self.limit, self.start_step = folder, rank, limit, start_step
         self.every = max(1, math.ceil(steps_per_epoch / max(limit, 1)))
         self.per_step = max(1, limit * self.every // max(steps_per_epoch, 1))
         self.rows: list[dict[str, Tensor]] = []
@@ -35,8 +35,9 @@ class ConnectionRecord:
         self.rows.append(row)
 
     def write(self, epoch: int) -> Path | None:
-        """Write this epoch's sample to ``connections/epoch_E_rank_R.parquet``."""
+        """Write this epoch's sample to ``connections/epoch_E_rank_R.parquet``; beside the part before it, for a resumed epoch."""
         rows, self.rows = self.rows, []
+        part, self.start_step = f"_from_{self.start_step}" if self.start_step else "", 0
         if not rows:
             return None
         columns = {name: torch.cat([r[name] for r in rows]).cpu() for name in rows[0]}
@@ -54,7 +55,7 @@ class ConnectionRecord:
             }
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"epoch_{epoch}_rank_{self.rank}.parquet"
+        path = self.folder / f"epoch_{epoch}{part}_rank_{self.rank}.parquet"
         pq.write_table(table, path)
         return path
 

@@ -35,7 +35,7 @@ class MetricsLog:
         self.samples_per_step, self.total_steps = samples_per_step, total_steps
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
-        self.pending = 0
+        self.pending = self.skipped = self.timed = 0
         self.last_time = time.perf_counter()
         self.last_line = float("-inf")
         self.writer: Any = None
@@ -44,13 +44,23 @@ class MetricsLog:
             self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
 
     def add(self, figures: dict[str, Tensor]) -> None:
-        """Remember one step; a NaN figure (nothing to measure) is left out of its average."""
+        """Remember one step; a figure that is not finite (nothing to measure, a step not applied) is left out of its average."""
         for name, value in figures.items():
             value = value.detach().float()
-            there = ~torch.isnan(value) if not name.startswith("loss") else torch.ones_like(value, dtype=torch.bool)
+            there = torch.isfinite(value)
             self.sums[name] = self.sums.get(name, 0) + torch.where(there, value, 0.0)
             self.counts[name] = self.counts.get(name, 0) + there
         self.pending += 1
+        self.timed += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not written yet, so that a resumed run writes the same records."""
+        return {"sums": self.sums, "counts": self.counts, "pending": self.pending, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+            self.pending, self.skipped = int(state["pending"]), int(state["skipped"])
 
     def flush(self, epoch: int, step: int, learning_rate: float, derive: Any = None) -> dict[str, float]:
         """Average over steps and ranks, write, print. Every rank must call it.
@@ -74,7 +84,7 @@ class MetricsLog:
             averages = derive(averages)
         now = time.perf_counter()
         done = epoch * self.steps_per_epoch + step
-        rate = self.pending / max(now - self.last_time, 1e-9)
+        rate = self.timed / max(now - self.last_time, 1e-9)
         record = {
             "epoch": epoch,
             "step": step,
@@ -83,14 +93,18 @@ class MetricsLog:
             "learning_rate": learning_rate,
             "samples_per_second": rate * self.samples_per_step,
         }
-        self.sums, self.counts, self.pending, self.last_time = {}, {}, 0, now
+        if self.skipped:
+            record["skipped_steps"] = self.skipped
+        self.sums, self.counts = {}, {}
+        self.pending = self.skipped = self.timed = 0
+        self.last_time = now
         if self.folder is not None:
             self._write(record, done, rate)
         return record
 
     def restart_clock(self) -> None:
-        """Do not count what happened since the last step (evaluation, saving) into the rate."""
-        self.last_time = time.perf_counter()
+        """Do not count what happened since the last record (evaluation, building) into the rate."""
+        self.last_time, self.timed = time.perf_counter(), 0
 
     def close(self) -> None:
         if self.writer is not None:
@@ -105,7 +119,7 @@ class MetricsLog:
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
         for name, value in record.items():
             if name not in ("epoch", "step", "samples_seen"):
                 self.writer.add_scalar(name, value, done)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import typed_block
+from lavis_mafa.runners.resuming import find_run, lock, rewind
 
 
 def run_settings(run: Any, ours: bool) -> RunBlock:
@@ -41,6 +42,22 @@ def run_settings(run: Any, ours: bool) -> RunBlock:
     floats = ("init_lr", "min_lr", "warmup_lr", "weight_decay")  # YAML reads 1e-4 as text
     values.update({name: float(values[name]) for name in floats if name in values})
     return RunBlock(**values)
+
+
+def open_folder(parent: Path, name: str, settings: RunBlock, config: dict[str, Any]) -> tuple[Path, Path | None]:
+    """The folder of a run, locked; with ``resume_ckpt_path: auto`` the one it goes on in, put back to the checkpoint it goes on from.
+
+    Raises:
+        UserError: it cannot be made, or is in use.
+    """
+    if settings.resume_ckpt_path == "auto" and not settings.evaluate and (found := find_run(parent, config)) is not None:
+        folder, checkpoint = found
+        lock(folder)
+        rewind(folder, checkpoint)
+        return folder, checkpoint
+    folder = new_folder(parent, name)
+    lock(folder)
+    return folder, None
 
 
 def new_folder(parent: Path, name: str) -> Path:

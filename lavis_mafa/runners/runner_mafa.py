@@ -17,15 +17,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from lavis_mafa.common.agreement import check_ranks_agree
 from lavis_mafa.common.distributed import barrier, broadcast_object, is_distributed, rank
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.rank_watch import mark, rank_watch
 from lavis_mafa.common.weights import read_weights
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model
 from lavis_mafa.runners.evaluating import evaluate_split
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.loaders import eval_loader, train_loader
-from lavis_mafa.runners.run_block import new_folder, run_settings
+from lavis_mafa.runners.run_block import open_folder, run_settings
 from lavis_mafa.runners.stepping import autocast
 from lavis_mafa.runners.training_loop import TrainingLoop
 from lavis_mafa.tasks.mafa_task import MafaTask
@@ -130,13 +132,27 @@ class RunnerMafa(TrainingLoop, RunnerBase):
         return self._lr_sched
 
     def setup_output_dir(self) -> None:
-        """``<working directory>/output_dir/job_id``, the same on all ranks and never one that exists."""
-        parent = Path(self.settings.output_dir).absolute()
-        self.output_dir = broadcast_object(new_folder(parent, self.job_id) if rank() == 0 else None)
+        """``<working directory>/output_dir/job_id``, the same on all ranks and never one that exists; or with
+        ``resume_ckpt_path: auto`` that of the run it goes on with."""
+        self.output_dir, checkpoint = self._agree_on_folder()
+        if self.settings.resume_ckpt_path == "auto":
+            self.config.config.run.resume_ckpt_path = None if checkpoint is None else str(checkpoint)
         self.result_dir = self.output_dir / "result"
         for name, path in (("result_dir", self.result_dir), ("output_dir", self.output_dir)):
             registry.mapping["paths"].pop(name, None)  # a second run in one process is legitimate
             registry.register_path(name, str(path))
+
+    def _agree_on_folder(self) -> tuple[Path, Path | None]:
+        found: tuple[Path, Path | None] | str = ""
+        if rank() == 0:
+            try:
+                found = open_folder(Path(self.settings.output_dir).absolute(), self.job_id, self.settings, self.config.to_dict())
+            except UserError as error:
+                found = str(error)
+        found = broadcast_object(found)
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
 
     def create_loaders(
         self,
@@ -164,6 +180,11 @@ class RunnerMafa(TrainingLoop, RunnerBase):
     # --- training --------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
+        with rank_watch(self.settings.rank_timeout_minutes, self.output_dir, self.settings.dist_url):
+            check_ranks_agree(self.config, self.datasets, self._model)
+            self._train_and_test()
+
+    def _train_and_test(self) -> None:
         started = time.time()
         if rank() == 0:
             self.log_config()
@@ -188,12 +209,14 @@ class RunnerMafa(TrainingLoop, RunnerBase):
     def _test(self) -> None:
         if self.test_splits and self.best_epoch is not None:
             path = self.checkpoints.path("best")
+            self.checkpoints.wait()
             barrier()
             load_model(self.unwrap_dist_model(self.model), read_weights(path), path)
         for split in self.test_splits:
             self._evaluate_split(split, "best" if self.best_epoch is not None else "last")
 
     def _evaluate_split(self, split: str, epoch: int | str) -> dict[str, Any] | None:
+        mark(f"evaluating {split}")
         loader = self.dataloaders.get(split)
         if loader is None:
             raise UserError(f"run names the split {split!r}, but the data sets have: {', '.join(sorted(self.dataloaders))}.")
@@ -203,4 +226,6 @@ class RunnerMafa(TrainingLoop, RunnerBase):
             return evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
 
     def log_config(self) -> None:
-        OmegaConf.save(OmegaConf.create(self.config.to_dict()), self.output_dir / "config.yaml")
+        path = self.output_dir / "config.yaml"
+        if not path.exists():  # a run that goes on in its folder has written it
+            OmegaConf.save(OmegaConf.create(self.config.to_dict()), path)

@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lavis_mafa.common.distributed import barrier, rank
+from lavis_mafa.common.distributed import broadcast_object, rank
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.rank_watch import mark
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.weights import read_checkpoint
-from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, model_state, random_state, read_resumable, restore_random_state
+from lavis_mafa.runners.bad_samples import BadSamples
+from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, model_state, read_resumable
 from lavis_mafa.runners.grit_feed import GritFeed
+from lavis_mafa.runners.metrics_log import MetricsLog
+from lavis_mafa.runners.random_states import random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +34,9 @@ class Saving:
     unwrap_dist_model: Any
     output_dir: Path
     checkpoints: CheckpointFolder
+    bad_samples: BadSamples
     feed: GritFeed | None
+    log: MetricsLog
     train_loader: Any
     start_epoch: int
     start_step: int
@@ -38,7 +44,8 @@ class Saving:
     best_epoch: int | None
 
     def save(self, name: str, epoch: int, step: int, next_epoch: int, with_state: bool = True) -> None:
-        """Write everything a resumed run needs; ``step`` steps of ``next_epoch`` are done."""
+        """Save everything a resumed run needs; ``step`` steps of ``next_epoch`` are done. Written beside the training."""
+        mark(f"saving {name}")
         content = None
         if rank() == 0:
             content = {
@@ -55,7 +62,12 @@ class Saving:
         state = None
         if with_state:
             assert self.feed is not None
-            state = {"feed": self.feed.state_dict(step), "random": random_state(self.device)}
+            state = {
+                "feed": self.feed.state_dict(step),
+                "random": random_state(self.device),
+                "log": self.log.state_dict(),
+                "bad_samples": self.bad_samples.state_dict(),
+            }
         self.checkpoints.save(name, content, state, rank())
 
     def _load_checkpoint(self, url_or_filename: str) -> None:
@@ -76,6 +88,8 @@ class Saving:
                 self.feed.load_state_dict(state["feed"])
             except ValueError as error:
                 raise UserError(f"run.resume_ckpt_path: {url_or_filename}: {error}") from error
+            self.log.load_state_dict(state.get("log"))
+            self.bad_samples.load_state_dict(state.get("bad_samples"))
             restore_random_state(state["random"], self.device)
         logger.info("resuming %s at epoch %d, step %d", url_or_filename, self.start_epoch, self.start_step)
 
@@ -83,11 +97,14 @@ class Saving:
         """The best checkpoint so far lies in the old run's folder; without it, or with a later one, the best starts anew."""
         if self.best_epoch is None:
             return
-        best = resumed.with_name("checkpoint_best.pth")
+        best, own = resumed.with_name("checkpoint_best.pth"), self.checkpoints.path("best")
+        found = False
         if rank() == 0 and best.is_file():
             content = read_checkpoint(best)
-            if (content.get("best_epoch"), content.get("best_metric")) == (self.best_epoch, self.best_metric):
-                shutil.copyfile(best, self.checkpoints.path("best"))
-        barrier()
-        if not self.checkpoints.path("best").is_file():
+            found = (content.get("best_epoch"), content.get("best_metric")) == (self.best_epoch, self.best_metric)
+            if found and not (own.is_file() and own.samefile(best)):
+                part = own.with_name(f".{own.name}.part")
+                shutil.copyfile(best, part)
+                part.replace(own)
+        if not broadcast_object(found):
             self.best_metric, self.best_epoch = float("-inf"), None

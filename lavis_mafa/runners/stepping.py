@@ -1,12 +1,13 @@
-"""One optimisation step: autocast, backward, accumulation, clipping, loss scaling."""
+"""One optimisation step: autocast, backward, accumulation, clipping, loss scaling; not applied when it is not finite."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_mafa.common.settings import RunBlock
@@ -23,7 +24,16 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 
 class Stepper:
-    """Forward and backward on each batch, and the optimizer's step at the end of each accumulation window."""
+    """Forward and backward on each batch, and the optimizer's step at the end of each accumulation window.
+
+    Args:
+        vote: asked once a window with "this rank's loss or gradient is not finite"; True when any rank's is not.
+
+    Attributes:
+        applied: whether the last window changed the weights, or None inside a window. A loss scaler that skips a step to find
+            its scale did what it should: that counts as applied.
+        gradient_norm: of the last window, before clipping.
+    """
 
     def __init__(
         self,
@@ -33,9 +43,13 @@ class Stepper:
         scaler: torch.amp.GradScaler | None,
         settings: RunBlock,
         device: torch.device,
+        vote: Callable[[bool], bool] = bool,
     ) -> None:
         self.task, self.model, self.optimizer, self.scaler = task, model, optimizer, scaler
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.vote = settings, device, vote
+        self.applied: bool | None = None
+        self.gradient_norm: Tensor | None = None
+        self._bad_loss = torch.zeros((), dtype=torch.bool, device=device)
 
     def __call__(self, samples: dict[str, Any], step: int, steps_per_epoch: int) -> dict[str, Any]:
         """Train on one batch; returns the model's output, or the loss alone for LAVIS's tasks."""
@@ -51,21 +65,29 @@ class Stepper:
                     output = {"loss": self.task.train_step(model=self.model, samples=samples)}
             loss = output["loss"] / length
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if last:
-            self._update()
+        self._bad_loss |= ~torch.isfinite(loss.detach())
+        self.applied = self._update() if last else None
         return output
 
-    def _update(self) -> None:
-        if self.settings.grad_clip is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+    def _update(self) -> bool:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        limit = float("inf") if self.settings.grad_clip is None else self.settings.grad_clip
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
+        bad = self._bad_loss
+        if self.scaler is None or self.scaler.get_scale() <= 1.0:  # else a gradient beyond fp16 is the scaler's to mend
+            bad = bad | ~torch.isfinite(self.gradient_norm)
+        bad_anywhere = self.vote(bool(bad))  # the one place where the host waits for the step
         if self.scaler is None:
-            self.optimizer.step()
+            if not bad_anywhere:
+                self.optimizer.step()
         else:
-            self.scaler.step(self.optimizer)
+            if not bad_anywhere:
+                self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._bad_loss = torch.zeros_like(self._bad_loss)
+        return not bad_anywhere
 
     def _without_sync(self) -> Any:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lavis_mafa.common import interrupt
 from lavis_mafa.common.distributed import barrier, rank, world_size
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.rank_watch import marked
 from lavis_mafa.runners.connection_record import ConnectionRecord
 from lavis_mafa.runners.metrics_log import MetricsLog
+from lavis_mafa.runners.nonfinite import NonFinite
 from lavis_mafa.runners.saving import Saving
 from lavis_mafa.runners.stepping import Stepper, autocast
+from lavis_mafa.runners.vote import Vote
 
 
 class TrainingLoop(Saving):
@@ -28,6 +30,9 @@ class TrainingLoop(Saving):
     max_epoch: int
     resume_ckpt_path: str | None
     cuda_enabled: bool
+    valid_splits: Any
+    vote: Vote
+    nonfinite: NonFinite
     _validate: Any
 
     @property
@@ -36,70 +41,93 @@ class TrainingLoop(Saving):
 
     def _train_epochs(self) -> None:
         model = self.model  # before the optimizer looks at its parameters
-        if self.resume_ckpt_path is not None:
-            self._load_checkpoint(self.resume_ckpt_path)
         total = self.max_epoch * self.steps_per_epoch
         total = min(total, self.settings.max_steps or total)
         samples = self.settings.batch_size_train * world_size()
         self.log = MetricsLog(self.output_dir if rank() == 0 else None, self.steps_per_epoch, samples, total)
-        record = ConnectionRecord(self.output_dir / "connections", rank(), self.settings.record_connections, self.steps_per_epoch)
         try:
+            if self.resume_ckpt_path is not None:
+                self._load_checkpoint(self.resume_ckpt_path)
+            limit = self.settings.record_connections
+            record = ConnectionRecord(self.output_dir / "connections", rank(), limit, self.steps_per_epoch, self.start_step)
+            self.vote = Vote(interrupt.asked, lambda: self.checkpoints.failed)
+            self.nonfinite = NonFinite(self.output_dir / f"nonfinite.rank{rank()}.jsonl", self.settings.max_nonfinite_steps)
+            if self.resume_ckpt_path is not None and self.start_step == 0:
+                self._validate(self.start_epoch - 1)  # it was saved before that, and validating may draw random numbers
             for epoch in range(self.start_epoch, self.max_epoch):
                 if epoch * self.steps_per_epoch + self.start_step >= total:
                     break
                 model.train()
-                finished = self._train_epoch(epoch, record, total)
-                record.write(epoch)
-                if finished:
-                    self._validate(epoch)
-                    last = (epoch + 1) * self.steps_per_epoch >= total
-                    if (epoch + 1) % self.settings.save_every_epochs == 0 or last:
-                        self.save(f"{epoch}", epoch, step=0, next_epoch=epoch + 1)
-                else:
-                    self.save(f"{epoch}_{self.start_step}", epoch, step=self.start_step, next_epoch=epoch)
-                    self._validate(epoch)
+                with interrupt.postponed():
+                    finished = self._train_epoch(epoch, record, total)
+                    record.write(epoch)
+                    self._save_epoch(epoch, finished, total)
+                self._validate(epoch)
+                if not finished:
                     break
                 self.start_step = 0
                 barrier()
+            self.checkpoints.wait()
         finally:
             self.log.close()
 
     def _train_epoch(self, epoch: int, record: ConnectionRecord, total: int) -> bool:
-        """Train one epoch from ``start_step`` on; False when ``max_steps`` ended it early."""
+        """Train one epoch from ``start_step`` on; False when ``max_steps`` or a signal ended it early, after ``start_step``."""
         assert self.feed is not None
         settings, loader = self.settings, self.train_loader
-        stepper = Stepper(self.task, self.model, self.optimizer, self.scaler, settings, self.device)
+        stepper = Stepper(self.task, self.model, self.optimizer, self.scaler, settings, self.device, self.vote)
         loader.dataset.set_epoch(epoch)
         self.feed.begin_epoch(epoch)
         if settings.grit.enabled and settings.grit.collect == "separate" and self.start_step == 0 and self.feed.queue is not None:
             self.feed.separate_pass(epoch, self._feature_pass())
         self.log.restart_clock()
         steps = self.steps_per_epoch
-        for step, samples in enumerate(loader, start=self.start_step):
+        for step, samples in enumerate(marked(loader, epoch, self.start_step), start=self.start_step):
             samples = self._prepare(samples, epoch, step)
             self.lr_scheduler.step(cur_epoch=epoch, cur_step=step)
             output = stepper(samples, step, steps)
             self.log.add(losses_and_figures(output))
+            self.log.skipped += stepper.applied is False
+            self.nonfinite.add(epoch, step, samples, output, stepper.applied, stepper.gradient_norm)
             if output.get("image_features") is not None and settings.grit.collect == "training":
                 self.feed.collect(samples["index"], output["image_features"], output["text_features"])
             record.add(epoch, step, output.get("verdicts"))
-            if interrupt.asked():  # Python can swallow a ctrl-C that lands in a fork hook
-                raise KeyboardInterrupt
+            if self.vote.failed:
+                self.checkpoints.wait()  # raises, on all ranks
             done, global_step = step + 1, epoch * steps + step + 1
             # gradients of half an accumulation window are in no checkpoint: save and stop between windows
             whole = done % settings.accum_grad_iters == 0 and done < steps
-            save = whole and settings.save_every_steps is not None and done % settings.save_every_steps == 0
-            stop = whole and global_step >= total
-            if done % self.log_freq == 0 or done == steps or save or stop:
-                self._flush(epoch, done)  # also looks for NaN, so before anything is saved
-            if stop:
+            ends = global_step >= total and whole
+            if done % self.log_freq == 0 or done == steps or ends:
+                self._flush(epoch, done)
+            if whole and (ends or self.vote.stop):
                 self.start_step = done
                 return False
-            if save:
+            if whole and settings.save_every_steps is not None and done % settings.save_every_steps == 0:
                 self.save(f"{epoch}_{done}", epoch, step=done, next_epoch=epoch)
-                self.log.restart_clock()
         self.feed.end_epoch(epoch)
         return True
+
+    def _save_epoch(self, epoch: int, finished: bool, total: int) -> None:
+        """Save what an epoch, or the part of it that was trained, has come to: before validating, which may take long.
+
+        Raises:
+            Stopped: a signal asked for the end, and everything is saved.
+        """
+        if not finished:
+            name = f"{epoch}_{self.start_step}"
+            self.save(name, epoch, step=self.start_step, next_epoch=epoch)
+        else:
+            name = f"{epoch}"
+            last = (epoch + 1) * self.steps_per_epoch >= total
+            regular = (epoch + 1) % self.settings.save_every_epochs == 0
+            if regular or last or self.valid_splits or self.vote.stop:
+                self.save(name, epoch, step=0, next_epoch=epoch + 1)
+        if self.vote.stop:
+            self.checkpoints.wait()
+            at = f"epoch {epoch}" + ("" if finished else f", step {self.start_step}")
+            done = f"stopped after {at}; saved as {self.checkpoints.path(name)}. Go on with run.resume_ckpt_path=auto (--resume auto)."
+            raise interrupt.Stopped(done if rank() == 0 else "")
 
     def _prepare(self, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
         self.bad_samples.add(samples, self.settings.batch_size_train)
@@ -111,13 +139,7 @@ class TrainingLoop(Saving):
 
     def _flush(self, epoch: int, done: int) -> None:
         derive = getattr(self.task, "derived_figures", None)
-        record = self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
-        losses = {name: value for name, value in record.items() if name.startswith("loss")}
-        if any(value != value or abs(value) == float("inf") for value in losses.values()):
-            raise UserError(
-                f"the loss is not finite at epoch {epoch}, step {done}: {losses}. Nothing was saved since the last checkpoint; "
-                "a lower run.init_lr, run.grad_clip: 1.0 or run.precision: fp32 usually help."
-            )
+        self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
 
     @torch.no_grad()
     def _feature_pass(self) -> Any:

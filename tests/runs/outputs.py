@@ -35,3 +35,37 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Every number of the last checkpoints (weights, optimizer, queue, order, random states), and all records but the times."""
+    for pattern in ("metrics.jsonl", "evaluation.jsonl"):
+        first, second = ([timeless(r) for r in json_lines(run / pattern)] if (run / pattern).exists() else [] for run in (one, other))
+        assert first == second, pattern
+    last = max(int(path.name.split(".")[0].split("_")[1]) for path in one.glob("checkpoint_*.rank0.pth"))
+    names = {path.name for pattern in (f"checkpoint_{last}.*pth", "checkpoint_best.pth") for path in one.glob(pattern)}
+    for name in names:
+        first, second = (torch.load(run / name, weights_only=True) for run in (one, other))
+        for content in (first, second):
+            content.pop("config", None)  # says where the run went on
+        assert_same(first, second, name)
+
+
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if "per_second" not in key}
+
+
+def assert_same(one: Any, other: Any, where: str) -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for place, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}/{place}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where

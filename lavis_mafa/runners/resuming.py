@@ -1,0 +1,121 @@
+"""``resume_ckpt_path: auto``: the newest good checkpoint of the same run, and its folder put back to that moment."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.weights import torn_record
+from lavis_mafa.runners.checkpoints import numbered, position, rank_file
+
+logger = logging.getLogger(__name__)
+# a run stays the same when these change: they say where, how long and how closely watched it runs
+MAY_DIFFER = {
+    *("resume_ckpt_path", "rank", "gpu", "world_size", "distributed", "dist_backend", "dist_url", "device", "find_unused_parameters"),
+    *("num_workers", "max_steps", "log_freq", "save_every_epochs", "save_every_steps", "keep_checkpoints", "record_connections"),
+    *("max_bad_share", "max_nonfinite_steps", "rank_timeout_minutes", "test_splits", "output_dir"),
+}
+
+
+def find_run(parent: Path, config: dict[str, Any]) -> tuple[Path, Path] | None:
+    """The newest run below ``parent`` with these settings that has a good checkpoint: its folder and that checkpoint.
+
+    Raises:
+        UserError: it is still running.
+    """
+    folders = sorted((path.parent for path in parent.glob("*/config.yaml")), key=_newest_change, reverse=True)
+    others = []
+    for folder in folders:
+        different = _difference(_flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))), _flat(config))
+        if different:
+            others.append(f"{folder.name}: {different}")
+        elif (checkpoint := newest_good(folder)) is not None:
+            return folder, checkpoint
+    why = f"; the newest other one is {others[0]}" if others else ""
+    logger.info("resume_ckpt_path: auto finds no saved run of these settings in %s, so this is a new one%s", parent, why)
+    return None
+
+
+def newest_good(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; those that are damaged are named and passed over."""
+    for path in numbered(folder):
+        states = sorted(folder.glob(f"{path.stem}.rank*.pth"))
+        problem = "" if rank_file(path, 0) in states else f"{rank_file(path, 0).name} is missing"
+        for file in (path, *states):
+            record = torn_record(file)
+            if record is not None:
+                problem = f"{file.name} is damaged ({record})"
+        if not problem:
+            return path
+        logger.warning("%s is passed over: %s", path, problem)
+    return None
+
+
+def rewind(folder: Path, checkpoint: Path) -> None:
+    """Take back what a run wrote after its checkpoint: records that will be made again, and checkpoints that were damaged."""
+    epoch, step = position(checkpoint)
+    _keep_lines(folder / "metrics.jsonl", lambda r: (r["epoch"], r["step"]) <= (epoch, step))
+    # the checkpoint at an epoch's end is written before the epoch is evaluated
+    _keep_lines(folder / "evaluation.jsonl", lambda r: isinstance(r["epoch"], int) and r["epoch"] < (epoch if step else epoch - 1))
+    for path in numbered(folder):
+        if position(path) > (epoch, step):
+            for file in (path, *folder.glob(f"{path.stem}.rank*.pth")):
+                file.rename(file.with_suffix(".damaged"))
+
+
+def lock(folder: Path) -> None:
+    """Keep a second process from writing into a run's folder; held until this process ends, however it does.
+
+    Raises:
+        UserError: another process has it.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(descriptor, 100).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise UserError(f"{folder} is still written by {owner or 'another process'}; wait for its end, or stop it.") from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+
+
+def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line a killed run was writing
+        if wanted(record):
+            kept.append(line + "\n")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _newest_change(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    for key in sorted({*there, *here}):
+        if key.removeprefix("run.") not in MAY_DIFFER and there.get(key) != here.get(key):
+            return f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+    return ""
