@@ -33,7 +33,7 @@ setup(
     package_data={PROJECT_PACKAGE: ["**/*.yaml"], "lavis_mafa": ["configs/**/*.yaml", "reports/*.html", "py.typed"]},
     install_requires=[
         "salesforce-lavis==1.0.2",
-        "torch>=2.5",
+        "torch>=2.6",  # from there on torch.load runs no code unless asked to, which LAVIS and transformers leave to it
         "torchvision",
         "transformers>=4.25,<4.27",
         "timm==0.4.12",

@@ -22,6 +22,7 @@ COMMANDS = {
     "ablate": "run the rows of a paper's ablation table, several seeds, and print it",
     "report": "one HTML page about one or more runs: curves, connections, retrieval",
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
+    "check-data": "find images and captions that training could not use, and write annotations without them",
     "build-emoji": "build the embedded emoji data into a folder",
     "validate": "check YAMLs without running them",
     "ls": "list the project YAMLs that come with this package",

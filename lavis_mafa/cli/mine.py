@@ -114,5 +114,6 @@ def _finish(arguments: argparse.Namespace, dataset: Any, rows: Any, source: Any,
     write_text(folder / RESULT, json.dumps(results, indent=2) + "\n")
     shutil.rmtree(folder / "blocks")
     print(format_mined(results))
-    print(f"\nThe pairs, for datasets.grit_pairs: {folder / 'pairs.parquet'}")
+    absolute = "" if source.root else " (with build_info.images.allow_absolute_paths: true, since the images lie in several folders)"
+    print(f"\nThe pairs, for datasets.grit_pairs: {folder / 'pairs.parquet'}{absolute}")
     print(f"Every candidate and what became of it: {folder / 'connections.parquet'}; the figures: {folder / RESULT}")

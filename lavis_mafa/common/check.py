@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def check_task(model: Any, run: RunBlock, where: str = "") -> None:
     if run.task == "mafa_captioning" and not stage_2 and not run.evaluate:
         raise UserError(f"run.task is {run.task}, which trains stage 2 alone; {model.arch} is trained by mafa_pretrain.{end}")
     if run.task == "mafa_pretrain" and run.use_dist_eval_sampler:
-        raise UserError(f"run.use_dist_eval_sampler is true, but but {run.task} shares the rows itself; allowed: false.{end}")
+        raise UserError(f"run.use_dist_eval_sampler is true, but {run.task} shares the rows itself; allowed: false.{end}")
     if stage_2 and run.grit.enabled:
         raise UserError(
             f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1.{end}"
@@ -171,7 +172,9 @@ def check_task(model: Any, run: RunBlock, where: str = "") -> None:
 
 
 def check_device(model: Any, device: str, precision: str = "fp32", where: str = "") -> None:
-    """What a CPU cannot compute in; raises UserError."""
+    """A device that there is, and what a CPU cannot compute in; raises UserError."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"run.device is {device!r}, but must be cpu, cuda or cuda:0, cuda:1, ...{in_file(where)}")
     if device != "cpu":
         return
     asked = {"run.precision": precision}
@@ -217,6 +220,7 @@ def check_grit(grit: Grit, batch_size: int, where: str = "", prefix: str = "run.
     if batch_size > space:
         raise UserError(f"run.batch_size_train is {batch_size}, but must not exceed {prefix}.search_space ({space}).{end}")
     if queue % space:
-        divisors = [d for d in range(batch_size, queue + 1) if queue % d == 0] or [queue]
-        nearest = min(divisors, key=lambda d: abs(d - space))
+        # from M outwards, below M first; a queue whose divisors are all far away has itself
+        near = (d for gap in range(1, 10_000) for d in (space - gap, space + gap))
+        nearest = next((d for d in near if batch_size <= d <= queue and queue % d == 0), queue)
         raise UserError(f"{prefix}.search_space is {space}, but must divide queue_size ({queue}); nearest: {nearest}.{end}")

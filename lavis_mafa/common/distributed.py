@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lavis_mafa.common.errors import RankLost, UserError
 
 
 def is_distributed() -> bool:
@@ -28,11 +31,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def rank_timeout_minutes(run: Any) -> float:
+    """``run.rank_timeout_minutes`` of any task's ``run`` block."""
+    return float(run.get("rank_timeout_minutes", 30.0))
+
+
 def init_process_group(run: Any) -> None:
     """What LAVIS's ``init_distributed_mode`` does, with gloo where there is no GPU (LAVIS always asks for nccl).
 
     Args:
         run: the ``run`` block; ``rank``, ``world_size``, ``gpu``, ``distributed`` and ``dist_backend`` are written into it.
+
+    Raises:
+        RankLost: some rank did not come.
+        UserError: see :func:`check_backends`.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         run.distributed = False
@@ -44,14 +56,41 @@ def init_process_group(run: Any) -> None:
     run.dist_backend = "nccl" if on_gpu else "gloo"
     if on_gpu:
         torch.cuda.set_device(run.gpu)
-    dist.init_process_group(
-        run.dist_backend,
-        init_method=run.get("dist_url", "env://"),
-        world_size=run.world_size,
-        rank=run.rank,
-        timeout=datetime.timedelta(minutes=30),
-    )
-    dist.barrier()
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
+    # The watch of the ranks knows names and speaks first. This ends what it takes for work: a rank that is busy without end.
+    timeout = datetime.timedelta(minutes=2 * rank_timeout_minutes(run) + 1)
+    try:
+        url = run.get("dist_url", "env://")
+        store, _, _ = next(rendezvous(url, run.rank, run.world_size, timeout=timeout))
+        check_backends(store, run.rank, run.world_size, run.dist_backend)
+        dist.init_process_group(run.dist_backend, init_method=url, world_size=run.world_size, rank=run.rank, timeout=timeout)
+        dist.barrier()
+    except dist.DistError as error:
+        raise RankLost(
+            f"rank {run.rank} of {run.world_size} waited up to {timeout} h for the others, but not all came: {error}"
+        ) from error
+
+
+def check_backends(store: dist.Store, rank: int, world_size: int, backend: str) -> None:
+    """Before anything waits: gloo here and nccl there, as on a machine whose GPUs are not visible, would wait for each other.
+
+    Args:
+        store: where the ranks find each other. rank, world_size, backend: of this process.
+
+    Raises:
+        UserError: on rank 0 and on each rank that differs from it.
+    """
+    store = dist.PrefixStore(f"lavis_mafa/backend/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set(str(rank), f"{backend} on rank {rank} ({socket.gethostname()})")
+    asked = list(range(world_size)) if rank == 0 else [0, rank]
+    everyone = [text.decode() for text in store.multi_get([str(r) for r in asked])]
+    different = [text for text in everyone if text.split()[0] != everyone[0].split()[0]]
+    if different:
+        raise UserError(
+            f"the ranks differ in how they talk: {everyone[0]}, {', '.join(different[:4])}. Is a GPU visible to each? "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES tell; run.device: cpu trains without."
+        )
 
 
 def broadcast_object(value: Any) -> Any:

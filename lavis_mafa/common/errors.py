@@ -14,6 +14,15 @@ class UserError(ValueError):
     """
 
 
+class RankLost(RuntimeError):
+    """A rank of the job died, hangs, or cannot be reached. The command line prints its message alone and exits with ``EXIT_CODE``.
+
+    The message names the rank and what it did last. It is empty where another rank has said so already.
+    """
+
+    EXIT_CODE = 3
+
+
 class EmptyCaption(ValueError):
     """A caption of which cleaning leaves nothing; its sample is treated like one with an unreadable image."""
 
@@ -39,7 +48,8 @@ def of_the_file_system(error: OSError) -> str | None:
         return f"{error.filename}: {error.strerror}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return f"{error.strerror}; what was saved before is kept."
-    words = ("cannot identify image file", "image file is truncated", "No such file or directory", "broken data stream")
+    words = ("unusable image", "cannot identify image file", "image file is truncated")
+    words += ("No such file or directory", "broken data stream")
     if any(word in last for word in words):
         return f"{last.split('Error: ', 1)[-1]}."
     return None

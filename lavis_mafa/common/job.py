@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.common.check import check_device
-from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.common.errors import RankLost, UserError, did_you_mean
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.common.yaml_file import check_yaml as check_yaml
@@ -55,15 +55,22 @@ def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConf
 
 
 def run_job(name: str, options: list[str]) -> Any:
-    """Check, then build task, data, model and runner, and run. Returns the runner."""
+    """Check, then build task, data, model and runner, and run. Returns the runner.
+
+    Raises:
+        UserError: a mistake, or ranks that differ.
+        RankLost: another rank died or hangs.
+    """
     checked, cfg = prepare(name, options)
     import lavis.tasks as tasks
     import numpy as np
     import torch
     from lavis.common.registry import registry
 
+    from lavis_mafa.common.agreement import check_ranks_agree
     from lavis_mafa.common.checkpoint_kinds import report_keys
-    from lavis_mafa.common.distributed import init_process_group, rank
+    from lavis_mafa.common.distributed import init_process_group, rank, rank_timeout_minutes
+    from lavis_mafa.common.rank_watch import mark, rank_watch
 
     init_process_group(cfg.run_cfg)
     seed = int(cfg.run_cfg.get("seed", 42)) + rank()
@@ -74,17 +81,22 @@ def run_job(name: str, options: list[str]) -> Any:
     # LAVIS logs to the root, at every access of some properties; our runner says what matters for its tasks too
     logging.getLogger("lavis_mafa").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
-        task = tasks.setup_task(cfg)
-        datasets = task.build_datasets(cfg)
-        model = task.build_model(cfg)
-        if checked.model.arch not in MODEL_BLOCKS:
-            report_keys(model, cfg.model_cfg)
-        runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
-        job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
-        runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
-        runner.train()
+        with rank_watch(rank_timeout_minutes(cfg.run_cfg), url=cfg.run_cfg.get("dist_url", "env://")):
+            check_ranks_agree(cfg)  # the runner does so again, with data and model
+            task = tasks.setup_task(cfg)
+            mark("reading the data sets")
+            datasets = task.build_datasets(cfg)
+            mark("building the model")
+            model = task.build_model(cfg)
+            if checked.model.arch not in MODEL_BLOCKS:
+                report_keys(model, cfg.model_cfg)
+            runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
+            job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
+            runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+            runner.train()
     finally:
-        if torch.distributed.is_initialized():
+        # a group that has lost a rank may wait for it forever
+        if torch.distributed.is_initialized() and not isinstance(sys.exc_info()[1], RankLost):
             torch.distributed.destroy_process_group()
     return runner
 

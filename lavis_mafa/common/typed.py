@@ -26,6 +26,8 @@ RUN_BLOCKS: dict[str, Any] = {
     "mafa_gqa": VqaRun,
 }
 
+LARGEST = 2**31 - 1  # what torch, numpy and their seeds all take
+
 
 def typed_block(name: str, values: DictConfig | dict[str, Any], where: str = "", shown: str = "") -> Any:
     """A checked instance of the block ``name`` with defaults filled in.
@@ -40,9 +42,8 @@ def typed_block(name: str, values: DictConfig | dict[str, Any], where: str = "",
         UserError: an unknown key, a wrong type, a value outside its choices or range.
     """
     values = values if isinstance(values, DictConfig) else OmegaConf.create(values)
-    schema = RUN_BLOCKS[values.get("task", "mafa_pretrain")] if name == "run" else MODEL_BLOCKS[values.get("arch", "albef_mafa")]
     shown = shown or name
-    _no_unknown_keys(schema, values, shown, where)
+    schema = check_keys(name, values, where, shown)
     try:
         block = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except OmegaConfBaseException as error:
@@ -51,6 +52,17 @@ def typed_block(name: str, values: DictConfig | dict[str, Any], where: str = "",
         raise UserError(f"{key} is {got!r}, but must be {_wanted(schema, error.full_key or '')}.{in_file(where)}") from error
     _check_values(block, name, shown, where)
     return block
+
+
+def check_keys(name: str, values: DictConfig, where: str = "", shown: str = "") -> Any:
+    """The schema of a block whose keys it knows, and whose blocks and lists are where it has them.
+
+    Raises:
+        UserError: an unknown key, or something else where a block belongs.
+    """
+    schema = RUN_BLOCKS[values.get("task", "mafa_pretrain")] if name == "run" else MODEL_BLOCKS[values.get("arch", "albef_mafa")]
+    _no_unknown_keys(schema, values, shown or name, where)
+    return schema
 
 
 def in_file(where: str) -> str:
@@ -72,8 +84,18 @@ def _no_unknown_keys(schema: type, values: DictConfig, path: str, where: str) ->
             if isinstance(child, DictConfig):
                 _no_unknown_keys(below, child, f"{path}.{key}", where)
             elif child is not None or "Optional" not in str(fields[key]):
-                got = OmegaConf.to_container(child) if isinstance(child, ListConfig) else child
-                raise UserError(f"{path}.{key} is {got!r}, but must be a block of settings.{in_file(where)}")
+                raise UserError(f"{path}.{key} is {_plain(child)!r}, but must be a block of settings.{in_file(where)}")
+        elif str(below).startswith("dict") and child is not None and not isinstance(child, DictConfig):
+            raise UserError(f"{path}.{key} is {_plain(child)!r}, but must be a block of settings.{in_file(where)}")
+        elif str(below).startswith("list") and isinstance(child, ListConfig) and not all(isinstance(word, str) for word in child):
+            raise UserError(f"{path}.{key} is {_plain(child)!r}, but must be a list of texts.{in_file(where)}")
+        elif below in (int, float) and isinstance(child, int) and (isinstance(child, bool) or abs(child) > LARGEST):
+            allowed = _wanted(schema, key) if isinstance(child, bool) else f"at most {LARGEST}"
+            raise UserError(f"{path}.{key} is {str(child)[:40]}, but must be {allowed}.{in_file(where)}")
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _wanted(schema: type, full_key: str) -> str:
@@ -110,8 +132,10 @@ def _check_values(block: Any, path: str, shown: str, where: str) -> None:
                     allowed = ", ".join(CHOICES[key])
                     hint = did_you_mean(str(word), CHOICES[key])
                     raise UserError(f"{name} is {word!r}, but must be one of {allowed}.{hint}{in_file(where)}")
-        elif key in RANGES and value is not None:
-            low, high = RANGES[key]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            low, high = RANGES.get(key, (0 if isinstance(value, int) else -LARGEST, INFINITE))
             if not low <= value <= high:
-                allowed = f"at least {low:g}" if high == INFINITE else f"between {low:g} and {high:g}"
+                allowed = f"at least {low:.10g}" if high == INFINITE else f"between {low:g} and {high:g}"
                 raise UserError(f"{name} is {value}, but must be {allowed}.{in_file(where)}")
+            if value > LARGEST:
+                raise UserError(f"{name} is {value}, but must be at most {LARGEST}.{in_file(where)}")

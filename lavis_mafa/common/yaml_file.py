@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from lavis_mafa.common.check import MODEL_DEFAULTS, check_checkpoints, check_com
 from lavis_mafa.common.errors import UserError, did_you_mean
 from lavis_mafa.common.hub import is_path
 from lavis_mafa.common.projects import find_yaml
-from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, check_keys, typed_block
+from lavis_mafa.common.yaml_text import read_yaml
 
 CHECKPOINTS = ("model.pretrained", "model.stage_1", "model.discriminator.checkpoint")
 FILES = (
@@ -46,16 +50,16 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
     Raises:
         UserError: the first mistake found.
     """
+    _check_environment()
     path = find_yaml(name)
     config = _read(path, options)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise UserError(f"{key} is ???, which stands for a value that is still to be given. ({path})")
     for block in ("model", "datasets", "run"):
-        if not isinstance(config.get(block), DictConfig):
+        if config.get(block) is None:
             raise UserError(f"{block} is missing; a YAML has the blocks model, datasets and run. ({path})")
-    if not config.datasets:
-        raise UserError(f"datasets is empty; name at least one, such as grit_pairs or grit_emoji. ({path})")
-    for dataset in config.datasets:
-        if not isinstance(config.datasets[dataset], DictConfig):
-            raise UserError(f"datasets.{dataset} is {config.datasets[dataset]!r}, but must be a block of settings. ({path})")
+        _must_be_block(config, block, str(path))
+    _check_datasets(config, str(path))
     for key in map(str, config):
         if key not in ("model", "datasets", "run", "preprocess"):
             hint = did_you_mean(key, ("model", "datasets", "run"))
@@ -69,11 +73,15 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
         kind, known = config.model.get("model_type"), _model_types(arch)
         if kind not in known:
             raise UserError(f"model.model_type is {kind!r}, but {arch} has: {', '.join(known)}. ({path})")
+        check_keys("model", config.model, str(path))  # before the defaults are merged, which fails at a list for a block
         config = _merged(OmegaConf.load(MODEL_DEFAULTS / f"{arch}_{kind}.yaml"), config)
         if config.run.get("evaluate") is True and "ecm" in config.model:
             config.model.ecm = {**config.model.ecm, "enabled": False}  # evaluating needs no Con-D
         model = typed_block("model", config.model, str(path))
     run = typed_block("run", config.run, str(path)) if config.run.get("task") in RUN_BLOCKS else None
+    if run is None:  # of LAVIS's tasks the keys that we know; YAMLs of theirs say `amp` and more beside them
+        known_keys = {f.name for f in dataclasses.fields(RunBlock)} - {"grit", "task"}
+        typed_block("run", {str(k): v for k, v in config.run.items() if k in known_keys}, str(path))
     check_combinations(model, run, str(path), files)
     if model is not None and run is None:  # one of LAVIS's tasks, whose other keys are LAVIS's
         check_device(model, str(config.run.get("device", "cuda")), where=str(path))
@@ -85,7 +93,17 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
             from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
 
             check_kinds(model)
+        _check_loadable(config, str(path))
     return config
+
+
+def _check_environment() -> None:
+    """LAVIS and transformers leave it to torch whether a checkpoint may run code; ours never may."""
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    if os.environ.get(name, "0").lower() in ("1", "y", "yes", "true"):
+        raise UserError(
+            f"{name} is {os.environ[name]} in the environment, which lets checkpoints run code as they are loaded; unset it."
+        )
 
 
 def _model_types(arch: str) -> list[str]:
@@ -94,10 +112,7 @@ def _model_types(arch: str) -> list[str]:
 
 def _read(path: Path, options: list[str]) -> DictConfig:
     """The file with its overrides, references resolved."""
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}.") from error
+    config = read_yaml(path)
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} must have the blocks model, datasets and run at its top level.")
     for option in options:
@@ -110,8 +125,37 @@ def _read(path: Path, options: list[str]) -> DictConfig:
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}. ({path})") from error
+        raise UserError(f"{error.full_key or 'a reference (${...})'}: {str(error).splitlines()[0]}. ({path})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: its references (${{...}}) lead to each other without an end.") from error
     return config
+
+
+def _must_be_block(config: DictConfig, key: str, where: str) -> None:
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, DictConfig):
+        shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        raise UserError(f"{key} is {shown!r}, but must be a block of settings. ({where})")
+
+
+def _check_datasets(config: DictConfig, where: str) -> None:
+    """The form of the blocks below ``datasets``; their keys are the builders' business."""
+    if not config.datasets:
+        raise UserError(f"datasets is empty; name at least one, such as grit_pairs or grit_emoji. ({where})")
+    for dataset in config.datasets:
+        if not isinstance(dataset, str) or not dataset.isidentifier():
+            raise UserError(f"datasets.{dataset} is no name of a data set; it is a word, such as grit_pairs or grit_emoji. ({where})")
+        _must_be_block(config, f"datasets.{dataset}", where)
+        for part in ("build_info", "vis_processor", "text_processor"):
+            if part in config.datasets[dataset]:
+                _must_be_block(config, f"datasets.{dataset}.{part}", where)
+        for part in ("vis_processor", "text_processor"):
+            for split in config.datasets[dataset].get(part, {}):
+                key = f"datasets.{dataset}.{part}.{split}"
+                _must_be_block(config, key, where)
+                name = OmegaConf.select(config, f"{key}.name")
+                if not isinstance(name, str):
+                    raise UserError(f"{key}.name is {name!r}, but must be a registered processor, such as albef_image_eval. ({where})")
 
 
 def _merged(below: Any, above: Any) -> DictConfig:
@@ -120,10 +164,28 @@ def _merged(below: Any, above: Any) -> DictConfig:
     return merged
 
 
+def _check_loadable(config: DictConfig, where: str) -> None:
+    """Files that are otherwise read after the data, or by LAVIS, which answers one that it cannot load with a traceback."""
+    wanted = ["run.resume_ckpt_path"]
+    if config.model.arch not in MODEL_BLOCKS:
+        wanted.append("model.finetuned" if config.model.get("load_finetuned", True) else "model.pretrained")
+    for key in wanted:
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, str) or "://" in value or (key, value) == ("run.resume_ckpt_path", "auto"):
+            continue
+        if value.endswith(".safetensors"):
+            raise UserError(f"{key} is {value!r}, but must be a .pth file: safetensors hold weights alone. ({where})")
+        from lavis_mafa.common.weights import read_checkpoint  # imports torch, which costs seconds
+
+        read_checkpoint(value, key, names_only=True)
+
+
 def _check_files(config: DictConfig, where: str) -> None:
     downloads = config.model.get("arch") not in MODEL_BLOCKS  # LAVIS's own models take URLs, ours local files alone
     for key in FILES:
         value = OmegaConf.select(config, key)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{key} is {value}, but must be the path of a file. ({where})")
         if (key, value) == ("run.resume_ckpt_path", "auto"):
             continue  # the newest checkpoint of the same run, if there is one
         if isinstance(value, str) and not (downloads and "://" in value) and not Path(value).is_file():

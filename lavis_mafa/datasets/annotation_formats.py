@@ -72,7 +72,7 @@ def read_separated(path: Path, columns: Columns) -> pa.Table:
 
 def read_json_lines(path: Path, columns: Columns) -> pa.Table:
     with path.open(encoding="utf-8-sig") as file:
-        first = next(_objects_in_lines(path, columns, file), None)
+        first = next(objects_in_lines(path, columns, file), None)
     if first is None:
         return pa.table({})
     known_columns(path, columns, first)
@@ -87,11 +87,11 @@ def read_json_lines(path: Path, columns: Columns) -> pa.Table:
         return pyarrow.json.read_json(path, parse_options=options)
     except pa.ArrowInvalid:
         with path.open(encoding="utf-8-sig") as file:
-            return _table_of(path, columns, _objects_in_lines(path, columns, file))
+            return _table_of(path, columns, objects_in_lines(path, columns, file))
 
 
 def read_json_list(path: Path, columns: Columns) -> pa.Table:
-    return _table_of(path, columns, _objects_in_list(path, columns))
+    return _table_of(path, columns, objects_in_list(path, columns))
 
 
 FORMATS: dict[str, Callable[[Path, Columns], pa.Table]] = {
@@ -103,7 +103,8 @@ FORMATS: dict[str, Callable[[Path, Columns], pa.Table]] = {
 }
 
 
-def _objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines, empty lines left out; a line that is none is a UserError naming its row."""
     row = 0
     for line in lines:
         if line.strip():
@@ -115,7 +116,7 @@ def _objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Ite
             yield _object(path, columns, row, value)
 
 
-def _objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     """The objects of a JSON list, one at a time: ``json.load`` would hold millions of dicts at once."""
     decode = json.JSONDecoder().raw_decode
     with path.open(encoding="utf-8-sig") as file:
@@ -165,13 +166,28 @@ def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -
             value = _typed(path, row, record, several, (str, list), "text or a list of texts")
             texts = [value] if isinstance(value, str) else value
             cells[several].append(texts)
-            if texts is not None and not all(isinstance(text, str) for text in texts):
+            if texts is not None and not all(text is None or isinstance(text, str) for text in texts):
                 raise UserError(f"{path}, row {row}: '{several}' is {json.dumps(texts)[:60]}; allowed: text or a list of texts.")
             for name in columns.optional:
                 value = _typed(path, row, record, name, (str, int), "text or a whole number")
                 cells[name].append(None if value is None else str(value))
-        tables.append(pa.table(cells, schema=schema))
+        try:
+            tables.append(pa.table(cells, schema=schema))
+        except UnicodeEncodeError as error:
+            raise _half_a_character(path, row - len(chunk), chunk, schema.names) from error
     return pa.concat_tables(tables) if tables else pa.table({})
+
+
+def _half_a_character(path: Path, before: int, chunk: list[dict[str, Any]], names: list[str]) -> UserError:
+    """JSON can escape half of a pair of UTF-16 (``\\ud83d``), which is no text that anything else could hold."""
+    for row, record in enumerate(chunk, before + 1):
+        for name in names:
+            try:
+                json.dumps(record.get(name), ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                shown = json.dumps(record[name])[:60]
+                return UserError(f"{path}, row {row}: '{name}' is {shown}, with half of a character; allowed: whole ones.")
+    return UserError(f"{path}: a text holds half of a character; allowed: whole ones.")
 
 
 def _typed(path: Path, row: int, record: dict[str, Any], name: str, kind: type | tuple[type, ...], allowed: str) -> Any:

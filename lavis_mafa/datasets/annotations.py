@@ -16,16 +16,22 @@ import torch
 from lavis_mafa.common.errors import UserError, did_you_mean
 from lavis_mafa.datasets.annotation_formats import FORMATS, PAIRS, Columns
 from lavis_mafa.datasets.arrow_compute import pc
+from lavis_mafa.datasets.image_paths import check_image_paths
 
 TEXTS = pa.list_(pa.string())
 
 
-def read_annotations(files: Sequence[str | Path], columns: Columns = PAIRS) -> pa.Table:
+def read_annotations(files: Sequence[str | Path], columns: Columns = PAIRS, allow_absolute_paths: bool = False) -> pa.Table:
     """Read annotation files (.json, .jsonl, .csv, .tsv, .parquet) into one table, in the order given.
 
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
     ``image_id`` (rows of one image share it) and ``concept`` (what it shows: ground truth for reports). Others are ignored.
     With ``QUESTIONS`` for ``columns``, rows have ``image``, ``question`` and ``answer`` (text or list), optionally ``question_id``.
+
+    Args:
+        files: at least one.
+        columns: ``PAIRS`` or ``QUESTIONS``.
+        allow_absolute_paths: image paths may leave the image folder (see ``image_paths``).
 
     Returns:
         Columns ``image`` string, ``caption`` list<string> and, where a file has them, ``image_id`` and ``concept`` string.
@@ -33,7 +39,8 @@ def read_annotations(files: Sequence[str | Path], columns: Columns = PAIRS) -> p
 
     Raises:
         UserError: a file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type; a
-            row has an empty image, caption, question or answer. The message names file and row, counted from 1 without a header.
+            row has an empty image, caption, question or answer, or an image path that leaves the image folder. The message
+            names file and row, counted from 1 without a header.
 
     Example:
         >>> read_annotations(["train.jsonl"]).column_names
@@ -41,7 +48,11 @@ def read_annotations(files: Sequence[str | Path], columns: Columns = PAIRS) -> p
     """
     if not files:
         raise UserError("No annotation file is given; allowed: one path or a list of paths.")
-    table = pa.concat_tables([_read_file(Path(file), columns) for file in files], promote_options="default")
+    tables = []
+    for file in map(Path, files):
+        tables.append(read_rows(file, columns))
+        _check(file, tables[-1], columns, allow_absolute_paths)
+    table = pa.concat_tables(tables, promote_options="default")
     # Arrow would keep what the parsers no longer need for its next use, but the table is there for the whole run.
     pa.default_memory_pool().release_unused()
     return table
@@ -61,7 +72,15 @@ def image_keys(table: pa.Table) -> torch.LongTensor:
     return torch.from_numpy(keys.to_numpy().astype(np.int64))  # type: ignore[return-value]
 
 
-def _read_file(path: Path, columns: Columns) -> pa.Table:
+def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
+    """The rows of one file, whatever they hold: texts may be null or empty, paths may lead anywhere.
+
+    Returns:
+        as :func:`read_annotations`.
+
+    Raises:
+        UserError: the file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type.
+    """
     read = FORMATS.get(path.suffix.lower())
     if read is None:
         known = ", ".join(FORMATS)
@@ -80,10 +99,15 @@ def _read_file(path: Path, columns: Columns) -> pa.Table:
         # A JSON line leaves an absent column empty, so a column without any value counts as absent.
         if name in table.column_names and table[name].null_count < table.num_rows:
             found[name] = _strings(path, table, name, numbers=True)
-    for name in columns.single:
-        _check_no_empty_text(path, name, found[name])
-    _check_no_empty_list(path, columns.several, found[columns.several])
     return pa.table(found)
+
+
+def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: bool) -> None:
+    for name in columns.single:
+        _check_no_empty_text(path, name, table[name])
+    if not allow_absolute_paths:
+        check_image_paths(path, table["image"])
+    _check_no_empty_list(path, columns.several, table[columns.several])
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -127,5 +151,5 @@ def _check_no_empty_list(path: Path, name: str, lists: pa.ChunkedArray) -> None:
             position = pc.index(text, False).as_py()
             row = chunk.value_parent_indices()[position].as_py() if position >= 0 else -1
         if row >= 0:
-            raise UserError(f"{path}, row {before + row + 1}: the {name} is empty; allowed: a text, or a list of texts.")
+            raise UserError(f"{path}, row {before + row + 1}: the {name} is empty or null; allowed: a text, or a list of texts.")
         before += len(chunk)

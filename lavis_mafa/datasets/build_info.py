@@ -14,6 +14,7 @@ from lavis_mafa.common.errors import UserError, did_you_mean
 def own_files(where: str, info: DictConfig, splits: tuple[str, ...]) -> tuple[dict[str, list[Path]], Path, int | None]:
     """The annotation files of the splits that have some, the image folder, and how many rows to keep."""
     check_keys(f"{where}.annotations", info.annotations, splits)
+    check_keys(f"{where}.images", info.images, ("storage", "allow_absolute_paths"))
     files = {split: _paths(info.annotations.get(split)) for split in splits}
     if not any(files.values()):
         raise UserError(f"{where}.annotations.{splits[0]}.storage is not set; allowed: a path or a list of paths.")
@@ -22,6 +23,11 @@ def own_files(where: str, info: DictConfig, splits: tuple[str, ...]) -> tuple[di
         raise UserError(f"{where}.images.storage is not set; allowed: the folder that image paths start from.")
     limit = count(f"{where}.max_images", info.get("max_images"))
     return {split: paths for split, paths in files.items() if paths}, Path(root).expanduser(), limit
+
+
+def allows_absolute_paths(where: str, info: DictConfig) -> bool:
+    """``images.allow_absolute_paths``: whether image paths may leave the image folder."""
+    return yes_or_no(f"{where}.images.allow_absolute_paths", info.images.get("allow_absolute_paths", False))
 
 
 def _paths(split: Any) -> list[Path]:

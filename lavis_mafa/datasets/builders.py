@@ -16,7 +16,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotation_formats import QUESTIONS
 from lavis_mafa.datasets.arrow_compute import pc
-from lavis_mafa.datasets.build_info import check_keys, count, one_of, own_files, yes_or_no
+from lavis_mafa.datasets.build_info import allows_absolute_paths, check_keys, count, one_of, own_files, yes_or_no
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.image_text_pairs import ImageTextPairs, Select, open_annotations
@@ -44,21 +44,29 @@ class _LocalBuilder(BaseDatasetBuilder):
         return vis, text
 
     def _pairs(
-        self, split: str, files: list[Path], root: Path, select: Select, prefix_lm: bool, truth: GroundTruth | None = None
+        self,
+        split: str,
+        files: list[Path],
+        root: Path,
+        select: Select,
+        prefix_lm: bool,
+        truth: GroundTruth | None = None,
+        allow_absolute_paths: bool = False,
     ) -> BaseDataset:
         """Training splits are pairs, the others galleries."""
         vis, text = self._processors(split)
         if split == "train":
-            return ImageTextPairs(vis, text, root, files, truth, select, prefix_lm)
-        return RetrievalPairs(vis, text, root, files, truth, select)
+            return ImageTextPairs(vis, text, root, files, truth, select, prefix_lm, allow_absolute_paths)
+        return RetrievalPairs(vis, text, root, files, truth, select, allow_absolute_paths)
 
 
 class GritPairsBuilder(_LocalBuilder):
     """Own image-text pairs, from JSON, JSON lines, CSV, TSV or Parquet (see ``read_annotations``).
 
     ``build_info.annotations.<train|val|test>.storage`` is a file or a list of files, ``build_info.images.storage`` the folder
-    that image paths start from; ``build_info.max_images`` (optional) keeps the first rows only. A split without a file is left
-    out. ``build_info.prefix_lm`` splits training captions for prefix language modelling (see ``ImageTextPairs``).
+    that image paths start from and stay below, unless ``build_info.images.allow_absolute_paths``; ``build_info.max_images``
+    (optional) keeps the first rows only. A split without a file is left out. ``build_info.prefix_lm`` splits training captions
+    for prefix language modelling (see ``ImageTextPairs``).
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_pairs" / "defaults.yaml")}
@@ -74,15 +82,20 @@ class GritPairsBuilder(_LocalBuilder):
         check_keys(where, info, ("annotations", "images", "max_images", "prefix_lm"))
         files, root, limit = own_files(where, info, SPLITS)
         prefix_lm = yes_or_no(f"{where}.prefix_lm", info.get("prefix_lm", False))
+        anywhere = allows_absolute_paths(where, info)
         self.build_processors()
-        return {split: self._pairs(split, paths, root, lambda rows: rows[:limit], prefix_lm) for split, paths in files.items()}
+
+        def first(rows: pa.Table) -> pa.Table:
+            return rows[:limit]
+
+        return {split: self._pairs(split, paths, root, first, prefix_lm, None, anywhere) for split, paths in files.items()}
 
 
 class GritVqaBuilder(_LocalBuilder):
     """Own questions about images, from the same formats; columns ``image``, ``question``, ``answer``, optionally ``question_id``.
 
-    ``build_info.annotations.<val|test>.storage``, ``build_info.images.storage`` and ``build_info.max_images`` (the first questions
-    only) are as in ``grit_pairs``.
+    ``build_info.annotations.<val|test>.storage``, ``build_info.images`` and ``build_info.max_images`` (the first questions only)
+    are as in ``grit_pairs``.
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_vqa" / "defaults.yaml")}
@@ -97,10 +110,11 @@ class GritVqaBuilder(_LocalBuilder):
         info = self.config.build_info
         check_keys(where, info, ("annotations", "images", "max_images"))
         files, root, limit = own_files(where, info, ("val", "test"))
+        anywhere = allows_absolute_paths(where, info)
         self.build_processors()
         datasets: Datasets = {}
         for split, paths in files.items():
-            _, table = open_annotations(root, paths, lambda rows: rows[:limit], QUESTIONS)
+            _, table = open_annotations(root, paths, lambda rows: rows[:limit], QUESTIONS, anywhere)
             datasets[split] = ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
         return datasets
 

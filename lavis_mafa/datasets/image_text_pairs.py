@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotation_formats import PAIRS, Columns
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
+from lavis_mafa.datasets.captions import clean_caption
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.images import load_rgb
 
@@ -22,7 +23,11 @@ Select = Callable[[pa.Table], pa.Table]
 
 
 def open_annotations(
-    vis_root: str | Path, ann_paths: Sequence[str | Path], select: Select | None, columns: Columns = PAIRS
+    vis_root: str | Path,
+    ann_paths: Sequence[str | Path],
+    select: Select | None,
+    columns: Columns = PAIRS,
+    allow_absolute_paths: bool = False,
 ) -> tuple[Path, pa.Table]:
     """The image folder and the annotations, checked as far as a glance can: the first row's image must be there."""
     root = Path(vis_root)
@@ -30,7 +35,7 @@ def open_annotations(
         raise UserError(
             f"The image folder {root} does not exist; set build_info.images.storage to the folder the image paths start from."
         )
-    table = read_annotations(ann_paths, columns)
+    table = read_annotations(ann_paths, columns, allow_absolute_paths)
     if select is not None:
         table = select(table)
     first = root / table["image"][0].as_py()
@@ -52,6 +57,7 @@ class ImageTextPairs(BaseDataset):
         truth: which image matches which text; None takes what a ``concept`` column of the annotations tells.
         select: the table -> the rows to use (at least one).
         prefix_lm: split each caption at a random word, for prefix language modelling (BLIP-2 with an encoder-decoder).
+        allow_absolute_paths: image paths may leave ``vis_root``.
 
     Attributes:
         table: the annotations. image_keys: [N], one number per image.
@@ -70,9 +76,10 @@ class ImageTextPairs(BaseDataset):
         truth: GroundTruth | None = None,
         select: Select | None = None,
         prefix_lm: bool = False,
+        allow_absolute_paths: bool = False,
     ) -> None:
         # Not BaseDataset's own: it reads JSON lists into dicts and adds a string to every one.
-        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select)
+        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select, allow_absolute_paths=allow_absolute_paths)
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.prefix_lm = prefix_lm
@@ -100,12 +107,13 @@ class ImageTextPairs(BaseDataset):
 
         Raises:
             OSError: the image cannot be read. The runner takes another sample in its place and counts it.
+            EmptyCaption: processing leaves nothing of the caption; likewise.
         """
         captions = self.captions(index)
         caption = captions[0] if len(captions) == 1 else random.choice(captions)
         sample: dict[str, Any] = {
             "image": self.vis_processor(load_rgb(self.image_path(index))),
-            "text_input": self.text_processor(caption),
+            "text_input": clean_caption(self.text_processor, caption),
             "index": index,
             "image_key": int(self.image_keys[index]),
         }

@@ -1,27 +1,158 @@
-"""Opening images the same way everywhere."""
+"""Opening images the same way everywhere, whatever a file from the web holds."""
 
 from __future__ import annotations
 
+import logging
+import os
+import struct
+import warnings
+import zlib
 from os import PathLike
+from typing import Any
 
-from PIL import Image, ImageFile
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+# pictures alone: PIL would hand an .eps to Ghostscript, and a hostile file may have any ending
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 128_000_000  # the largest phone photographs (108 million) pass; as RGB it is 384 MB
+MIN_SIDE = 4  # tracking pixels and separator lines show nothing that a caption could speak of
+
+# what PIL's decoders raise for broken files besides OSError: they look things up, compute with and assert what a file says
+BROKEN = (
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(OSError):
+    """An image that cannot be used; the message names file and reason."""
+
+
+class ImageTooLargeError(ImageError):
+    """More than ``MAX_PIXELS``: a decompression bomb, or too much for a data loader's worker."""
+
+
+class ImageTooSmallError(ImageError):
+    """The shorter side is below ``MIN_SIDE``."""
 
 
 def load_rgb(path: str | PathLike[str]) -> Image.Image:
-    """Open an image as RGB; what is transparent becomes white (a plain ``convert`` would show the colour hidden there).
+    """Open an image as RGB and upright.
+
+    What is transparent becomes white (a plain ``convert`` would show the colour hidden there), 16-bit grey is scaled to 8 bits,
+    EXIF's orientation is applied, and of an animation the first frame is taken.
 
     Raises:
-        OSError: the file is missing, torn or no image (``PIL.UnidentifiedImageError`` is one).
+        FileNotFoundError: there is no such file. OSError: it may not be read.
+        ImageTooLargeError: more than ``MAX_PIXELS``, by its header; nothing is decoded.
+        ImageTooSmallError: the shorter side is below ``MIN_SIDE``.
+        ImageError: anything else: torn, empty, no image, or of none of ``FORMATS``. The three are OSErrors.
+
+    Example:
+        >>> load_rgb("photograph.jpg").mode
+        'RGB'
     """
     # LAVIS tells PIL to accept torn files, for every program that imports it; half a picture is no sample
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    with Image.open(path) as image:
-        return on_white(image)
+    name = os.fspath(path)
+    with warnings.catch_warnings():  # of corrupt metadata and large images: neither is the user's business
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(name, formats=_formats()) as image:
+                _check_size(name, image.size)
+                image.load()
+                return upright(on_white(image), _orientation(image))
+        except (ImageError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise _named(name, error) from error
+        except OSError as error:
+            if error.filename is not None:  # missing, a folder, no permission: it says so and names the file
+                raise
+            raise _named(name, error) from error
+        except BROKEN as error:
+            raise _named(name, error) from error
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """The image as RGB, transparent parts on white."""
+    """The image as RGB, transparent parts on white.
+
+    Raises:
+        ValueError: its pixels are floats or 32-bit numbers, of which nobody knows what is white.
+    """
+    if image.mode.startswith("I"):
+        return _of_sixteen_bits(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def upright(image: Image.Image, orientation: Any) -> Image.Image:
+    """The image as EXIF's ``orientation`` (1 to 8) says it should be looked at; anything else leaves it alone."""
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # AVIF came late, and depends on how Pillow was built
+
+
+def _check_size(name: str, size: tuple[int, int]) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ImageTooLargeError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
+    if min(size) < MIN_SIDE:
+        raise ImageTooSmallError(f"{width}x{height} pixels, but a side needs at least {MIN_SIDE}")
+
+
+def _of_sixteen_bits(image: Image.Image) -> Image.Image:
+    """``convert("RGB")`` would clip everything above 255 to white."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("its pixels are 32-bit numbers; save it with 8 or 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """Read after loading: TIFF's is applied by then. A picture with broken EXIF is still a picture."""
+    try:
+        return image.getexif().get(ORIENTATION_TAG, 1)
+    except (OSError, *BROKEN):
+        return 1
+
+
+def _named(name: str, error: Exception) -> ImageError:
+    """The error with file and reason in its message, whatever PIL put there."""
+    if isinstance(error, UnidentifiedImageError):
+        why = "the file is empty" if os.path.getsize(name) == 0 else f"none of {', '.join(_formats())}"
+        return ImageError(f"cannot identify image file {name!r}: {why}")
+    if isinstance(error, Image.DecompressionBombError):  # twice PIL's own limit, which is looked at first
+        return ImageTooLargeError(f"unusable image {name!r}: more than {MAX_PIXELS:,} pixels")
+    kind = type(error) if isinstance(error, ImageError) else ImageError
+    return kind(f"unusable image {name!r}: {str(error) or type(error).__name__}")
+
+
+# TIFF's reader logs what it finds odd in a header, and then raises it
+logging.getLogger("PIL").setLevel(logging.CRITICAL)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import os
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavis_mafa.common.errors import EmptyCaption
 
+LOOK_AHEAD = 32  # rows, for a stand-in from outside of a batch that is bad altogether
+REASON = 400  # characters of a reason: a caption may be long
 UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, EmptyCaption, SyntaxError)
 
 
@@ -29,8 +33,9 @@ class IndexedDataset(Dataset):
     augmentation and caption choice are seeded by (seed, epoch, index): a sample does not depend on workers, ranks or on whether
     the run was resumed.
 
-    An unreadable sample is replaced by the next readable one of the same batch, which is on the same rank by construction. A
-    batch without any is collated to its ``bad_samples`` alone: the runner, which counts them, ends the run with one message.
+    An unreadable sample is replaced by the next readable one of the same batch, or of the rows that follow, where the batch has none
+    (GRIT serves what it has not seen, so bad samples come together). A batch without either is collated to its ``bad_samples``
+    alone: the runner, which counts them, ends the run with one message.
     """
 
     def __init__(self, dataset: Any, seed: int = 0) -> None:
@@ -48,6 +53,7 @@ class IndexedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # LAVIS's own data sets would fill the rest of a torn image with grey
         with seeded(self.seed, int(self._epoch), index):
             sample = self.dataset[index]
         if isinstance(sample, dict):
@@ -55,15 +61,23 @@ class IndexedDataset(Dataset):
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        samples = [self._try(index) for index in indices]
-        bad = [s for s in samples if isinstance(s, BadSample)]
-        if len(bad) == len(samples):
-            return samples
-        for place, sample in enumerate(samples):
+        tried = [self._try(index) for index in indices]
+        stand_ins = [s for s in tried if not isinstance(s, BadSample)]
+        if not stand_ins:
+            stand_ins = [s for index in indices if (s := self._readable_after(index)) is not None]
+        if not stand_ins:
+            return tried
+        samples = []
+        for place, sample in enumerate(tried):
             if isinstance(sample, BadSample):
-                neighbour = next(s for s in samples[place:] + samples[:place] if not isinstance(s, BadSample))
-                samples[place] = {**neighbour, "bad_samples": [sample]}
+                readable = (s for s in tried[place:] + tried[:place] if not isinstance(s, BadSample))
+                sample = {**next(readable, stand_ins[place % len(stand_ins)]), "bad_samples": [sample]}
+            samples.append(sample)
         return samples
+
+    def _readable_after(self, index: int) -> Any:
+        rows = (self._try((index + step) % len(self)) for step in range(1, LOOK_AHEAD + 1))
+        return next((s for s in rows if not isinstance(s, BadSample)), None)
 
     def collate(self, samples: list[Any]) -> Any:
         """The data set's own collater, plus ``bad_samples``: what could not be read, and why."""
@@ -85,7 +99,9 @@ class IndexedDataset(Dataset):
         try:
             return self[index]
         except UNREADABLE as error:
-            return BadSample(index=index, reason=f"{type(error).__name__}: {error}")
+            sample = BadSample(index=index, reason=f"{type(error).__name__}: {error}"[:REASON])
+            path = image_path(self.dataset, index)
+            return sample if path is None else BadSample(sample, image=path)
 
 
 @contextlib.contextmanager
@@ -102,6 +118,19 @@ def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
         random.setstate(state[0])
         np.random.set_state(state[1])
         torch.set_rng_state(state[2])
+
+
+def image_path(dataset: Any, index: int) -> str | None:
+    """Where sample ``index``'s image is; None where the data set does not tell."""
+    if hasattr(dataset, "datasets"):
+        number = bisect.bisect_right(dataset.cumulative_sizes, index)
+        return image_path(dataset.datasets[number], index - (dataset.cumulative_sizes[number - 1] if number else 0))
+    if hasattr(dataset, "image_path"):
+        return str(dataset.image_path(index))
+    annotation = getattr(dataset, "annotation", None)
+    row = annotation[index] if isinstance(annotation, list) else None
+    name = row.get("image") if isinstance(row, dict) else None
+    return os.path.join(getattr(dataset, "vis_root", None) or "", name) if isinstance(name, str) else None
 
 
 def image_keys(dataset: Any) -> Tensor:

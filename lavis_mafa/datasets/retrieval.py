@@ -10,7 +10,9 @@ import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from torch.utils.data import default_collate
 
+from lavis_mafa.common.errors import EmptyCaption, UserError
 from lavis_mafa.datasets.annotations import image_keys
+from lavis_mafa.datasets.captions import clean_caption
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.image_text_pairs import Select, open_annotations
 from lavis_mafa.datasets.images import load_rgb
@@ -29,7 +31,7 @@ class RetrievalPairs(BaseDataset):
         concepts: [N] or None. text_keys: [T] or None.
 
     Raises:
-        UserError: from the annotations, or the image folder or the first image does not exist.
+        UserError: from the annotations, the image folder or the first image does not exist, or a caption holds no word.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class RetrievalPairs(BaseDataset):
         ann_paths: Sequence[str | Path],
         truth: GroundTruth | None = None,
         select: Select | None = None,
+        allow_absolute_paths: bool = False,
     ) -> None:
-        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select)
+        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select, allow_absolute_paths=allow_absolute_paths)
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.truth = truth or GroundTruth.from_table(self.table)
@@ -68,7 +71,11 @@ class RetrievalPairs(BaseDataset):
                 if text not in self.img2txt[image]:
                     self.img2txt[image].append(text)
                     self.txt2img[text].append(image)
-        self.text: list[str] = [text_processor(caption) for caption in self.raw_text]
+        try:
+            self.text: list[str] = [clean_caption(text_processor, caption) for caption in self.raw_text]
+        except EmptyCaption as error:
+            files = ", ".join(map(str, ann_paths))
+            raise UserError(f"{files}: {error} Evaluation replaces nothing; `lavis-mafa check-data --clean` leaves it out.") from error
 
         self.concepts: torch.Tensor | None = None
         self.text_keys: torch.Tensor | None = None

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lavis_mafa.grit.grouping import Memory
 from lavis_mafa.grit.host_copy import HostCopy, copy_to_host
-from lavis_mafa.grit.indices import SeenIndices
+from lavis_mafa.grit.indices import SeenIndices, first_occurrences
 from lavis_mafa.grit.phases import Rows, check_sizes, shuffle_and_group
+from lavis_mafa.grit.saved import saved_number, saved_tensor
 
 
 class GritQueue:
@@ -140,21 +141,44 @@ class GritQueue:
         """Go on exactly where ``state_dict`` was taken; what this queue held is dropped.
 
         Raises:
-            ValueError: the state was made with other settings, which would not give the same order.
+            ValueError: the state was made with other settings, which would not give the same order, or an entry is missing or
+                malformed. The queue is then as it was.
         """
         for key, value in self._settings().items():
-            if state[key] != value:
-                raise ValueError(f"{key} is {value}, but the saved queue had {state[key]}; resume with the saved value.")
+            saved = saved_number(state, key, least=min(0, value))
+            if saved != value:
+                raise ValueError(f"{key} is {value}, but the saved queue had {saved}; resume with the saved value.")
+        epoch, queues_grouped = saved_number(state, "epoch"), saved_number(state, "queues_grouped")
+        finished, *waiting = self._checked_rows(state, queues_grouped)
         if self._grouping is not None:
             self._grouping.exception()  # waits; what it found belongs to the state that is dropped
             self._grouping = None
         self._start_empty()
-        self.epoch = int(state["epoch"])
-        self._queues_grouped = int(state["queues_grouped"])
-        self._finished = [state["finished"].clone()]
-        self._seen.add(self._finished[0])
-        self._arriving = copy_to_host(state["index"], state["image_features"], state["text_features"])
+        self.epoch, self._queues_grouped = epoch, queues_grouped
+        self._finished = [finished.clone()]
+        self._seen.add(finished)
+        self._arriving = copy_to_host(*waiting)
         self._take_in()
+
+    def _checked_rows(self, state: Mapping[str, Any], queues_grouped: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The saved ``finished``, ``index``, ``image_features`` and ``text_features``, which fit each other and these settings."""
+        finished, index = (saved_tensor(state, name, torch.long, dims=1) for name in ("finished", "index"))
+        image, text = (saved_tensor(state, f"{side}_features", torch.float32, dims=2) for side in ("image", "text"))
+        if image.shape != text.shape or len(image) != len(index):
+            shapes = [list(rows.shape) for rows in (index, image, text)]
+            raise ValueError("the saved index, image_features and text_features are {}, {} and {}, which do not fit.".format(*shapes))
+        # a queue is grouped the moment it is full
+        if len(finished) != queues_grouped * self.queue_size or len(index) >= self.queue_size:
+            raise ValueError(
+                f"the saved queue has {len(finished)} grouped and {len(index)} waiting samples, which is not what {queues_grouped} "
+                f"grouped queues of {self.queue_size} and a part of one give."
+            )
+        collected = torch.cat([finished, index])
+        if len(collected) and int(collected.min()) < 0:
+            raise ValueError(f"the saved queue holds index {int(collected.min())}, but must hold positions in the data set.")
+        if not bool(first_occurrences(collected).all()):
+            raise ValueError("the saved queue holds an index twice.")
+        return finished, index, image, text
 
     def _settings(self) -> dict[str, int]:
         return {

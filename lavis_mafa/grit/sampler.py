@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from lavis_mafa.grit.saved import saved_number, saved_tensor, saved_value
 from lavis_mafa.grit.seeding import seeded_generator
 
 
@@ -141,10 +142,15 @@ class GritSampler(Sampler[int]):
         """Go on in the saved epoch, after its last trained step. Ranks and batch size may differ if the global batches fit.
 
         Raises:
-            ValueError: the saved order is for another data set, or what it already served is no whole number of steps here.
+            ValueError: the saved order is for another data set, what it already served is no whole number of steps here, or an
+                entry is missing or malformed. The sampler is then as it was.
         """
-        order = self._checked(state["order"])
-        steps, saved_batch = int(state["start_step"]), int(state["global_batch"])
+        order = self._checked(saved_tensor(state, "order", torch.long, dims=1))
+        epoch, grouped = saved_number(state, "epoch"), saved_value(state, "grouped")
+        if not isinstance(grouped, bool):
+            raise ValueError(f"the saved grouped is {grouped!r}, but must be True or False.")
+        saved_batch = saved_number(state, "global_batch", least=1, most=self.dataset_size)
+        steps = saved_number(state, "start_step", most=self.dataset_size // saved_batch)
         step, left = divmod(steps * saved_batch, self.global_batch)
         if steps == self.dataset_size // saved_batch:
             # A complete epoch stays complete, although other batches might squeeze one more step out of its tail.
@@ -154,7 +160,7 @@ class GritSampler(Sampler[int]):
                 f"the saved epoch stopped after {steps} batches of {saved_batch} samples over all ranks, which is no whole "
                 f"number of batches of {self.global_batch}; resume with ranks x batch size = {saved_batch}."
             )
-        self._begin(order, int(state["epoch"]), bool(state["grouped"]))
+        self._begin(order, epoch, grouped)
         self.start_step = step
 
     def _begin(self, order: Tensor, epoch: int, grouped: bool) -> None:

@@ -22,6 +22,7 @@ from lavis_mafa.models.blip2_pairs import query_pass
 from lavis_mafa.models.language_model import build_opt, check_opt
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.models.outputs import PretrainOutput
+from lavis_mafa.objectives import value_range
 
 logger = logging.getLogger(__name__)
 # what stage 1 has and stage 2 does not: its heads, and the text branch of the Q-Former
@@ -133,8 +134,13 @@ class Blip2OptMafa(Blip2OPT):
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions.
         """
-        loss = super().forward({**samples, "image": samples["image"].to(self.device)})["loss"]
-        return PretrainOutput(loss=loss, loss_lm=loss)
+        ranges: dict[str, Tensor] = {}
+        hook = self.opt_proj.register_forward_hook(lambda _, __, prompt: ranges.update(soft_prompt=value_range(prompt)))
+        try:
+            loss = super().forward({**samples, "image": samples["image"].to(self.device)})["loss"]
+        finally:
+            hook.remove()
+        return PretrainOutput(loss=loss, loss_lm=loss, ranges=ranges)
 
     @torch.no_grad()
     def predict_answers(

@@ -13,9 +13,11 @@ from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import MafaBlock
 from lavis_mafa.common.typed import typed_block
+from lavis_mafa.discriminators.sanity import SanityCheck
+from lavis_mafa.models.nothing_to_do import NothingToDo
 from lavis_mafa.models.outputs import PretrainOutput
 from lavis_mafa.models.retrieval_scoring import score_matrices
-from lavis_mafa.objectives import Discriminator, EncodedBatch, StepSettings, mafa_step
+from lavis_mafa.objectives import Discriminator, EncodedBatch, StepSettings, mafa_step, value_range
 from lavis_mafa.objectives.pretraining import ItcSettings, PairModel, StepOutput
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -29,13 +31,17 @@ class MafaModel(nn.Module, Generic[Block]):
     settings: Block
     temp: nn.Parameter
     device: Any
+    training: bool
     discriminator: Discriminator | None
+    con_d_check: SanityCheck | None
 
     def _prepare_mafa(self) -> None:
         """To be called at the end of a host's ``__init__``."""
         self.batch_scope = "local"  # set from run.grit.batch_scope: whose candidates an anchor sees
         # the discriminator is no part of the module tree: not trained, not saved, not broadcast
         self.__dict__["discriminator"] = None
+        self.con_d_check = None
+        self.nothing_to_do = NothingToDo()
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Any:
@@ -53,6 +59,9 @@ class MafaModel(nn.Module, Generic[Block]):
     def set_discriminator(self, discriminator: Discriminator | None) -> None:
         """Use any object with ``match_probability`` as Con-D; it stays out of the module tree and of checkpoints."""
         self.__dict__["discriminator"] = discriminator
+        block = self.settings.discriminator
+        name = type(discriminator).__name__ if block is None else block.checkpoint or block.arch
+        self.con_d_check = None if discriminator is None else SanityCheck(name, self.settings.ecm.threshold)
 
     # --- what a host defines ---------------------------------------------------------------------------------------
 
@@ -90,6 +99,9 @@ class MafaModel(nn.Module, Generic[Block]):
         except ValueError as error:
             index = samples["index"].tolist() if "index" in samples else "unknown"
             raise UserError(f"{error}. Data set indices of the batch: {index}.") from error
+        if self.training:
+            self._look_at(samples, batch, output)
+        norms = {"image_feature_norm": features[0].norm(dim=-1), "text_feature_norm": features[1].norm(dim=-1)}
         return PretrainOutput(
             loss=output.loss,
             loss_itc=output.loss_itc,
@@ -98,6 +110,7 @@ class MafaModel(nn.Module, Generic[Block]):
             text_features=features[1],
             figures=output.figures,
             verdicts=self._verdicts(output, samples),
+            ranges=output.ranges | {name: value_range(norm) for name, norm in norms.items()},
             **{self.lm_loss_name: output.loss_lm},
         )
 
@@ -106,6 +119,12 @@ class MafaModel(nn.Module, Generic[Block]):
         return score_matrices(self, data_loader, int(task_cfg.k_test))
 
     # --- parts of a step -------------------------------------------------------------------------------------------
+
+    def _look_at(self, samples: dict[str, Any], batch: EncodedBatch, output: StepOutput) -> None:
+        """What a user should be told about a training step; it changes nothing."""
+        self.nothing_to_do.look(samples["text_input"], output, self.settings)
+        if self.settings.ecm.enabled and self.discriminator is not None and self.con_d_check is not None:
+            self.con_d_check.look(self.discriminator, samples, batch.known_positive)
 
     def _image_keys(self, samples: dict[str, Any]) -> Tensor:
         keys = samples.get("image_key")

@@ -74,9 +74,11 @@ class MomentumTeacher(nn.Module):
         size = self.image_queue.shape[1]
         if len(keys) > size:
             raise UserError(f"model.itc.momentum_distillation.queue_size is {size}, smaller than a global batch ({len(keys)}).")
-        enqueue(self.image_queue, self.queue_ptr, image_feature)
-        enqueue(self.text_queue, self.queue_ptr, text_feature)
-        enqueue(self.idx_queue, self.queue_ptr, keys)
+        # one NaN column would spoil the loss of every step until it is overwritten; pair and key stay together
+        finite = image_feature.isfinite().all(dim=1) & text_feature.isfinite().all(dim=1)
+        enqueue(self.image_queue, self.queue_ptr, image_feature, finite)
+        enqueue(self.text_queue, self.queue_ptr, text_feature, finite)
+        enqueue(self.idx_queue, self.queue_ptr, keys, finite)
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 

@@ -25,6 +25,7 @@ class PretrainOutput(ModelOutput):
     text_features: Tensor | None = None  # [B, d]
     figures: dict[str, Tensor] | None = None  # Tensor[] each, on the device
     verdicts: dict[str, Tensor] | None = None  # [2B] each: image, text (data set indices), probability, positive, ambiguous
+    ranges: dict[str, Tensor] | None = None  # [2] each, least and greatest: where to look when a loss is not finite
 
     @property
     def stats(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from lavis_mafa.objectives.pretraining import (
     StepSettings,
     mafa_step,
 )
+from lavis_mafa.objectives.ranges import value_range
 from lavis_mafa.objectives.targets import itc_targets
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "ramp_up",
     "sampling_scores",
     "update_teacher",
+    "value_range",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 def itc_loss(logits_i2t: Tensor, logits_t2i: Tensor, targets_i2t: Tensor, targets_t2i: Tensor) -> Tensor:
     """Mean of the two directions' cross-entropies with soft targets (MAFA eq. 1; eq. 5 when the targets are smoothed).
 
-    Computed in fp32. A logit of -inf is a pair that takes no part; its target must be 0.
+    Computed in fp32. A logit of -inf is a pair that takes no part; its target must be 0. A NaN logit or target gives a NaN loss.
 
     Args:
         logits_i2t: [B, K] similarity / temperature of image b and text k.
@@ -50,6 +50,6 @@ def consistency_loss(logits_i2t: Tensor, logits_t2i: Tensor) -> Tensor:
 
 def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     log_probability = F.log_softmax(logits.float(), dim=1)
-    # 0 * -inf is NaN: a pair without target mass must not enter the sum
-    terms = torch.where(targets > 0, targets * log_probability, torch.zeros_like(targets))
+    # 0 * -inf is NaN: a pair without target mass must not enter the sum; a NaN target (its teacher diverged) must
+    terms = torch.where(targets != 0, targets * log_probability, torch.zeros_like(targets))
     return -terms.sum(dim=1).mean()

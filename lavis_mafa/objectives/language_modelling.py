@@ -26,7 +26,7 @@ def language_modelling_loss(
         label_smoothing: the share of the target that is spread over the vocabulary.
 
     Returns:
-        Tensor[]; NaN where no token follows another.
+        Tensor[]; where no token follows another it is 0 and still has a graph, so that every rank runs the same backward pass.
 
     Example:
         >>> head = torch.nn.Linear(4, 10)
@@ -36,4 +36,5 @@ def language_modelling_loss(
     next_token = input_ids[:, 1:].flatten()
     there = torch.nonzero(next_token != pad_token_id).flatten()
     logits = head(states[:, :-1].flatten(0, 1).index_select(0, there))
-    return F.cross_entropy(logits.float(), next_token[there], label_smoothing=label_smoothing)
+    reduction = "mean" if len(there) else "sum"  # a mean of nothing is NaN
+    return F.cross_entropy(logits.float(), next_token[there], label_smoothing=label_smoothing, reduction=reduction)

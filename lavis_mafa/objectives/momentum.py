@@ -33,14 +33,17 @@ def ramp_up(alpha: float, epoch: int, step: int, steps_per_epoch: int) -> float:
 
 
 @torch.no_grad()
-def enqueue(queue: Tensor, position: Tensor, features: Tensor) -> None:
+def enqueue(queue: Tensor, position: Tensor, features: Tensor, taken: Tensor | None = None) -> None:
     """Write a batch over the oldest columns of a ring buffer, in place; a batch may run over the end.
 
     Args:
         queue: [d, Q] (or [Q]) the ring buffer.
         position: LongTensor[1], where the next column goes; not moved here, since queues share it.
         features: [B, d] (or [B]), B <= Q.
+        taken: BoolTensor[B], False where a column keeps its old content (features that are not finite must never get in);
+            default: all are taken.
     """
     size = queue.shape[-1]
     columns = (position + torch.arange(len(features), device=queue.device)) % size
-    queue[..., columns] = features.T.to(queue.dtype) if features.dim() == 2 else features
+    new = features.T.to(queue.dtype) if features.dim() == 2 else features
+    queue[..., columns] = new if taken is None else torch.where(taken, new, queue[..., columns])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from lavis_mafa.objectives.itc import consistency_loss, itc_loss
 from lavis_mafa.objectives.itm import CandidatePairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
 from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
 from lavis_mafa.objectives.momentum import distilled_targets
+from lavis_mafa.objectives.ranges import value_range
 from lavis_mafa.objectives.targets import itc_targets
 
 
@@ -93,13 +94,14 @@ class Mined:
 
 @dataclass
 class StepOutput:
-    """Losses (Tensor[]), what was mined, and figures (detached Tensor[]) for the log."""
+    """Losses (Tensor[]), what was mined, figures (detached Tensor[]) for the log, and between what values the scores lie."""
 
     loss_itc: Tensor
     loss_itm: Tensor
     loss_lm: Tensor
     mined: Mined
     figures: dict[str, Tensor]
+    ranges: dict[str, Tensor]  # [2] each, the least and the greatest
 
     @property
     def loss(self) -> Tensor:
@@ -117,6 +119,8 @@ def mafa_step(
     """Mine, judge, correct the labels, and compute the three losses (MAFA Algorithm 1, eq. 6).
 
     With ``ecm.enabled: false`` and ``itc.smoothing: 0`` this is ALBEF without momentum distillation.
+
+    Similarities that are not finite make losses that are not finite, and no exception: whether to skip such a step is the caller's.
 
     Args:
         model: the encoded batch as pair lists.
@@ -139,7 +143,7 @@ def mafa_step(
     if ecm.enabled:
         if discriminator is None:
             raise ValueError("ecm.enabled is true, but no discriminator (Con-D) was set")
-        mined = _ask(discriminator, samples, mined.pairs, ecm)
+        mined = _ask(discriminator, samples, _with_similarity(mined.pairs, batch), ecm)
     verdicts = mined.connections
 
     loss_itc = _contrast(batch, mined, settings)
@@ -156,15 +160,30 @@ def mafa_step(
         figures["new_positive_share"] = verdicts.positive.sum() / asked
         figures["ambiguous_share"] = verdicts.ambiguous.sum() / asked
     figures["temperature"] = batch.temperature.detach()
-    return StepOutput(loss_itc, itm_loss(logits, pairs), loss_lm, mined, figures)
+    ranges = {
+        "similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach(),
+        "itm_logits": value_range(logits),
+        "temperature": value_range(batch.temperature),
+    }
+    if mined.probability is not None:
+        ranges["con_d_probability"] = value_range(mined.probability)
+    return StepOutput(loss_itc, itm_loss(logits, pairs), loss_lm, mined, figures, ranges)
 
 
 @torch.no_grad()
 def _ask(discriminator: Discriminator, samples: dict[str, Any], pairs: CandidatePairs, ecm: EcmSettings) -> Mined:
     probability = discriminator.match_probability(samples, pairs.image_index, pairs.text_index)
-    verdicts = judge_connections(probability, ecm.threshold, ecm.ambiguous_from)
     # an anchor without a candidate was asked about its own pair: no verdict on it counts
+    counted = torch.where(pairs.exists, probability, 0.0)
+    verdicts = judge_connections(counted, ecm.threshold, ecm.ambiguous_from)
     return Mined(pairs, probability, Connections(verdicts.positive & pairs.exists, verdicts.ambiguous & pairs.exists))
+
+
+def _with_similarity(pairs: CandidatePairs, batch: EncodedBatch) -> CandidatePairs:
+    """Leave out pairs whose similarity is NaN or infinite: a broken image breaks Con-D's answer too, and Con-D is not to blame."""
+    texts, images = pairs.text_index.chunk(2)[0], pairs.image_index.chunk(2)[1]
+    similarity = torch.cat([batch.sim_i2t.gather(1, texts[:, None]), batch.sim_t2i.gather(1, images[:, None])]).flatten()
+    return replace(pairs, exists=pairs.exists & similarity.isfinite())
 
 
 def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings) -> Tensor:

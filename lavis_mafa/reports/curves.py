@@ -61,7 +61,7 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[Plot], list[Plot
     names += sorted(n for n in logged - set(names) - set(NO_FIGURES) if n.startswith("loss"))
     first: list[Plot] = []
     less: list[Plot] = []
-    for name in names:
+    for number, name in enumerate(names):
         lines = {run: _line(records, name) for run, records in runs.items()}
         figure = Figure(figsize=(4.0, 2.5), layout="constrained")
         with matplotlib.rc_context(_style()):
@@ -72,7 +72,7 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[Plot], list[Plot
                 axis.yaxis.set_major_formatter(PercentFormatter(1))
         ends = (f"{run} from {y[0]:.3g} to {y[-1]:.3g}" for run, (_, y) in lines.items() if len(y))
         summary = f"{_title(name)} over samples seen: {'; '.join(ends)}."
-        (less if name in LESS_ASKED else first).append(Plot(_title(name), summary, as_svg(figure, name)))
+        (less if name in LESS_ASKED else first).append(Plot(_title(name), summary, as_svg(figure, f"curve-{number}")))
     return first, less
 
 
@@ -142,7 +142,10 @@ def legend(runs: list[str]) -> list[dict[str, str]]:
 
 
 def as_svg(figure: Figure, prefix: str) -> Markup:
-    """The figure as inline SVG: colours are the page's variables, the text is text, and ids are this plot's own."""
+    """The figure as inline SVG: colours are the page's variables, the text is text, and ids are this plot's own.
+
+    ``prefix`` becomes markup as it is, so it must not come from a file: matplotlib escapes what the figure shows, not this.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -10,10 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.yaml_text import read_yaml
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,7 @@ def _config(path: Path) -> DictConfig:
     """The run's settings; empty where it kept none."""
     if not path.is_file():
         return OmegaConf.create({})
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}.") from error
+    config = read_yaml(path)
     return config if isinstance(config, DictConfig) else OmegaConf.create({})
 
 

@@ -129,7 +129,8 @@ def _pairs(info: DictConfig, block: DictConfig) -> list[Part]:
     files, root, limit = own_files("datasets.grit_pairs.build_info", info, ("train", "val", "test"))
     if "train" not in files:
         return []
-    table = read_annotations(files["train"])[:limit]
+    absolute = bool(OmegaConf.select(info, "images.allow_absolute_paths"))
+    table = read_annotations(files["train"], allow_absolute_paths=absolute)[:limit]
     return [Part(root, table, GroundTruth.from_table(table))]
 
 

@@ -47,7 +47,7 @@ class BadSamples:
         if bad:
             if not self.own:
                 logger.warning("a sample cannot be read, its neighbour stands in: %s (all: %s)", bad[0]["reason"], self.path)
-            self._list([{**sample, "rank": rank()} for sample in bad])
+            self.own += self._list([{**sample, "rank": rank()} for sample in bad])
         if not samples:
             raise UserError(f"no sample of a whole batch could be read, the first because of {bad[0]['reason']} (all: {self.path}).")
         if self.seen >= 100 and self.count > self.max_share * self.seen:
@@ -60,19 +60,22 @@ class BadSamples:
         """``count``, ``seen`` and ``listed``, this rank's lines: whole numbers, texts, lists and dicts."""
         return {"count": self.count, "seen": self.seen, "listed": [dict(sample) for sample in self.own]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Go on counting where a run was stopped. What it had listed is listed here too: a resumed run has a folder of its own."""
+        if state is None:  # of a checkpoint that was written without
+            return
         self.count, self.seen = state["count"], state["seen"]
-        self.own = []
-        self._list(state["listed"])
+        self.own = [dict(sample) for sample in state["listed"]]
+        self._list(self.own)
 
-    def _list(self, samples: list[dict[str, Any]]) -> None:
+    def _list(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Append those that are not in the file yet, and return them."""
         self._read_on()
-        for sample in samples:
-            if sample["index"] not in self.listed:
-                self.listed.add(sample["index"])
-                self.own.append(dict(sample))
-                self._append(json.dumps(sample) + "\n")
+        new = [sample for sample in samples if sample["index"] not in self.listed]
+        for sample in new:
+            self._append(json.dumps(sample) + "\n")
+        self._read_on()
+        return new
 
     def _append(self, line: str) -> None:
         """One write a line: what other ranks append at the same time comes before or after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from lavis_mafa.common.distributed import gather_in_rank_order, gather_objects
 from lavis_mafa.common.settings import Grit
 from lavis_mafa.grit import GritQueue, GritSampler, next_epoch_order
+
+logger = logging.getLogger(__name__)
 
 
 class GritFeed:
@@ -30,6 +33,11 @@ class GritFeed:
             )
         self.queue = None
         if grit is not None and grit.enabled:
+            if dataset_size < grit.search_space:
+                logger.warning(
+                    "the data set has %d samples, fewer than run.grit.search_space (%d): GRIT groups all of them in one search space",
+                    *(dataset_size, grit.search_space),
+                )
             queue_seed = seed if scope == "global" else seed + rank
             self.queue = GritQueue(
                 grit.queue_size,
@@ -50,7 +58,8 @@ class GritFeed:
         if self.grit.batch_scope == "global":
             index = gather_in_rank_order(index)
             image_features, text_features = gather_in_rank_order(image_features), gather_in_rank_order(text_features)
-        self.queue.collect(index, image_features, text_features)
+        # the features of a step that was not applied may be anything, but its samples must be in the next order too
+        self.queue.collect(index, _finite(image_features), _finite(text_features))
 
     def end_epoch(self, epoch: int) -> None:
         """Phases 2-4: the next epoch's order, the same on all ranks."""
@@ -79,3 +88,7 @@ class GritFeed:
         self.sampler.load_state_dict(state["sampler"])
         if self.queue is not None and state["queue"] is not None:
             self.queue.load_state_dict(state["queue"])
+
+
+def _finite(features: Tensor) -> Tensor:
+    return features.detach().nan_to_num(0.0, 0.0, 0.0)

@@ -24,6 +24,8 @@ MAY_DIFFER = {
     *("max_bad_share", "max_nonfinite_steps", "rank_timeout_minutes", "test_splits", "output_dir"),
 }
 
+_locks: dict[Path, int] = {}
+
 
 def find_run(parent: Path, config: dict[str, Any]) -> tuple[Path, Path] | None:
     """The newest run below ``parent`` with these settings that has a good checkpoint: its folder and that checkpoint.
@@ -69,10 +71,14 @@ def rewind(folder: Path, checkpoint: Path) -> None:
         if position(path) > (epoch, step):
             for file in (path, *folder.glob(f"{path.stem}.rank*.pth")):
                 file.rename(file.with_suffix(".damaged"))
+    whole = {path.stem for path in numbered(folder)}
+    for file in (*folder.glob(".*.part"), *folder.glob("checkpoint_*.rank*.pth")):  # of a save that was killed
+        if file.suffix == ".part" or file.name.split(".")[0] not in whole:
+            file.unlink()
 
 
 def lock(folder: Path) -> None:
-    """Keep a second process from writing into a run's folder; held until this process ends, however it does.
+    """Keep a second process from writing into a run's folder, until :func:`unlock` or the end of this process, however that comes.
 
     Raises:
         UserError: another process has it.
@@ -86,6 +92,13 @@ def lock(folder: Path) -> None:
         raise UserError(f"{folder} is still written by {owner or 'another process'}; wait for its end, or stop it.") from error
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+    _locks[folder] = descriptor
+
+
+def unlock(folder: Path) -> None:
+    """Another process may go on in this folder."""
+    if folder in _locks:
+        os.close(_locks.pop(folder))
 
 
 def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -117,5 +130,5 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     for key in sorted({*there, *here}):
         if key.removeprefix("run.") not in MAY_DIFFER and there.get(key) != here.get(key):
-            return f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+            return f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here"
     return ""

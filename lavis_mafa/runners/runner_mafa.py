@@ -27,6 +27,7 @@ from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model
 from lavis_mafa.runners.evaluating import evaluate_split
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.loaders import eval_loader, train_loader
+from lavis_mafa.runners.resuming import unlock
 from lavis_mafa.runners.run_block import open_folder, run_settings
 from lavis_mafa.runners.stepping import autocast
 from lavis_mafa.runners.training_loop import TrainingLoop
@@ -182,7 +183,10 @@ class RunnerMafa(TrainingLoop, RunnerBase):
     def train(self) -> None:
         with rank_watch(self.settings.rank_timeout_minutes, self.output_dir, self.settings.dist_url):
             check_ranks_agree(self.config, self.datasets, self._model)
-            self._train_and_test()
+            try:
+                self._train_and_test()
+            finally:
+                unlock(self.output_dir)
 
     def _train_and_test(self) -> None:
         started = time.time()

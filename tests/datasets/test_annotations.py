@@ -101,7 +101,7 @@ def test_json_lists_in_blocks_read_as_json_loads(
     file = tmp_path / "a.json"
     file.write_text(json.dumps(rows, indent=indent))
     expected = [[row["caption"]] if isinstance(row["caption"], str) else row["caption"] for row in rows]
-    table = read_annotations([file])
+    table = read_annotations([file], allow_absolute_paths=True)
     assert table["caption"].to_pylist() == expected
     assert table["image"].to_pylist() == [row["image"] for row in rows]
 

@@ -114,8 +114,8 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_batch_and_reported():
     assert batch["index"].tolist() == [0, 3, 3, 3, 4, 0] and len(batch["image"]) == len(batch["text_input"]) == 6
 
 
-def test_a_batch_that_is_all_bad_says_so_and_holds_nothing_else():
-    dataset = IndexedDataset(Draws(bad={0: OSError("gone"), 1: OSError("gone too")}))
+def test_a_data_set_that_is_all_bad_says_so_and_holds_nothing_else():
+    dataset = IndexedDataset(Draws(2, bad={0: OSError("gone"), 1: OSError("gone too")}))
     samples = dataset.__getitems__([0, 1])
     assert all(isinstance(s, BadSample) for s in samples)
     expected = [{"index": 0, "reason": "OSError: gone"}, {"index": 1, "reason": "OSError: gone too"}]
@@ -135,3 +135,39 @@ def test_a_batch_has_the_data_sets_keys_and_ours():
     assert batch["index"].tolist() == [3, 1] and batch["image_key"].tolist() == [7, 1]
     assert batch["index"].dtype == batch["image_key"].dtype == torch.long
     assert batch["text_input"] == ["text 3", "text 1"]
+
+
+def test_a_bad_sample_names_its_image_where_the_data_set_does():
+    class Named(Draws):
+        def image_path(self, index: int) -> str:
+            return f"/images/{index}.png"
+
+    class OfLavis(LikeLavis):
+        vis_root = "/lavis"
+
+    gone = {1: OSError("gone")}
+    named, lavis, silent = Named(3, gone), OfLavis([{"image": "a.jpg"}, {"image": "b.jpg"}]), Draws(2, gone)
+    lavis.bad = gone
+    data = IndexedDataset(ConcatDataset([named, ConcatDataset([lavis, silent])]))
+    bad = [sample["bad_samples"][0] for sample in data.__getitems__([0, 1, 4, 6])[1:]]
+    assert [(sample["index"], sample.get("image")) for sample in bad] == [(1, "/images/1.png"), (4, "/lavis/b.jpg"), (6, None)]
+
+
+def test_a_batch_that_is_bad_altogether_takes_the_rows_that_follow():
+    """GRIT serves first what it has not seen, so bad samples come together."""
+
+    class Rows(Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            if index in (3, 4, 5):
+                raise OSError(f"row {index} is torn")
+            return {"value": index}
+
+        def collater(self, samples):
+            return default_collate(samples)
+
+    data = IndexedDataset(Rows())
+    batch = data.collate(data.__getitems__([3, 5, 4]))
+    assert batch["index"].tolist() == [6, 6, 6] and [b["index"] for b in batch["bad_samples"]] == [3, 5, 4]

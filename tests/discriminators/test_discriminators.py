@@ -201,3 +201,50 @@ def test_ground_truth_is_the_truth():
     found = GroundTruthDiscriminator(truth).match_probability(samples, image, text).view(4, 4)
     assert found.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert build_discriminator(block(None, "ground_truth")) is None  # the task sets it: it knows the data
+
+
+# --- every architecture's file ---------------------------------------------------------------------------------------------
+
+spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "models" / "families.py")
+families = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(families)
+BLIP, BLIP2 = families.REDUCED["blip"], families.REDUCED["blip2"]
+ARCHS = {  # who writes such a file, and a weight of the text side as the file names it and as the message does
+    "albef_retrieval": (reduced, reduced.lavis_retrieval, "text_encoder.encoder.layer.2.crossattention.self.key.weight"),
+    "albef_mafa": (reduced, reduced.ours, "text_encoder.bert.encoder.layer.2.crossattention.self.key.weight"),
+    "blip_image_text_matching": (BLIP, BLIP.lavis_itm, "text_encoder.encoder.layer.1.crossattention.self.key.weight"),
+    "blip_retrieval": (BLIP, BLIP.lavis_retrieval, "text_encoder.encoder.layer.1.crossattention.self.key.weight"),
+    "blip_mafa": (BLIP, BLIP.ours, "text_encoder.encoder.layer.1.crossattention.self.key.weight"),
+    "blip2": (BLIP2, BLIP2.lavis_stage_1, "Qformer.bert.encoder.layer.2.crossattention.self.key.weight"),
+    "blip2_image_text_matching": (BLIP2, BLIP2.lavis_matching, "Qformer.bert.encoder.layer.2.crossattention.self.key.weight"),
+    "blip2_mafa": (BLIP2, BLIP2.ours, "Qformer.bert.encoder.layer.2.crossattention.self.key.weight"),
+}
+
+
+def test_no_architecture_is_forgotten():
+    from lavis_mafa.common.check import FAMILIES
+
+    assert ARCHS.keys() == FAMILIES.keys() - {"ground_truth"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_does_not_fit_is_named_with_its_size(tmp_path, arch):
+    family, write, name = ARCHS[arch]
+    state = write().state_dict()
+    assert name in state
+    wanted = list(state[name].shape)
+    shown = name.replace("text_encoder.bert.", "text_encoder.") if family is reduced else name
+    another = name.replace("key", "another")
+    broken = {
+        f"1 missing: {shown}.": {n: v for n, v in state.items() if n != name},
+        f"1 other size: {shown} [7, 5] (wanted {wanted}).": {**state, name: torch.zeros(7, 5)},
+        f"1 left over: {shown.replace('key', 'another')}.": {**state, another: torch.zeros(1)},
+        "2 other size: itm_head.weight": {**state, "itm_head.weight": torch.zeros(3, 5), "itm_head.bias": torch.zeros(3)},
+        "2 missing: itm_head.weight, itm_head.bias": {n: v for n, v in state.items() if not n.startswith("itm_head.")},
+    }
+    for message, content in broken.items():
+        path = tmp_path / "broken.pth"
+        torch.save({"model": content}, path)
+        with pytest.raises(UserError) as refused:
+            build_discriminator(family.block(discriminator={"arch": arch, "checkpoint": str(path), "precision": "fp32"}))
+        assert message in str(refused.value) and str(path) in str(refused.value)

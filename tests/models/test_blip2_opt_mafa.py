@@ -329,3 +329,35 @@ def test_a_question_longer_than_the_positions_is_cut_and_its_prompt_kept():
     text = model.opt_tokenizer.decode(seen[0][0], skip_special_tokens=True)
     assert text.startswith("Question: why why") and text.endswith(" Answer:")
     assert seen[0].shape[1] <= model.opt_model.config.max_position_embeddings - 3 - 4
+
+
+def two_samples() -> dict[str, Any]:
+    return {"image": images(), "text_input": ["a red dog", "a blue car in the rain"]}
+
+
+def test_the_range_of_the_soft_prompt_is_returned():
+    model = stage_2()
+    with torch.no_grad():
+        output, again = model(two_samples()), model(two_samples())
+    assert list(output.ranges) == ["soft_prompt"] and output.ranges["soft_prompt"].shape == (2,)
+    assert output.ranges["soft_prompt"][0] < output.ranges["soft_prompt"][1]
+    assert torch.equal(output.ranges["soft_prompt"], again.ranges["soft_prompt"]) and not model.opt_proj._forward_hooks
+    assert "soft_prompt" not in output.stats
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_spoilt_image_gives_a_loss_that_is_not_finite(value):
+    spoilt = two_samples()
+    spoilt["image"][1, 0, 0, 0] = value
+    output = stage_2().train()(spoilt)
+    output.loss.backward()
+    assert output.loss.isnan() and output.ranges["soft_prompt"].isnan().all()
+
+
+@pytest.mark.parametrize("captions", [["a red dog"], ["", ""], ["a red dog", "a red dog"]], ids=["one", "empty", "equal"])
+def test_the_least_there_can_be_gives_a_finite_loss(captions):
+    model = stage_2().train()
+    output = model({"image": images()[: len(captions)], "text_input": captions})
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -28,6 +28,7 @@ from lavis_mafa.objectives import (
     ramp_up,
     sampling_scores,
     update_teacher,
+    value_range,
 )
 
 spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
@@ -354,3 +355,40 @@ def test_the_queue_is_a_ring():
     queue, position = torch.zeros(2, 5), torch.tensor([3])
     enqueue(queue, position, torch.arange(1.0, 7.0).view(3, 2))
     assert queue[0].tolist() == [5.0, 0.0, 0.0, 1.0, 3.0]
+
+
+# --- what is not finite, and what is not there -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_itc_does_not_hide_what_is_not_finite(value):
+    logits, targets = torch.randn(3, 3), torch.eye(3)
+    spoilt = logits.clone()
+    spoilt[1, 2] = value  # where the target is 0
+    assert itc_loss(spoilt, logits, targets, targets).isnan()
+    assert itc_loss(logits, logits, targets, distilled_targets(targets, spoilt, 0.4)).isnan()
+    assert itc_loss(spoilt, logits, distilled_targets(targets, spoilt, 0.4), targets).isnan()
+
+
+def test_a_queue_keeps_its_old_columns_where_nothing_is_taken():
+    queue, position = torch.arange(10.0).view(2, 5).clone(), torch.tensor([4])
+    features = torch.tensor([[-1.0, -2.0], [float("nan"), 0.0], [-5.0, -6.0]])
+    enqueue(queue, position, features, taken=features.isfinite().all(dim=1))
+    assert queue.tolist() == [[0.0, -5.0, 2.0, 3.0, -1.0], [5.0, -6.0, 7.0, 8.0, -2.0]]  # columns 4, 0 (kept), 1
+    keys = torch.arange(5)[None].clone()
+    enqueue(keys, position, torch.tensor([70, 80, 90]), taken=torch.tensor([True, False, True]))
+    assert keys.tolist() == [[0, 90, 2, 3, 70]]
+
+
+def test_no_token_to_predict_is_no_loss_but_a_graph():
+    head = torch.nn.Linear(4, 10)
+    states = torch.randn(2, 1, 4, requires_grad=True)
+    loss = language_modelling_loss(states, torch.tensor([[1], [1]]), head, pad_token_id=0)
+    loss.backward()
+    assert loss == 0 and (states.grad == 0).all() and (head.weight.grad == 0).all()
+
+
+def test_value_range_against_plain_python():
+    tensors = [torch.randn(3, 4), torch.randn(()), torch.randn(5, dtype=torch.bfloat16)]
+    values = [float(v) for tensor in tensors for v in tensor.flatten()]
+    assert value_range(*tensors).tolist() == [min(values), max(values)]

@@ -147,3 +147,55 @@ def test_a_nan_probability_is_an_error():
     table[:, :] = float("nan")
     with pytest.raises(ValueError, match="probabilities must be in"):
         mafa_step(TablePairs(), batch(), {}, StepSettings(), TableConD(table))
+
+
+# --- similarities that are not finite ----------------------------------------------------------------------------------
+
+
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("negatives", ["hardest", "sampled", "random"])
+@pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+@pytest.mark.parametrize("rows", [[2], list(range(B))], ids=["one image", "all images"])
+def test_similarities_that_are_not_finite_give_such_a_loss(negatives, value, rows):
+    """Con-D is NaN on the same pairs, as where an image has a NaN pixel: no exception, and no verdict on those pairs."""
+    encoded, table = batch(), torch.full((K, K), 0.9)
+    encoded.sim_i2t[rows], encoded.sim_t2i[:, rows], table[rows] = value, value, float("nan")
+    output = mafa_step(TablePairs(), encoded, {}, StepSettings(negatives=negatives), TableConD(table))
+    assert not output.loss_itc.isfinite() and not output.loss.isfinite()
+    kept = output.mined.pairs.exists
+    assert output.mined.probability[kept].isfinite().all()
+    assert not (output.mined.connections.positive & ~kept).any()
+    pairs = output.mined.pairs
+    assert 0 <= pairs.image_index.min() and pairs.image_index.max() < K and 0 <= pairs.text_index.min() and pairs.text_index.max() < K
+
+
+def test_a_nan_probability_of_a_sound_pair_is_an_error_beside_a_spoilt_one():
+    encoded, table = batch(), torch.full((K, K), 0.1)
+    encoded.sim_i2t[2], encoded.sim_t2i[:, 2] = float("nan"), float("nan")
+    table[2] = table[4] = float("nan")
+    with pytest.raises(ValueError, match=r"wrong at positions \[4\]"):
+        mafa_step(TablePairs(), encoded, {}, StepSettings(), TableConD(table))
+
+
+def test_a_spoilt_pair_changes_no_other_pairs_verdict():
+    table = torch.rand(K, K, generator=torch.Generator().manual_seed(1))
+    whole = mafa_step(TablePairs(), batch(), {}, StepSettings(), TableConD(table)).mined
+    encoded = batch()
+    encoded.sim_i2t[2] = float("nan")  # the texts' candidates stay as they were
+    spoilt = mafa_step(TablePairs(), encoded, {}, StepSettings(), TableConD(table)).mined
+    others = torch.arange(2 * B) != 2
+    assert not spoilt.pairs.exists[2] and torch.equal(spoilt.pairs.exists[others], whole.pairs.exists[others])
+    assert torch.equal(spoilt.connections.positive[others], whole.connections.positive[others])
+
+
+def test_ranges_of_a_step():
+    encoded, table = batch(), torch.rand(K, K)
+    output = mafa_step(TablePairs(), encoded, {}, StepSettings(), TableConD(table))
+    sims = torch.stack([encoded.sim_i2t, encoded.sim_t2i]) / TEMPERATURE
+    torch.testing.assert_close(output.ranges["similarity"], torch.stack([sims.min(), sims.max()]))
+    asked = output.mined.probability
+    assert output.ranges["con_d_probability"].tolist() == [asked.min(), asked.max()]
+    assert output.ranges["temperature"].tolist() == pytest.approx([TEMPERATURE, TEMPERATURE])
+    assert output.ranges.keys() == {"similarity", "itm_logits", "temperature", "con_d_probability"}

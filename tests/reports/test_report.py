@@ -185,6 +185,27 @@ def test_a_folder_without_metrics_is_one_message(make, runs, tmp_path, capsys):
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("a: !!python/object/apply:os.system ['touch mark']", "!!python/object/apply:os.system is not allowed"),
+        (
+            "a: &a [x, x]\n" + "".join(f"{n}: &{n} [{', '.join([f'*{b}'] * 9)}]\n" for b, n in zip("abcdefg", "bcdefgh", strict=True)),
+            "aliases",
+        ),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_a_config_that_is_more_than_settings(config, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = run_folder.write_run(tmp_path / "run", None, metrics=False)
+    (run / "config.yaml").write_text(config)
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and said in error and "config.yaml" in error
+    assert not (tmp_path / "mark").exists() and not (tmp_path / "report.html").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--gallery", "-1"], ["--gallery", "x"], ["--output", "."]])
 def test_wrong_arguments_are_one_message(arguments, runs, capsys):
     assert main(["report", str(runs[1]), *arguments]) == 2

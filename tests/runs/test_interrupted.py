@@ -6,6 +6,9 @@ import importlib.util
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,4 +84,62 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(train, tmp_path, kin
         left -= count
     assert left > 0
     assert train(kind, "parts", resume="auto") == 0
+    outputs.assert_same_run(the_run(tmp_path / "whole"), the_run(tmp_path / "parts"))
+
+
+# --- real processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launch(tmp_path, tiny_yaml):
+    """A training in processes of its own, in a group of its own, with a signal at a chosen moment; what it said."""
+
+    def start(name: str, *options: str, at: tuple[str, int, str] = ("step", 0, "SIGTERM"), processes: int = 1) -> tuple[int, str]:
+        command = [sys.executable]
+        if processes > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        command += [str(Path(__file__).with_name("signalling.py")), *map(str, at), "train", "--cfg-path", str(tiny_yaml)]
+        common = [f"run.output_dir={name}", "run.log_freq=5", "run.test_splits=[]", "run.valid_splits=[val]", *options]
+        done = subprocess.run(
+            [*command, "--resume", "auto", "--options", *common],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            start_new_session=True,
+        )
+        return done.returncode, done.stderr
+
+    return start
+
+
+def test_signals_to_a_whole_group_with_workers_in_a_step_and_in_a_validation(launch, tmp_path):
+    workers = "run.num_workers=2"
+    code, said = launch("whole", workers)
+    assert code == 0, said
+    code, said = launch("parts", workers, at=("step", 4, "SIGINT"))
+    assert code == 130 and "stopped after epoch 0, step 4" in said and "Traceback" not in said, said
+    code, said = launch("parts", workers, at=("validation", 1, "SIGTERM"))
+    assert code == 143 and "Traceback" not in said, said
+    assert said.splitlines()[-1] == "lavis-mafa train: stopped; what was saved before is kept."
+    code, said = launch("parts", workers)
+    assert code == 0 and "epoch 1, step 0" in said, said
+    outputs.assert_same_run(the_run(tmp_path / "whole"), the_run(tmp_path / "parts"))
+
+
+def test_two_processes_terminated_and_killed_end_with_the_same_bits(launch, tmp_path):
+    """torchrun passes SIGTERM on to all ranks, at whatever step they are; one that is killed takes the others with it."""
+    options = ["run.batch_size_train=8", "run.save_every_steps=2", "model.itc.momentum_distillation={queue_size: 64}"]
+    code, said = launch("whole", *options, processes=2)
+    assert code == 0, said
+    code, said = launch("parts", *options, at=("step", 3, "SIGTERM"), processes=2)
+    assert code != 0 and "stopped after epoch 0, step" in said, said
+    code, said = launch("parts", *options, at=("step", 9, "SIGKILL"), processes=2)
+    assert code != 0, said
+    code, said = launch("parts", *options, processes=2)
+    assert code == 0, said
     outputs.assert_same_run(the_run(tmp_path / "whole"), the_run(tmp_path / "parts"))

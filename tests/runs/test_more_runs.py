@@ -62,7 +62,11 @@ def test_max_steps_of_one_epoch_in_bf16_then_a_resume_that_keeps_the_best_checkp
     second = newest_run(tmp_path)
     assert {r["epoch"] for r in metrics(second)} == {1}
     evaluated = outputs.json_lines(second / "evaluation.jsonl")
-    assert [(e["split"], e["epoch"]) for e in evaluated] == [("val", 0), ("val", 1), ("val", "best")]  # it was saved before it was evaluated
+    assert [(e["split"], e["epoch"]) for e in evaluated] == [
+        ("val", 0),
+        ("val", 1),
+        ("val", "best"),
+    ]  # it was saved before it was evaluated
     outputs.assert_same_weights(first / "checkpoint_best.pth", second / "checkpoint_best.pth")
 
 

@@ -1,0 +1,39 @@
+"""Image paths from annotations stay below the image folder: annotations are often other people's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.arrow_compute import pc
+
+# absolute (on Windows too), or with a component `..`
+LEAVES = r"^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)"
+
+
+def leaves_folder(images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which paths are absolute or hold a component ``..`` (even one that would come back); Bool [N], null where a path is null.
+
+    The text alone decides: a symbolic link inside the folder was put there by whoever owns it, and may lead anywhere.
+
+    Example:
+        >>> leaves_folder(pa.chunked_array([["a/b.png", "/a.png", "a/../b.png", "a..b/c.png"]])).to_pylist()
+        [False, True, True, False]
+    """
+    return pc.match_substring_regex(images, LEAVES)
+
+
+def check_image_paths(file: Path, images: pa.ChunkedArray) -> None:
+    """Nothing, if all of them stay in the folder.
+
+    Raises:
+        UserError: one does not; the message names file and row.
+    """
+    row = pc.index(leaves_folder(images), True).as_py()
+    if row >= 0:
+        raise UserError(
+            f"{file}, row {row + 1}: image is {images[row].as_py()!r}; allowed: a path below the image folder, relative and without "
+            "'..', unless build_info.images.allow_absolute_paths is true."
+        )

@@ -1,0 +1,380 @@
+"""`check-data` finds what training cannot use, and training replaces, lists and counts exactly that."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from lavis_mafa.cli.main import main
+from lavis_mafa.datasets.annotations import read_annotations
+from lavis_mafa.datasets.image_text_pairs import ImageTextPairs
+from lavis_mafa.datasets.indexed import IndexedDataset
+from lavis_mafa.processors.albef_processors import AlbefCaptionProcessor
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8))
+ROWS = 64
+GOOD, MISSING, UNREADABLE, LARGE, SMALL, EMPTY = "", "missing", "unreadable", "too_large", "too_small", "empty_caption"
+
+
+def bomb() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
+
+
+def write_images(folder: Path) -> dict[str, str]:
+    """The images of every sort that the web has -> what is wrong with them."""
+    folder.mkdir(parents=True)
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    NOISE.save(folder / "plain.png")
+    NOISE.save(folder / "sideways.jpg", exif=sideways)
+    NOISE.convert("CMYK").save(folder / "cmyk.jpg")
+    NOISE.convert("P").save(folder / "palette.png", transparency=b"\x00\xff")
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save(folder / "sixteen.png")
+    NOISE.save(folder / "animated.gif", save_all=True, append_images=[NOISE.rotate(90)])
+    NOISE.rotate(3).save(folder / "animated.webp", save_all=True, append_images=[NOISE.rotate(90)])
+    NOISE.rotate(5).save(folder / "torn.png")
+    (folder / "torn.png").write_bytes((folder / "torn.png").read_bytes()[:900])
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("<html>404 Not Found</html>")
+    (folder / "bomb.png").write_bytes(bomb())
+    NOISE.resize((1, 1)).save(folder / "dot.png")
+    bad = {
+        "torn.png": UNREADABLE,
+        "empty.jpg": UNREADABLE,
+        "text.jpg": UNREADABLE,
+        "bomb.png": LARGE,
+        "dot.png": SMALL,
+        "gone.png": MISSING,
+    }
+    return {**{path.name: GOOD for path in sorted(folder.iterdir())}, **bad}
+
+
+CAPTIONS = {
+    "?!": EMPTY,
+    "…": EMPTY,
+    "\x00\x01": EMPTY,
+    " ".join(f"word{number}" for number in range(10_000)): GOOD,
+    "一只狗在沙滩上": GOOD,
+    "كلب على الشاطئ": GOOD,
+    "bell \x07 and nul \x00": GOOD,
+}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch) -> tuple[Path, dict[int, str]]:
+    """``data/pairs.jsonl`` that training accepts, with its bad rows (from 0) -> their kind."""
+    monkeypatch.chdir(tmp_path)
+    kinds = write_images(tmp_path / "data/images")
+    images = sorted(kinds, key=lambda name: (kinds[name] != GOOD, name))  # the first one must be there
+    rows = [{"image": name, "caption": f"a picture of {name}"} for name in images]
+    rows += [{"image": images[number % 7], "caption": caption} for number, caption in enumerate(CAPTIONS)]
+    rows += [{"image": images[number % 7], "caption": f"again {number}"} for number in range(ROWS - len(rows))]
+    expected = [kinds[row["image"]] or CAPTIONS.get(row["caption"], GOOD) for row in rows]
+    write(tmp_path / "data/pairs.jsonl", rows)
+    return tmp_path / "data", {number: kind for number, kind in enumerate(expected) if kind}
+
+
+def check(data: Path, *options: object, name: str = "pairs.jsonl") -> int:
+    arguments = ["check-data", "--annotations", data / name, "--images", data / "images", "--workers", 0, *options]
+    return main([str(argument) for argument in arguments])
+
+
+def problems(folder: str | Path = "output/check-data", kinds: tuple[str, ...] = ()) -> list[dict]:
+    found = [json.loads(line) for line in (Path(folder) / "problems.jsonl").read_text().splitlines()]
+    return [problem for problem in found if not kinds or problem["kind"] in kinds]
+
+
+KIND_OF_ERROR = {
+    "FileNotFoundError": MISSING,
+    "ImageError": UNREADABLE,
+    "ImageTooLargeError": LARGE,
+    "ImageTooSmallError": SMALL,
+    "EmptyCaption": EMPTY,
+}
+BAD = tuple(KIND_OF_ERROR.values())
+
+
+def listed(folder: Path) -> dict[int, str]:
+    """Row -> kind, from the only run's ``bad_samples.jsonl``; each row is there once, with a reason that says something."""
+    (path,) = folder.glob("output/*/bad_samples.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert max(Counter(sample["index"] for sample in samples).values()) == 1
+    assert all(sample["image"].startswith(str(folder)) and "rank" in sample for sample in samples)
+    kinds, reasons = zip(*(sample["reason"].split(": ", 1) for sample in samples), strict=True)
+    assert all(len(reason) > 15 for reason in reasons)
+    return {sample["index"]: KIND_OF_ERROR[kind] for sample, kind in zip(samples, kinds, strict=True)}
+
+
+@pytest.fixture
+def hostile_yaml(tmp_path, hostile) -> Path:
+    text = RUN.replace("DATA", str(hostile[0]))
+    (tmp_path / "run.yaml").write_text(text)
+    return tmp_path / "run.yaml"
+
+
+def test_training_replaces_lists_and_counts_what_the_check_finds(tmp_path, hostile, hostile_yaml, monkeypatch):
+    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.runners.bad_samples import BadSamples
+
+    data, expected = hostile
+    assert main(["check-data", "--cfg-path", str(hostile_yaml), "--workers", "0"]) == 1
+    found = problems(kinds=BAD)
+    assert {problem["row"] - 1: problem["kind"] for problem in found} == expected and len(found) == len(expected)
+
+    sizes, counters = [], set()
+    forward, add = AlbefMafa.forward, BadSamples.add
+
+    def counting_forward(self, samples):
+        sizes.append(len(samples["image"]))
+        return forward(self, samples)
+
+    def counting_add(self, samples, batch_size):
+        counters.add(self)
+        return add(self, samples, batch_size)
+
+    monkeypatch.setattr(AlbefMafa, "forward", counting_forward)
+    monkeypatch.setattr(BadSamples, "add", counting_add)
+    assert main(["train", "--cfg-path", str(hostile_yaml), "--options", f"run.output_dir={tmp_path}/output"]) == 0
+    assert sizes == [16] * 8  # 64 samples, two epochs
+    assert listed(tmp_path) == expected
+    (counter,) = counters
+    assert (counter.count, counter.seen) == (2 * len(expected), 2 * ROWS)
+
+
+def test_two_processes_share_one_list_and_keep_their_batches(tmp_path, hostile, hostile_yaml, run_cli):
+    _, expected = hostile
+    done = run_cli("train", "--cfg-path", hostile_yaml, "--options", f"run.output_dir={tmp_path}/output", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert listed(tmp_path) == expected
+    # 64 samples are two steps of two ranks with 16 each, twice: a smaller batch anywhere would have ended the other rank
+    assert "epoch 1 step 2/2" in done.stderr
+    path = next(tmp_path.glob("output/*/bad_samples.jsonl"))
+    assert {json.loads(line)["rank"] for line in path.read_text().splitlines()} == {0, 1}
+
+
+def test_the_check_calls_good_exactly_what_a_data_set_can_read(tmp_path, monkeypatch):
+    """Broken bytes and odd captions of all sorts: a row is good here where a sample can be made of it there."""
+    seed = int(os.environ.get("FUZZ_SEED", random.randrange(1 << 32)))
+    draw, images = random.Random(seed), tmp_path / "data/images"
+    monkeypatch.chdir(tmp_path)
+    originals = [(images / name).read_bytes() for name in write_images(images) if (images / name).exists()]
+    NOISE.save(images / "first.png")
+    rows = [{"image": "first.png", "caption": "the first image must be there"}]
+    for number in range(150):
+        content = bytearray(draw.choice(originals))
+        for _ in range(draw.choice((0, 0, 1, 4)) if content else 0):
+            content[draw.randrange(min(len(content), 300))] = draw.randrange(256)
+        (images / f"{number}.img").write_bytes(content)
+        caption = "".join(draw.choices(".,!?…— \t\x00a一🐶", weights=[9, 9, 9, 9, 9, 9, 9, 9, 9, 2, 2, 2], k=draw.randrange(1, 9)))
+        rows.append({"image": f"{number}.img", "caption": caption if caption.strip() else "?"})
+    write(tmp_path / "data/pairs.jsonl", rows)
+    check(tmp_path / "data")
+    found = {problem["row"] - 1: problem["kind"] for problem in reversed(problems(kinds=BAD))}  # the image's, where both are bad
+
+    pairs = ImageTextPairs(pil_to_tensor, AlbefCaptionProcessor(), images, [tmp_path / "data/pairs.jsonl"])
+    bad = {row: IndexedDataset(pairs).__getitems__([0, row])[1].get("bad_samples") for row in range(len(rows))}
+    replaced = {row: KIND_OF_ERROR[samples[0]["reason"].split(":")[0]] for row, samples in bad.items() if samples}
+    assert found == replaced and 0 < len(found) < 150, f"FUZZ_SEED={seed}"
+
+
+def test_a_run_without_bad_rows_lists_nothing(tmp_path, hostile, hostile_yaml):
+    data, expected = hostile
+    assert check(data, "--clean", data / "clean.jsonl") == 1
+    assert read_annotations([data / "clean.jsonl"]).num_rows == ROWS - len(expected)
+    assert check(data, "--output", tmp_path / "second", name="clean.jsonl") == 0
+    storage = f"datasets.grit_pairs.build_info.annotations.train.storage={data}/clean.jsonl"
+    options = [storage, f"run.output_dir={tmp_path}/output", "run.max_epoch=1"]
+    assert main(["train", "--cfg-path", str(hostile_yaml), "--options", *options]) == 0
+    assert not list(tmp_path.glob("output/*/bad_samples.jsonl"))
+
+
+def test_the_table_shows_counts_shares_and_examples(hostile, capsys):
+    data, expected = hostile
+    assert check(data) == 1
+    said = capsys.readouterr()
+    lines = {line[:34].strip(): line[34:].split() for line in said.out.splitlines()}
+    for text, kind in (
+        ("missing image", MISSING),
+        ("unreadable image", UNREADABLE),
+        ("image too large", LARGE),
+        ("empty caption", EMPTY),
+    ):
+        count = list(expected.values()).count(kind)
+        assert lines[text] == [str(count), f"{count / ROWS:.3%}"]
+    row = next(row for row, kind in expected.items() if kind == MISSING) + 1
+    assert f"{data}/pairs.jsonl, row {row}: no file {data}/images/gone.png" in said.out
+    assert f"Training can use {ROWS - len(expected)} of {ROWS} rows" in said.out
+    assert "images: 100%" in said.err and "image/s" in said.err
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch) -> Path:
+    """Three images, two of which are the same file."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    for name, turn in (("a", 0), ("b", 0), ("c", 7)):
+        NOISE.rotate(turn).save(folder / f"images/{name}.png")
+    return folder
+
+
+def test_duplicates_are_reported_and_are_not_bad(three):
+    rows = [("a", "a dog"), ("b", "a cat"), ("c", "a dog"), ("a", "a dog"), ("a", "a cat"), ("c", "a house")]
+    write(three / "pairs.jsonl", [{"image": f"{image}.png", "caption": caption} for image, caption in rows])
+    assert check(three, "--clean", "clean.json") == 0
+    found = [(problem["row"], problem["kind"]) for problem in problems()]
+    assert found == [(2, "duplicate_image"), (3, "duplicate_caption"), (4, "duplicate_row"), (5, "duplicate_caption")]
+    reasons = [problem["reason"] for problem in problems()]
+    assert reasons[0].endswith("a.png") and reasons[1].endswith("row 1 too") and reasons[3].startswith("'a cat'")
+    assert len(json.loads(Path("clean.json").read_text())) == 6
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("target", ["clean.json", "clean.jsonl"])
+def test_cleaning_keeps_every_column_and_the_good_captions(three, suffix, target):
+    rows: list[dict[str, Any]] = [
+        {"id": 1, "image": "a.png", "caption": ["a dog", "!?", "", None, "犬"], "width": 0.5},
+        {"id": 2, "image": "gone.png", "caption": ["a dog"], "width": 1.5},
+        {"id": 3, "image": "c.png", "caption": [], "width": None},
+        {"id": 4, "image": "../images/c.png", "caption": ["outside"], "width": 2.5},
+        {"id": 5, "image": "c.png", "caption": ["—", None], "width": 2.5},
+        {"id": 6, "image": "c.png", "caption": None, "width": 2.5},
+        {"id": 7, "image": "", "caption": ["x"], "width": 2.5},
+        {"id": 8, "image": None, "caption": ["x"], "width": 2.5},
+        {"id": 9, "image": "b.png", "caption": ["a cat"], "width": 3.5},
+    ]
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), three / "pairs.parquet")
+    else:
+        write(three / f"pairs{suffix}", rows)
+    assert check(three, "--clean", target, name=f"pairs{suffix}") == 1
+    text = Path(target).read_text()
+    clean = json.loads(text) if target.endswith("json") else [json.loads(line) for line in text.splitlines()]
+    assert clean == [{**rows[0], "caption": ["a dog", "犬"]}, rows[8]]
+    kinds = [(problem["row"], problem["kind"]) for problem in problems(kinds=("leaves_folder", *BAD))]
+    empty = [(1, EMPTY)] * 3 + [(2, MISSING), (3, EMPTY), (4, "leaves_folder"), (5, EMPTY), (5, EMPTY), (6, EMPTY), (7, MISSING)]
+    assert kinds == [*empty, (8, MISSING)]
+    assert read_annotations([target]).num_rows == 2
+
+
+def test_tables_of_texts_and_several_files(three):
+    with (three / "one.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("image", "caption", "note"), ("a.png", "two\nlines, quoted", "x"), ("gone.png", "a", "y")])
+        writer.writerow(("c.png", "word " * 40_000, "z"))
+    (three / "two.tsv").write_text("image\tcaption\nb.png\t\nb.png\ta cat\n")
+    arguments = [
+        "--annotations",
+        three / "one.csv",
+        three / "two.tsv",
+        "--images",
+        three / "images",
+        "--workers",
+        "1",
+        "--clean",
+        "c.jsonl",
+    ]
+    assert main(["check-data", *map(str, arguments)]) == 1
+    rows = [(Path(problem["file"]).name, problem["row"], problem["kind"]) for problem in problems(kinds=BAD)]
+    assert rows == [("one.csv", 2, MISSING), ("two.tsv", 1, EMPTY)]
+    clean = [json.loads(line) for line in Path("c.jsonl").read_text().splitlines()]
+    assert clean[0] == {"image": "a.png", "caption": "two\nlines, quoted", "note": "x"}
+    assert [row["image"] for row in clean] == ["a.png", "c.png", "b.png"]
+
+
+def test_absolute_paths_where_they_are_allowed(three):
+    write(three / "pairs.jsonl", [{"image": str(three / "images/a.png"), "caption": "a"}, {"image": "../images/c.png", "caption": "c"}])
+    assert check(three) == 1
+    assert [problem["kind"] for problem in problems()] == ["leaves_folder"] * 2
+    assert check(three, "--allow-absolute-paths", "--output", "second") == 0
+
+
+def test_a_larger_min_side(three):
+    write(three / "pairs.jsonl", [{"image": "a.png", "caption": "a"}])
+    assert check(three, "--min-side", 64) == 1
+    assert problems()[0]["reason"] == "32x24 pixels, but a side needs at least 64"
+
+
+def test_nothing_is_overwritten(three, refused):
+    write(three / "pairs.jsonl", [{"image": "gone.png", "caption": "a"}])
+    base = ["check-data", "--annotations", three / "pairs.jsonl", "--images", three / "images", "--workers", 0]
+    assert "exists already and is never overwritten" in refused(*base, "--clean", three / "pairs.jsonl")
+    assert check(three, "--clean", "clean.jsonl") == 1
+    assert not Path("clean.jsonl").exists() and not list(Path().glob(".*.part"))
+    assert "holds a finished result (check.json)" in refused(*base)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ([], "one of the arguments --cfg-path --annotations is required"),
+        (["--annotations", "DATA/pairs.jsonl"], "--annotations needs --images"),
+        (["--annotations", "DATA/none.jsonl", "--images", "DATA/images"], "none.jsonl: no such annotation file"),
+        (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/none"], "The image folder"),
+        (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--min-side", "1"], "--min-side is 1, but"),
+        (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--workers", "-1"], "--workers is -1"),
+        (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--clean", "c.jsnol"], "Did you mean '.jsonl'?"),
+        (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--clean", "no/c.json"], "the folder no does not exist"),
+        (["--annotations", "DATA/torn.jsonl", "--images", "DATA/images"], "torn.jsonl, row 1: not valid JSON"),
+        (["--cfg-path", "nowhere.yaml"], "nowhere.yaml"),
+        (["--cfg-path", "x.yaml", "--images", "DATA/images"], "belong to --annotations"),
+    ],
+)
+def test_mistakes_are_one_message(three, refused, options, part):
+    write(three / "pairs.jsonl", [{"image": "a.png", "caption": "a"}])
+    (three / "torn.jsonl").write_text("{")
+    assert part in refused("check-data", *(option.replace("DATA", str(three)) for option in options))
+
+
+RUN = """
+model:
+  arch: albef_mafa
+  model_type: tiny
+  ecm: {enabled: false}
+  itc: {smoothing: 0}
+  image_encoder: {image_size: 16, patch_size: 8, width: 16, depth: 1, heads: 1}
+  text_encoder: {init: null, width: 16, layers: 2, fusion_layer: 1, heads: 1}
+  embed_dim: 8
+datasets:
+  grit_pairs:
+    build_info:
+      annotations: {train: {storage: DATA/pairs.jsonl}}
+      images: {storage: DATA/images}
+    vis_processor:
+      train: {name: albef_image_train, image_size: 16}
+      eval: {name: albef_image_eval, image_size: 16}
+run:
+  task: mafa_pretrain
+  runner: runner_mafa
+  max_epoch: 2
+  max_bad_share: 0.5
+  batch_size_train: 16
+  warmup_steps: 2
+  num_workers: 0
+  grit: {queue_size: 32, search_space: 16}
+  log_freq: 1
+  device: cpu
+"""

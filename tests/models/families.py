@@ -1,0 +1,58 @@
+"""The three families at a size for a CPU, by name, for tests that hold for each of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def beside(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+REDUCED = {"albef": beside("reduced"), "blip": beside("reduced_blip"), "blip2": beside("reduced_blip2")}
+TEACHER = {"momentum_distillation": {"queue_size": 12, "momentum": 0.9}}
+# BLIP-2 has no momentum teacher
+FAMILIES = [("albef", False), ("albef", True), ("blip", False), ("blip", True), ("blip2", False)]
+NAMES = [f"{name} with a teacher" if teacher else name for name, teacher in FAMILIES]
+
+
+def build(family: tuple[str, bool], con_d: Any = None, **changes: Any) -> Any:
+    """In training mode; with ECM if there is a Con-D."""
+    name, teacher = family
+    itc = {**(TEACHER if teacher else {}), **changes.pop("itc", {})}
+    ecm = {"enabled": con_d is not None, "use_in": ["itc", "itm", "lm"], "resample_ambiguous": True, **changes.pop("ecm", {})}
+    model = REDUCED[name].ours(itc=itc, ecm=ecm, **changes).train()
+    model.set_discriminator(con_d)
+    return model
+
+
+def batch(family: tuple[str, bool], count: int = 4, **more: Any) -> dict[str, Any]:
+    samples = REDUCED[family[0]].batch(count, index=torch.arange(count), image_key=torch.arange(count), epoch=1, num_iters_per_epoch=2)
+    return {**samples, **more}
+
+
+class Always:
+    """A Con-D that says the same of every pair; of an image with a NaN or infinite pixel it says NaN, as a network does."""
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+
+    def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
+        return self.probability + 0.0 * samples["image"].flatten(1).sum(dim=1)[image_index]
+
+
+def step(model: Any, samples: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
+    """Output and gradients by name."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    output = model(samples)
+    output.loss.backward()
+    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,152 @@
+"""Two processes of which one dies, hangs, or was started differently: the job ends soon and names it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = Path(__file__).with_name("ranks_launcher.py")
+
+
+def beside(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+outputs = beside("outputs")
+
+SHORT = ["run.grit.search_space=64", "run.batch_size_train=8", "run.max_epoch=1", "run.test_splits=[]"]
+SLACK = 10  # seconds, on a busy machine
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.fixture
+def two_ranks(tiny_yaml, tmp_path):
+    """Start ``ranks_launcher.py`` twice, by hand as a cluster does; each rank's exit code and what it said, and how many seconds
+    after rank 1 misbehaved both had ended."""
+
+    def run(how: str, *options: str) -> tuple[list[int], list[str], float]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        arguments = [how, "train", "--cfg-path", str(tiny_yaml), "--options", *SHORT, *options]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(LAUNCHER), *arguments],
+                cwd=tmp_path,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=120)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        at = re.search(r"^at ([\d.]+)$", said[1], re.MULTILINE)
+        return [process.returncode for process in processes], said, time.time() - float(at[1]) if at else 0.0
+
+    return run
+
+
+def lines_of_ours(*texts: str) -> list[str]:
+    return [line for text in texts for line in text.splitlines() if line.startswith("lavis-mafa")]
+
+
+def test_a_rank_that_is_killed_ends_the_job_at_once_with_its_name(two_ranks):
+    codes, said, seconds = two_ranks("dies")
+    assert codes == [3, -9]
+    (line,) = lines_of_ours(*said)
+    assert "rank 1 (" in line and "died, last seen " in line and "--resume auto" in line
+    assert "Traceback" not in said[0] and 0 < seconds < 10 + SLACK
+
+
+def test_a_rank_that_hangs_ends_the_job_in_the_stated_time_with_its_name_and_place(two_ranks, tmp_path):
+    codes, said, seconds = two_ranks("hangs", "run.rank_timeout_minutes=0.1")
+    assert codes == [3, 3], said
+    (line,) = lines_of_ours(*said)
+    assert "rank 1 (" in line and "holds the others up: loading data, epoch 0 step" in line and "ranks_launcher.py" in line
+    assert "Rank 0 waits: training, epoch 0 step" in line and 6 < seconds < 6 + 10 + SLACK
+    run = outputs.only_run(tmp_path)
+    assert "ranks_launcher.py" in (run / "hang_rank1.txt").read_text() and (run / "hang_rank0.txt").is_file()
+
+
+def test_ranks_that_were_started_differently_are_refused(two_ranks):
+    codes, said, _ = two_ranks("other_start")
+    assert codes == [2, 2]
+    for text in said:
+        (line,) = lines_of_ours(text)
+        assert "library torch: " in line and "1.13.1 on rank 1" in line
+        assert "setting run.init_lr: 0.001 on rank 0" in line and "0.5 on rank 1" in line
+
+
+def test_ranks_with_other_data_are_refused(two_ranks, tmp_path):
+    codes, said, _ = two_ranks("other_data")
+    assert codes == [2, 2]
+    assert all("data grit_emoji.train: samples: " in text and "Traceback" not in text for text in said)
+    assert not list(outputs.only_run(tmp_path).glob("*.pth"))
+
+
+def test_a_run_that_goes_well_says_nothing_leaves_no_thread_and_is_not_changed(two_ranks, tmp_path):
+    codes, said, _ = two_ranks("well")
+    assert codes == [0, 0], said
+    assert not lines_of_ours(*said) and "threads left: ['MainThread'" in said[0] and "rank watch" not in said[0]
+    watched = outputs.only_run(tmp_path).rename(tmp_path / "watched")
+    codes, said, _ = two_ranks("unwatched")
+    assert codes == [0, 0], said
+    outputs.assert_same_weights(watched / "checkpoint_0.pth", outputs.only_run(tmp_path) / "checkpoint_0.pth")
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory) -> dict[int, tuple[Path, dict]]:
+    """What ``uneven_shares.py`` writes as one process and as two."""
+    script = LAUNCHER.with_name("uneven_shares.py")
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    beside("uneven_shares").write_results(one)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # with a timeout, since the promise is that nobody waits forever
+    done = subprocess.run([*launch, str(script), str(two)], env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    return {processes: (folder, json.loads((folder / "results.json").read_text())) for processes, folder in ((1, one), (2, two))}
+
+
+@pytest.mark.parametrize("count", ["1", "5"])
+def test_each_caption_and_answer_is_there_once_however_many_ranks_share_them(shares, count):
+    for processes, (folder, results) in shares.items():
+        captions = json.loads((folder / "result" / f"of{count}_epoch0.json").read_text())
+        answers = json.loads((folder / "result" / f"of{count}_vqa_result.json").read_text())
+        assert sorted(row["image_id"] for row in captions) == list(range(int(count)))
+        assert sorted((row["question_id"], row["answer"]) for row in answers) == [(n, str(n)) for n in range(int(count))]
+        for task in ("captions", "answers"):
+            figures = results[task][count]
+            assert len(figures) == processes and all(rank == pytest.approx(shares[1][1][task][count][0]) for rank in figures)
+    assert shares[2][1]["asked"] == [1 + 3, 1 + 3]  # the sampler repeats one of one, and one of five
+
+
+def test_retrieval_of_a_gallery_that_ranks_share_unevenly_is_that_of_one_process(shares):
+    assert shares[2][1]["retrieval"] == shares[1][1]["retrieval"]
+
+
+def test_all_ranks_train_the_same_number_of_batches_and_no_sample_twice(shares):
+    ranks = shares[2][1]["trained"]
+    rows = [row for batches in ranks for batch in batches for row in batch]
+    assert [len(batches) for batches in ranks] == [3, 3]
+    assert len(rows) == 18 == len(set(rows)) and set(rows) <= set(range(20))

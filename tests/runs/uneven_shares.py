@@ -1,0 +1,113 @@
+"""Evaluation and training of data whose number no two processes can share evenly; run it as two processes, or as one.
+
+python uneven_shares.py OUT: rank 0 writes what came out as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+
+from lavis_mafa.common.distributed import gather_objects, init_process_group, is_distributed, rank
+from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
+from lavis_mafa.models.retrieval_scoring import score_matrices
+from lavis_mafa.runners.evaluating import evaluate_split
+from lavis_mafa.runners.loaders import eval_loader, train_loader
+from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
+from lavis_mafa.tasks.mafa_vqa import MafaVqaTask
+
+SETTINGS = RunBlock(num_workers=0)
+
+
+class Numbers(Dataset):
+    """``count`` samples, all texts their own number."""
+
+    collater = staticmethod(torch.utils.data.default_collate)
+
+    def __init__(self, count: int) -> None:
+        self.image = [f"{n}.jpg" for n in range(count)]
+        self.text = self.raw_text = [f"number {n}" for n in range(count)]
+        self.img2txt = {n: [n] for n in range(count)}
+        self.answers = [[str(n)] for n in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = torch.tensor([float(index)])
+        return {"image": number, "text_input": f"{index}?", "image_id": index, "question_id": index, "index": index}
+
+
+class Model(torch.nn.Module):
+    """Knows every answer, and counts what it is asked."""
+
+    device = "cpu"
+    asked = 0
+
+    def before_evaluation(self, **_: Any) -> None: ...
+
+    def generate(self, samples: dict[str, Any], **_: Any) -> list[str]:
+        Model.asked += len(samples["image"])
+        return [f"number {int(n)}" for n in samples["image"]]
+
+    def predict_answers(self, samples: dict[str, Any], **_: Any) -> list[str]:
+        return [str(int(n)) for n in samples["image"]]
+
+    def text_rows(self, captions: list[str]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        numbers = torch.tensor([[float(caption.split()[1])] for caption in captions])
+        return (numbers,), torch.cat([numbers.cos(), numbers.sin()], dim=1)
+
+    def image_rows(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return image[:, None], torch.cat([image.cos(), image.sin()], dim=1)
+
+    def match_rows(self, image_states: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat([torch.zeros_like(text[0]), image_states[:, 0] - text[0]], dim=1)
+
+
+def generated(task: Any, count: int, folder: Path) -> list[Any]:
+    """Each rank's figures."""
+    loader = eval_loader(Numbers(count), 2, Numbers.collater, SETTINGS, False, shared=is_distributed())
+    return gather_objects(evaluate_split(task, Model(), loader, loader.dataset, f"of{count}", 0, folder, False))
+
+
+def retrieval(count: int) -> list[Any]:
+    loader = eval_loader(Numbers(count), 2, Numbers.collater, SETTINGS, False, shared=False)
+    return [matrix.tolist() for matrix in score_matrices(Model(), loader, top_k=2)]  # type: ignore[arg-type]
+
+
+def trained(count: int) -> list[list[list[int]]]:
+    """The rows of each batch of each rank."""
+    loader, feed = train_loader(Numbers(count), 3, Grit(enabled=False), SETTINGS, False)
+    loader.dataset.set_epoch(0)
+    feed.begin_epoch(0)
+    return gather_objects([batch["index"].tolist() for batch in loader])
+
+
+def write_results(folder: Path) -> None:
+    before = registry.mapping["paths"].get("result_dir")
+    registry.mapping["paths"]["result_dir"] = str(folder / "result")
+    captioning, vqa = MafaCaptioningTask(CaptioningRun()), MafaVqaTask(VqaRun())
+    results = {
+        "captions": {count: generated(captioning, count, folder) for count in (1, 5)},
+        "asked": gather_objects(Model.asked),
+        "answers": {count: generated(vqa, count, folder) for count in (1, 5)},
+        "retrieval": {count: retrieval(count) for count in (3, 5)},
+        "trained": trained(20),
+    }
+    registry.mapping["paths"]["result_dir"] = before
+    if rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    init_process_group(OmegaConf.create({"device": "cpu"}))
+    write_results(Path(sys.argv[1]))
+    if is_distributed():
+        torch.distributed.destroy_process_group()
