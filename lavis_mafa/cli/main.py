@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from lavis_mafa import __version__
 from lavis_mafa.common import interrupt
-from lavis_mafa.common.errors import UserError, did_you_mean, of_the_file_system
+from lavis_mafa.common.errors import RankLost, UserError, did_you_mean, of_the_file_system
 
 COMMANDS = {
     "train": "pre-train or fine-tune from a YAML (same flags as LAVIS's train.py)",
@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except RankLost as error:
+        if str(error):  # else another rank has said it
+            print(f"{name}: {error}", file=sys.stderr)
+        return RankLost.EXIT_CODE
     except interrupt.Stopped as stopped:
         if stopped.message:
             print(f"{name}: {stopped.message}", file=sys.stderr)

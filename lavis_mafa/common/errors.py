@@ -48,8 +48,8 @@ def of_the_file_system(error: OSError) -> str | None:
         return f"{error.filename}: {error.strerror}."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
         return f"{error.strerror}; what was saved before is kept."
-    words = ("unusable image", "cannot identify image file", "image file is truncated")
-    words += ("No such file or directory", "broken data stream")
+    words = ["unusable image", "cannot identify image file", "image file is truncated"]
+    words += ["No such file or directory", "broken data stream"]
     if any(word in last for word in words):
         return f"{last.split('Error: ', 1)[-1]}."
     return None

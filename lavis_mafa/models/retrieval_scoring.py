@@ -61,7 +61,7 @@ def score_matrices(model: RetrievalModel, data_loader: Any, top_k: int, pairs_at
     similarity = best_query(torch.cat(image_features), text_features)
 
     def matching(image_index: Tensor, text_index: Tensor) -> Tensor:
-        scores = []
+        scores = [torch.empty(0, device=similarity.device)]  # a rank has no row where there are fewer rows than ranks
         for start in range(0, len(image_index), pairs_at_once):
             rows, columns = image_index[start : start + pairs_at_once], text_index[start : start + pairs_at_once]
             logits = model.match_rows(images[rows.cpu()].to(model.device), tuple(part[columns] for part in text))

@@ -77,6 +77,11 @@ class BackgroundWriter:
         if error is not None:
             raise error
 
+    def join(self, seconds: float) -> None:
+        """Give what is being written some time, whatever comes of it: the process ends because of something else."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def agree(self, work: Callable[[], None]) -> None:
         """Inside of the work: do this part of it, and go on when all ranks have.
 

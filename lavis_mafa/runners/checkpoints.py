@@ -53,6 +53,10 @@ class CheckpointFolder:
         """
         self._writer.wait()
 
+    def last_chance(self, seconds: float = 60.0) -> None:
+        """Let the last one come to its end although the run has failed."""
+        self._writer.join(seconds)
+
     def _write(self, name: str, content: dict[str, Any] | None, rank_state: dict[str, Any] | None, rank: int) -> None:
         """Each rank's state first, then from rank 0 (the one with ``content``) the weights: their file is the sign that all of the
         checkpoint is there. Nothing older goes before."""

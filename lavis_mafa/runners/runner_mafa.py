@@ -186,6 +186,7 @@ class RunnerMafa(TrainingLoop, RunnerBase):
             try:
                 self._train_and_test()
             finally:
+                self.checkpoints.last_chance()
                 unlock(self.output_dir)
 
     def _train_and_test(self) -> None:

@@ -17,6 +17,7 @@ from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, model_s
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.random_states import random_state, restore_random_state
+from lavis_mafa.runners.state_checks import check_optimizer, check_progress, check_rank_state
 
 logger = logging.getLogger(__name__)
 
@@ -73,23 +74,26 @@ class Saving:
     def _load_checkpoint(self, url_or_filename: str) -> None:
         content, state = read_resumable(url_or_filename, rank())
         load_model(self.unwrap_dist_model(self.model), content["model"], url_or_filename)
+        _ = self.train_loader  # builds the feed
+        assert self.feed is not None
+        try:
+            self.start_epoch, self.start_step = check_progress(content)
+            check_optimizer(content["optimizer"], self.optimizer)
+            if state is not None:
+                check_rank_state(state, self.feed.sampler.dataset_size, self.start_epoch, self.start_step, self.device)
+                self.feed.load_state_dict(state["feed"])
+                self.start_step = self.feed.sampler.start_step  # another batch size counts other steps
+                self.log.load_state_dict(state.get("log"))
+                self.bad_samples.load_state_dict(state.get("bad_samples"))
+            if self.scaler is not None and content.get("scaler"):
+                self.scaler.load_state_dict(content["scaler"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # the last three: entries of another kind
+            raise UserError(f"run.resume_ckpt_path: {url_or_filename}: {error}") from error
         self.optimizer.load_state_dict(content["optimizer"])
-        if self.scaler is not None and content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
-        self.start_epoch = int(content.get("next_epoch", content["epoch"] + 1))
-        self.start_step = int(content.get("step", 0))
         self.best_metric = float(content.get("best_metric", float("-inf")))
         self.best_epoch = content.get("best_epoch")
         self._take_best_along(Path(url_or_filename))
         if state is not None:
-            _ = self.train_loader  # builds the feed
-            assert self.feed is not None
-            try:
-                self.feed.load_state_dict(state["feed"])
-            except ValueError as error:
-                raise UserError(f"run.resume_ckpt_path: {url_or_filename}: {error}") from error
-            self.log.load_state_dict(state.get("log"))
-            self.bad_samples.load_state_dict(state.get("bad_samples"))
             restore_random_state(state["random"], self.device)
         logger.info("resuming %s at epoch %d, step %d", url_or_filename, self.start_epoch, self.start_step)
 

@@ -98,7 +98,7 @@ def write_results(folder: Path) -> None:
         "captions": {count: generated(captioning, count, folder) for count in (1, 5)},
         "asked": gather_objects(Model.asked),
         "answers": {count: generated(vqa, count, folder) for count in (1, 5)},
-        "retrieval": {count: retrieval(count) for count in (3, 5)},
+        "retrieval": {count: retrieval(count) for count in (1, 3, 5)},
         "trained": trained(20),
     }
     registry.mapping["paths"]["result_dir"] = before
