@@ -122,7 +122,7 @@ def torment(folder: Path, minutes: float, chance: random.Random) -> Counter[str]
     done["starts"] += 1
     time.sleep(60)
     os.killpg(run.pid, signal.SIGTERM)
-    if run.wait(timeout=120) != 143:
+    if run.wait(timeout=120) != 143 or "stopped after epoch" not in (folder / "tormented.log").read_text().splitlines()[-1]:
         raise SystemExit(f"the last run did not end in good order; see {folder}/tormented.log")
     done["resumes"] = (folder / "tormented.log").read_text().count("resuming ")
     return done
@@ -184,7 +184,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, chance = arguments.folder.absolute(), random.Random(arguments.seed)
     folder.mkdir(parents=True)  # never into an old one
-    build_emoji(folder / "data")
+    build_emoji(folder / "data", progress=False)
     samples, bad = spoil(folder / "data", chance)
     (folder / "soak.yaml").write_text(YAML.replace("DATA", str(folder / "data")))
     print(f"{machine('cpu')}, {datetime.date.today()}, seed {arguments.seed}")

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 PATIENCE = 5.0  # seconds for the normal way out, which closes files and removes what is half written
 ONCE_MORE = 1.0  # seconds: a second ctrl-C that comes sooner is the same one, passed on by a launcher
-WORKER_PATIENCE = 600  # seconds after SIGTERM in which a data loader's worker is left to its owner
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _process = os.getpid()
@@ -101,6 +100,23 @@ def finished_first() -> Iterator[None]:
         _finishing.discard(thread)
 
 
+def patient_worker(_: int) -> None:
+    """``worker_init_fn`` of data loaders: a terminal, torchrun and Slurm signal workers too, whose last batches are still wanted.
+
+    They end with their owner, or when it tells them to. PyTorch would have them end at once, and fail the training.
+    """
+    owner = os.getppid()
+
+    def listen_to_owner() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # so that the thread, which sees the sender, gets it
+    threading.Thread(target=listen_to_owner, name="SIGTERM", daemon=True).start()
+
+
 def leave(at_once: bool = False) -> NoReturn:
     """Wait for what must be finished, say goodbye, end the workers, and end; without the interpreter's own way out, which would wait
     for threads and workers."""
@@ -126,8 +142,10 @@ def _install() -> dict[int, Any]:
 
 def _on_signal(number: int, _: Any) -> None:
     global _first
-    if os.getpid() != _process:
-        _in_worker(number)
+    if os.getpid() != _process:  # a forked child: the terminal's ctrl-C is not meant for it
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
     elif _first is not None:
         if number == signal.SIGINT and time.monotonic() - _first[1] > ONCE_MORE and _wake is not None:
             leave(at_once=True)
@@ -136,13 +154,6 @@ def _on_signal(number: int, _: Any) -> None:
         if not _postponed:
             _leave_soon()
         os.write(2, b"\nstopping: this step is finished and the run saved; ctrl-C once more stops at once\n")
-
-
-def _in_worker(number: int) -> None:
-    """A terminal, torchrun and Slurm signal workers too, whose last batches are still wanted. They end with their owner."""
-    if number == signal.SIGTERM:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(WORKER_PATIENCE)
 
 
 def _leave_soon() -> NoReturn:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lavis_mafa.common.distributed import rank, world_size
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.interrupt import patient_worker
 from lavis_mafa.common.settings import Grit, RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.runners.grit_feed import GritFeed
@@ -35,6 +36,7 @@ def train_loader(dataset: Any, batch_size: int, grit: Grit | None, settings: Run
         pin_memory=pin,
         collate_fn=indexed.collate,
         drop_last=True,
+        worker_init_fn=patient_worker,
         persistent_workers=settings.num_workers > 0,
         generator=torch.Generator(),  # else each pass over a loader draws from the generator of dropout and masking
     )
@@ -50,5 +52,6 @@ def eval_loader(dataset: Any, batch_size: int, collate: Any, settings: RunBlock,
         num_workers=settings.num_workers,
         pin_memory=pin,
         collate_fn=collate,
+        worker_init_fn=patient_worker,
         generator=torch.Generator(),
     )

@@ -121,10 +121,10 @@ def test_signals_to_a_whole_group_with_workers_in_a_step_and_in_a_validation(lau
     workers = "run.num_workers=2"
     code, said = launch("whole", workers)
     assert code == 0, said
-    code, said = launch("parts", workers, at=("step", 4, "SIGINT"))
-    assert code == 130 and "stopped after epoch 0, step 4" in said and "Traceback" not in said, said
-    code, said = launch("parts", workers, at=("validation", 1, "SIGTERM"))
-    assert code == 143 and "Traceback" not in said, said
+    code, said = launch("parts", workers, at=("step", 4, "SIGTERM"))
+    assert code == 143 and "stopped after epoch 0, step 4" in said and "Traceback" not in said, said
+    code, said = launch("parts", workers, at=("validation", 1, "SIGINT"))
+    assert code == 130 and "Traceback" not in said, said
     assert said.splitlines()[-1] == "lavis-mafa train: stopped; what was saved before is kept."
     code, said = launch("parts", workers)
     assert code == 0 and "epoch 1, step 0" in said, said
