@@ -67,8 +67,9 @@ def child(log: Path, arguments: list[str]) -> int:
     prepare = TrainingLoop._prepare
 
     def prepared(self: Any, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        record = {"epoch": epoch, "step": step, "index": samples["index"].tolist(), "rss": pages * os.sysconf("SC_PAGESIZE")}
+        # without pages of files, which come and go as the system likes
+        memory = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        record = {"epoch": epoch, "step": step, "index": samples["index"].tolist(), "memory": 1024 * int(memory)}
         with open(log, "a") as file:
             file.write(json.dumps(record) + "\n")
         return prepare(self, samples, epoch, step)
@@ -152,9 +153,9 @@ def accounts(log: Path, samples: int, bad: set[int]) -> tuple[int, int, int, int
 
 def growth(log: Path) -> tuple[float, float]:
     """Memory in MB at the 500th step, and its growth per 1,000 steps as a share of that."""
-    rss = np.array([json.loads(line)["rss"] for line in log.read_text().splitlines()][500:]) / 1e6
-    slope = np.polyfit(np.arange(len(rss)), rss, 1)[0]
-    return float(rss[0]), float(1000 * slope / rss[0])
+    memory = np.array([json.loads(line)["memory"] for line in log.read_text().splitlines()][500:]) / 1e6
+    slope = np.polyfit(np.arange(len(memory)), memory, 1)[0]
+    return float(memory[0]), float(1000 * slope / memory[0])
 
 
 def different_numbers(one: Any, other: Any) -> int:

@@ -91,18 +91,29 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(train, tmp_path, kin
 
 
 @pytest.fixture
-def launch(tmp_path, tiny_yaml):
+def launch(tmp_path, emoji, tiny_yaml):
     """A training in processes of its own, in a group of its own, with a signal at a chosen moment; what it said."""
+    data = f"datasets.grit_emoji.build_info={{root: {emoji}, max_concepts: 60}}"
 
-    def start(name: str, *options: str, at: tuple[str, int, str] = ("step", 0, "SIGTERM"), processes: int = 1) -> tuple[int, str]:
+    def start(
+        name: str, *options: str, at: tuple[str, int, str] = ("step", 0, "SIGTERM"), processes: int = 1, yaml: str | None = None
+    ) -> tuple[int, str]:
         command = [sys.executable]
         if processes > 1:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
             command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-        command += [str(Path(__file__).with_name("signalling.py")), *map(str, at), "train", "--cfg-path", str(tiny_yaml)]
-        common = [f"run.output_dir={name}", "run.log_freq=5", "run.test_splits=[]", "run.valid_splits=[val]", *options]
+        command += [str(Path(__file__).with_name("signalling.py")), *map(str, at), "train", "--cfg-path", str(yaml or tiny_yaml)]
+        common = [
+            data,
+            f"run.output_dir={name}",
+            "run.max_epoch=2",
+            "run.log_freq=5",
+            "run.test_splits=[]",
+            "run.valid_splits=[val]",
+            *options,
+        ]
         done = subprocess.run(
             [*command, "--resume", "auto", "--options", *common],
             cwd=tmp_path,
@@ -131,15 +142,17 @@ def test_signals_to_a_whole_group_with_workers_in_a_step_and_in_a_validation(lau
     outputs.assert_same_run(the_run(tmp_path / "whole"), the_run(tmp_path / "parts"))
 
 
-def test_two_processes_terminated_and_killed_end_with_the_same_bits(launch, tmp_path):
+@pytest.mark.parametrize("kind", ["albef with momentum", "blip2"])
+def test_two_processes_terminated_and_killed_end_with_the_same_bits(launch, tmp_path, kind):
     """torchrun passes SIGTERM on to all ranks, at whatever step they are; one that is killed takes the others with it."""
-    options = ["run.batch_size_train=8", "run.save_every_steps=2", "model.itc.momentum_distillation={queue_size: 64}"]
-    code, said = launch("whole", *options, processes=2)
+    yaml, options = (RUNS["blip2"][0], BLIP2) if kind == "blip2" else (None, MOMENTUM)
+    options = [*options, "run.batch_size_train=8", "run.save_every_steps=2"]
+    code, said = launch("whole", *options, processes=2, yaml=yaml)
     assert code == 0, said
-    code, said = launch("parts", *options, at=("step", 3, "SIGTERM"), processes=2)
+    code, said = launch("parts", *options, at=("step", 3, "SIGTERM"), processes=2, yaml=yaml)
     assert code != 0 and "stopped after epoch 0, step" in said, said
-    code, said = launch("parts", *options, at=("step", 9, "SIGKILL"), processes=2)
+    code, said = launch("parts", *options, at=("step", 9, "SIGKILL"), processes=2, yaml=yaml)
     assert code != 0, said
-    code, said = launch("parts", *options, processes=2)
+    code, said = launch("parts", *options, processes=2, yaml=yaml)
     assert code == 0, said
     outputs.assert_same_run(the_run(tmp_path / "whole"), the_run(tmp_path / "parts"))
