@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import torn_record
@@ -36,7 +38,10 @@ def find_run(parent: Path, config: dict[str, Any]) -> tuple[Path, Path] | None:
     folders = sorted((path.parent for path in parent.glob("*/config.yaml")), key=_newest_change, reverse=True)
     others = []
     for folder in folders:
-        different = _difference(_flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))), _flat(config))
+        try:
+            different = _difference(_flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))), _flat(config))
+        except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+            different = f"its config.yaml cannot be read ({' '.join(str(error).split())})"
         if different:
             others.append(f"{folder.name}: {different}")
         elif (checkpoint := newest_good(folder)) is not None:

@@ -233,4 +233,6 @@ class RunnerMafa(TrainingLoop, RunnerBase):
     def log_config(self) -> None:
         path = self.output_dir / "config.yaml"
         if not path.exists():  # a run that goes on in its folder has written it
-            OmegaConf.save(OmegaConf.create(self.config.to_dict()), path)
+            part = path.with_name(".config.yaml.part")
+            OmegaConf.save(OmegaConf.create(self.config.to_dict()), part)
+            part.replace(path)

@@ -32,7 +32,7 @@ class Stepper:
     Attributes:
         applied: whether the last window changed the weights, or None inside a window. A loss scaler that skips a step to find
             its scale did what it should: that counts as applied.
-        gradient_norm: of the last window, before clipping.
+        gradient_norm: of the window that just ended, before clipping, or None inside a window.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Stepper:
             loss = output["loss"] / length
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self._bad_loss |= ~torch.isfinite(loss.detach())
+        self.gradient_norm = None
         self.applied = self._update() if last else None
         return output
 

@@ -86,7 +86,8 @@ class TrainingLoop(Saving):
             samples = self._prepare(samples, epoch, step)
             self.lr_scheduler.step(cur_epoch=epoch, cur_step=step)
             output = stepper(samples, step, steps)
-            self.log.add(losses_and_figures(output))
+            norm = {} if stepper.gradient_norm is None else {"gradient_norm": stepper.gradient_norm}
+            self.log.add({**losses_and_figures(output), **norm})
             self.log.skipped += stepper.applied is False
             self.nonfinite.add(epoch, step, samples, output, stepper.applied, stepper.gradient_norm)
             if output.get("image_features") is not None and settings.grit.collect == "training":
