@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except interrupt.Stopped as stopped:
         if stopped.message:
             print(f"{name}: {stopped.message}", file=sys.stderr)
-        return interrupt.exit_code()
+        return int(stopped.code or 0)
     except (Exception, KeyboardInterrupt) as error:
         if own_process and interrupt.asked():
             interrupt.leave()

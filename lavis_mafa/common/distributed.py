@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lavis_mafa.common.errors import RankLost, UserError
 
+_timeout = datetime.timedelta(minutes=61)  # of collectives; set with the process group
+
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -29,6 +31,11 @@ def world_size() -> int:
 def barrier() -> None:
     if is_distributed():
         dist.barrier()
+
+
+def host_group() -> Any:
+    """A gloo group of all ranks for what is not the training's; None for one process. Every rank makes the same ones in one order."""
+    return dist.new_group(backend="gloo", timeout=_timeout) if is_distributed() else None
 
 
 def rank_timeout_minutes(run: Any) -> float:
@@ -59,7 +66,8 @@ def init_process_group(run: Any) -> None:
     from torch.distributed.rendezvous import rendezvous  # not in every build of torch
 
     # The watch of the ranks knows names and speaks first. This ends what it takes for work: a rank that is busy without end.
-    timeout = datetime.timedelta(minutes=2 * rank_timeout_minutes(run) + 1)
+    global _timeout
+    timeout = _timeout = datetime.timedelta(minutes=2 * rank_timeout_minutes(run) + 1)
     try:
         url = run.get("dist_url", "env://")
         store, _, _ = next(rendezvous(url, run.rank, run.world_size, timeout=timeout))

@@ -32,19 +32,19 @@ _finishing: set[int] = set()  # threads that must be done before the process end
 class Stopped(SystemExit):
     """A signal ended a training, which has saved itself; the exit code is the one shells give to that signal."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(exit_code())
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(128 + number)
         self.message = message
 
 
-def asked() -> bool:
-    """Whether ctrl-C or SIGTERM came: whatever fails after that fails because of it."""
-    return _first is not None
+def asked() -> int:
+    """The number of the signal, ctrl-C's or SIGTERM, or 0: whatever fails after one came fails because of it."""
+    return int(_first[0]) if _first is not None else 0
 
 
 def exit_code() -> int:
     """130 for ctrl-C, 143 for SIGTERM."""
-    return 128 + int(_first[0] if _first is not None else signal.SIGINT)
+    return 128 + (asked() or signal.SIGINT)
 
 
 def watch(goodbye: str) -> None:
@@ -66,7 +66,7 @@ def watch(goodbye: str) -> None:
 
 @contextlib.contextmanager
 def postponed() -> Iterator[None]:
-    """Inside, the first signal only makes :func:`asked` true: who trains looks at it, saves, and raises :class:`Stopped`.
+    """Inside, the first signal only makes :func:`asked` tell it: who trains looks at it, saves, and raises :class:`Stopped`.
 
     One that came too late for that raises ``KeyboardInterrupt`` at the end. Works without :func:`watch` too.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -104,10 +105,9 @@ def write_atomically(content: dict[str, Any], path: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # some network file systems have no such call
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...] = ()) -> None:

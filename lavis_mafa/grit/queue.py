@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -124,18 +124,34 @@ class GritQueue:
 
         Waits for the queue that is being grouped, so that its order is saved and its features need not be.
         """
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """:meth:`state_dict` of this moment, made when it is called: by another thread, while this queue goes on.
+
+        Example:
+            >>> state = queue.snapshot()
+            >>> queue.collect(index, image_features, text_features)
+            >>> state()["epoch"]  # as it was before that batch
+            0
+        """
         self._take_in()
-        self._take_grouped(wait=True)
-        columns = [torch.cat(column) for column in zip(*self._waiting, strict=True)] or [torch.empty(0, 0)] * 3
-        return {
-            **self._settings(),
-            "epoch": self.epoch,
-            "queues_grouped": self._queues_grouped,
-            "finished": _concatenate(self._finished),
-            "index": columns[0].long().flatten(),
-            "image_features": columns[1],
-            "text_features": columns[2],
-        }
+        self._take_grouped(wait=False)
+        # rows and orders are never changed once they are in these lists
+        waiting, finished, grouping = [*self._waiting], [*self._finished], self._grouping
+        numbers = {**self._settings(), "epoch": self.epoch, "queues_grouped": self._queues_grouped}
+
+        def state() -> dict[str, Any]:
+            columns = [torch.cat(column) for column in zip(*waiting, strict=True)] or [torch.empty(0, 0)] * 3
+            return {
+                **numbers,
+                "finished": _concatenate([*finished, *([] if grouping is None else [grouping.result()])]),
+                "index": columns[0].long().flatten(),
+                "image_features": columns[1],
+                "text_features": columns[2],
+            }
+
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where ``state_dict`` was taken; what this queue held is dropped.

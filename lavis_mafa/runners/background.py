@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lavis_mafa.common import interrupt
-from lavis_mafa.common.distributed import is_distributed, world_size
+from lavis_mafa.common.distributed import host_group, world_size
 from lavis_mafa.common.errors import UserError
 
 
@@ -49,7 +49,7 @@ class BackgroundWriter:
 
     def __init__(self) -> None:
         # a group of its own, on the host: the training uses the others meanwhile
-        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group = host_group()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -77,10 +77,10 @@ class BackgroundWriter:
         if error is not None:
             raise error
 
-    def join(self, seconds: float) -> None:
-        """Give what is being written some time, whatever comes of it: the process ends because of something else."""
+    def join(self) -> None:
+        """Let what is being written come to its end, whatever that is: the process ends because of something else."""
         if self._thread is not None:
-            self._thread.join(seconds)
+            self._thread.join()
 
     def agree(self, work: Callable[[], None]) -> None:
         """Inside of the work: do this part of it, and go on when all ranks have.
@@ -88,15 +88,19 @@ class BackgroundWriter:
         Raises:
             UserError: some rank could not.
         """
-        problem = None
+        problem = failure = None
         try:
             work()
         except UserError as error:
             problem = str(error)
+        except Exception as error:  # the others must hear of it before it ends this thread
+            problem, failure = f"{type(error).__name__}: {error}", error
         problems: list[str | None] = [problem]
         if self._group is not None:
             problems = [None] * world_size()
             dist.all_gather_object(problems, problem, group=self._group)
+        if failure is not None:
+            raise failure
         found = [f"rank {rank}: {p}" if len(problems) > 1 else p for rank, p in enumerate(problems) if p]
         if found:
             raise UserError("; ".join(found))
@@ -105,5 +109,5 @@ class BackgroundWriter:
         with interrupt.finished_first():
             try:
                 work()
-            except (UserError, OSError, RuntimeError) as error:  # raised again where training waits
+            except BaseException as error:  # raised again where the training waits
                 self._error = error

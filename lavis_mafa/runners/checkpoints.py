@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch import nn
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import load_exactly, read_checkpoint, write_atomically
 from lavis_mafa.runners.background import BackgroundWriter, host_copy
+
+logger = logging.getLogger(__name__)
+RankState = Callable[[], dict[str, Any]]
 
 
 class CheckpointFolder:
@@ -35,14 +40,20 @@ class CheckpointFolder:
     def path(self, name: str) -> Path:
         return self.folder / f"checkpoint_{name}.pth"
 
-    def save(self, name: str, content: dict[str, Any] | None, rank_state: dict[str, Any] | None, rank: int) -> None:
-        """Copy everything to the host and write it while the training goes on; every rank must call it.
+    def save(self, name: str, content: dict[str, Any] | None, rank_state: RankState | None, rank: int) -> None:
+        """Copy ``content`` to the host and write it while the training goes on; every rank must call it.
+
+        Args:
+            name: of the file, e.g. ``3`` after epoch 3 or ``3_120``.
+            content: of ``checkpoint_NAME.pth``, on rank 0 alone.
+            rank_state: gives what goes into ``checkpoint_NAME.rankR.pth``; called by the thread that writes.
+            rank: of this process.
 
         Raises:
             UserError: the one before could not be written.
         """
         self._writer.wait()
-        content, rank_state = host_copy(content), host_copy(rank_state)
+        content = host_copy(content)
         self._writer.start(lambda: self._write(name, content, rank_state, rank))
 
     def wait(self) -> None:
@@ -53,25 +64,28 @@ class CheckpointFolder:
         """
         self._writer.wait()
 
-    def last_chance(self, seconds: float = 60.0) -> None:
+    def last_chance(self) -> None:
         """Let the last one come to its end although the run has failed."""
-        self._writer.join(seconds)
+        self._writer.join()
 
-    def _write(self, name: str, content: dict[str, Any] | None, rank_state: dict[str, Any] | None, rank: int) -> None:
+    def _write(self, name: str, content: dict[str, Any] | None, rank_state: RankState | None, rank: int) -> None:
         """Each rank's state first, then from rank 0 (the one with ``content``) the weights: their file is the sign that all of the
         checkpoint is there. Nothing older goes before."""
         path = self.path(name)
         if rank_state is not None:
-            self._writer.agree(lambda: write_atomically(rank_state, rank_file(path, rank)))
+            self._writer.agree(lambda: write_atomically(rank_state(), rank_file(path, rank)))
         self._writer.agree(lambda: _write_weights(content, path))
         if name == "best":
             return
         self.written = [*(n for n in self.written if n != name), name]
-        for old in self.written[: -self.keep]:
-            if content is not None:
-                self.path(old).unlink(missing_ok=True)  # first, so that no weights stand without their states
-            rank_file(self.path(old), rank).unlink(missing_ok=True)
-        del self.written[: -self.keep]
+        old, self.written = self.written[: -self.keep], self.written[-self.keep :]
+        try:
+            for path in map(self.path, old):
+                if content is not None:
+                    path.unlink(missing_ok=True)  # first, so that no weights stand without their states
+                rank_file(path, rank).unlink(missing_ok=True)
+        except OSError as error:  # it takes room, but nothing is lost
+            logger.warning("an old checkpoint cannot be removed: %s", error)
 
 
 def _write_weights(content: dict[str, Any] | None, path: Path) -> None:

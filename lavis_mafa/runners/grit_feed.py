@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -80,9 +80,11 @@ class GritFeed:
         seed = self.seed * 100_003 + epoch
         return next_epoch_order(lists, sampler.dataset_size, sampler.block, shuffle, seed, sampler.global_batch)
 
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """Everything a resumed run needs to serve the same samples, after ``step`` steps of the current epoch."""
-        return {"sampler": self.sampler.state_dict(step), "queue": None if self.queue is None else self.queue.state_dict()}
+    def snapshot(self, step: int) -> Callable[[], dict[str, Any]]:
+        """Everything a resumed run needs to serve the same samples after ``step`` steps of the current epoch; the function that is
+        returned may be called by another thread, and waits there for a queue that is being grouped."""
+        sampler, queue = self.sampler.state_dict(step), None if self.queue is None else self.queue.snapshot()
+        return lambda: {"sampler": sampler, "queue": None if queue is None else queue()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])

@@ -57,9 +57,10 @@ class MetricsLog:
         """What is not written yet, so that a resumed run writes the same records."""
         return {"sums": self.sums, "counts": self.counts, "pending": self.pending, "skipped": self.skipped}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None, device: torch.device) -> None:
+        """Go on with what was not written yet; checkpoints from before this was kept have None."""
         if state is not None:
-            self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+            self.sums, self.counts = ({k: v.to(device) for k, v in state[name].items()} for name in ("sums", "counts"))
             self.pending, self.skipped = int(state["pending"]), int(state["skipped"])
 
     def flush(self, epoch: int, step: int, learning_rate: float, derive: Any = None) -> dict[str, float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import torn_record
+from lavis_mafa.common.weights import read_checkpoint, torn_record
 from lavis_mafa.runners.checkpoints import numbered, position, rank_file
 
 logger = logging.getLogger(__name__)
@@ -29,41 +31,45 @@ MAY_DIFFER = {
 _locks: dict[Path, int] = {}
 
 
-def find_run(parent: Path, config: dict[str, Any]) -> tuple[Path, Path] | None:
-    """The newest run below ``parent`` with these settings that has a good checkpoint: its folder and that checkpoint.
-
-    Raises:
-        UserError: it is still running.
-    """
-    folders = sorted((path.parent for path in parent.glob("*/config.yaml")), key=_newest_change, reverse=True)
-    others = []
-    for folder in folders:
+def same_runs(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
+    """The folders of saved runs below ``parent`` with these settings, the newest first. Where there is none, the log says so."""
+    others, found = [], False
+    for folder in sorted((path.parent for path in parent.glob("*/config.yaml")), key=_last_saved, reverse=True):
         try:
             different = _difference(_flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))), _flat(config))
         except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
             different = f"its config.yaml cannot be read ({' '.join(str(error).split())})"
         if different:
             others.append(f"{folder.name}: {different}")
-        elif (checkpoint := newest_good(folder)) is not None:
-            return folder, checkpoint
-    why = f"; the newest other one is {others[0]}" if others else ""
-    logger.info("resume_ckpt_path: auto finds no saved run of these settings in %s, so this is a new one%s", parent, why)
-    return None
+        elif numbered(folder):
+            found = True
+            yield folder
+    if not found:
+        why = f"; the newest other one is {others[0]}" if others else ""
+        logger.info("resume_ckpt_path: auto finds no saved run of these settings in %s, so this is a new one%s", parent, why)
 
 
 def newest_good(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run; those that are damaged are named and passed over."""
     for path in numbered(folder):
-        states = sorted(folder.glob(f"{path.stem}.rank*.pth"))
-        problem = "" if rank_file(path, 0) in states else f"{rank_file(path, 0).name} is missing"
-        for file in (path, *states):
-            record = torn_record(file)
-            if record is not None:
-                problem = f"{file.name} is damaged ({record})"
+        problem = _problem(path)
         if not problem:
             return path
         logger.warning("%s is passed over: %s", path, problem)
     return None
+
+
+def _problem(path: Path) -> str:
+    record = torn_record(path)
+    if record is not None:
+        return f"{path.name} is damaged ({record})"
+    for rank in range(int(read_checkpoint(path, names_only=True).get("world_size", 1))):
+        state = rank_file(path, rank)
+        if not state.is_file():
+            return f"{state.name} is missing"
+        if (record := torn_record(state)) is not None:
+            return f"{state.name} is damaged ({record})"
+    return ""
 
 
 def rewind(folder: Path, checkpoint: Path) -> None:
@@ -72,6 +78,11 @@ def rewind(folder: Path, checkpoint: Path) -> None:
     _keep_lines(folder / "metrics.jsonl", lambda r: (r["epoch"], r["step"]) <= (epoch, step))
     # the checkpoint at an epoch's end is written before the epoch is evaluated
     _keep_lines(folder / "evaluation.jsonl", lambda r: isinstance(r["epoch"], int) and r["epoch"] < (epoch if step else epoch - 1))
+    (folder / "bad_samples.jsonl").unlink(missing_ok=True)  # the checkpoint has the list
+    for file in (folder / "connections").glob("epoch_*.parquet"):
+        numbers = [int(n) for n in re.findall(r"\d+", file.stem)]  # epoch, (first step,) rank
+        if (numbers[0], numbers[1] if len(numbers) > 2 else 0) >= (epoch, step):
+            file.unlink()
     for path in numbered(folder):
         if position(path) > (epoch, step):
             for file in (path, *folder.glob(f"{path.stem}.rank*.pth")):
@@ -92,6 +103,10 @@ def lock(folder: Path) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            logger.warning("%s cannot be locked (%s): do not start two runs in it", folder, error.strerror)
+            return
         owner = os.read(descriptor, 100).decode(errors="replace").strip()
         os.close(descriptor)
         raise UserError(f"{folder} is still written by {owner or 'another process'}; wait for its end, or stop it.") from error
@@ -115,15 +130,15 @@ def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the line a killed run was writing
-        if wanted(record):
+        if isinstance(record, dict) and wanted(record):
             kept.append(line + "\n")
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(kept), encoding="utf-8")
     os.replace(part, path)
 
 
-def _newest_change(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+def _last_saved(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in numbered(folder)), default=0.0)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import typed_block
-from lavis_mafa.runners.resuming import find_run, lock, rewind
+from lavis_mafa.runners.resuming import lock, newest_good, rewind, same_runs, unlock
 
 
 def run_settings(run: Any, ours: bool) -> RunBlock:
@@ -50,11 +50,12 @@ def open_folder(parent: Path, name: str, settings: RunBlock, config: dict[str, A
     Raises:
         UserError: it cannot be made, or is in use.
     """
-    if settings.resume_ckpt_path == "auto" and not settings.evaluate and (found := find_run(parent, config)) is not None:
-        folder, checkpoint = found
-        lock(folder)
-        rewind(folder, checkpoint)
-        return folder, checkpoint
+    for folder in same_runs(parent, config) if settings.resume_ckpt_path == "auto" and not settings.evaluate else ():
+        lock(folder)  # before looking: who has it may be saving
+        if (checkpoint := newest_good(folder)) is not None:
+            rewind(folder, checkpoint)
+            return folder, checkpoint
+        unlock(folder)
     folder = new_folder(parent, name)
     lock(folder)
     return folder, None

@@ -193,6 +193,8 @@ class RunnerMafa(TrainingLoop, RunnerBase):
         started = time.time()
         if rank() == 0:
             self.log_config()
+        for split in (*self.valid_splits, *self.test_splits):
+            self._loader(split)
         if self.evaluate_only:
             for split in self.valid_splits:
                 self._evaluate_split(split, "evaluate")
@@ -203,11 +205,12 @@ class RunnerMafa(TrainingLoop, RunnerBase):
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
-    def _validate(self, epoch: int) -> None:
+    def _validate(self, epoch: int, whole: bool = True) -> None:
+        """Evaluate after an epoch; a part of one, where ``max_steps`` ended it, is never the best."""
         for split in self.valid_splits:
             result = self._evaluate_split(split, epoch)
             metric = (result or {}).get("agg_metrics")
-            if metric is not None and split == "val" and metric > self.best_metric:
+            if whole and metric is not None and split == "val" and metric > self.best_metric:
                 self.best_metric, self.best_epoch = float(metric), epoch
                 self.save("best", epoch, step=0, next_epoch=epoch + 1, with_state=False)
 
@@ -222,13 +225,17 @@ class RunnerMafa(TrainingLoop, RunnerBase):
 
     def _evaluate_split(self, split: str, epoch: int | str) -> dict[str, Any] | None:
         mark(f"evaluating {split}")
-        loader = self.dataloaders.get(split)
-        if loader is None:
-            raise UserError(f"run names the split {split!r}, but the data sets have: {', '.join(sorted(self.dataloaders))}.")
+        loader = self._loader(split)
         model = self.unwrap_dist_model(self.model)
         # LAVIS's tasks and models bring their own
         with autocast(self.settings.precision if isinstance(self.task, MafaTask) else "fp32", self.device):
             return evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
+
+    def _loader(self, split: str) -> Any:
+        loader = self.dataloaders.get(split)
+        if loader is None:
+            raise UserError(f"run names the split {split!r}, but the data sets have: {', '.join(sorted(self.dataloaders))}.")
+        return loader
 
     def log_config(self) -> None:
         path = self.output_dir / "config.yaml"

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lavis_mafa.common.distributed import broadcast_object, rank
+from lavis_mafa.common.distributed import broadcast_object, rank, world_size
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.rank_watch import mark
 from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.common.weights import read_checkpoint
+from lavis_mafa.common.weights import read_checkpoint, torn_record
+from lavis_mafa.runners.background import host_copy
 from lavis_mafa.runners.bad_samples import BadSamples
-from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model, model_state, read_resumable
+from lavis_mafa.runners.checkpoints import CheckpointFolder, RankState, load_model, model_state, read_resumable
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.random_states import random_state, restore_random_state
@@ -59,17 +60,16 @@ class Saving:
                 "step": step,
                 "best_metric": self.best_metric,
                 "best_epoch": self.best_epoch,
+                "world_size": world_size(),
             }
-        state = None
-        if with_state:
-            assert self.feed is not None
-            state = {
-                "feed": self.feed.state_dict(step),
-                "random": random_state(self.device),
-                "log": self.log.state_dict(),
-                "bad_samples": self.bad_samples.state_dict(),
-            }
-        self.checkpoints.save(name, content, state, rank())
+        self.checkpoints.save(name, content, self._rank_state(step) if with_state else None, rank())
+
+    def _rank_state(self, step: int) -> RankState:
+        assert self.feed is not None
+        feed = self.feed.snapshot(step)
+        state = {"random": random_state(self.device), "log": self.log.state_dict(), "bad_samples": self.bad_samples.state_dict()}
+        state = host_copy(state)
+        return lambda: {"feed": feed(), **state}
 
     def _load_checkpoint(self, url_or_filename: str) -> None:
         content, state = read_resumable(url_or_filename, rank())
@@ -83,7 +83,8 @@ class Saving:
                 check_rank_state(state, self.feed.sampler.dataset_size, self.start_epoch, self.start_step, self.device)
                 self.feed.load_state_dict(state["feed"])
                 self.start_step = self.feed.sampler.start_step  # another batch size counts other steps
-                self.log.load_state_dict(state.get("log"))
+                self._check_ranks(content.get("world_size", world_size()))
+                self.log.load_state_dict(state.get("log"), self.device)
                 self.bad_samples.load_state_dict(state.get("bad_samples"))
             if self.scaler is not None and content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
@@ -97,13 +98,23 @@ class Saving:
             restore_random_state(state["random"], self.device)
         logger.info("resuming %s at epoch %d, step %d", url_or_filename, self.start_epoch, self.start_step)
 
+    def _check_ranks(self, saved: int) -> None:
+        scope = self.settings.grit
+        if saved != world_size() and self.feed is not None and self.feed.queue is not None and scope.batch_scope == "local":
+            raise ValueError(
+                f"it was saved by {saved} processes and is resumed by {world_size()}, but with run.grit.batch_scope: local each holds "
+                f"a part of the order; resume with {saved}."
+            )
+
     def _take_best_along(self, resumed: Path) -> None:
         """The best checkpoint so far lies in the old run's folder; without it, or with a later one, the best starts anew."""
         if self.best_epoch is None:
             return
         best, own = resumed.with_name("checkpoint_best.pth"), self.checkpoints.path("best")
         found = False
-        if rank() == 0 and best.is_file():
+        if rank() == 0 and best.is_file() and torn_record(best) is not None:
+            logger.warning("%s is damaged: the best checkpoint is looked for anew", best)
+        elif rank() == 0 and best.is_file():
             content = read_checkpoint(best)
             found = (content.get("best_epoch"), content.get("best_metric")) == (self.best_epoch, self.best_metric)
             if found and not (own.is_file() and own.samefile(best)):

@@ -52,8 +52,12 @@ class TrainingLoop(Saving):
             record = ConnectionRecord(self.output_dir / "connections", rank(), limit, self.steps_per_epoch, self.start_step)
             self.vote = Vote(interrupt.asked, lambda: self.checkpoints.failed)
             self.nonfinite = NonFinite(self.output_dir / f"nonfinite.rank{rank()}.jsonl", self.settings.max_nonfinite_steps)
-            if self.resume_ckpt_path is not None and self.start_step == 0:
-                self._validate(self.start_epoch - 1)  # it was saved before that, and validating may draw random numbers
+            if self.resume_ckpt_path is not None:
+                # it was saved before it was evaluated, which may draw random numbers
+                if self.start_step == 0:
+                    self._validate(self.start_epoch - 1)
+                elif self.start_epoch * self.steps_per_epoch + self.start_step >= total:
+                    self._validate(self.start_epoch, whole=False)
             for epoch in range(self.start_epoch, self.max_epoch):
                 if epoch * self.steps_per_epoch + self.start_step >= total:
                     break
@@ -62,7 +66,7 @@ class TrainingLoop(Saving):
                     finished = self._train_epoch(epoch, record, total)
                     record.write(epoch)
                     self._save_epoch(epoch, finished, total)
-                self._validate(epoch)
+                self._validate(epoch, whole=finished)
                 if not finished:
                     break
                 self.start_step = 0
@@ -128,7 +132,7 @@ class TrainingLoop(Saving):
             self.checkpoints.wait()
             at = f"epoch {epoch}" + ("" if finished else f", step {self.start_step}")
             done = f"stopped after {at}; saved as {self.checkpoints.path(name)}. Go on with run.resume_ckpt_path=auto (--resume auto)."
-            raise interrupt.Stopped(done if rank() == 0 else "")
+            raise interrupt.Stopped(done if rank() == 0 else "", self.vote.stop)
 
     def _prepare(self, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
         self.bad_samples.add(samples, self.settings.batch_size_train)

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lavis_mafa.common.distributed import is_distributed
+from lavis_mafa.common.distributed import host_group
 
 
 class Vote:
     """One small all-reduce per optimizer step, on the host: no rank acts alone, and no GPU waits for it.
 
     Args:
-        stop: was this rank asked to stop?
+        stop: the number of the signal that asked this rank to stop, else 0.
         failed: could this rank's last checkpoint not be written?
 
     Attributes:
-        stop, failed: the same of any rank, as of the last vote.
+        stop, failed: the same of any rank, as of the last vote; of several signals the largest number.
     """
 
-    def __init__(self, stop: Callable[[], bool], failed: Callable[[], bool]) -> None:
+    def __init__(self, stop: Callable[[], int], failed: Callable[[], bool]) -> None:
         self._own_stop, self._own_failed = stop, failed
-        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
-        self.stop = self.failed = False
+        self._group = host_group()
+        self.stop, self.failed = 0, False
 
     def __call__(self, bad: bool) -> bool:
         """Every rank tells whether its step is bad; True on all of them when any is."""
-        flags = torch.tensor([self._own_stop(), self._own_failed(), bad], dtype=torch.uint8)
+        flags = torch.tensor([self._own_stop(), self._own_failed(), bad], dtype=torch.int32)
         if self._group is not None:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        self.stop, self.failed, bad = map(bool, flags.tolist())
-        return bad
+        self.stop, self.failed = int(flags[0]), bool(flags[1])
+        return bool(flags[2])

@@ -80,7 +80,7 @@ def content(value: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def save(folder: Path, value: int, keep: int) -> None:
     checkpoints = CheckpointFolder(folder, keep)
     model, state = content(value)
-    checkpoints.save(str(value), model, state, rank=0)
+    checkpoints.save(str(value), model, lambda: state, rank=0)
     checkpoints.wait()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -198,3 +200,69 @@ def test_a_resumed_run_reads_only_what_is_left(train, tmp_path, monkeypatch):
     order = torch.load(state, weights_only=True)["feed"]["sampler"]["order"].tolist()
     assert train("run.max_steps=4") == 0
     assert served == order[3 * 4 : 4 * 4]
+
+
+def test_the_best_checkpoint_survives_a_part_of_an_epoch(run_yaml, pairs, tmp_path, monkeypatch):
+    """``max_steps`` ends epoch 2 in its middle, where the figures happen to be good; then the run goes on."""
+    from lavis_mafa.runners import runner_mafa
+
+    figures = {0: 10.0, 1: 80.0, 2: 70.0, "part": 90.0}
+    part = True
+
+    def evaluated(*arguments):
+        split, epoch, folder = arguments[4], arguments[5], arguments[6]
+        figure = figures["part" if epoch == 2 and part else epoch] if isinstance(epoch, int) else 0.0
+        with open(folder / "evaluation.jsonl", "a") as file:
+            file.write(json.dumps({"split": split, "epoch": epoch, "agg_metrics": figure}) + "\n")
+        return {"agg_metrics": figure}
+
+    monkeypatch.setattr(runner_mafa, "evaluate_split", evaluated)
+    data = f"datasets.grit_pairs.build_info.annotations.val.storage={pairs}/pairs.jsonl"
+    options = ["run.max_epoch=3", "run.valid_splits=[val]", data]
+    train = ["train", "--cfg-path", str(run_yaml), "--resume", "auto", "--options", *options]
+    for _ in range(2):  # the second time there is nothing to train, and the part is evaluated again
+        assert main([*train, "run.max_steps=12"]) == 0
+        (run,) = (tmp_path / "output").iterdir()
+        assert [json.loads(line)["epoch"] for line in (run / "evaluation.jsonl").read_text().splitlines()] == [0, 1, 2]
+        assert torch.load(run / "checkpoint_best.pth", weights_only=True)["best_epoch"] == 1
+    part = False
+    assert main(train) == 0
+    assert torch.load(run / "checkpoint_best.pth", weights_only=True)["best_epoch"] == 1
+    assert [json.loads(line)["agg_metrics"] for line in (run / "evaluation.jsonl").read_text().splitlines()] == [10.0, 80.0, 70.0]
+
+
+def test_a_damaged_best_checkpoint_blocks_nothing(run_yaml, pairs, tmp_path, caplog):
+    data = f"datasets.grit_pairs.build_info.annotations.val.storage={pairs}/pairs.jsonl"
+    train = ["train", "--cfg-path", str(run_yaml), "--resume", "auto", "--options", "run.valid_splits=[val]", data, "run.max_epoch=3"]
+    assert main([*train, "run.max_steps=12"]) == 0
+    (best,) = (tmp_path / "output").glob("*/checkpoint_best.pth")
+    best.write_bytes(best.read_bytes()[:-50])
+    assert main(train) == 0
+    assert "checkpoint_best.pth is damaged" in caplog.text
+
+
+def test_bad_samples_are_listed_once_however_a_run_was_ended(train, pairs, tmp_path):
+    (pairs / "images/3.png").write_text("no image")
+    assert train("run.max_steps=7", "run.max_bad_share=0.5") == 0
+    (listed,) = (tmp_path / "output").glob("*/bad_samples.jsonl")
+    first = listed.read_text()
+    listed.write_text(first + '{"index": 5, "rea')  # a disk that was full
+    assert train("run.max_steps=12", "run.max_bad_share=0.5") == 0
+    assert listed.read_text() == first and len(first.splitlines()) == 1
+
+
+def test_an_error_of_the_writing_thread_is_raised_where_the_training_waits(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    folder.save("0", {"model": {}, "strange": lambda: None}, None, rank=0)
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        folder.wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_no_obstacle(train, monkeypatch, caplog):
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", none)
+    assert train("run.max_steps=2") == 0 and train("run.max_steps=4") == 0
+    assert "cannot be locked (No locks available)" in caplog.text

@@ -135,7 +135,7 @@ def _train_rank(plan: Plan, rank: int, save_at: Any, state: Any, first_epoch: in
             if plan.grit.collect == "training":
                 feed.collect(index, *plan.computed(epoch, index))
             if (epoch, step) == save_at:
-                done.state = through_disk(feed.state_dict(step))
+                done.state = through_disk(feed.snapshot(step)())
         feed.end_epoch(epoch)
     return done
 

@@ -73,7 +73,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(train, tmp_path, kin
     print(f"seed {seed}")  # shown when the test fails
     chosen = random.Random(seed)
     # the very first step, an epoch's last one, and wherever chance will have it
-    left, plan = EPOCHS * STEPS, [1, STEPS - 1, chosen.randrange(1, STEPS), chosen.randrange(1, STEPS)]
+    plan = [1, STEPS - 1, chosen.randrange(1, STEPS - 2), chosen.randrange(1, STEPS - 2)]
     plan = [-(-count // 2) * 2 for count in plan] if "accumulation" in kind else plan
     for count in plan:
         capsys.readouterr()
@@ -81,8 +81,6 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(train, tmp_path, kin
         assert train(kind, "parts", signal_in=count, resume="auto", number=number) == 128 + number
         said = capsys.readouterr().err
         assert "stopped after epoch" in said and "--resume auto" in said and "Traceback" not in said
-        left -= count
-    assert left > 0
     assert train(kind, "parts", resume="auto") == 0
     outputs.assert_same_run(the_run(tmp_path / "whole"), the_run(tmp_path / "parts"))
 
