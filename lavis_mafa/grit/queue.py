@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lavis_mafa.grit.grouping import Memory
 from lavis_mafa.grit.host_copy import HostCopy, copy_to_host
-from lavis_mafa.grit.indices import SeenIndices, first_occurrences
+from lavis_mafa.grit.indices import SeenIndices
 from lavis_mafa.grit.phases import Rows, check_sizes, shuffle_and_group
-from lavis_mafa.grit.saved import saved_number, saved_tensor
+from lavis_mafa.grit.saved import saved_number, saved_rows
 
 
 class GritQueue:
@@ -165,7 +165,7 @@ class GritQueue:
             if saved != value:
                 raise ValueError(f"{key} is {value}, but the saved queue had {saved}; resume with the saved value.")
         epoch, queues_grouped = saved_number(state, "epoch"), saved_number(state, "queues_grouped")
-        finished, *waiting = self._checked_rows(state, queues_grouped)
+        finished, *waiting = saved_rows(state, queues_grouped, self.queue_size)
         if self._grouping is not None:
             self._grouping.exception()  # waits; what it found belongs to the state that is dropped
             self._grouping = None
@@ -175,26 +175,6 @@ class GritQueue:
         self._seen.add(finished)
         self._arriving = copy_to_host(*waiting)
         self._take_in()
-
-    def _checked_rows(self, state: Mapping[str, Any], queues_grouped: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The saved ``finished``, ``index``, ``image_features`` and ``text_features``, which fit each other and these settings."""
-        finished, index = (saved_tensor(state, name, torch.long, dims=1) for name in ("finished", "index"))
-        image, text = (saved_tensor(state, f"{side}_features", torch.float32, dims=2) for side in ("image", "text"))
-        if image.shape != text.shape or len(image) != len(index):
-            shapes = [list(rows.shape) for rows in (index, image, text)]
-            raise ValueError("the saved index, image_features and text_features are {}, {} and {}, which do not fit.".format(*shapes))
-        # a queue is grouped the moment it is full
-        if len(finished) != queues_grouped * self.queue_size or len(index) >= self.queue_size:
-            raise ValueError(
-                f"the saved queue has {len(finished)} grouped and {len(index)} waiting samples, which is not what {queues_grouped} "
-                f"grouped queues of {self.queue_size} and a part of one give."
-            )
-        collected = torch.cat([finished, index])
-        if len(collected) and int(collected.min()) < 0:
-            raise ValueError(f"the saved queue holds index {int(collected.min())}, but must hold positions in the data set.")
-        if not bool(first_occurrences(collected).all()):
-            raise ValueError("the saved queue holds an index twice.")
-        return finished, index, image, text
 
     def _settings(self) -> dict[str, int]:
         return {

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_mafa.grit.indices import first_occurrences
+
 
 def saved_value(state: Any, name: str) -> Any:
     """``state[name]``.
@@ -60,6 +62,31 @@ def saved_tensor(state: Any, name: str, dtype: torch.dtype, dims: int) -> Tensor
         raise ValueError(f"the saved {name} is not finite everywhere.")
     tensor: Tensor = value
     return tensor
+
+
+def saved_rows(state: Mapping[str, Any], queues_grouped: int, queue_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``finished``, ``index``, ``image_features`` and ``text_features`` of a saved queue of L = ``queue_size``.
+
+    Raises:
+        ValueError: one is missing or malformed, or they do not fit each other.
+    """
+    finished, index = (saved_tensor(state, name, torch.long, dims=1) for name in ("finished", "index"))
+    image, text = (saved_tensor(state, f"{side}_features", torch.float32, dims=2) for side in ("image", "text"))
+    if image.shape != text.shape or len(image) != len(index):
+        shapes = [list(rows.shape) for rows in (index, image, text)]
+        raise ValueError("the saved index, image_features and text_features are {}, {} and {}, which do not fit.".format(*shapes))
+    # a queue is grouped the moment it is full
+    if len(finished) != queues_grouped * queue_size or len(index) >= queue_size:
+        raise ValueError(
+            f"the saved queue has {len(finished)} grouped and {len(index)} waiting samples, which is not what {queues_grouped} "
+            f"grouped queues of {queue_size} and a part of one give."
+        )
+    collected = torch.cat([finished, index])
+    if len(collected) and int(collected.min()) < 0:
+        raise ValueError(f"the saved queue holds index {int(collected.min())}, but must hold positions in the data set.")
+    if not bool(first_occurrences(collected).all()):
+        raise ValueError("the saved queue holds an index twice.")
+    return finished, index, image, text
 
 
 def _shown(value: Any) -> str:
