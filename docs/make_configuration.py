@@ -27,6 +27,12 @@ type, a value out of its choices or range and an impossible combination are one 
 checks without running. `datasets:` names LAVIS builders; ours are described in [data.md](data.md). Which keys `model:` has depends on
 `model.arch`, and those of `run:` on `run.task`; what is the same everywhere comes first.
 
+What a file may hold: up to 1 MB of texts, numbers, true, false, null, lists and blocks, nested at most 50 deep, and at most 100,000
+values once its aliases are followed. Tags (`!!python/...`) are refused. A whole number is at most 2147483647, `run.seed` at most
+4294967295 (on several processes less by their number), any other number at most 1e9; none is infinite or NaN. `run.device` is `cpu`,
+`cuda` or `cuda:N`; no other device is supported. `run.train_splits`, `valid_splits` and `test_splits` name splits that the data sets
+have, and a processor's `image_size` is that of the model. A processor's block may leave out `name` where the data set has a default.
+
 Order of precedence: `--options key=value`, the YAML, the model type's defaults (`lavis_mafa/configs/models/`), the defaults below.
 The column *paper* names the table a setting switches rows of (all rows as ready options: `lavis-mafa ablate --list --table mafa-4`;
 BLIP-2's rows are the files of `projects/mafa/blip2/train/`), or the section that defines it.
@@ -160,7 +166,10 @@ MEANINGS: dict[str, tuple[str, str]] = {
     ),
     "run.grit.memory": ("`matrix`: M x M similarities, fast; `rows`: O(M d) memory, for M in the ten thousands", ""),
     "run.num_workers": ("data loading processes per training process", ""),
-    "run.max_nonfinite_steps": ("stop after so many steps in a row with a loss or gradient that is not finite; none of them is applied", ""),
+    "run.max_nonfinite_steps": (
+        "stop after so many steps in a row with a loss or gradient that is not finite; none of them is applied",
+        "",
+    ),
     "run.rank_timeout_minutes": ("a process that makes no progress for so long ends the job, which names it", ""),
     "run.max_bad_share": ("stop when more of the samples cannot be read (checked from 100 samples on)", ""),
     "run.output_dir": ("below the working directory unless absolute; each run gets a new folder in it", ""),

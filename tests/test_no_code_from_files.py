@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("lavis_mafa", "docs", "benchmarks", "run_scripts", "projects")
 FILES = [path for place in PLACES for path in sorted((ROOT / place).rglob("*.py"))]
 
-# unpickles or runs whatever it is given
-FORBIDDEN_CALLS = {
+# unpickles or runs whatever it is given; not even named, since a name can be handed on: map(eval, texts)
+FORBIDDEN = {
     "eval": "runs text",
     "exec": "runs text",
     "compile": "runs text",
@@ -22,11 +22,14 @@ FORBIDDEN_CALLS = {
     "os.popen": "runs text in a shell",
     "subprocess.getoutput": "runs text in a shell",
     "subprocess.getstatusoutput": "runs text in a shell",
-    "runpy.run_path": "runs a file",
     "torch.jit.load": "runs a file",
     "torch.package.PackageImporter": "runs a file",
     "torch.hub.load": "runs a repository",
     "torch.serialization.add_safe_globals": "widens what weights_only allows",
+    "torch.serialization.safe_globals": "widens what weights_only allows",
+    "torch.serialization.load": "unpickles",
+    "omegaconf.OmegaConf.register_new_resolver": "lets a YAML call a function",
+    "OmegaConf.register_new_resolver": "lets a YAML call a function",
     "pandas.read_pickle": "unpickles",
     "yaml.load": "may build any object; yaml.safe_load does not",
     "yaml.load_all": "may build any object",
@@ -35,13 +38,16 @@ FORBIDDEN_CALLS = {
     "yaml.full_load": "builds some objects",
     "yaml.full_load_all": "builds some objects",
 }
-FORBIDDEN_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "hydra")
+FORBIDDEN_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "hydra", "runpy")
 FORBIDDEN_KEYWORDS = {
     ("allow_pickle", True): "numpy unpickles",
     ("trust_remote_code", True): "transformers runs the hub's code",
     ("shell", True): "runs text in a shell",
     ("use_pickle", True): "unpickles",
 }
+# what imports a module from a file; ours is LAVIS's own loader, which plugin.py wraps
+EXECUTING = "exec_module"
+EXECUTES = ("lavis_mafa/plugin.py",)
 MUST_SAY_WEIGHTS_ONLY = ("torch.load", "torch.hub.load_state_dict_from_url")
 # what imports by a name that is not written out, and where that name comes from
 IMPORTS_BY_NAME = {
@@ -66,23 +72,45 @@ def wrong_calls(source: str, name: str = "snippet.py") -> Iterator[str]:
         for module in modules:
             if module.split(".")[0] in FORBIDDEN_MODULES:
                 yield f"{name}:{node.lineno}: imports {module}, which unpickles or builds any object"
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
+        problems: list[str] = []
+        if isinstance(node, ast.Name | ast.Attribute):
+            problems += _named(_full(node, aliases), name, id(node) in called)
+        if isinstance(node, ast.Attribute) and node.attr == EXECUTING and name not in EXECUTES:
+            problems.append(f"{EXECUTING} runs a file")
         if isinstance(node, ast.Call):
-            yield from (f"{name}:{node.lineno}: {problem}" for problem in _problems(node, aliases, name))
+            problems += _called(node, aliases, name)
+        yield from (f"{name}:{node.lineno}: {problem}" for problem in problems)
 
 
-def _problems(call: ast.Call, aliases: dict[str, str], name: str) -> Iterator[str]:
-    first, *rest = ast.unparse(call.func).split(".")
-    function = ".".join([aliases.get(first, first), *rest])
+def _full(node: ast.expr, aliases: dict[str, str]) -> str:
+    """The dotted name without its alias, and without ``builtins.``"""
+    first, *rest = ast.unparse(node).split(".")
+    return ".".join([aliases.get(first, first), *rest]).removeprefix("builtins.")
+
+
+def _named(function: str, name: str, called: bool) -> Iterator[str]:
+    """Problems of a name, wherever it stands; those that are allowed when called rightly may not be handed on."""
+    if function in FORBIDDEN:
+        yield f"{function} {FORBIDDEN[function]}"
+    if function in MUST_SAY_WEIGHTS_ONLY and not called:
+        yield f"{function} handed on; call it with a literal weights_only=True"
+    if function in IMPORTERS and name not in IMPORTS_BY_NAME:
+        yield f"{function} of a name from elsewhere; list the file in IMPORTS_BY_NAME with the reason if that is right"
+
+
+def _called(call: ast.Call, aliases: dict[str, str], name: str) -> Iterator[str]:
+    function = _full(call.func, aliases)
     said = {keyword.arg: keyword.value for keyword in call.keywords}
-    if function in FORBIDDEN_CALLS:
-        yield f"{function} {FORBIDDEN_CALLS[function]}"
     if function in MUST_SAY_WEIGHTS_ONLY:
         flag = said.get("weights_only")
         if not isinstance(flag, ast.Constant) or flag.value is not True:
             yield f"{function} without a literal weights_only=True"
-    if function in IMPORTERS and name not in IMPORTS_BY_NAME:
-        yield f"{function} of a name from elsewhere; list the file in IMPORTS_BY_NAME with the reason if that is right"
+    if "pickle_module" in said:
+        yield "pickle_module= unpickles"
+    if function == "getattr" and len(call.args) > 1 and isinstance(call.args[1], ast.Constant):
+        yield from _named(f"{_full(call.args[0], aliases)}.{call.args[1].value}".removeprefix("builtins."), name, False)
     for (keyword, value), reason in FORBIDDEN_KEYWORDS.items():
         given = said.get(keyword)
         # a variable could be anything
@@ -136,6 +164,26 @@ def test_every_place_is_walked():
         "importlib.import_module(config.name)",
         "from importlib import import_module as by_name\nby_name(config.name)",
         "__import__(config.name)",
+        "map(torch.load, files)",
+        "partial(torch.load, weights_only=False)",
+        "read = torch.load",
+        "from torch import load as read\nmap(read, files)",
+        "getattr(torch, 'load')(path)",
+        "getattr(builtins, 'eval')(text)",
+        "import torch as t\ngetattr(t.serialization, 'add_safe_globals')([dict])",
+        "OmegaConf.register_new_resolver('eval', eval)",
+        "OmegaConf.register_new_resolver('call', call)",
+        "from omegaconf import OmegaConf as O\nO.register_new_resolver('call', call)",
+        "with torch.serialization.safe_globals([dict]):\n    pass",
+        "import runpy",
+        "from runpy import run_path",
+        "spec.loader.exec_module(module)",
+        "run = loader.exec_module",
+        "builtins.exec(text)",
+        "import builtins as b\nb.exec(text)",
+        "map(eval, texts)",
+        "torch.load(path, weights_only=True, pickle_module=other)",
+        "importer = importlib.import_module",
     ],
 )
 def test_the_walk_finds(snippet):
@@ -155,6 +203,9 @@ def test_the_walk_finds(snippet):
         "subprocess.run([sys.executable, file], check=True)",
         "OmegaConf.load(path)",
         "json.load(file)",
+        "getattr(torch, 'float16')",
+        "map(json.load, files)",
+        "model.eval",
     ],
 )
 def test_the_walk_leaves_alone(snippet):

@@ -13,9 +13,10 @@ RESULT, PROBLEMS = "check.json", "problems.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Bad are rows whose image path leaves the folder, whose image is missing, unreadable, too large or too small, or that have an "
-        "empty caption. Duplicates are reported, but training takes them and --clean keeps them. Exit code: 0 if no row is bad, 1 if "
-        "some are, 2 for a mistake on the command line or a file of annotations that cannot be read."
+        "Bad are rows whose image path is absent or leaves the folder, whose image is missing, unreadable, too large or too small, or "
+        "that have an empty caption, or for LAVIS's own data sets a list of captions. Duplicates are reported, but training takes them "
+        "and --clean keeps them. Exit code: 0 if no row is bad, 1 if some are, 2 for a mistake on the command line or a file of "
+        "annotations that cannot be read."
     )
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--cfg-path", metavar="YAML", help="check the training sets of a YAML")
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
     from lavis_mafa.analysis.connections.folder import check_unfinished, write_text
-    from lavis_mafa.analysis.data_check.cleaning import check_target, write_clean
+    from lavis_mafa.analysis.data_check.cleaning import check_columns, check_target, write_clean
     from lavis_mafa.analysis.data_check.judging import judge
     from lavis_mafa.analysis.data_check.problems import find
     from lavis_mafa.analysis.data_check.report import format_results, results, write_problems
@@ -55,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         sources = from_files(arguments.annotations, arguments.images, arguments.allow_absolute_paths)
     if arguments.clean is not None and len({source.root for source in sources}) > 1:
         raise UserError("--clean writes one file, but the data sets have several image folders; check them one at a time.")
+    if arguments.clean is not None:
+        check_columns([file for source in sources for file in source.files])
     folder.mkdir(parents=True, exist_ok=True)
 
     rows = read_sources(sources)

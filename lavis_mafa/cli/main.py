@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from typing import NoReturn
 
@@ -49,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         interrupt.watch(goodbye)
     try:
         arguments = _arguments(argv)
-        return int(arguments.run(arguments) or 0)
+        code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()  # here, where a reader that has left is no traceback
+        return code
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -67,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             print(goodbye, file=sys.stderr)
             return interrupt.exit_code()
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 1
         message = of_the_file_system(error) if isinstance(error, OSError) else None
         if message is None:
             raise
@@ -89,4 +94,18 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             module = importlib.import_module(f"lavis_mafa.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    return parser.parse_args(argv)
+    try:
+        return parser.parse_args(argv)
+    finally:
+        sys.stdout.flush()  # of --help
+
+
+def _reader_left() -> bool:
+    """Is the other end of our output closed (``lavis-mafa ls | head``)? Then what is left of it goes nowhere."""
+    output = sys.stdout.fileno()
+    poll = select.poll()  # a broken pipe may also be that of a worker, or of another rank
+    poll.register(output, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return closed

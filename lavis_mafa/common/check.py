@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.errors import UserError, did_you_mean
 from lavis_mafa.common.model_settings import Blip2OptBlock, MafaBlock
 from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
-from lavis_mafa.common.typed import in_file, typed_block
+from lavis_mafa.common.typed import RUN_BLOCKS, in_file, typed_block
+from lavis_mafa.datasets.build_info import SPLITS
 
 MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
 # whose sizes and parameter names a Con-D has
@@ -174,7 +175,9 @@ def check_task(model: Any, run: RunBlock, where: str = "") -> None:
 def check_device(model: Any, device: str, precision: str = "fp32", where: str = "") -> None:
     """A device that there is, and what a CPU cannot compute in; raises UserError."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"run.device is {device!r}, but must be cpu, cuda or cuda:0, cuda:1, ...{in_file(where)}")
+        raise UserError(
+            f"run.device is {device!r}, but only cpu and cuda are supported; allowed: cpu, cuda or cuda:0, cuda:1, ...{in_file(where)}"
+        )
     if device != "cpu":
         return
     asked = {"run.precision": precision}
@@ -189,6 +192,39 @@ def check_device(model: Any, device: str, precision: str = "fp32", where: str = 
 
 def _precision_of(model: Any, part: str) -> str:
     return getattr(getattr(model, part, None), "precision", "fp32")
+
+
+def check_splits(config: DictConfig, where: str = "") -> None:
+    """Splits that the job uses and none of its data sets can have; raises UserError. LAVIS's data sets have what they like."""
+    run, end = config.run, in_file(where)
+    ours = run.get("task") in RUN_BLOCKS
+    known = list(dict.fromkeys(split for name in map(str, config.datasets) for split in SPLITS.get(name, ())))
+    used = ["test_splits"] if run.get("evaluate") is True else ["train_splits", "valid_splits", "test_splits"]
+    for key in used:
+        wanted = run.get(key, ["train"] if ours and key == "train_splits" else None)
+        if key == "train_splits" and wanted is not None and not wanted:
+            raise UserError(f"run.train_splits is [], but training needs a split; allowed: [train].{end}")
+        for split in wanted or []:
+            if split not in known and all(name in SPLITS for name in config.datasets):
+                hint = did_you_mean(split, known)
+                raise UserError(
+                    f"run.{key} is {split!r}, but {', '.join(map(str, config.datasets))} has: {', '.join(known)}.{hint}{end}"
+                )
+
+
+def check_image_sizes(model: Any, data: DictConfig, run: DictConfig, where: str = "") -> None:
+    """The processors that the job uses make images of the model's size; raises UserError. Of our data sets alone."""
+    size = model.image_encoder.image_size
+    evaluates = run.get("evaluate") is True
+    modes = [] if evaluates else ["train"]
+    if run.get("test_splits") or (run.get("valid_splits") and not evaluates):
+        modes.append("eval")
+    for name in map(str, data):
+        for mode in modes if name in SPLITS else []:
+            key = f"{name}.vis_processor.{mode}.image_size"
+            given = OmegaConf.select(data, key)
+            if given is not None and given != size:
+                raise UserError(f"datasets.{key} is {given}, but must be model.image_encoder.image_size ({size}).{in_file(where)}")
 
 
 def check_checkpoints(model: Any, evaluate: bool, where: str = "") -> None:

@@ -20,6 +20,7 @@ from lavis_mafa.common.check import check_device
 from lavis_mafa.common.errors import RankLost, UserError, did_you_mean
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.common.yaml_file import check_processor_name
 from lavis_mafa.common.yaml_file import check_yaml as check_yaml
 
 
@@ -51,6 +52,7 @@ def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConf
     registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
     cfg = _lavis_config(find_yaml(name), options, checked)
     _check_annotations(cfg.datasets_cfg)
+    _check_processor_names(cfg.datasets_cfg)
     return checked, cfg
 
 
@@ -156,6 +158,16 @@ def _check_annotations(datasets: DictConfig) -> None:
                 if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():
                     key = f"datasets.{name}.build_info.annotations.{split}.storage"
                     raise UserError(f"{key} is {file!r}, but there is no file {get_cache_path(file)}, and {url!r} is no address.")
+
+
+def _check_processor_names(datasets: DictConfig) -> None:
+    """A processor's name may come from the data set's defaults; LAVIS looks for one without a name all the same."""
+    for dataset in map(str, datasets):
+        for part in ("vis_processor", "text_processor"):
+            for split in ("train", "eval"):
+                processor = OmegaConf.select(datasets, f"{dataset}.{part}.{split}")
+                if isinstance(processor, DictConfig):
+                    check_processor_name(f"datasets.{dataset}.{part}.{split}", processor)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ RUN_BLOCKS: dict[str, Any] = {
     "mafa_gqa": VqaRun,
 }
 
-LARGEST = 2**31 - 1  # what torch, numpy and their seeds all take
+LARGEST = 2**31 - 1  # what a 32-bit integer takes
+LARGEST_SEED = 2**32 - 1  # what numpy's takes
+LARGEST_FLOAT = 1e9  # of rates, weights and minutes: far from what a sum in fp32 overflows at
 
 
 def typed_block(name: str, values: DictConfig | dict[str, Any], where: str = "", shown: str = "") -> Any:
@@ -89,8 +91,12 @@ def _no_unknown_keys(schema: type, values: DictConfig, path: str, where: str) ->
             raise UserError(f"{path}.{key} is {_plain(child)!r}, but must be a block of settings.{in_file(where)}")
         elif str(below).startswith("list") and isinstance(child, ListConfig) and not all(isinstance(word, str) for word in child):
             raise UserError(f"{path}.{key} is {_plain(child)!r}, but must be a list of texts.{in_file(where)}")
-        elif below in (int, float) and isinstance(child, int) and (isinstance(child, bool) or abs(child) > LARGEST):
-            allowed = _wanted(schema, key) if isinstance(child, bool) else f"at most {LARGEST}"
+        elif (
+            below in (int, float)
+            and isinstance(child, int)
+            and (isinstance(child, bool) or abs(child) > _largest(f"{path}.{key}", below))
+        ):
+            allowed = _wanted(schema, key) if isinstance(child, bool) else f"at most {_largest(f'{path}.{key}', below):.10g}"
             raise UserError(f"{path}.{key} is {str(child)[:40]}, but must be {allowed}.{in_file(where)}")
 
 
@@ -133,9 +139,16 @@ def _check_values(block: Any, path: str, shown: str, where: str) -> None:
                     hint = did_you_mean(str(word), CHOICES[key])
                     raise UserError(f"{name} is {word!r}, but must be one of {allowed}.{hint}{in_file(where)}")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = RANGES.get(key, (0 if isinstance(value, int) else -LARGEST, INFINITE))
+            largest = _largest(key, type(value))
+            low, high = RANGES.get(key, (0 if isinstance(value, int) else -largest, INFINITE))
             if not low <= value <= high:
                 allowed = f"at least {low:.10g}" if high == INFINITE else f"between {low:g} and {high:g}"
                 raise UserError(f"{name} is {value}, but must be {allowed}.{in_file(where)}")
-            if value > LARGEST:
-                raise UserError(f"{name} is {value}, but must be at most {LARGEST}.{in_file(where)}")
+            if value > largest:
+                raise UserError(f"{name} is {value}, but must be at most {largest:.10g}.{in_file(where)}")
+
+
+def _largest(key: str, kind: type) -> float:
+    if kind is float:
+        return LARGEST_FLOAT
+    return LARGEST_SEED if key == "run.seed" else LARGEST

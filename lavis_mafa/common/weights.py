@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{key} is {str(path)!r}, but there is no such file.")
+    if not path.stat().st_size:
+        raise UserError(f"{key}: {path} is empty.")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
@@ -44,14 +47,23 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
     try:
         content = torch.load(path, map_location="meta" if names_only else "cpu", weights_only=True)
     except Exception as error:  # a torn pickle can raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"{key}: {path} cannot be loaded as plain weights ({reason}). Files that hold other Python objects are refused, "
+            f"{key}: {path} cannot be loaded as plain weights{_reason(error)}. Files that hold other Python objects are refused, "
             "since loading them can run code; save its state dict alone, or as safetensors."
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{key}: {path} holds a {type(content).__name__}, not a dictionary of weights.")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """Why torch refused a file. Its own words are left out where they advise to load the file all the same."""
+    text = str(error).strip()
+    if refused := re.search(r"unsupported (?:global: )?(?:global|class) ([\w.]+)", text, re.IGNORECASE):
+        return f" ({refused[1].rstrip('.')} is refused)"
+    if "weights_only" in text or not text:
+        return ""
+    return f" ({text.splitlines()[0].rstrip('.')})"
 
 
 def torn_record(path: Path) -> str | None:
@@ -76,7 +88,22 @@ def read_weights(path: str | Path, key: str = "checkpoint", names_only: bool = F
     state = content.get("model", content)
     if not isinstance(state, dict):
         raise UserError(f"{key}: {path} holds a {type(state).__name__} as its model, not a dictionary of weights.")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    _check_weights(weights, f"{key}: {path}", names_only)
+    return weights
+
+
+def _check_weights(state: dict[str, Tensor], source: str, names_only: bool = False) -> None:
+    """Texts for names, and real numbers in memory for values; raises UserError."""
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise UserError(f"{source} names a tensor {name!r}; allowed: texts, such as 'temp'.")
+        if value.layout is not torch.strided or value.is_quantized:
+            raise UserError(f"{source}: {name} is a sparse or quantized tensor; allowed: dense ones.")
+        if value.is_complex():
+            raise UserError(f"{source}: {name} is a tensor of {value.dtype}; allowed: real numbers.")
+        if value.is_meta and not names_only:
+            raise UserError(f"{source}: {name} has a shape but no values (it was saved from the meta device); save real weights.")
 
 
 def write_atomically(content: dict[str, Any], path: Path) -> None:
@@ -119,6 +146,7 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_m
     Raises:
         UserError: what does not fit.
     """
+    _check_weights(state, source)
     own = module.state_dict()
     sizes = [
         f"{name} {list(value.shape)} (wanted {list(own[name].shape)})"

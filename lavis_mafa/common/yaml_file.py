@@ -11,14 +11,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lavis_mafa.common.check import MODEL_DEFAULTS, check_checkpoints, check_combinations, check_device
+from lavis_mafa.common.check import (
+    MODEL_DEFAULTS,
+    check_checkpoints,
+    check_combinations,
+    check_device,
+    check_image_sizes,
+    check_splits,
+)
 from lavis_mafa.common.errors import UserError, did_you_mean
 from lavis_mafa.common.hub import is_path
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, check_keys, typed_block
+from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, check_keys, in_file, typed_block
 from lavis_mafa.common.yaml_text import read_yaml
+from lavis_mafa.datasets.build_info import SPLITS, check_info
+from lavis_mafa.processors.settings import SETTINGS, check_settings
 
+DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
 CHECKPOINTS = ("model.pretrained", "model.stage_1", "model.discriminator.checkpoint")
 FILES = (
     *CHECKPOINTS,
@@ -59,7 +69,7 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
         if config.get(block) is None:
             raise UserError(f"{block} is missing; a YAML has the blocks model, datasets and run. ({path})")
         _must_be_block(config, block, str(path))
-    _check_datasets(config, str(path))
+    data = _data(config, str(path))
     for key in map(str, config):
         if key not in ("model", "datasets", "run", "preprocess"):
             hint = did_you_mean(key, ("model", "datasets", "run"))
@@ -87,6 +97,9 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
         check_device(model, str(config.run.get("device", "cuda")), where=str(path))
         if files:
             check_checkpoints(model, bool(config.run.get("evaluate", False)), str(path))
+    check_splits(config, str(path))
+    if model is not None:
+        check_image_sizes(model, data if files else config.datasets, config.run, str(path))
     if files:
         _check_files(config, str(path))
         if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS):
@@ -138,24 +151,48 @@ def _must_be_block(config: DictConfig, key: str, where: str) -> None:
         raise UserError(f"{key} is {shown!r}, but must be a block of settings. ({where})")
 
 
-def _check_datasets(config: DictConfig, where: str) -> None:
-    """The form of the blocks below ``datasets``; their keys are the builders' business."""
+def _data(config: DictConfig, where: str) -> DictConfig:
+    """The checked blocks below ``datasets``, ours with their defaults; of LAVIS's the form alone, whose defaults are not read yet."""
     if not config.datasets:
         raise UserError(f"datasets is empty; name at least one, such as grit_pairs or grit_emoji. ({where})")
+    data = OmegaConf.create({})
     for dataset in config.datasets:
         if not isinstance(dataset, str) or not dataset.isidentifier():
             raise UserError(f"datasets.{dataset} is no name of a data set; it is a word, such as grit_pairs or grit_emoji. ({where})")
         _must_be_block(config, f"datasets.{dataset}", where)
+        block = config.datasets[dataset]
         for part in ("build_info", "vis_processor", "text_processor"):
-            if part in config.datasets[dataset]:
+            if part in block:
                 _must_be_block(config, f"datasets.{dataset}.{part}", where)
         for part in ("vis_processor", "text_processor"):
-            for split in config.datasets[dataset].get(part, {}):
-                key = f"datasets.{dataset}.{part}.{split}"
-                _must_be_block(config, key, where)
-                name = OmegaConf.select(config, f"{key}.name")
-                if not isinstance(name, str):
-                    raise UserError(f"{key}.name is {name!r}, but must be a registered processor, such as albef_image_eval. ({where})")
+            for split in block.get(part, {}):
+                _must_be_block(config, f"datasets.{dataset}.{part}.{split}", where)
+                if "name" in block[part][split]:
+                    check_processor_name(f"datasets.{dataset}.{part}.{split}", block[part][split], where)
+        if dataset in SPLITS:
+            if "build_info" in block:
+                check_info(dataset, block.build_info)
+            block = _merged(OmegaConf.load(DATA_DEFAULTS / dataset / "defaults.yaml").datasets[dataset], block)
+            _check_processors(f"datasets.{dataset}", block, where)
+        data[dataset] = block
+    return data
+
+
+def _check_processors(dataset: str, block: DictConfig, where: str) -> None:
+    """Of a data set with its defaults: every processor has a name, and ours settings that they know."""
+    for part in ("vis_processor", "text_processor"):
+        for split, processor in block.get(part, {}).items():
+            check_processor_name(f"{dataset}.{part}.{split}", processor, where)
+            if processor.name in SETTINGS:
+                check_settings(processor.name, processor, f"{dataset}.{part}.{split}")
+
+
+def check_processor_name(key: str, processor: DictConfig, where: str = "") -> None:
+    """The ``name`` of a processor's block is a text; raises UserError."""
+    name = processor.get("name")
+    if not isinstance(name, str):
+        example = "albef_caption" if ".text_processor." in key else f"albef_image_{'train' if key.endswith('.train') else 'eval'}"
+        raise UserError(f"{key}.name is {name!r}, but must be a registered processor, such as {example}.{in_file(where)}")
 
 
 def _merged(below: Any, above: Any) -> DictConfig:

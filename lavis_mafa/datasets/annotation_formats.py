@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.csv
@@ -40,6 +41,15 @@ class Columns:
 
 PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept"))
 QUESTIONS = Columns(single=("image", "question"), several="answer", optional=("question_id",))
+
+
+@contextlib.contextmanager
+def one_message(path: Path) -> Iterator[None]:
+    """What reading a broken file raises becomes a UserError of one line that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as {path.suffix}: {' '.join(str(error).split())}") from error
 
 
 def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[str]:
@@ -111,8 +121,8 @@ def objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iter
             row += 1
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, row {row}: not valid JSON ({error}).") from error
+            except (ValueError, RecursionError) as error:
+                raise _no_json(path, row, error) from error
             yield _object(path, columns, row, value)
 
 
@@ -128,6 +138,7 @@ def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
             while at < len(text) and text[at] in ", \t\r\n":
                 at += 1
             if at < len(text) and text[at] == "]":
+                _check_end(path, text[at + 1 :], file)
                 return
             try:
                 value, at = decode(text, at)
@@ -138,14 +149,37 @@ def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
                     raise UserError(f"{path}, row {row + 1}: not valid JSON ({error.msg}).") from error
                 text, at = text[at:] + more, 0
                 continue
+            except (ValueError, RecursionError) as error:
+                raise _no_json(path, row + 1, error) from error
             row += 1
             yield _object(path, columns, row, value)
+
+
+def _no_json(path: Path, row: int, error: ValueError | RecursionError) -> UserError:
+    """Besides broken ones, there are numbers of thousands of digits and lists a thousand deep."""
+    why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return UserError(f"{path}, row {row}: not valid JSON ({why}).")
+
+
+def _check_end(path: Path, rest: str, file: TextIO) -> None:
+    while not rest.strip() and (more := file.read(CHARACTERS_AT_ONCE)):
+        rest = more
+    if rest.strip():
+        raise UserError(f"{path}: {rest.strip()[:20]!r} after the end of the list; allowed: one JSON list of objects.")
+
+
+def _shown(value: Any, length: int) -> str:
+    """The beginning of a wrong value."""
+    try:
+        return json.dumps(value)[:length]
+    except RecursionError:  # it could just be read
+        return f"a deeply nested {type(value).__name__}"
 
 
 def _object(path: Path, columns: Columns, row: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         form = ", ".join(f"'{name}': ..." for name in columns.required)
-        raise UserError(f"{path}, row {row}: {json.dumps(value)[:40]} is not an object; allowed: {{{form}}}.")
+        raise UserError(f"{path}, row {row}: {_shown(value, 40)} is not an object; allowed: {{{form}}}.")
     return value
 
 
@@ -167,7 +201,7 @@ def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -
             texts = [value] if isinstance(value, str) else value
             cells[several].append(texts)
             if texts is not None and not all(text is None or isinstance(text, str) for text in texts):
-                raise UserError(f"{path}, row {row}: '{several}' is {json.dumps(texts)[:60]}; allowed: text or a list of texts.")
+                raise UserError(f"{path}, row {row}: '{several}' is {_shown(texts, 60)}; allowed: text or a list of texts.")
             for name in columns.optional:
                 value = _typed(path, row, record, name, (str, int), "text or a whole number")
                 cells[name].append(None if value is None else str(value))
@@ -193,5 +227,5 @@ def _half_a_character(path: Path, before: int, chunk: list[dict[str, Any]], name
 def _typed(path: Path, row: int, record: dict[str, Any], name: str, kind: type | tuple[type, ...], allowed: str) -> Any:
     value = record.get(name)
     if value is not None and not isinstance(value, kind):
-        raise UserError(f"{path}, row {row}: '{name}' is {json.dumps(value)[:60]}; allowed: {allowed}.")
+        raise UserError(f"{path}, row {row}: '{name}' is {_shown(value, 60)}; allowed: {allowed}.")
     return value

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.datasets.annotation_formats import FORMATS, PAIRS, Columns
+from lavis_mafa.datasets.annotation_formats import FORMATS, PAIRS, Columns, one_message
 from lavis_mafa.datasets.arrow_compute import pc
 from lavis_mafa.datasets.image_paths import check_image_paths
 
@@ -87,10 +87,8 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
         raise UserError(f"{path}: cannot read annotations from '{path.suffix}'; allowed: {known}.{did_you_mean(path.suffix, FORMATS)}")
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file.")
-    try:
+    with one_message(path):
         table = read(path, columns)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix}: {error}") from error
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows.")
     found = {name: _strings(path, table, name, numbers=False) for name in columns.single}

@@ -16,7 +16,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotation_formats import QUESTIONS
 from lavis_mafa.datasets.arrow_compute import pc
-from lavis_mafa.datasets.build_info import allows_absolute_paths, check_keys, count, one_of, own_files, yes_or_no
+from lavis_mafa.datasets.build_info import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.image_text_pairs import ImageTextPairs, Select, open_annotations
@@ -24,7 +24,6 @@ from lavis_mafa.datasets.questions import ImageQuestions, naming_questions
 from lavis_mafa.datasets.retrieval import RetrievalPairs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
-SPLITS = ("train", "val", "test")
 Datasets = dict[str, BaseDataset]
 
 
@@ -79,9 +78,9 @@ class GritPairsBuilder(_LocalBuilder):
         """
         where = "datasets.grit_pairs.build_info"
         info = self.config.build_info
-        check_keys(where, info, ("annotations", "images", "max_images", "prefix_lm"))
-        files, root, limit = own_files(where, info, SPLITS)
-        prefix_lm = yes_or_no(f"{where}.prefix_lm", info.get("prefix_lm", False))
+        check_info("grit_pairs", info)
+        files, root, limit = own_files(where, info, SPLITS["grit_pairs"])
+        prefix_lm = info.get("prefix_lm", False)
         anywhere = allows_absolute_paths(where, info)
         self.build_processors()
 
@@ -108,8 +107,8 @@ class GritVqaBuilder(_LocalBuilder):
         """
         where = "datasets.grit_vqa.build_info"
         info = self.config.build_info
-        check_keys(where, info, ("annotations", "images", "max_images"))
-        files, root, limit = own_files(where, info, ("val", "test"))
+        check_info("grit_vqa", info)
+        files, root, limit = own_files(where, info, SPLITS["grit_vqa"])
         anywhere = allows_absolute_paths(where, info)
         self.build_processors()
         datasets: Datasets = {}
@@ -134,7 +133,7 @@ class GritEmojiBuilder(_LocalBuilder):
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_emoji" / "defaults.yaml")}
-    CAPTIONS = {"fixed": "train.jsonl", "drawn": "train_captions.jsonl", "curated": "train_captions.jsonl"}
+    CAPTIONS = TRAINING_FILES
 
     def build(self) -> Datasets:
         """Split -> data set.
@@ -144,11 +143,9 @@ class GritEmojiBuilder(_LocalBuilder):
         """
         where = "datasets.grit_emoji.build_info"
         info = self.config.build_info
-        check_keys(where, info, ("root", "captions", "max_concepts", "view", "prefix_lm"))
-        captions = one_of(f"{where}.captions", info.get("captions", "fixed"), self.CAPTIONS)
-        view = one_of(f"{where}.view", info.get("view", "pairs"), ("pairs", "questions"))
-        prefix_lm = yes_or_no(f"{where}.prefix_lm", info.get("prefix_lm", False))
-        first = count(f"{where}.max_concepts", info.get("max_concepts"))
+        check_info("grit_emoji", info)
+        captions, view, prefix_lm = info.get("captions", "fixed"), info.get("view", "pairs"), info.get("prefix_lm", False)
+        first = info.get("max_concepts")
         self.build_processors()
         root = Path(info.root).expanduser()
         truth = load_emoji_truth(root, first)

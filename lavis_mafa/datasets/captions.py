@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 from lavis_mafa.common.errors import EmptyCaption
 
@@ -30,9 +31,14 @@ def clean_caption(process: Callable[[str], str], caption: str | None) -> str:
         text = process(caption)
     except EmptyCaption:  # its message may hold ten thousand words
         text = ""
-    if not any(map(_is_seen, text.removeprefix(getattr(process, "prompt", "")))):
+    if not says_something(text, process):
         raise EmptyCaption(f"The caption {shortened(caption)} holds no word.")
     return text
+
+
+def says_something(text: str, process: Any) -> bool:
+    """Whether more than punctuation, blanks and control characters is left of a caption that ``process`` made, its prompt aside."""
+    return any(map(_is_seen, text.removeprefix(getattr(process, "prompt", ""))))
 
 
 def shortened(caption: str) -> str:

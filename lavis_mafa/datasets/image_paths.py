@@ -25,6 +25,16 @@ def leaves_folder(images: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.match_substring_regex(images, LEAVES)
 
 
+def shown(path: str | Path) -> str:
+    """The path in a message of one line: as it is, or its representation where it holds a line break or the like.
+
+    Example:
+        >>> shown("a b.png"), shown("a\\nb.png")
+        ('a b.png', "'a\\\\nb.png'")
+    """
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
 def check_image_paths(file: Path, images: pa.ChunkedArray) -> None:
     """Nothing, if all of them stay in the folder.
 

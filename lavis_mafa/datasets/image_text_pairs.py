@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from lavis_mafa.datasets.annotation_formats import PAIRS, Columns
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
 from lavis_mafa.datasets.captions import clean_caption
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.datasets.image_paths import shown
 from lavis_mafa.datasets.images import load_rgb
 
 Select = Callable[[pa.Table], pa.Table]
+GLANCE = 10  # rows: one missing image is a bad sample, so many from the beginning are a wrong folder
 
 
 def open_annotations(
@@ -28,8 +31,9 @@ def open_annotations(
     select: Select | None,
     columns: Columns = PAIRS,
     allow_absolute_paths: bool = False,
+    glance: int = 1,
 ) -> tuple[Path, pa.Table]:
-    """The image folder and the annotations, checked as far as a glance can: the first row's image must be there."""
+    """The image folder and the annotations, checked as far as a glance can: one of the first ``glance`` rows' images must be there."""
     root = Path(vis_root)
     if not root.is_dir():
         raise UserError(
@@ -38,9 +42,9 @@ def open_annotations(
     table = read_annotations(ann_paths, columns, allow_absolute_paths)
     if select is not None:
         table = select(table)
-    first = root / table["image"][0].as_py()
-    if not first.is_file():
-        raise UserError(f"{ann_paths[0]}, row 1: no image at {first}; is {root} the folder the paths start from?")
+    images = [root / image for image in table["image"][:glance].to_pylist()]
+    if not any(map(os.path.isfile, images)):
+        raise UserError(f"{ann_paths[0]}, row 1: no image at {shown(images[0])}; is {root} the folder the paths start from?")
     return root, table
 
 
@@ -64,7 +68,7 @@ class ImageTextPairs(BaseDataset):
         truth, concepts: the truth and [N] concept numbers by it; None where nothing is known.
 
     Raises:
-        UserError: from the annotations, or the image folder or the first row's image does not exist.
+        UserError: from the annotations, or the image folder or all of the first ``GLANCE`` rows' images do not exist.
     """
 
     def __init__(
@@ -79,7 +83,9 @@ class ImageTextPairs(BaseDataset):
         allow_absolute_paths: bool = False,
     ) -> None:
         # Not BaseDataset's own: it reads JSON lists into dicts and adds a string to every one.
-        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select, allow_absolute_paths=allow_absolute_paths)
+        self.vis_root, self.table = open_annotations(
+            vis_root, ann_paths, select, allow_absolute_paths=allow_absolute_paths, glance=GLANCE
+        )
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.prefix_lm = prefix_lm

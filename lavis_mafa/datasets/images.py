@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import struct
 import warnings
 import zlib
@@ -11,11 +12,12 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 # pictures alone: PIL would hand an .eps to Ghostscript, and a hostile file may have any ending
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 128_000_000  # the largest phone photographs (108 million) pass; as RGB it is 384 MB
+MAX_TEXT = 16 << 20  # bytes of one compressed text in a PNG
 MIN_SIDE = 4  # tracking pixels and separator lines show nothing that a caption could speak of
 
 # what PIL's decoders raise for broken files besides OSError: they look things up, compute with and assert what a file says
@@ -67,7 +69,8 @@ def load_rgb(path: str | PathLike[str]) -> Image.Image:
         FileNotFoundError: there is no such file. OSError: it may not be read.
         ImageTooLargeError: more than ``MAX_PIXELS``, by its header; nothing is decoded.
         ImageTooSmallError: the shorter side is below ``MIN_SIDE``.
-        ImageError: anything else: torn, empty, no image, or of none of ``FORMATS``. The three are OSErrors.
+        ImageError: anything else: torn, empty, no image, or of none of ``FORMATS``; or no file but a pipe or a device. The
+            three are OSErrors.
 
     Example:
         >>> load_rgb("photograph.jpg").mode
@@ -79,6 +82,8 @@ def load_rgb(path: str | PathLike[str]) -> Image.Image:
     with warnings.catch_warnings():  # of corrupt metadata and large images: neither is the user's business
         warnings.simplefilter("ignore")
         try:
+            if not _is_file(name):
+                raise ImageError("neither a file nor a link to one")
             with Image.open(name, formats=_formats()) as image:
                 _check_size(name, image.size)
                 image.load()
@@ -97,7 +102,7 @@ def on_white(image: Image.Image) -> Image.Image:
     """The image as RGB, transparent parts on white.
 
     Raises:
-        ValueError: its pixels are floats or 32-bit numbers, of which nobody knows what is white.
+        ValueError: its pixels are floats or numbers of more than 16 bits, of which nobody knows what is white.
     """
     if image.mode.startswith("I"):
         return _of_sixteen_bits(image)
@@ -114,6 +119,12 @@ def upright(image: Image.Image, orientation: Any) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
+def _is_file(name: str) -> bool:
+    """Opening a pipe would wait for ever. A folder passes: opening it says what it is."""
+    mode = os.stat(name).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]  # AVIF came late, and depends on how Pillow was built
@@ -128,11 +139,12 @@ def _check_size(name: str, size: tuple[int, int]) -> None:
 
 
 def _of_sixteen_bits(image: Image.Image) -> Image.Image:
-    """``convert("RGB")`` would clip everything above 255 to white."""
+    """``convert("RGB")`` would clip everything above 255 to white. Of 32-bit numbers the largest tells how many bits are meant."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError("its pixels are 32-bit numbers; save it with 8 or 16 bits")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    bits = 0 if image.mode == "I" and values.max() <= 0xFF else 8
+    return Image.fromarray((values >> bits).astype(np.uint8)).convert("RGB")
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -156,3 +168,5 @@ def _named(name: str, error: Exception) -> ImageError:
 
 # TIFF's reader logs what it finds odd in a header, and then raises it
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+# a picture with a long description is still a picture; PIL refuses compressed texts from 1 MB on
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT

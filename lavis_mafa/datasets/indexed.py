@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import os
 import random
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavis_mafa.common.errors import EmptyCaption
+from lavis_mafa.datasets.captions import says_something, shortened
+from lavis_mafa.datasets.images import BROKEN
 
 LOOK_AHEAD = 32  # rows, for a stand-in from outside of a batch that is bad altogether
 REASON = 400  # characters of a reason: a caption may be long
@@ -97,11 +100,37 @@ class IndexedDataset(Dataset):
 
     def _try(self, index: int) -> Any:
         try:
-            return self[index]
+            sample = self[index]
+            _check_caption(sample, text_processor(self.dataset, index))
+            return sample
         except UNREADABLE as error:
-            sample = BadSample(index=index, reason=f"{type(error).__name__}: {error}"[:REASON])
-            path = image_path(self.dataset, index)
-            return sample if path is None else BadSample(sample, image=path)
+            return self._bad(index, error)
+        except BROKEN as error:
+            if not _of_a_decoder(error):
+                raise
+            return self._bad(index, error)
+
+    def _bad(self, index: int, error: Exception) -> BadSample:
+        reason = " ".join(f"{type(error).__name__}: {error}"[:REASON].splitlines())
+        path = image_path(self.dataset, index)
+        return BadSample(index=index, reason=reason, **({} if path is None else {"image": path}))
+
+
+def _of_a_decoder(error: BaseException) -> bool:
+    """PIL raised it while it opened or decoded a file; anywhere else, the same error is one of the program."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name == "PIL.ImageFile" or (name.startswith("PIL.") and name.endswith("Plugin")) for name in modules)
+
+
+def _check_caption(sample: Any, process: Any) -> None:
+    """LAVIS's own data sets take any text.
+
+    Raises:
+        EmptyCaption: nothing that says something is in ``text_input``, nor in the ``text_output`` that was split from it.
+    """
+    text = sample.get("text_input") if isinstance(sample, dict) else None
+    if isinstance(text, str) and not any(says_something(part, process) for part in (text, str(sample.get("text_output", "")))):
+        raise EmptyCaption(f"The caption {shortened(text)} holds no word.")
 
 
 @contextlib.contextmanager
@@ -122,15 +151,27 @@ def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 def image_path(dataset: Any, index: int) -> str | None:
     """Where sample ``index``'s image is; None where the data set does not tell."""
-    if hasattr(dataset, "datasets"):
-        number = bisect.bisect_right(dataset.cumulative_sizes, index)
-        return image_path(dataset.datasets[number], index - (dataset.cumulative_sizes[number - 1] if number else 0))
+    dataset, index = _innermost(dataset, index)
     if hasattr(dataset, "image_path"):
         return str(dataset.image_path(index))
     annotation = getattr(dataset, "annotation", None)
     row = annotation[index] if isinstance(annotation, list) else None
     name = row.get("image") if isinstance(row, dict) else None
     return os.path.join(getattr(dataset, "vis_root", None) or "", name) if isinstance(name, str) else None
+
+
+def text_processor(dataset: Any, index: int) -> Any:
+    """What processes sample ``index``'s caption; None where the data set does not tell."""
+    return getattr(_innermost(dataset, index)[0], "text_processor", None)
+
+
+def _innermost(dataset: Any, index: int) -> tuple[Any, int]:
+    """Of concatenated data sets the one that holds sample ``index``, and the sample's number there."""
+    while hasattr(dataset, "datasets"):
+        number = bisect.bisect_right(dataset.cumulative_sizes, index)
+        index -= dataset.cumulative_sizes[number - 1] if number else 0
+        dataset = dataset.datasets[number]
+    return dataset, index
 
 
 def image_keys(dataset: Any) -> Tensor:

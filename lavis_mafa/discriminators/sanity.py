@@ -73,8 +73,8 @@ class SanityCheck:
             logger.info("Con-D (%s): %s.", self.name, found)
             return
         logger.warning(
-            "Con-D (%s) scores own pairs no better than shuffled ones: %s. What it decides is noise. Is it a trained matching model "
-            "of the architecture in model.discriminator.arch, and was it trained on such images and texts? Give another "
+            "Con-D (%s) scores own pairs hardly better than shuffled ones: %s. What it decides is noise. Is it a trained matching "
+            "model of the architecture in model.discriminator.arch, and was it trained on such images and texts? Give another "
             "model.discriminator.checkpoint, or train without it: model.ecm.enabled: false.",
             self.name,
             found,

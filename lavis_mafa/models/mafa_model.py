@@ -98,7 +98,7 @@ class MafaModel(nn.Module, Generic[Block]):
             output = mafa_step(pairs, batch, samples, self._step_settings(samples), self.discriminator)
         except ValueError as error:
             index = samples["index"].tolist() if "index" in samples else "unknown"
-            raise UserError(f"{error}. Data set indices of the batch: {index}.") from error
+            raise UserError(f"{self._blamed(str(error))}. Data set indices of the batch: {index}.") from error
         if self.training:
             self._look_at(samples, batch, output)
         norms = {"image_feature_norm": features[0].norm(dim=-1), "text_feature_norm": features[1].norm(dim=-1)}
@@ -125,6 +125,16 @@ class MafaModel(nn.Module, Generic[Block]):
         self.nothing_to_do.look(samples["text_input"], output, self.settings)
         if self.settings.ecm.enabled and self.discriminator is not None and self.con_d_check is not None:
             self.con_d_check.look(self.discriminator, samples, batch.known_positive)
+
+    def _blamed(self, error: str) -> str:
+        """What went wrong in a step; of Con-D's answers also whose they are and what to do."""
+        if "match probabilities" not in error:
+            return error
+        name = type(self.discriminator).__name__ if self.con_d_check is None else self.con_d_check.name
+        return (
+            f"Con-D ({name}): {error}. Its weights are broken, or too large for their precision: try "
+            "model.discriminator.precision: fp32, give another model.discriminator.checkpoint, or set model.ecm.enabled: false"
+        )
 
     def _image_keys(self, samples: dict[str, Any]) -> Tensor:
         keys = samples.get("image_key")

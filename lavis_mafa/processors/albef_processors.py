@@ -6,7 +6,6 @@ commas, apostrophes, hyphens and 50 words.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +19,8 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from lavis_mafa.common.errors import EmptyCaption, UserError, did_you_mean
+from lavis_mafa.common.errors import EmptyCaption, UserError
+from lavis_mafa.processors.settings import check_settings
 
 # RandAugment's operations without those that change colours: captions speak of colours.
 COLOUR_KEEPING = [
@@ -61,19 +61,17 @@ class RandAugment(RandomAugment):
 class _FromConfig:
     """LAVIS gives a processor its YAML block; here the block's keys are the constructor's arguments."""
 
+    registered: str
+
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Any:
         """Build from a YAML block.
 
         Raises:
-            UserError: a key is not an argument.
+            UserError: a key is not an argument, or its value is none.
         """
         settings = {key: value for key, value in (cfg or {}).items() if key != "name"}
-        allowed = list(inspect.signature(cls).parameters)
-        for key in settings:
-            if key not in allowed:
-                name = (cfg or {}).get("name", cls.__name__)
-                raise UserError(f"{name}.{key} is not a key; allowed: {', '.join(allowed)}.{did_you_mean(key, allowed)}")
+        check_settings(cls.registered, settings)
         return cls(**settings)
 
 
@@ -91,6 +89,8 @@ class AlbefImageTrainProcessor(_FromConfig, BlipImageBaseProcessor):
         >>> AlbefImageTrainProcessor(image_size=64)(Image.new("RGB", (80, 60))).shape
         torch.Size([3, 64, 64])
     """
+
+    registered = "albef_image_train"
 
     def __init__(
         self,
@@ -121,6 +121,8 @@ class AlbefImageTrainProcessor(_FromConfig, BlipImageBaseProcessor):
 class AlbefImageEvalProcessor(_FromConfig, BlipImageBaseProcessor):
     """PIL RGB image -> [3, image_size, image_size], the whole image squeezed into a square, normalised."""
 
+    registered = "albef_image_eval"
+
     def __init__(self, image_size: int = 256, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
         super().__init__(mean=mean, std=std)
         resize = transforms.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
@@ -142,6 +144,8 @@ class AlbefCaptionProcessor(_FromConfig, BaseProcessor):
         'a well known person smiling'
     """
 
+    registered = "albef_caption"
+
     def __init__(self, prompt: str = "", max_words: int = 30) -> None:
         super().__init__()
         self.prompt = prompt
@@ -161,8 +165,4 @@ class AlbefCaptionProcessor(_FromConfig, BaseProcessor):
         return self.prompt + " ".join(words[: self.max_words])
 
 
-PROCESSORS = {
-    "albef_image_train": AlbefImageTrainProcessor,
-    "albef_image_eval": AlbefImageEvalProcessor,
-    "albef_caption": AlbefCaptionProcessor,
-}
+PROCESSORS = {p.registered: p for p in (AlbefImageTrainProcessor, AlbefImageEvalProcessor, AlbefCaptionProcessor)}

@@ -13,6 +13,8 @@ from lavis_mafa.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+HINT = "`lavis-mafa check-data` finds all of them, and writes annotations without them."
+
 
 class BadSamples:
     """The bad samples of one rank, and the file that all ranks list theirs in, each sample once.
@@ -49,11 +51,13 @@ class BadSamples:
                 logger.warning("a sample cannot be read, its neighbour stands in: %s (all: %s)", bad[0]["reason"], self.path)
             self.own += self._list([{**sample, "rank": rank()} for sample in bad])
         if not samples:
-            raise UserError(f"no sample of a whole batch could be read, the first because of {bad[0]['reason']} (all: {self.path}).")
+            raise UserError(
+                f"no sample of a whole batch could be read, the first because of {bad[0]['reason']} (all: {self.path}). {HINT}"
+            )
         if self.seen >= 100 and self.count > self.max_share * self.seen:
             raise UserError(
                 f"{self.count} of {self.seen} samples could not be read, more than run.max_bad_share ({self.max_share:g}); "
-                f"they are listed in {self.path}."
+                f"they are listed in {self.path}. {HINT}"
             )
 
     def state_dict(self) -> dict[str, Any]:

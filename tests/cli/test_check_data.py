@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -274,10 +276,62 @@ def test_cleaning_keeps_every_column_and_the_good_captions(three, suffix, target
     text = Path(target).read_text()
     clean = json.loads(text) if target.endswith("json") else [json.loads(line) for line in text.splitlines()]
     assert clean == [{**rows[0], "caption": ["a dog", "犬"]}, rows[8]]
-    kinds = [(problem["row"], problem["kind"]) for problem in problems(kinds=("leaves_folder", *BAD))]
-    empty = [(1, EMPTY)] * 3 + [(2, MISSING), (3, EMPTY), (4, "leaves_folder"), (5, EMPTY), (5, EMPTY), (6, EMPTY), (7, MISSING)]
-    assert kinds == [*empty, (8, MISSING)]
+    kinds = [(problem["row"], problem["kind"]) for problem in problems(kinds=("leaves_folder", "no_image", *BAD))]
+    empty = [(1, EMPTY)] * 3 + [(2, MISSING), (3, EMPTY), (4, "leaves_folder"), (5, EMPTY), (5, EMPTY), (6, EMPTY)]
+    assert kinds == [*empty, (7, "no_image"), (8, "no_image")]
     assert read_annotations([target]).num_rows == 2
+
+
+@pytest.mark.parametrize("depth", [900, 980, 200_000])
+def test_an_unused_column_that_cannot_be_cleaned_is_one_message(three, depth, capsys):
+    row = '{"image": "a.png", "caption": "a dog"'
+    (three / "pairs.jsonl").write_text(row + "}\n" + row + ', "x": ' + "[" * depth + "NaN" + "]" * depth + "}\n")
+    code = check(three, "--clean", "clean.jsonl")
+    said = capsys.readouterr().err
+    assert code == 0 or (code == 2 and "nested too deeply" in said and "Traceback" not in said)
+    assert Path("clean.jsonl").exists() == (code == 0) and not list(Path().glob(".*.part")) and (code == 2 or depth < 1000)
+
+
+def test_an_interrupted_cleaning_leaves_nothing(three, monkeypatch):
+    def interrupt(*_: Any, **__: Any) -> str:
+        raise KeyboardInterrupt
+
+    write(three / "pairs.jsonl", [{"image": "a.png", "caption": "a dog"}])
+    monkeypatch.setattr("lavis_mafa.analysis.data_check.cleaning._as_json", interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        check(three, "--clean", "clean.jsonl")
+    assert not Path("clean.jsonl").exists() and not list(Path().glob(".*"))
+
+
+def test_what_json_has_not_becomes_null_and_bytes_are_refused(three, refused):
+    rows = [{"image": "a.png", "caption": "a dog", "x": {"y": [float("nan"), float("inf"), 1.5]}, "half": "\ud83d"}]
+    write(three / "pairs.json", rows)
+    assert check(three, "--clean", "clean.jsonl", name="pairs.json") == 0
+    assert json.loads(Path("clean.jsonl").read_text()) == {**rows[0], "x": {"y": [None, None, 1.5]}}
+    nested = [{"image": "a.png", "caption": "a dog", "thumb": [{"bytes": b"x"}]}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(nested), three / "pairs.parquet")
+    options = ["--images", three / "images", "--output", "second", "--clean", "other.jsonl"]
+    assert "--clean: column 'thumb' of" in refused("check-data", "--annotations", three / "pairs.parquet", *options)
+
+
+def test_what_lavis_would_end_with_is_a_problem(three, monkeypatch):
+    from lavis_mafa.analysis.data_check import sources
+
+    rows = [("a.png", "a dog"), ("a.png", ["a cat"]), ("b.png", None), (None, "a house"), ("gone.png", "x"), ("c.png", "...")]
+    write(three / "pairs.json", [{"image": image, "caption": caption} for image, caption in rows])
+    info = {"annotations": {"train": {"storage": [str(three / "pairs.json")]}}, "images": {"storage": str(three / "images")}}
+    found = sources._of_lavis("datasets.coco_caption.build_info", OmegaConf.create(info), str.lower)
+    monkeypatch.setattr(sources, "from_files", lambda *_: [found])
+    assert check(three, "--clean", "clean.json", name="pairs.json") == 1
+    kinds = [(problem["row"], problem["kind"]) for problem in problems(kinds=("list_of_captions", "no_image", *BAD))]
+    assert kinds == [(2, "list_of_captions"), (3, EMPTY), (4, "no_image"), (5, MISSING), (6, EMPTY)]
+    assert json.loads(Path("clean.json").read_text()) == [{"image": "a.png", "caption": "a dog"}]
+
+
+def test_a_line_break_in_a_path_stays_in_its_line(three):
+    write(three / "pairs.jsonl", [{"image": "a\nb.png", "caption": "a dog"}])
+    assert check(three) == 1
+    assert problems()[0]["reason"] == f"no file {str(three / 'images') + '/a' + chr(10) + 'b.png'!r}"
 
 
 def test_tables_of_texts_and_several_files(three):

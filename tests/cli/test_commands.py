@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -23,6 +24,17 @@ def test_ls_shows_every_yaml_with_its_first_line(capsys):
 def test_ls_with_a_part_shows_those_alone(capsys):
     assert main(["ls", "quickstart/train/m"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["mafa/quickstart/train/mafa.yaml"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_mistake(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lavis_mafa", "ls"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_cp_into_a_folder_and_to_a_name(tmp_path, capsys):

@@ -201,7 +201,25 @@ WRONG: list[tuple[str, str, Edit, tuple[str, ...]]] = [
         ("{name: albef_image_eval, image_size: 16}", "albef_image_eval"),
         ("vis_processor.eval is 'albef",),
     ),
-    ("albef", "a processor without a name", ("name: albef_image_eval, ", ""), ("vis_processor.eval.name is None", "albef_image_eval")),
+    ("albef", "a null for a name", ("name: albef_image_eval", "name: null"), ("vis_processor.eval.name is None", "albef_image_eval")),
+    (
+        "albef",
+        "a number for a caption processor",
+        ("    vis_processor:", "    text_processor: {train: {name: 3}}\n    vis_processor:"),
+        ("text_processor.train.name is 3", "such as albef_caption"),
+    ),
+    (
+        "albef",
+        "a size for a text",
+        ("albef_image_eval, image_size: 16", "albef_image_eval, image_size: abc"),
+        ("image_size is 'abc'", "1"),
+    ),
+    (
+        "vqa",
+        "images to evaluate of another size",
+        lambda base: base.replace("albef_image_eval, image_size: 16", "albef_image_eval, image_size: 32") + "  test_splits: [val]\n",
+        ("vis_processor.eval.image_size is 32",),
+    ),
     (
         "albef",
         "a data set without a block",
@@ -225,18 +243,25 @@ WRONG: list[tuple[str, str, Edit, tuple[str, ...]]] = [
         ("model.ecm.same_image is 'yep'", "true or false"),
     ),
     ("albef", "Norway", ("arch: albef_mafa\n", "arch: no\n"), ("model.arch is False", "albef_mafa")),
-    ("albef", "a number too large", ("seed: 42", f"seed: {10**30}"), ("run.seed is 1000", "at most 2147483647")),
-    ("albef", "a rate too large", ("1e-4", "9" * 400), ("run.init_lr is 9999", "at most 2147483647")),
+    ("albef", "a number too large", ("seed: 42", f"seed: {10**30}"), ("run.seed is 1000", "at most 4294967295")),
+    ("albef", "a rate too large", ("1e-4", "9" * 400), ("run.init_lr is 9999", "at most 1000000000")),
     ("albef", "digits without an end", ("seed: 42", f"seed: {'9' * 5000}"), ("not readable as YAML", "digits")),
-    ("albef", "an infinite rate", ("1e-4", ".inf"), ("run.init_lr is inf", "at most 2147483647")),
+    ("albef", "an infinite rate", ("1e-4", ".inf"), ("run.init_lr is inf", "at most 1000000000")),
     ("albef", "no rate at all", ("1e-4", ".nan"), ("run.init_lr is nan", "at least 0")),
     ("albef", "a length that is NaN", added("  warmup_lr: .nan\n"), ("run.warmup_lr is nan",)),
+    (
+        "albef",
+        "a whole number too large",
+        ("max_epoch: 2", f"max_epoch: {2**31}"),
+        ("run.max_epoch is 2147483648", "at most 2147483647"),
+    ),
     ("albef", "a negative seed", ("seed: 42", "seed: -1"), ("run.seed is -1", "at least 0")),
     ("albef", "a share above one", ("threshold: 0.8", "threshold: 80"), ("model.ecm.threshold is 80", "between 0 and 1")),
     ("albef", "no workers", added("  num_workers: -1\n"), ("run.num_workers is -1", "between 0 and 512")),
     ("stage 1", "a wrong choice", ("smooth_when: grouped", "smooth_when: group"), ("'group'", "Did you mean 'grouped'?")),
     ("albef", "an unknown type", ("model_type: tiny", "model_type: large"), ("model.model_type is 'large'", "base, tiny")),
     ("albef", "a device", ("device: cpu", "device: gpu"), ("run.device is 'gpu'", "cpu, cuda or cuda:0")),
+    ("albef", "an Apple", ("device: cpu", "device: mps"), ("run.device is 'mps'", "only cpu and cuda are supported")),
     ("albef", "a file that is a number", ("pretrained: start.pth", "pretrained: 3"), ("model.pretrained is 3", "the path of a file")),
     ("captions", "no beam", added("  num_beams: 0\n"), ("run.num_beams is 0", "at least 1")),
     # fine alone, impossible together: the head of docs/configuration.md
@@ -282,6 +307,14 @@ WRONG_TO_TRAIN: list[tuple[str, str, Edit, tuple[str, ...]]] = [
         ("no model.discriminator",),
     ),
     ("blip", "Con-D untrained", (", checkpoint: con_d.pth", ""), ("model.discriminator.checkpoint is null", "never used")),
+    (
+        "albef",
+        "images of another size",
+        ("albef_image_train, image_size: 16", "albef_image_train, image_size: 32"),
+        ("vis_processor.train.image_size is 32", "model.image_encoder.image_size (16)"),
+    ),
+    ("albef", "no split", added("  train_splits: []\n"), ("run.train_splits is []", "allowed: [train]")),
+    ("albef", "a split's name", added("  train_splits: [trian]\n"), ("run.train_splits is 'trian'", "Did you mean 'train'?")),
     ("albef", "smoothing without GRIT", ("{queue_size: 48", "{enabled: false, queue_size: 48"), ("it would never start", "always")),
     ("stage 2", "stage 2 from nothing", ("pretrained: start.pth", "pretrained: null"), ("model.stage_1 is null",)),
     (
@@ -396,6 +429,50 @@ def test_a_name_that_nobody_registered(base, what, edit, words, untouched, refus
     check(refused, capsys, path, words, ("train",))
 
 
+# of build_info and the processors of grit_pairs
+WRONG_DATA = [
+    ("build_info.annotations.train.storage=5", "annotations.train.storage is 5; allowed: a path or a list of paths"),
+    ("build_info.annotations.train.storage={a: 1}", "annotations.train.storage is {'a': 1}"),
+    ("build_info.annotations.train.storage=[[x]]", "annotations.train.storage is [['x']]"),
+    ("build_info.annotations={train: x.jsonl}", "annotations.train is 'x.jsonl'; allowed: a block, such as {storage: pairs.jsonl}"),
+    ("build_info.annotations=null", "annotations is None; allowed: a block"),
+    ("build_info.images.storage=5", "images.storage is 5; allowed: the folder"),
+    ("build_info.images=img", "images is 'img'; allowed: a block, such as {storage: FOLDER}"),
+    ("build_info.images.allow_absolute_paths=[yes]", "allow_absolute_paths is [True]; allowed: true, false"),
+    ("build_info.max_images=true", "max_images is True; allowed: a whole number from 1"),
+    ("build_info.max_image=1", "Did you mean 'max_images'?"),
+    ("build_info.prefix_lm=3", "prefix_lm is 3; allowed: true, false"),
+    ("vis_processor.train.min_scale=abc", "vis_processor.train.min_scale is 'abc'; allowed: a number from 0 to 1"),
+    ("vis_processor.train.image_size=true", "vis_processor.train.image_size is True; allowed: a whole number from 1"),
+    ("vis_processor.train.randaugment=5", "vis_processor.train.randaugment is 5; allowed: {n: 2, m: 7}"),
+    ("vis_processor.eval.flip=true", "vis_processor.eval.flip is not a key of albef_image_eval"),
+    ("text_processor.train.max_words=-1", "text_processor.train.max_words is -1; allowed: a whole number from 1"),
+]
+
+
+@pytest.mark.parametrize(("option", "words"), WRONG_DATA, ids=[row[0] for row in WRONG_DATA])
+def test_a_wrong_value_of_the_data_is_found_by_validate(option, words, untouched, capsys):
+    path = written(untouched, "albef", added("# fine but for an option\n"))
+    assert main(["validate", "--no-files", str(path), "--options", f"datasets.grit_pairs.{option}"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("root=3", "root is 3"), ("captions=[x]", "captions is '['x']'"), ("view=pair", "'pairs'?")]
+)
+def test_a_wrong_value_of_the_emoji(option, words, untouched, capsys):
+    path = written(untouched, "albef", added("# fine but for an option\n"))
+    assert main(["validate", "--no-files", str(path), "--options", f"datasets.grit_emoji.build_info.{option}"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_part_of_a_processor_is_enough(untouched, capsys):
+    path = written(untouched, "albef", added("# fine\n"))
+    options = ["datasets.grit_pairs.text_processor.train.max_words=20", "datasets.coco_caption.text_processor.train.max_words=20"]
+    assert main(["validate", "--no-files", str(path), "--options", *options]) == 0, capsys.readouterr().err
+
+
 FINE: list[tuple[str, str, Edit]] = [
     ("albef", "CRLF", lambda base: base.replace("\n", "\r\n")),
     ("albef", "a byte order mark", lambda base: b"\xef\xbb\xbf" + base.encode()),
@@ -408,6 +485,8 @@ FINE: list[tuple[str, str, Edit]] = [
         ("grit: {queue_size: 48, search_space: 24}", "grit: {<<: &g {queue_size: 48, search_space: 24}, memory: rows}"),
     ),
     ("albef", "a reference", ("queue_size: 48", 'queue_size: "${run.seed}"')),
+    ("albef", "a processor without a name", ("name: albef_image_eval, ", "")),
+    ("albef", "the largest seed", ("seed: 42", f"seed: {2**32 - 1}")),
     ("captions", "the environment", added("  output_dir: ${oc.env:HOME}/output\n")),
     (
         "vqa",

@@ -137,6 +137,13 @@ def test_image_keys_against_a_loop(ids: list[str | None], cut: int) -> None:
         ("a.json", '[{"image": "a", "caption": "b"}, {"image": ', "row 2: not valid JSON"),
         ("a.json", '[{"image": "a", "caption": "b"}, 7]', "row 2: 7 is not an object"),
         ("a.json", '{"annotations": []}', "allowed: a JSON list of objects"),
+        ("a.jsonl", '{"image": "a", "caption": ' + "[" * 200_000 + "]" * 200_000 + "}", "row 1: not valid JSON (nested too deeply)"),
+        ("a.json", '[{"image": "a", "caption": ' + "[" * 200_000 + "]" * 200_000 + "}]", "row 1: not valid JSON (nested too deeply)"),
+        ("a.json", '[{"image": "a", "caption": ' + "[" * 950 + "]" * 950 + "}]", "row 1: "),
+        ("a.jsonl", '{"image": "a", "caption": "b", "x": ' + "7" * 5_000 + "}", "row 1: not valid JSON (Exceeds the limit"),
+        ("a.json", '[{"image": "a", "caption": "b", "x": ' + "7" * 5_000 + "}]", "row 1: not valid JSON (Exceeds the limit"),
+        ("a.json", '[{"image": "a", "caption": "b"}]\n[{"image"', "'[{\"image\"' after the end of the list"),
+        ("a.csv", "image,caption," + "x" * 200_000 + "\na,b,c\n", "cannot be read as .csv: field larger than field limit"),
         ("a.json", "[]", "no rows"),
         ("a.jsonl", "\n", "no rows"),
         ("a.csv", "", "no rows"),
@@ -151,7 +158,7 @@ def test_mistakes_are_named(tmp_path: Path, name: str, content: str, message: st
     with pytest.raises(UserError) as error:
         read_annotations([file])
     assert str(error.value).startswith(str(file))
-    assert message in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_file_wrong_types_and_nothing_given(tmp_path: Path) -> None:
@@ -174,3 +181,14 @@ def test_missing_file_wrong_types_and_nothing_given(tmp_path: Path) -> None:
     latin.write_bytes("image,caption\na,Hündchen\n".encode("latin-1"))
     with pytest.raises(UserError, match="cannot be read as .csv"):
         read_annotations([latin])
+
+
+def test_a_corrupt_page_of_parquet_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    rows = [{"image": f"{number}.png", "caption": f"a dog {number}"} for number in range(2000)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file, use_dictionary=False)
+    content = file.read_bytes()
+    file.write_bytes(content[:30] + bytes(2000) + content[2030:])
+    with pytest.raises(UserError, match="cannot be read as .parquet") as error:
+        read_annotations([file])
+    assert "\n" not in str(error.value)

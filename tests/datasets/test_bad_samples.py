@@ -82,6 +82,6 @@ def test_a_resumed_run_keeps_its_share_and_its_list(tmp_path):
 
 
 def test_a_batch_without_a_readable_sample_ends_the_run(tmp_path):
-    with pytest.raises(UserError, match="no sample of a whole batch could be read, the first because of torn 4"):
+    with pytest.raises(UserError, match="no sample of a whole batch could be read, the first because of torn 4.*check-data"):
         BadSamples(tmp_path / "bad.jsonl", 0.5).add({"bad_samples": batch(4)["bad_samples"]}, 1)
     assert len(lines(tmp_path / "bad.jsonl")) == 1

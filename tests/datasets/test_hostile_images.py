@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from lavis_mafa.datasets.images import MAX_PIXELS, MIN_SIDE, ImageError, ImageTooLargeError, ImageTooSmallError, load_rgb
 from lavis_mafa.datasets.indexed import UNREADABLE
@@ -91,6 +91,31 @@ def test_missing_files_folders_and_impossible_names(tmp_path: Path) -> None:
         load_rgb(tmp_path)
     with pytest.raises(ImageError, match="null"):
         load_rgb(f"{tmp_path}/a\0b.png")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    for name in (tmp_path / "x.png", "/dev/zero"):
+        with pytest.raises(ImageError, match="neither a file nor a link to one"):
+            load_rgb(name)
+
+
+@pytest.mark.parametrize(("megabytes", "fits"), [(5, True), (17, False)])
+def test_a_long_compressed_text_is_no_reason_to_refuse(tmp_path: Path, megabytes: int, fits: bool) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("description", "x" * (megabytes << 20), zip=True)
+    content = encode(NOISE, "PNG", pnginfo=text)
+    if fits:
+        assert load(tmp_path, content).size == NOISE.size
+    else:
+        with pytest.raises(ImageError, match="x.png"):
+            load(tmp_path, content)
+
+
+def test_32_bit_numbers_are_what_their_largest_says(tmp_path: Path) -> None:
+    for largest, shift in ((255, 0), (65_535, 8)):
+        values = np.linspace(0, largest, 64).astype(np.int32).reshape(8, 8)
+        assert (np.asarray(load(tmp_path, encode(Image.fromarray(values), "TIFF"))) == (values >> shift)[..., None]).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -14,7 +14,7 @@ from PIL import Image
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.builders import GritPairsBuilder, GritVqaBuilder
-from lavis_mafa.datasets.image_paths import leaves_folder
+from lavis_mafa.datasets.image_paths import leaves_folder, shown
 
 INSIDE = ["a.png", "a/b.png", "./a.png", "a..b/..c.png", "...", "a/.../b.png", "ab:c.png", "a~b.png", "..a", "~/a.png"]
 OUTSIDE = ["/a.png", "../a.png", "a/../b.png", "a/..", "..", "a\\..\\b.png", "\\\\host\\a.png", "C:\\a.png", "c:/a.png"]
@@ -23,6 +23,10 @@ OUTSIDE = ["/a.png", "../a.png", "a/../b.png", "a/..", "..", "a\\..\\b.png", "\\
 def test_inside_and_outside() -> None:
     images = pa.chunked_array([INSIDE, OUTSIDE, [None]], pa.string())
     assert leaves_folder(images).to_pylist() == [False] * len(INSIDE) + [True] * len(OUTSIDE) + [None]
+
+
+def test_a_path_is_shown_in_one_line() -> None:
+    assert [shown(path) for path in ("a b.png", "猫.png", "a\nb.png")] == ["a b.png", "猫.png", r"'a\nb.png'"]
 
 
 def write(path: Path, images: list[str]) -> Path:

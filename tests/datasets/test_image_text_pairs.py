@@ -157,3 +157,15 @@ def test_a_torn_image_is_an_error(tmp_path: Path) -> None:
     torn.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     with pytest.raises(OSError, match="truncated"):
         load_rgb(torn)
+
+
+def test_one_missing_image_at_the_beginning_is_a_bad_sample_and_ten_are_a_wrong_folder(folder: Path) -> None:
+    gone = [{"image": "gone.png", "caption": "a dog"}] * 9
+    write(folder, [*gone, *ROWS])
+    assert len(pairs(folder)) == 13
+    write(folder, [*gone, *gone[:1], *ROWS])
+    with pytest.raises(UserError, match=r"row 1: no image at .*gone.png"):
+        pairs(folder)
+    write(folder, [gone[0], *ROWS])
+    with pytest.raises(UserError, match="row 1"):  # evaluation replaces nothing
+        pairs(folder, RetrievalPairs)

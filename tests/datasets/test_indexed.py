@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lavis.processors.blip_processors import BlipCaptionProcessor
+from PIL import Image, PngImagePlugin
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
 from lavis_mafa.common.errors import EmptyCaption
@@ -171,3 +174,41 @@ def test_a_batch_that_is_bad_altogether_takes_the_rows_that_follow():
     data = IndexedDataset(Rows())
     batch = data.collate(data.__getitems__([3, 5, 4]))
     assert batch["index"].tolist() == [6, 6, 6] and [b["index"] for b in batch["bad_samples"]] == [3, 5, 4]
+
+
+class OfLavis(Dataset):
+    """Opens images and cleans captions as LAVIS's data sets do."""
+
+    def __init__(self, folder: Path, rows: list[tuple[str, str]], prompt: str = "") -> None:
+        self.annotation = [{"image": image, "caption": caption} for image, caption in rows]
+        self.vis_root, self.text_processor = str(folder), BlipCaptionProcessor(prompt=prompt)
+
+    def __len__(self) -> int:
+        return len(self.annotation)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.annotation[index]
+        image = Image.open(f"{self.vis_root}/{row['image']}").convert("RGB")
+        return {"image": image.size, "text_input": self.text_processor(row["caption"])}
+
+
+def test_what_pil_raises_of_a_file_and_captions_without_a_word_are_bad_samples_of_lavis_too(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("description", "x" * (17 << 20), zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "text.png", pnginfo=text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [("a.png", "a dog"), ("text.png", "a dog"), ("a.png", ""), ("a.png", "...")]
+    data = IndexedDataset(ConcatDataset([OfLavis(tmp_path, rows), OfLavis(tmp_path, rows, prompt="a photo of ")]))
+    samples = data.__getitems__(list(range(8)))
+    bad = [sample for each in samples for sample in each.get("bad_samples", [])]
+    assert [sample["index"] for sample in bad] == [1, 2, 3, 5, 6, 7]
+    assert [sample["reason"].split(":")[0] for sample in bad[:3]] == ["ValueError", "EmptyCaption", "EmptyCaption"]
+
+
+def test_a_single_word_that_is_all_output_says_something():
+    class Split(Draws):
+        def __getitem__(self, index: int) -> dict:
+            return {"text_input": "", "text_output": "dog" if index else "..."}
+
+    first, second = IndexedDataset(Split(2)).__getitems__([0, 1])
+    assert first["bad_samples"][0]["index"] == 0 and "bad_samples" not in second

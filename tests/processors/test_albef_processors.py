@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from lavis_mafa.processors.albef_processors import (
     AlbefImageTrainProcessor,
     RandAugment,
 )
+from lavis_mafa.processors.settings import SETTINGS
 
 
 @pytest.fixture
@@ -79,8 +82,35 @@ def test_cleaning_twice_is_cleaning_once(caption: str) -> None:
     assert not set(once) & set(",.'!?\"()*#:;~-/")
 
 
+def test_the_settings_are_the_arguments() -> None:
+    for name, processor in PROCESSORS.items():
+        assert list(SETTINGS[name]) and set(SETTINGS[name]) == set(inspect.signature(processor).parameters)
+        defaults = {key: parameter.default for key, parameter in inspect.signature(processor).parameters.items()}
+        processor.from_config(OmegaConf.create(defaults))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *(("albef_image_train", "min_scale", value) for value in ("abc", None, -0.1, 2, True, float("nan"))),
+        *(("albef_image_train", "randaugment", value) for value in (5, {"n": 2}, {"n": 2, "m": 11}, {"n": "2", "m": 7}, [2, 7])),
+        *(("albef_image_eval", "image_size", value) for value in ("abc", 0, 16.0, None, [16, 16])),
+        *(("albef_image_eval", "mean", value) for value in (1, "abc", [1, 2], [1, 2, "3"])),
+        ("albef_image_train", "flip", "yes"),
+        ("albef_image_eval", "std", [1, 1, 0]),
+        ("albef_caption", "max_words", -1),
+        ("albef_caption", "prompt", 3),
+    ],
+)
+def test_a_wrong_value_is_named(name: str, key: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"^{name}.{key} is .*; allowed: "):
+        PROCESSORS[name].from_config(OmegaConf.create({"name": name, key: value}))
+
+
 def test_config_mistakes() -> None:
-    with pytest.raises(UserError, match="albef_image_train.min_scal is not a key.*Did you mean 'min_scale'?"):
+    with pytest.raises(UserError, match="min_scale is 0.9; allowed: at most max_scale"):
+        AlbefImageTrainProcessor.from_config(OmegaConf.create({"min_scale": 0.9, "max_scale": 0.5}))
+    with pytest.raises(UserError, match="albef_image_train.min_scal is not a key of .*Did you mean 'min_scale'?"):
         AlbefImageTrainProcessor.from_config(OmegaConf.create({"name": "albef_image_train", "min_scal": 0.1}))
     with pytest.raises(UserError, match="randaugment is .*allowed"):
         AlbefImageTrainProcessor(randaugment={"n": 2})

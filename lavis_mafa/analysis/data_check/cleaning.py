@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
+from tqdm import tqdm
 
 from lavis_mafa.analysis.data_check.judging import Verdicts
+from lavis_mafa.analysis.data_check.records import read_records
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
 from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.datasets.annotation_formats import PAIRS, objects_in_lines, objects_in_list
+from lavis_mafa.datasets.annotation_formats import one_message
 
 SUFFIXES = (".jsonl", ".json")
-LONGEST_CELL = 1 << 30  # characters; Python's own limit is that of a caption of twenty thousand words
 
 
 def check_target(path: Path) -> None:
@@ -36,47 +39,74 @@ def check_target(path: Path) -> None:
         raise UserError(f"--clean: the folder {path.parent} does not exist.")
 
 
+def check_columns(files: Sequence[Path]) -> None:
+    """Nothing heavy may start for rows that JSON cannot hold.
+
+    Raises:
+        UserError: a Parquet file has a column of bytes.
+    """
+    for file in files:
+        if file.suffix.lower() == ".parquet" and file.is_file():
+            with one_message(file):
+                schema = pyarrow.parquet.read_schema(file)
+            for field in schema:
+                if _holds_bytes(field.type):
+                    raise UserError(f"--clean: column '{field.name}' of {file} holds {field.type}, which JSON cannot; leave it out.")
+
+
 def write_clean(path: Path, rows: Rows, verdicts: Verdicts) -> int:
-    """Write the good rows; of a row with several captions the good ones. Whole or not at all.
+    """Write the good rows; of a row with several captions the good ones, and null for numbers that JSON has not. Whole or not at all.
 
     Returns:
         the number of rows written; without any, no file is.
 
     Raises:
-        UserError: an annotation file was changed since it was checked.
+        UserError: an annotation file was changed since it was checked, or a column that training ignores cannot be read.
     """
     bad_image = (rows.image_of < 0) | (verdicts.image != 0)[rows.image_of] if len(rows.path) else np.ones(len(rows), bool)
     written, part = 0, path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        for record in _good_records(rows, bad_image, verdicts.caption):
-            text = json.dumps(record, ensure_ascii=False, default=str)
-            if path.suffix == ".json":
-                text = ("[\n" if not written else ",\n") + text
-            file.write(text if path.suffix == ".json" else text + "\n")
-            written += 1
-        file.write("\n]\n" if path.suffix == ".json" else "")
-    if written:
-        os.replace(part, path)
-    else:
-        part.unlink()
+    try:
+        # half a character, which JSON can escape, is escaped again
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            good = _good_records(rows, bad_image | rows.lists, verdicts.caption)
+            for record in tqdm(good, desc="clean", unit="row", file=sys.stderr):
+                text = _as_json(record)
+                if path.suffix == ".json":
+                    text = ("[\n" if not written else ",\n") + text
+                file.write(text if path.suffix == ".json" else text + "\n")
+                written += 1
+            file.write("\n]\n" if path.suffix == ".json" else "")
+        if written:
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return written
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of an annotation file with all their columns, one at a time."""
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        yield from objects_in_list(path, PAIRS)
-    elif suffix == ".jsonl":
-        with path.open(encoding="utf-8-sig") as file:
-            yield from objects_in_lines(path, PAIRS, file)
-    elif suffix == ".parquet":
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    else:
-        csv.field_size_limit(LONGEST_CELL)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
+def _as_json(record: dict[str, Any]) -> str:
+    try:
+        try:
+            return json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
+        except ValueError:
+            return json.dumps(_without_nan(record), ensure_ascii=False, default=str)
+    except RecursionError as error:
+        raise UserError(f"--clean: the row of image {record['image']!r} is nested too deeply to be written.") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and the infinities, which Python writes and other readers of JSON refuse, become None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_bytes(kind.value_type)
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return binary or any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def _good_records(rows: Rows, bad_image: Numbers, bad_caption: Numbers) -> Iterator[dict[str, Any]]:

@@ -12,14 +12,17 @@ from lavis_mafa.analysis.data_check.duplicates import duplicate_captions, duplic
 from lavis_mafa.analysis.data_check.judging import IMAGE_KINDS, Verdicts
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
 from lavis_mafa.datasets.captions import shortened
+from lavis_mafa.datasets.image_paths import shown
 
 BAD = {
     "leaves_folder": "image path leaves the folder",
+    "no_image": "no image path",
     "missing": "missing image",
     "unreadable": "unreadable image",
     "too_large": "image too large",
     "too_small": "image too small",
     "empty_caption": "empty caption",
+    "list_of_captions": "list of captions",
 }
 TWICE = {
     "duplicate_image": "image with the bytes of another",
@@ -53,7 +56,7 @@ def find(rows: Rows, verdicts: Verdicts) -> Found:
         parts.append(np.stack(np.broadcast_arrays(row, number, about, first)))
 
     add("leaves_folder", every[rows.leaves])
-    add("missing", every[~rows.leaves & (rows.image_of < 0)])
+    add("no_image", every[~rows.leaves & (rows.image_of < 0)])
     with_image = every[rows.image_of >= 0]
     image = rows.image_of[with_image]
     for number, kind in enumerate(IMAGE_KINDS[1:], 1):
@@ -63,6 +66,7 @@ def find(rows: Rows, verdicts: Verdicts) -> Found:
     again = (first != images)[image]
     add("duplicate_image", with_image[again], image[again], first[image[again]])
     add("empty_caption", every[rows.captions == 0])
+    add("list_of_captions", every[rows.lists])
     bad = np.flatnonzero(verdicts.caption)
     add("empty_caption", rows.row_of[bad], bad)
     for kind, of_caption in zip(("duplicate_row", "duplicate_caption"), duplicate_captions(rows, verdicts), strict=True):
@@ -92,10 +96,12 @@ def _reason(rows: Rows, verdicts: Verdicts, kind: str, about: int, first: int) -
     if kind == "empty_caption":
         return verdicts.caption_reason[about] if about >= 0 else "The row has no caption."
     if kind == "duplicate_image":
-        return f"the same bytes as {rows.path[first].as_py()}"
+        return f"the same bytes as {shown(rows.path[first].as_py())}"
     if kind in TWICE:
         file, number = rows.where(int(rows.row_of[first]))
         return f"{shortened(rows.caption[first].as_py())} is the caption of {file}, row {number} too"
-    if about < 0:
+    if kind == "no_image":
         return "the row names no image"
-    return verdicts.image_reason.get(about) or f"no file {rows.path[about].as_py()}"
+    if kind == "list_of_captions":
+        return "LAVIS's own data sets take one text for a caption, no list"
+    return verdicts.image_reason.get(about) or f"no file {shown(rows.path[about].as_py())}"

@@ -47,7 +47,10 @@ def format_results(results: dict[str, Any]) -> str:
 def write_problems(path: Path, rows: Rows, verdicts: Verdicts, found: Found) -> None:
     """One JSON object a line, in the order of rows; whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        for problem in describe_all(rows, verdicts, found):
-            file.write(json.dumps(problem, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for problem in describe_all(rows, verdicts, found):
+                file.write(json.dumps(problem, ensure_ascii=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from lavis_mafa.analysis.data_check.records import read_records
 from lavis_mafa.analysis.data_check.sources import Source
 from lavis_mafa.datasets.annotations import read_rows
 from lavis_mafa.datasets.arrow_compute import pc
@@ -30,6 +32,7 @@ class Rows:
     row_of: Numbers  # [C] the row of each caption
     source_of: Numbers  # [C] the number of its source
     captions: Numbers  # [N] how many captions a row has
+    lists: Numbers  # Bool [N], a list of captions where the data set takes none
     files: list[Path]
     ends: list[int]  # of each file: the number of rows up to its end
 
@@ -48,7 +51,7 @@ def read_sources(sources: Sequence[Source]) -> Rows:
     Raises:
         UserError: a file that is no list of images and captions (see :func:`lavis_mafa.datasets.annotations.read_rows`).
     """
-    tables, paths, files, ends, of_source = [], [], [], [0], []
+    tables, paths, files, ends, of_source, lists = [], [], [], [0], [], []
     for number, source in enumerate(sources):
         left = source.limit
         for file in source.files:
@@ -56,6 +59,7 @@ def read_sources(sources: Sequence[Source]) -> Rows:
             left = None if left is None else left - len(table)
             tables.append(table.append_column("leaves", _leaves(source, table["image"])))
             paths.append(_full_paths(source.root, tables[-1]))
+            lists.append(_lists(file, len(table)) if source.one_caption else np.zeros(len(table), bool))
             files.append(file)
             ends.append(ends[-1] + len(table))
             of_source += [(number, len(table))]
@@ -67,7 +71,14 @@ def read_sources(sources: Sequence[Source]) -> Rows:
     numbers = np.repeat([number for number, _ in of_source], [rows for _, rows in of_source])
     caption = pa.chunked_array([pc.list_flatten(chunk) for chunk in table["caption"].chunks], pa.string())
     leaves = table["leaves"].to_numpy()
-    return Rows(table["image"], leaves, distinct, image_of, caption, row_of, numbers[row_of], counts, files, ends[1:])
+    numbers, is_list = numbers[row_of], np.concatenate(lists)
+    return Rows(table["image"], leaves, distinct, image_of, caption, row_of, numbers, counts, is_list, files, ends[1:])
+
+
+def _lists(file: Path, rows: int) -> Numbers:
+    """Bool [rows], where the caption is written as a list, which the table no longer tells."""
+    records = islice(read_records(file), rows)
+    return np.fromiter((isinstance(record.get("caption"), list) for record in records), bool)
 
 
 def _leaves(source: Source, image: pa.ChunkedArray) -> pa.ChunkedArray:

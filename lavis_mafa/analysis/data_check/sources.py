@@ -23,6 +23,7 @@ class Source:
     process: Callable[[str], str]
     allow_absolute_paths: bool = False
     limit: int | None = None  # the first rows only
+    one_caption: bool = False  # a list of captions is none to this data set
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
@@ -85,7 +86,7 @@ def _of_lavis(where: str, info: Any, process: Callable[[str], str]) -> Source:
     if storage is None or root is None:
         raise UserError(f"{where} names no annotations.train.storage and images.storage, which check-data needs.")
     files = [storage] if isinstance(storage, str) else list(storage)
-    return Source(tuple(Path(get_cache_path(file)) for file in files), Path(get_cache_path(root)), process, True)
+    return Source(tuple(Path(get_cache_path(file)) for file in files), Path(get_cache_path(root)), process, True, one_caption=True)
 
 
 FINDERS: dict[str, Callable[[str, Any, Callable[[str], str]], Source]] = {"grit_pairs": _pairs, "grit_emoji": _emoji}
