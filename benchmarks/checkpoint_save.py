@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from lavis_mafa.common.check import MODEL_DEFAULTS
 from lavis_mafa.common.typed import typed_block
-from lavis_mafa.common.weights import torn_record
+from lavis_mafa.common.weights import damage
 from lavis_mafa.models.albef_mafa import AlbefMafa
 from lavis_mafa.runners.checkpoints import CheckpointFolder
 
@@ -64,7 +64,7 @@ def main() -> None:
         checkpoints.wait()
         written.append(time.perf_counter() - begin)
     path = checkpoints.path(f"{arguments.rounds - 1}")
-    verified = seconds(lambda: torn_record(path))
+    verified = seconds(lambda: damage(path))
     million = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{machine('cpu')}, {datetime.date.today()}")
     print(f"{million:.0f} M parameters, {path.stat().st_size / 1e9:.2f} GB")

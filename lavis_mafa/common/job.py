@@ -75,7 +75,7 @@ def run_job(name: str, options: list[str]) -> Any:
     from lavis_mafa.common.rank_watch import mark, rank_watch
 
     init_process_group(cfg.run_cfg)
-    seed = int(cfg.run_cfg.get("seed", 42)) + rank()
+    seed = (int(cfg.run_cfg.get("seed", 42)) + rank()) % 2**32
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -42,8 +42,8 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
             return dict(load_file(path))
         except SafetensorError as error:
             raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
-    if not names_only and (record := torn_record(path)) is not None:
-        raise UserError(f"{key}: {path} is damaged: the checksum of {record} is wrong. Use another checkpoint, or copy it again.")
+    if not names_only and (wrong := damage(path)) is not None:
+        raise UserError(f"{key}: {path} is damaged: {wrong}. Use another checkpoint, or copy it again.")
     try:
         content = torch.load(path, map_location="meta" if names_only else "cpu", weights_only=True)
     except Exception as error:  # a torn pickle can raise anything
@@ -66,8 +66,8 @@ def _reason(error: Exception) -> str:
     return f" ({text.splitlines()[0].rstrip('.')})"
 
 
-def torn_record(path: Path) -> str | None:
-    """The first part of a checkpoint whose checksum is wrong, or what else is wrong with the file; None for a good one.
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file: a part whose checksum is not right, or its end missing; None for a good one.
 
     ``torch.save`` stores a CRC-32 of each tensor that ``torch.load`` never looks at: it takes a flipped bit for a weight. Files
     that are no such archive (safetensors, PyTorch before 1.6) have none, and pass.
@@ -77,9 +77,10 @@ def torn_record(path: Path) -> str | None:
             return "it ends too early" if file.read(4) == b"PK\x03\x04" or not path.stat().st_size else None
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
+            part = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         return str(error)
+    return None if part is None else f"the checksum of {part} is wrong"
 
 
 def read_weights(path: str | Path, key: str = "checkpoint", names_only: bool = False) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import read_checkpoint, torn_record
+from lavis_mafa.common.weights import damage, read_checkpoint
 from lavis_mafa.runners.checkpoints import numbered, position, rank_file
 
 logger = logging.getLogger(__name__)
@@ -60,15 +60,14 @@ def newest_good(folder: Path) -> Path | None:
 
 
 def _problem(path: Path) -> str:
-    record = torn_record(path)
-    if record is not None:
-        return f"{path.name} is damaged ({record})"
+    if (wrong := damage(path)) is not None:
+        return f"{path.name} is damaged: {wrong}"
     for rank in range(int(read_checkpoint(path, names_only=True).get("world_size", 1))):
         state = rank_file(path, rank)
         if not state.is_file():
             return f"{state.name} is missing"
-        if (record := torn_record(state)) is not None:
-            return f"{state.name} is damaged ({record})"
+        if (wrong := damage(state)) is not None:
+            return f"{state.name} is damaged: {wrong}"
     return ""
 
 

@@ -11,7 +11,7 @@ from lavis_mafa.common.distributed import broadcast_object, rank, world_size
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.rank_watch import mark
 from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.common.weights import read_checkpoint, torn_record
+from lavis_mafa.common.weights import damage, read_checkpoint
 from lavis_mafa.runners.background import host_copy
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, RankState, load_model, model_state, read_resumable
@@ -112,7 +112,7 @@ class Saving:
             return
         best, own = resumed.with_name("checkpoint_best.pth"), self.checkpoints.path("best")
         found = False
-        if rank() == 0 and best.is_file() and torn_record(best) is not None:
+        if rank() == 0 and best.is_file() and damage(best) is not None:
             logger.warning("%s is damaged: the best checkpoint is looked for anew", best)
         elif rank() == 0 and best.is_file():
             content = read_checkpoint(best)

@@ -21,7 +21,7 @@ import torch
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import read_checkpoint, torn_record, write_atomically
+from lavis_mafa.common.weights import damage, read_checkpoint, write_atomically
 from lavis_mafa.runners import checkpoints as checkpoints_module
 from lavis_mafa.runners.background import host_copy
 from lavis_mafa.runners.checkpoints import CheckpointFolder, position
@@ -48,16 +48,16 @@ def test_killed_at_every_line_and_every_write_of_a_save_one_good_checkpoint_is_l
 def test_a_flipped_bit_is_found_which_torch_load_does_not(tmp_path):
     path = tmp_path / "checkpoint_3.pth"
     write_atomically({"model": {"w": torch.ones(10_000)}}, path)
-    assert torn_record(path) is None
+    assert damage(path) is None
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert not torch.equal(torch.load(path, weights_only=True)["model"]["w"], torch.ones(10_000)), "it would have been a wrong weight"
-    assert torn_record(path) is not None
+    assert damage(path) is not None
     with pytest.raises(UserError, match="checkpoint_3.pth is damaged: the checksum of"):
         read_checkpoint(path)
     path.write_bytes(content[:-100])
-    assert torn_record(path) is not None
+    assert damage(path) is not None
 
 
 def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_are_named(tmp_path, caplog):
@@ -128,7 +128,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_is_one_message(tmp_path):
             folder.save("1", {"model": {"w": torch.zeros(100_000)}}, None, rank=0)
             with pytest.raises(UserError, match=r"cannot write .*checkpoint_1.pth: File too large. What was saved before is kept"):
                 folder.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_0.pth"] and torn_record(tmp_path / "checkpoint_0.pth") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_0.pth"] and damage(tmp_path / "checkpoint_0.pth") is None
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept_apart(train, run_yaml, tmp
     assert "checkpoint_1_2.pth is damaged: the checksum of" in capsys.readouterr().err
     assert train("run.max_steps=7") == 0
     assert "checkpoint_1_2.pth is passed over" in caplog.text and "at epoch 1, step 0" in caplog.text
-    assert newest.with_suffix(".damaged").is_file() and torn_record(newest) is None
+    assert newest.with_suffix(".damaged").is_file() and damage(newest) is None
 
 
 def test_auto_starts_anew_for_other_settings_and_says_what_differs(train, tmp_path, caplog):
