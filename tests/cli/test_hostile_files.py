@@ -89,6 +89,7 @@ STAGE_2 = [
     "model.qformer={init: null, width: 16, layers: 2, heads: 1, queries: 2}",
     "model.language_model={width: 16, layers: 1, heads: 1}",
 ]
+STAGE_2 += [f"datasets.grit_emoji.vis_processor.{use}.image_size=16" for use in ("train", "eval")]
 
 
 def train(yaml: Path | str, *options: str) -> list[object]:
