@@ -266,3 +266,10 @@ def test_a_file_system_without_locks_is_no_obstacle(train, monkeypatch, caplog):
     monkeypatch.setattr("fcntl.lockf", none)
     assert train("run.max_steps=2") == 0 and train("run.max_steps=4") == 0
     assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_max_steps_inside_an_accumulation_window_stops_at_its_end(train, tmp_path):
+    assert train("run.max_steps=3", "run.accum_grad_iters=2") == 0
+    (run,) = (tmp_path / "output").iterdir()
+    assert {path.name for path in run.glob("checkpoint*.pth")} == {"checkpoint_0_4.pth", "checkpoint_0_4.rank0.pth"}
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

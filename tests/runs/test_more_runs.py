@@ -25,26 +25,6 @@ def steps(emoji) -> int:
     return sum(json.loads(line)["concept"] in concepts for line in (emoji / "train.jsonl").open()) // 16
 
 
-def test_a_run_resumed_between_accumulation_windows_ends_with_the_same_bits(tiny_yaml, run_cli, tmp_path, steps):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    arguments = ["train", "--cfg-path", tiny_yaml, "--options", "run.test_splits=[]", "run.max_epoch=1", "run.accum_grad_iters=2"]
-    arguments.append("model.itc.momentum_distillation={queue_size: 64, momentum: 0.5}")
-    assert run_cli(*arguments, cwd=whole).returncode == 0
-    # 3 is inside a window: the run stops at its end
-    assert run_cli(*arguments, "run.max_steps=3", cwd=parts).returncode == 0
-    first = only_run(parts)
-    assert [r["step"] for r in metrics(first)] == [1, 2, 3, 4]
-    assert {path.name for path in first.glob("checkpoint*.pth")} == {"checkpoint_0_4.pth", "checkpoint_0_4.rank0.pth"}
-    done = run_cli(*arguments, f"run.resume_ckpt_path={first}/checkpoint_0_4.pth", cwd=parts)
-    assert done.returncode == 0, done.stderr
-    second = newest_run(parts)
-    assert [r["loss"] for r in metrics(second)] == [r["loss"] for r in metrics(only_run(whole))][4:]
-    assert len(metrics(second)) == steps - 4
-    outputs.assert_same_weights(only_run(whole) / "checkpoint_0.pth", second / "checkpoint_0.pth")
-
-
 def test_max_steps_of_one_epoch_in_bf16_then_a_resume_that_keeps_the_best_checkpoint(tiny_yaml, run_cli, tmp_path, steps):
     arguments = ["train", "--cfg-path", tiny_yaml, "--options", "run.precision=bf16", "run.valid_splits=[val]"]
     done = run_cli(*arguments, "run.test_splits=[]", f"run.max_steps={steps}")

@@ -76,18 +76,13 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_yaml, run_cli, tmp_path):
     assert [r["loss"] for r in metrics(second)] == wanted
 
 
-def test_two_processes_train_and_resume(tiny_yaml, run_cli, tmp_path):
-    options = ["run.grit.search_space=64", "run.batch_size_train=8", "run.save_every_steps=3"]
+def test_two_processes_write_a_state_and_connections_each(tiny_yaml, run_cli, tmp_path):
+    options = ["run.grit.search_space=64", "run.batch_size_train=8"]
     done = run_cli("train", "--cfg-path", tiny_yaml, "--options", *options, processes=2)
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path)
     assert (run / "checkpoint_1.rank0.pth").is_file() and (run / "checkpoint_1.rank1.pth").is_file()
     assert len(list((run / "connections").glob("epoch_1_rank_*.parquet"))) == 2
-    resume = f"run.resume_ckpt_path={run}/checkpoint_1_3.pth"
-    again = run_cli("train", "--cfg-path", tiny_yaml, "--options", *options, resume, processes=2, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    second = outputs.newest_run(tmp_path)
-    assert_same_weights(run / "checkpoint_1.pth", second / "checkpoint_1.pth")
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(tiny_yaml, run_cli, tmp_path):
