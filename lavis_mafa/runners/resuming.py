@@ -44,9 +44,10 @@ def same_runs(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
         elif numbered(folder):
             found = True
             yield folder
-    if not found:
-        why = f"; the newest other one is {others[0]}" if others else ""
-        logger.info("resume_ckpt_path: auto finds no saved run of these settings in %s, so this is a new one%s", parent, why)
+    if not found and others:
+        logger.warning("resume_ckpt_path: auto starts a new run; the newest one in %s is another: %s", parent, others[0])
+    elif not found:
+        logger.info("resume_ckpt_path: auto finds no run in %s and starts one", parent)
 
 
 def newest_good(folder: Path) -> Path | None:

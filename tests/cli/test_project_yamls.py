@@ -58,6 +58,14 @@ def arch_of(name: str) -> str:
     return OmegaConf.load(projects_root() / name).model.arch
 
 
+def small(name: str) -> list[str]:
+    """Options that make a shipped YAML's model, and the images for it, small."""
+    sizes = {"albef_mafa": 32, "blip_mafa": 32, "blip2_mafa": 28, "blip2_opt_mafa": 28}
+    config = OmegaConf.load(projects_root() / name)
+    keys = [f"datasets.{data}.vis_processor.{mode}.image_size" for data in config.datasets for mode in ("train", "eval")]
+    return [*SMALL[config.model.arch], *(f"{k}={sizes[config.model.arch]}" for k in keys if OmegaConf.select(config, k) is not None)]
+
+
 @cache
 def merged(name: str, *options: str) -> Any:
     return check_yaml(name, list(options), files=False)
@@ -316,7 +324,7 @@ class NoFalseNegatives:
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_model_takes_a_step_at_a_small_size(name):
-    settings, run = blocks(name, *SMALL[arch_of(name)], "run.device=cpu", "run.precision=fp32")
+    settings, run = blocks(name, *small(name), "run.device=cpu", "run.precision=fp32")
     model = build(settings).train()
     model.zero_grad()
     model.batch_scope = run.grit.batch_scope
@@ -357,7 +365,7 @@ def test_the_task_evaluates_at_a_small_size(name, tmp_path):
     generates = arch == "blip2_opt_mafa"
     options = ["run.device=cpu", *(["run.lemmatize=false"] if "vqa" in name else [])]  # spaCy's model is no dependency
     options += ["run.caption_references=null"] if name.endswith("nocaps.yaml") else []
-    settings, run = blocks(name, *SMALL[arch], *options)
+    settings, run = blocks(name, *small(name), *options)
     model = build(settings).eval()
     loader = Samples(settings.image_encoder.image_size)
     task = registry.get_task_class(run.task)(run)
