@@ -24,6 +24,7 @@ PAPERS_SUMS: dict[str, Sums] = {  # MAFA Table 2: B = 96, Q = 48000, the last ep
     CONSISTENCY: (0.9822, 0.0178, None),
     MOMENTUM: (0.6746, 0.0009, 0.3245),
 }
+NOT_LAVIS = ("idx_queue", "text_queue_keys")  # a teacher without them is whole: what its queue holds is then not known
 TEACHER = (*(f"{part}_m." for part in TAUGHT), "image_queue", "text_queue", "queue_ptr", "idx_queue")
 Labels = dict[str, tuple[Tensor, Tensor]]
 
@@ -118,7 +119,7 @@ def restore_teacher(model: Any, checkpoint: Any) -> str | None:
         return "model.itc.momentum_distillation is null, so there is no momentum teacher"
     own, state = model.state_dict(), fold_token_type(read_weights(checkpoint, "--checkpoint"))
     theirs = {name: value for name, value in state.items() if name.startswith(TEACHER)}
-    if any(name.startswith(TEACHER) and name != "idx_queue" and name not in theirs for name in own):
+    if any(name.startswith(TEACHER) and name not in (*NOT_LAVIS, *theirs) for name in own):
         return f"{checkpoint} has no momentum teacher with a queue"
     load_exactly(model, {**own, **theirs}, f"--checkpoint: {checkpoint}")
     return None

@@ -156,8 +156,9 @@ def _check_groups(batch_size: int) -> None:
 
 
 def _check_masking(arguments: argparse.Namespace, block: Any, masked: bool) -> None:
-    if masked and block.mlm.mask_probability == 0:
-        raise UserError("model.mlm.mask_probability is 0: this model does not predict words, so there is nothing to measure.")
+    if masked and 0 in (block.mlm.weight, block.mlm.mask_probability):
+        key = "mask_probability" if block.mlm.weight else "weight"
+        raise UserError(f"model.mlm.{key} is 0: this model does not predict words, so there is nothing to measure.")
     if not masked and (arguments.passes != 1 or arguments.mask_probability):
         raise UserError(
             f"--passes and --mask-probability are for masked language modelling, but {block.arch} predicts every next word."

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.common.model_settings import Blip2OptBlock, MafaBlock
+from lavis_mafa.common.model_settings import AlbefBlock, Blip2OptBlock, MafaBlock, loss_weights
 from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
 from lavis_mafa.common.typed import RUN_BLOCKS, in_file, typed_block
 from lavis_mafa.datasets.build_info import SPLITS
@@ -57,7 +57,7 @@ def check_combinations(model: Any, run: RunBlock | None, where: str = "", files:
         raise UserError(f"run.prompt is {run.prompt!r}, but must have one {{}} for the question: 'Question: {{}} Answer:'.{end}")
     if isinstance(run, CaptioningRun | VqaRun) and run.min_len > run.max_len:
         raise UserError(f"run.min_len is {run.min_len}, but must not exceed max_len ({run.max_len}).{end}")
-    smoothed = isinstance(model, MafaBlock) and model.itc.smooth_when == "grouped" and model.itc.smoothing > 0
+    smoothed = isinstance(model, MafaBlock) and model.itc.weight and model.itc.smooth_when == "grouped" and model.itc.smoothing > 0
     if smoothed and not run.grit.enabled and not run.evaluate:
         raise UserError(
             f"model.itc.smoothing is {model.itc.smoothing} with smooth_when: grouped, but run.grit.enabled is false, so it "
@@ -66,8 +66,9 @@ def check_combinations(model: Any, run: RunBlock | None, where: str = "", files:
 
 
 def check_mafa(model: MafaBlock, where: str = "") -> None:
-    """ECM and its Con-D; raises UserError."""
+    """Losses, their teacher, ECM and its Con-D; raises UserError."""
     end = in_file(where)
+    check_losses(model, where)
     ecm, con_d = model.ecm, model.discriminator
     if ecm.ambiguous_from > ecm.threshold:
         raise UserError(
@@ -84,6 +85,52 @@ def check_mafa(model: MafaBlock, where: str = "") -> None:
         )
     if con_d is not None and con_d.arch != "ground_truth":
         check_sizes(con_d_block(model, where), where, "model.discriminator")
+
+
+def check_losses(model: MafaBlock, where: str = "") -> None:
+    """A loss that is left to train with, and something to do for what is asked of the others; raises UserError."""
+    end, weights = in_file(where), loss_weights(model)
+    keys = [f"model.{name}.weight" for name in weights]
+    if not any(weights.values()):
+        raise UserError(f"{', '.join(keys)} are all 0, so there is nothing to train; give one of them a weight above 0.{end}")
+    ecm, idle = model.ecm, []
+    for loss in ecm.use_in:
+        key = keys[("itc", "itm", "lm").index(loss)]
+        if not weights[key.split(".")[1]]:
+            idle.append(f"{key} is 0")
+        elif loss == "lm" and ecm.false_negatives == "eliminate":
+            idle.append("false_negatives: eliminate adds no pairs to lm")
+    if ecm.enabled and idle and len(idle) == len(ecm.use_in):
+        raise UserError(
+            f"model.ecm.use_in is [{', '.join(ecm.use_in)}], but {' and '.join(idle)}, so ECM would change nothing; name a loss that "
+            f"is on, or set ecm.enabled: false.{end}"
+        )
+    teacher = model.itc.momentum_distillation
+    taught = bool(weights["itc"]) or (isinstance(model, AlbefBlock) and teacher is not None and teacher.mlm and model.mlm.weight > 0)
+    if teacher is not None and model.arch != "blip2_mafa" and not taught:
+        what = "itc.weight and mlm.weight are" if isinstance(model, AlbefBlock) and teacher.mlm else "itc.weight is"
+        raise UserError(
+            f"model.itc.momentum_distillation is set, but model.{what} 0, so its teacher would teach nothing; allowed here: null.{end}"
+        )
+
+
+def doubtful(model: Any, run: RunBlock) -> list[str]:
+    """What a user may want (a paper's table has it), but should know of."""
+    if not isinstance(model, MafaBlock) or run.evaluate:
+        return []
+    found = []
+    chosen = [f"model.itm.negatives: {model.itm.negatives}"] if model.itm.weight and model.itm.negatives != "random" else []
+    chosen += ["run.grit.enabled: true"] if run.grit.enabled else []
+    if not model.itc.weight and chosen:
+        found.append(
+            f"model.itc.weight is 0, so nothing trains the similarities that {' and '.join(chosen)} go by, and that retrieval picks "
+            "its candidates by. GRIT-VLP Table 1 takes those of an ITC model: model.pretrained; model.itm.negatives: random needs none."
+        )
+    if not model.itm.weight and (run.valid_splits or run.test_splits) and getattr(run, "rank_by", None) != "itc":
+        found.append(
+            "model.itm.weight is 0, so nothing trains the matching head that ranks in retrieval; only scores by itc are worth a look."
+        )
+    return found
 
 
 def check_sizes(model: Any, where: str = "", shown: str = "model") -> None:

@@ -16,24 +16,42 @@ class MomentumDistillation:
 
 
 @dataclass
+class AlbefDistillation(MomentumDistillation):
+    mlm: bool = True
+
+
+@dataclass
 class Itc(ItcSettings):
     smooth_when: str = "grouped"
     momentum_distillation: Optional[MomentumDistillation] = None  # noqa: UP045 - OmegaConf reads this annotation
 
 
 @dataclass
+class AlbefItc(Itc):
+    momentum_distillation: Optional[AlbefDistillation] = None  # noqa: UP045
+
+
+@dataclass
 class Ecm(EcmSettings):
     same_image: bool = True
+    same_text: bool = True
 
 
 @dataclass
 class Itm:
+    weight: float = 1.0
     negatives: str = "hardest"
 
 
 @dataclass
 class Mlm:
+    weight: float = 1.0
     mask_probability: float = 0.5
+
+
+@dataclass
+class Lm:
+    weight: float = 1.0
 
 
 @dataclass
@@ -137,6 +155,7 @@ class MafaBlock:
 class AlbefBlock(MafaBlock):
     image_encoder: ImageEncoder = field(default_factory=ImageEncoder)
     text_encoder: TextEncoder = field(default_factory=TextEncoder)
+    itc: AlbefItc = field(default_factory=AlbefItc)
     mlm: Mlm = field(default_factory=Mlm)
 
 
@@ -145,6 +164,7 @@ class BlipBlock(MafaBlock):
     arch: str = "blip_mafa"
     image_encoder: ImageEncoder = field(default_factory=lambda: ImageEncoder(image_size=224))
     text_encoder: MedEncoder = field(default_factory=MedEncoder)
+    lm: Lm = field(default_factory=Lm)
 
 
 @dataclass
@@ -155,6 +175,7 @@ class Blip2Block(MafaBlock):
     max_text_length: int = 32
     image_encoder: EvaEncoder = field(default_factory=EvaEncoder)
     qformer: QFormer = field(default_factory=QFormer)
+    lm: Lm = field(default_factory=Lm)
     itc: Itc = field(default_factory=lambda: Itc(smoothing=0.2, smooth_when="always"))
     ecm: Ecm = field(default_factory=lambda: Ecm(use_in=["itc", "itm"], resample_ambiguous=False))
 
@@ -170,3 +191,13 @@ class Blip2OptBlock:
     image_encoder: EvaEncoder = field(default_factory=EvaEncoder)
     qformer: QFormer = field(default_factory=QFormer)
     language_model: LanguageModel = field(default_factory=LanguageModel)
+
+
+def loss_weights(model: MafaBlock) -> dict[str, float]:
+    """Block -> weight of the three losses; 0 is off.
+
+    Example:
+        >>> loss_weights(BlipBlock())
+        {'itc': 1.0, 'itm': 1.0, 'lm': 1.0}
+    """
+    return {name: getattr(model, name).weight for name in ("itc", "itm", "mlm" if hasattr(model, "mlm") else "lm")}

@@ -55,6 +55,9 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
         image_embeds, text_embeds, ids, mask = self._token_states(samples, gathered)
         image_feature, text_feature = self.image_feature(image_embeds), self.text_feature(text_embeds)
         batch, teacher_images = self._contrast(samples, image_feature, text_feature, ids, mask)
+        distillation = self.settings.itc.momentum_distillation
+        if distillation is not None and not (distillation.mlm and self.settings.mlm.weight):
+            teacher_images = None  # nobody asks it about words
         if gathered:
             image_embeds = gather_own_first(image_embeds, with_gradient=True)
             text_embeds = gather_own_first(text_embeds, with_gradient=True)

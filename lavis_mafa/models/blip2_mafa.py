@@ -26,7 +26,7 @@ from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
 from lavis_mafa.models.mafa_model import CONFIGS, MafaModel
 from lavis_mafa.models.retrieval_scoring import best_query
 from lavis_mafa.models.tokenizing import tokenize
-from lavis_mafa.objectives import EncodedBatch
+from lavis_mafa.objectives import EncodedBatch, known_positives
 
 
 class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
@@ -105,7 +105,7 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         query_states, cache = query_pass(self, image_embeds)
         ids, mask = tokenize(self.tokenizer, samples["text_input"], self.max_txt_len, self.device, gathered)
         image_feature, text_feature = self._image_feature(query_states), self._text_feature(ids, mask)
-        keys = self._image_keys(samples)
+        keys = self._keys(samples)
         all_keys, keys_image, keys_text = keys, image_feature.detach(), text_feature.detach()
         own = most_similar_query(keys_image, keys_text), keys_text
         if gathered:
@@ -122,7 +122,7 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
             sim_i2t=best_query(image_feature, keys_text),
             sim_t2i=best_query(keys_image, text_feature).T,
             temperature=self.temp,
-            known_positive=self._known_positive(keys, all_keys),
+            known_positive=known_positives(keys, all_keys),
             candidates=len(all_keys),
         )
         return Blip2Pairs(self, image_embeds, ids, mask, cache), batch, own

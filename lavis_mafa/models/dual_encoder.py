@@ -14,7 +14,7 @@ from lavis_mafa.models.bert import fold_token_type
 from lavis_mafa.models.mafa_model import Block, MafaModel
 from lavis_mafa.models.momentum_teacher import TAUGHT, MomentumTeacher, project
 from lavis_mafa.models.tokenizing import tokenize
-from lavis_mafa.objectives import EncodedBatch
+from lavis_mafa.objectives import EncodedBatch, known_positives
 
 
 class DualEncoder(MafaModel[Block], MomentumTeacher):
@@ -78,7 +78,7 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
         self, samples: dict[str, Any], image_feature: Tensor, text_feature: Tensor, ids: Tensor, mask: Tensor
     ) -> tuple[EncodedBatch, Tensor | None]:
         """Similarities with the keys of this step (and of the queue), and the teacher's image states [B, N, width]."""
-        keys = self._image_keys(samples)
+        keys = self._keys(samples)
         teacher_images, keys_image, keys_text, distillation = None, image_feature.detach(), text_feature.detach(), 0.0
         momentum = self.settings.itc.momentum_distillation
         if momentum is not None:
@@ -93,7 +93,7 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
         if momentum is not None:
             keys_image = torch.cat([keys_image, self.image_queue.T.clone()])
             keys_text = torch.cat([keys_text, self.text_queue.T.clone()])
-            all_keys = torch.cat([all_keys, self.idx_queue[0].clone()])
+            all_keys = torch.cat([all_keys, torch.cat([self.idx_queue, self.text_queue_keys]).T])
         with torch.autocast(self.device.type, enabled=False):  # bf16 similarities would change a tenth of what is mined
             sim_i2t, sim_t2i = image_feature @ keys_text.T, text_feature @ keys_image.T
             teacher = (teacher_own[0] @ keys_text.T, teacher_own[1] @ keys_image.T) if momentum is not None else (None, None)
@@ -101,7 +101,7 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
             sim_i2t=sim_i2t,
             sim_t2i=sim_t2i,
             temperature=self.temp,
-            known_positive=self._known_positive(keys, all_keys),
+            known_positive=known_positives(keys, all_keys),
             candidates=candidates,
             teacher_i2t=teacher[0],
             teacher_t2i=teacher[1],

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.model_settings import MafaBlock
+from lavis_mafa.common.model_settings import MafaBlock, loss_weights
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.discriminators.sanity import SanityCheck
 from lavis_mafa.models.nothing_to_do import NothingToDo
 from lavis_mafa.models.outputs import PretrainOutput
 from lavis_mafa.models.retrieval_scoring import score_matrices
-from lavis_mafa.objectives import Discriminator, EncodedBatch, StepSettings, mafa_step, value_range
+from lavis_mafa.objectives import Discriminator, EncodedBatch, StepSettings, mafa_step, text_key, value_range
+from lavis_mafa.objectives.known import UNKNOWN
 from lavis_mafa.objectives.pretraining import ItcSettings, PairModel, StepOutput
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -62,6 +63,11 @@ class MafaModel(nn.Module, Generic[Block]):
         block = self.settings.discriminator
         name = type(discriminator).__name__ if block is None else block.checkpoint or block.arch
         self.con_d_check = None if discriminator is None else SanityCheck(name, self.settings.ecm.threshold)
+
+    @property
+    def leaves_weights_unused(self) -> bool:
+        """Is a loss switched off? The weights that it alone trains get no gradient then, and DDP has to look for them."""
+        return 0.0 in loss_weights(self.settings).values()
 
     # --- what a host defines ---------------------------------------------------------------------------------------
 
@@ -136,25 +142,27 @@ class MafaModel(nn.Module, Generic[Block]):
             "model.discriminator.precision: fp32, give another model.discriminator.checkpoint, or set model.ecm.enabled: false"
         )
 
-    def _image_keys(self, samples: dict[str, Any]) -> Tensor:
-        keys = samples.get("image_key")
-        if keys is None or not self.settings.ecm.same_image:
-            keys = samples.get("index")  # the stand-in of an unreadable sample repeats a row: that one is known to match
-        if keys is None:
-            return torch.full((len(samples["text_input"]),), -1, device=self.device)
-        return keys.to(self.device)
-
-    def _known_positive(self, keys: Tensor, all_keys: Tensor) -> Tensor:
-        same = (keys[:, None] == all_keys[None, :]) & (keys[:, None] >= 0)
-        return same | torch.eye(len(keys), len(all_keys), dtype=torch.bool, device=keys.device)
+    def _keys(self, samples: dict[str, Any]) -> Tensor:
+        """LongTensor[B, 2]: who each sample's image is, and what its text is (see :func:`known_positives`)."""
+        ecm, texts = self.settings.ecm, samples["text_input"]
+        image = samples.get("image_key")
+        if image is None or not ecm.same_image:
+            image = samples.get("index")  # the stand-in of an unreadable sample repeats a row: that one is known to match
+        if image is None:
+            image = torch.full((len(texts),), UNKNOWN)
+        text = torch.tensor([text_key(text) if ecm.same_text else UNKNOWN for text in texts])
+        return torch.stack([image.to(self.device), text.to(self.device)], dim=1)
 
     def _step_settings(self, samples: dict[str, Any]) -> StepSettings:
         itc, when = self.settings.itc, self.settings.itc.smooth_when
         smooth = when == "always" or (when == "grouped" and bool(samples.get("grouped", False)))
+        itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
         return StepSettings(
-            itc=ItcSettings(smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
+            itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
             ecm=self.settings.ecm,
             negatives=self.settings.itm.negatives,
+            itm_weight=itm_weight,
+            lm_weight=lm_weight,
         )
 
     def _verdicts(self, output: StepOutput, samples: dict[str, Any]) -> dict[str, Tensor] | None:

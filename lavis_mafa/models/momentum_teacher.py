@@ -31,9 +31,11 @@ class MomentumTeacher(nn.Module):
     image_queue: Tensor
     text_queue: Tensor
     idx_queue: Tensor
+    text_queue_keys: Tensor  # ours alone: what the texts of text_queue are
     queue_ptr: Tensor
 
     def _add_teacher(self, queue_size: int) -> None:
+        """``queue_size`` 0: no queue, whose tensors are there and empty; an anchor then sees the batch alone (MAFA's MD_NQ)."""
         for part in TAUGHT:
             copy = deepcopy(getattr(self, part)).requires_grad_(False)
             setattr(self, f"{part}_m", copy)
@@ -41,6 +43,7 @@ class MomentumTeacher(nn.Module):
         self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
+        self.register_buffer("text_queue_keys", torch.full((1, queue_size), -100))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def _copy_to_teacher(self) -> None:
@@ -67,18 +70,19 @@ class MomentumTeacher(nn.Module):
 
     @torch.no_grad()
     def _remember(self, image_feature: Tensor, text_feature: Tensor, keys: Tensor) -> None:
-        if not self.training:
+        size = self.image_queue.shape[1]
+        if not self.training or size == 0:
             return
         image_feature, text_feature = gather_in_rank_order(image_feature), gather_in_rank_order(text_feature)
         keys = gather_in_rank_order(keys)
-        size = self.image_queue.shape[1]
         if len(keys) > size:
             raise UserError(f"model.itc.momentum_distillation.queue_size is {size}, smaller than a global batch ({len(keys)}).")
         # one NaN column would spoil the loss of every step until it is overwritten; pair and key stay together
         finite = image_feature.isfinite().all(dim=1) & text_feature.isfinite().all(dim=1)
         enqueue(self.image_queue, self.queue_ptr, image_feature, finite)
         enqueue(self.text_queue, self.queue_ptr, text_feature, finite)
-        enqueue(self.idx_queue, self.queue_ptr, keys, finite)
+        enqueue(self.idx_queue, self.queue_ptr, keys[:, 0], finite)
+        enqueue(self.text_queue_keys, self.queue_ptr, keys[:, 1], finite)
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 

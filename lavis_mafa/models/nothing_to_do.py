@@ -16,15 +16,15 @@ ASKED = 16384  # candidates without a single new positive until that is worth a 
 
 LACKING = {
     "candidate": (
-        "A batch has no negative: it is one sample, or all its samples show one image. ITM learns from positives alone there; use a "
-        "larger run.batch_size_train, or samples of more images."
+        "A batch has no negative: it is one sample, or all its samples show one image or have one text. ITM learns from positives "
+        "alone there; use a larger run.batch_size_train, or samples of more images."
     ),
     "negative": (
         "ECM leaves a batch no negative: every hard negative of it was called positive, or ambiguous without a second one. ITM "
         "learns from positives alone there; raise model.ecm.threshold (now {threshold}), or look at Con-D."
     ),
     "caption": (
-        "All {count} captions of a batch are the same text ({caption!r}): nothing tells its negatives from its positives. Look at the "
+        "All {count} captions of a batch are the same text ({caption!r}): nothing tells images that match it from others. Look at the "
         "annotations."
     ),
     "word": "All captions of a batch are empty: there is no word to match or to predict. Look at the annotations.",
@@ -86,7 +86,8 @@ def _counts(step: StepOutput) -> Tensor:
     """LongTensor[4]: has the batch no candidate; has it some, but no negative is left; candidates judged; those found positive."""
     verdicts, none = step.mined.connections, torch.zeros((), dtype=torch.long, device=step.loss.device)
     some = step.mined.pairs.exists.any()
-    no_negative = step.figures["itm_accuracy_negative"].isnan()  # a share of nothing
+    accuracy = step.figures.get("itm_accuracy_negative")  # not there without ITM, which then lacks nothing
+    no_negative = none.bool() if accuracy is None else accuracy.isnan()  # a share of nothing
     asked = none if verdicts is None else step.mined.pairs.exists.sum()
     found = none if verdicts is None else verdicts.positive.sum()
     return torch.stack([(no_negative & ~some).long(), (no_negative & some).long(), asked, found])

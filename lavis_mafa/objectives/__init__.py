@@ -3,6 +3,7 @@
 from lavis_mafa.objectives.connections import Connections, judge_connections
 from lavis_mafa.objectives.itc import consistency_loss, itc_loss
 from lavis_mafa.objectives.itm import ItmPairs, candidate_pairs, itm_loss, itm_pairs
+from lavis_mafa.objectives.known import known_positives, text_key
 from lavis_mafa.objectives.language_modelling import language_modelling_loss
 from lavis_mafa.objectives.masked_lm import mask_tokens, masked_lm_loss
 from lavis_mafa.objectives.mining import HardNegatives, mine_hard_negatives, sampling_scores
@@ -40,6 +41,7 @@ __all__ = [
     "itm_loss",
     "itm_pairs",
     "judge_connections",
+    "known_positives",
     "language_modelling_loss",
     "mafa_step",
     "mask_tokens",
@@ -47,6 +49,7 @@ __all__ = [
     "mine_hard_negatives",
     "ramp_up",
     "sampling_scores",
+    "text_key",
     "update_teacher",
     "value_range",
 ]

@@ -39,8 +39,9 @@ class Discriminator(Protocol):
 
 @dataclass
 class ItcSettings:
-    """How the contrastive loss is softened."""
+    """How much the contrastive loss counts (0: it is switched off), and how it is softened."""
 
+    weight: float = 1.0
     smoothing: float = 0.5
     consistency: float = 0.0
 
@@ -59,11 +60,13 @@ class EcmSettings:
 
 @dataclass
 class StepSettings:
-    """What :func:`mafa_step` needs to know."""
+    """What :func:`mafa_step` needs to know. A loss of weight 0 is switched off."""
 
     itc: ItcSettings = field(default_factory=ItcSettings)
     ecm: EcmSettings = field(default_factory=EcmSettings)
     negatives: str = "hardest"
+    itm_weight: float = 1.0
+    lm_weight: float = 1.0
 
 
 @dataclass
@@ -94,19 +97,18 @@ class Mined:
 
 @dataclass
 class StepOutput:
-    """Losses (Tensor[]), what was mined, figures (detached Tensor[]) for the log, and between what values the scores lie."""
+    """Losses (Tensor[], None where switched off), what was mined, figures (detached Tensor[]) for the log, and the scores' ranges.
 
-    loss_itc: Tensor
-    loss_itm: Tensor
-    loss_lm: Tensor
+    ``loss`` is the sum of the losses times their weights (MAFA eq. 6); the others are logged as they are.
+    """
+
+    loss: Tensor
+    loss_itc: Tensor | None
+    loss_itm: Tensor | None
+    loss_lm: Tensor | None
     mined: Mined
     figures: dict[str, Tensor]
     ranges: dict[str, Tensor]  # [2] each, the least and the greatest
-
-    @property
-    def loss(self) -> Tensor:
-        """Their sum (MAFA eq. 6)."""
-        return self.loss_itc + self.loss_itm + self.loss_lm
 
 
 def mafa_step(
@@ -118,7 +120,8 @@ def mafa_step(
 ) -> StepOutput:
     """Mine, judge, correct the labels, and compute the three losses (MAFA Algorithm 1, eq. 6).
 
-    With ``ecm.enabled: false`` and ``itc.smoothing: 0`` this is ALBEF without momentum distillation.
+    With ``ecm.enabled: false`` and ``itc.smoothing: 0`` this is ALBEF without momentum distillation. A loss of weight 0 costs nothing:
+    its pass does not run. Without ITC the negatives are still those that the similarities, whoever trained them, name.
 
     Similarities that are not finite make losses that are not finite, and no exception: whether to skip such a step is the caller's.
 
@@ -130,9 +133,12 @@ def mafa_step(
         discriminator: required while ``settings.ecm.enabled``.
 
     Raises:
-        ValueError: ECM without a discriminator, or probabilities that are none (see :func:`judge_connections`).
+        ValueError: ECM without a discriminator, probabilities that are none (see :func:`judge_connections`), or no loss at all.
     """
     ecm, count, own_count = settings.ecm, batch.candidates, len(batch.sim_i2t)
+    weights = settings.itc.weight, settings.itm_weight, settings.lm_weight
+    if not any(weights):
+        raise ValueError("the weights of all losses are 0")
     known = batch.known_positive[:, :count]
     negatives = mine_hard_negatives(
         sampling_scores(batch.sim_i2t[:, :count], batch.temperature, settings.negatives),
@@ -146,28 +152,31 @@ def mafa_step(
         mined = _ask(discriminator, samples, _with_similarity(mined.pairs, batch), ecm)
     verdicts = mined.connections
 
-    loss_itc = _contrast(batch, mined, settings)
-    pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
-    logits = model.itm_logits(pairs.image_index, pairs.text_index)
-    own = torch.arange(own_count, device=pairs.label.device)
-    new_image, new_text = _new_pairs(mined, count, ecm)
-    loss_lm = model.lm_loss(torch.cat([own, new_image]), torch.cat([own, new_text]))
+    figures, ranges = {}, {"similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach()}
+    loss_itc = loss_itm = loss_lm = None
+    if settings.itc.weight:
+        loss_itc = _contrast(batch, mined, settings)
+    if settings.itm_weight:
+        pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
+        logits = model.itm_logits(pairs.image_index, pairs.text_index)
+        loss_itm = itm_loss(logits, pairs)
+        figures["itm_accuracy_positive"], figures["itm_accuracy_negative"] = itm_accuracy(logits.detach(), pairs)
+        ranges["itm_logits"] = value_range(logits)
+    if settings.lm_weight:
+        own = torch.arange(own_count, device=batch.sim_i2t.device)
+        new_image, new_text = _new_pairs(mined, count, ecm)
+        loss_lm = model.lm_loss(torch.cat([own, new_image]), torch.cat([own, new_text]))
 
-    right_positive, right_negative = itm_accuracy(logits.detach(), pairs)
-    figures = {"itm_accuracy_positive": right_positive, "itm_accuracy_negative": right_negative}
     if verdicts is not None:
         asked = mined.pairs.exists.sum().clamp_min(1)
         figures["new_positive_share"] = verdicts.positive.sum() / asked
         figures["ambiguous_share"] = verdicts.ambiguous.sum() / asked
     figures["temperature"] = batch.temperature.detach()
-    ranges = {
-        "similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach(),
-        "itm_logits": value_range(logits),
-        "temperature": value_range(batch.temperature),
-    }
+    ranges["temperature"] = value_range(batch.temperature)
     if mined.probability is not None:
         ranges["con_d_probability"] = value_range(mined.probability)
-    return StepOutput(loss_itc, itm_loss(logits, pairs), loss_lm, mined, figures, ranges)
+    terms = [weight * loss for weight, loss in zip(weights, (loss_itc, loss_itm, loss_lm), strict=True) if loss is not None]
+    return StepOutput(sum(terms[1:], start=terms[0]), loss_itc, loss_itm, loss_lm, mined, figures, ranges)
 
 
 @torch.no_grad()

@@ -141,7 +141,8 @@ def load_model(model: nn.Module, state: dict[str, Any], source: str | Path) -> N
     parameters = model.named_parameters(remove_duplicate=False)  # a tied weight has two names
     frozen = tuple(name for name, parameter in parameters if not parameter.requires_grad)
     may_miss = unsaved_parts(model) if any(name in state for name in frozen) else frozen
-    load_exactly(model, state, f"run.resume_ckpt_path: {source}", may_miss=may_miss)
+    # what the texts in a teacher's queue are is not known to checkpoints from before this was kept
+    load_exactly(model, state, f"run.resume_ckpt_path: {source}", may_miss=(*may_miss, "text_queue_keys"))
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
 import torch
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 
-from lavis_mafa.common.check import check_combinations, check_device
+from lavis_mafa.common.check import check_combinations, check_device, doubtful
 from lavis_mafa.common.checkpoint_kinds import check_kinds
+from lavis_mafa.common.distributed import rank
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, typed_block
 
+logger = logging.getLogger(__name__)
 Task = TypeVar("Task", bound="MafaTask")
 
 
@@ -34,6 +37,8 @@ class MafaTask(BaseTask):
         if model is not None:
             check_kinds(model)
             check_device(model, run.device if torch.cuda.is_available() else "cpu", run.precision)
+            for text in doubtful(model, run) if rank() == 0 else ():
+                logger.warning(text)
         return cls(run)
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:

@@ -38,10 +38,10 @@ def save(model: torch.nn.Module, path: Path, **changes: torch.Tensor | None) -> 
 
 def test_names_are_those_of_lavis_albef_pretrain():
     own = set(ours(itc=TEACHER).state_dict())
-    assert own - set(reduced.lavis_pretrain().state_dict()) == {"idx_queue"}
+    assert own - set(reduced.lavis_pretrain().state_dict()) == {"idx_queue", "text_queue_keys"}
     assert set(reduced.lavis_pretrain().state_dict()) <= own
     plain = set(ours().state_dict())
-    assert plain == {n for n in own if "_m." not in n and not n.endswith(("queue", "queue_ptr"))}
+    assert plain == {n for n in own if "_m." not in n and "queue" not in n}
 
 
 def test_a_checkpoint_loads_into_lavis_albef_retrieval_and_scores_the_same(tmp_path):
@@ -100,7 +100,7 @@ def test_one_step_equals_lavis_albef_pretrain(tmp_path, monkeypatch, epoch):
     """ITC with teacher and queue, ITM and MLM. Two samples, so that each anchor has one possible negative; equal masks."""
     theirs = reduced.lavis_pretrain()
     mine = ours(itc=TEACHER)
-    mine.load_state_dict({**theirs.state_dict(), "idx_queue": mine.idx_queue})
+    mine.load_state_dict({**theirs.state_dict(), "idx_queue": mine.idx_queue, "text_queue_keys": mine.text_queue_keys})
     mine.train()  # the teacher moves in training only; there is no dropout
     special = [theirs.tokenizer.cls_token_id, theirs.tokenizer.sep_token_id, theirs.tokenizer.pad_token_id]
     monkeypatch.setattr(type(theirs), "mask", lambda self, ids, *_, **__: mask_every_second(ids, special))
@@ -313,8 +313,12 @@ def test_the_queue_takes_the_teachers_features_in_turn():
     model(batch(4, **STEP, image_key=torch.tensor([5, 6, 7, 8])))  # runs over the end of the ring
     assert int(model.queue_ptr) == 2 and model.idx_queue.tolist() == [[7, 8, 3, 4, 5, 6]]
     _, encoded, _ = model.eval().encode(batch(2, **STEP, image_key=torch.tensor([4, 9])))
-    assert encoded.known_positive[:, 2:].nonzero().tolist() == [[0, 3]]  # the same image, further back in the queue
+    # further back in the queue: the same image, and the same texts, whose last batch lies in columns 4, 5, 0, 1
+    assert encoded.known_positive[:, 2:].nonzero().tolist() == [[0, 3], [0, 4], [1, 5]]
     assert encoded.candidates == 2 and int(model.queue_ptr) == 2  # evaluation remembers nothing
+    model.settings.ecm.same_text = False
+    _, encoded, _ = model.encode(batch(2, **STEP, image_key=torch.tensor([4, 9])))
+    assert encoded.known_positive[:, 2:].nonzero().tolist() == [[0, 3]]
 
 
 def test_a_queue_smaller_than_the_batch_is_refused():

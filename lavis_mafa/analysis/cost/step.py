@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from lavis_mafa.common.model_settings import loss_weights
 from lavis_mafa.models.albef_mafa import AlbefMafa
 from lavis_mafa.models.albef_pairs import AlbefPairs
 from lavis_mafa.models.blip2_mafa import Blip2Mafa
@@ -133,19 +134,24 @@ def _dual(model: Any, con_d: Any, image: Tensor, size: StepSize, record: Record)
     if distils:
         taught, *keys = record(TEACHER, lambda: model._teach({"image": image}, ids, mask))
     keys = _everyone(size, *keys)
+    itc, itm, lm = loss_weights(model.settings).values()
     if distils:
         keys = torch.cat([keys[0], model.image_queue.T]), torch.cat([keys[1], model.text_queue.T])
-    record(ITC, lambda: _contrast(model, image_feature, text_feature, *keys))
+    if itc:
+        record(ITC, lambda: _contrast(model, image_feature, text_feature, *keys))
     _judge(con_d, {"image": image, "text_input": captions}, twice, record)
     images, texts = record(ITM, lambda: _everyone(size, images, texts))
     ids, mask = _everyone(size, ids, mask)
     pairs: Any = BlipPairs(model, images, ids, mask)
     if albef:
-        pairs = AlbefPairs(model, images, texts, ids, mask, taught, 0.4 if distils else 0.0)
-    record(ITM, lambda: pairs.itm_logits(thrice, thrice))
+        distils = distils and model.settings.itc.momentum_distillation.mlm
+        pairs = AlbefPairs(model, images, texts, ids, mask, taught if distils else None, 0.4 if distils else 0.0)
+    if itm:
+        record(ITM, lambda: pairs.itm_logits(thrice, thrice))
     share = model.settings.mlm.mask_probability * (size.text_length - 2) / size.text_length if albef else 1.0
-    with _predicted(share):
-        record(LM, lambda: pairs.lm_loss(written, written))
+    if lm:
+        with _predicted(share):
+            record(LM, lambda: pairs.lm_loss(written, written))
 
 
 def _stage_1(model: Any, con_d: Any, image: Tensor, size: StepSize, record: Record) -> None:
@@ -167,13 +173,17 @@ def _stage_1(model: Any, con_d: Any, image: Tensor, size: StepSize, record: Reco
         frozen = model.visual_encoder.frozen
         embeds = record(QUERIES, lambda: model.ln_vision(states_of_all) if frozen else _everyone(size, embeds)[0])
     keys = _everyone(size, image_feature.detach(), text_feature.detach())
-    record(ITC, lambda: _contrast(model, image_feature, text_feature, *keys))
+    itc, itm, lm = loss_weights(model.settings).values()
+    if itc:
+        record(ITC, lambda: _contrast(model, image_feature, text_feature, *keys))
     _judge(con_d, {"image": image, "text_input": captions, "vit_states": states_of_all}, twice, record)
     ids, mask = _everyone(size, ids, mask)
     pairs = Blip2Pairs(model, embeds, ids, mask, cache)
-    record(ITM, lambda: pairs.itm_logits(thrice, thrice))
-    with _predicted(1.0):
-        record(LM, lambda: pairs.lm_loss(written, written))
+    if itm:
+        record(ITM, lambda: pairs.itm_logits(thrice, thrice))
+    if lm:
+        with _predicted(1.0):
+            record(LM, lambda: pairs.lm_loss(written, written))
 
 
 def _stage_2(model: Any, image: Tensor, size: StepSize, record: Record) -> None:
