@@ -27,14 +27,19 @@ def beside(name: str) -> Any:
 
 
 reduced, reduced_blip = beside("reduced"), beside("reduced_blip")
-# both halves have 33 tokens: a mean over the tokens of each process is then that over all
-CAPTIONS = [*reduced.CAPTIONS, "a tall man in a green hat by the river", "snow", "an old boat"]
+# both halves have 33 tokens: a mean over the tokens of each process is then that over all; one caption is on both processes
+CAPTIONS = [*reduced.CAPTIONS, "a tall man in a green hat", reduced.CAPTIONS[3], "an old boat"]
 CAPTIONS.append("three people walk home over the old stone bridge at night")
 WITH_GRADIENT = albef_mafa.gather_own_first
 # which tokens are masked is drawn by each process, and new LM pairs differ in length: both are left out
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "albef": (albef_mafa, reduced.ours, {"mlm": {"mask_probability": 0}, "ecm": {"enabled": True}}),
     "blip": (blip_mafa, reduced_blip.ours, {"ecm": {"enabled": True, "use_in": ["itc", "itm"]}}),
+    "itc alone": (albef_mafa, reduced.ours, {"itm": {"weight": 0}, "mlm": {"weight": 0}, "ecm": {"enabled": True}}),
+    "itm alone": (albef_mafa, reduced.ours, {"itc": {"weight": 0}, "mlm": {"weight": 0}, "ecm": {"enabled": True}}),
+    "lm alone": (blip_mafa, reduced_blip.ours, {"itc": {"weight": 0}, "itm": {"weight": 0}}),
+    "teacher": (albef_mafa, reduced.ours, {"mlm": {"mask_probability": 0}, "itc": {"momentum_distillation": {"queue_size": 12}}}),
+    "no queue": (blip_mafa, reduced_blip.ours, {"itc": {"momentum_distillation": {"queue_size": 0}}}),
 }
 
 
@@ -48,7 +53,8 @@ class EveryOther:
 
 def build(name: str) -> Any:
     _, ours, changes = MODELS[name]
-    model = ours(itc={"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2}, **changes).train()
+    itc = {"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2, **changes.get("itc", {})}
+    model = ours(**{**changes, "itc": itc}).train()
     model.set_discriminator(EveryOther())
     model.batch_scope = "global"
     return model
@@ -62,9 +68,14 @@ def samples(start: int, end: int) -> dict[str, Any]:
 
 def gradients(name: str, start: int, end: int) -> dict[str, Tensor]:
     model = build(name)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
-    wrapped(samples(start, end)).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    wrapped: Any = model
+    if dist.is_initialized():
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=model.leaves_weights_unused)
+    for _ in range(2):  # DDP complains in the second step of weights that had no gradient in the first
+        model.zero_grad(set_to_none=True)
+        wrapped(samples(start, end)).loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**found, **{name: buffer for name, buffer in model.named_buffers() if "queue" in name}}
 
 
 def without_gradient(tensor: Tensor, with_gradient: bool = False) -> Tensor:

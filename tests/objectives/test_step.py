@@ -1,19 +1,23 @@
-"""The whole step against the loops, with a pair model and a Con-D that are tables."""
+"""The whole step against plain loops, with a pair model and a Con-D that are tables."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from lavis_mafa.objectives import EcmSettings, EncodedBatch, ItcSettings, StepSettings, mafa_step
+from lavis_mafa.objectives import EcmSettings, EncodedBatch, ItcSettings, StepSettings, known_positives, mafa_step, text_key
 
-spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
-oracles = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(oracles)
+spec = importlib.util.spec_from_file_location("step_oracle", Path(__file__).with_name("step_oracle.py"))
+step_oracle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(step_oracle)
 
 B, K, TEMPERATURE = 6, 6, 0.1
 
@@ -21,13 +25,15 @@ B, K, TEMPERATURE = 6, 6, 0.1
 class TablePairs:
     """ITM logits read from a table; the LM loss is the mean of another one. Remembers what it was asked."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, size: int = K) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.itm = torch.randn(K, K, 2, generator=generator)
-        self.lm = torch.randn(K, K, generator=generator)
-        self.asked_lm: list[tuple[int, int]] = []
+        self.itm = torch.randn(size, size, 2, generator=generator).requires_grad_()
+        self.lm = torch.randn(size, size, generator=generator).requires_grad_()
+        self.asked_itm: list[tuple[int, int]] | None = None
+        self.asked_lm: list[tuple[int, int]] | None = None
 
     def itm_logits(self, image_index, text_index):
+        self.asked_itm = list(zip(image_index.tolist(), text_index.tolist(), strict=True))
         return self.itm[image_index, text_index]
 
     def lm_loss(self, image_index, text_index):
@@ -49,41 +55,211 @@ def batch(seed: int = 0) -> EncodedBatch:
     return EncodedBatch(sims[0], sims[1], torch.tensor(TEMPERATURE), torch.eye(B, K, dtype=torch.bool), candidates=K)
 
 
-def expected(encoded: EncodedBatch, pairs: TablePairs, table: torch.Tensor | None, settings: StepSettings):
-    known = encoded.known_positive.tolist()
-    found = oracles.hard_negatives(encoded.sim_i2t.tolist(), encoded.sim_t2i.tolist(), known)
-    ecm = settings.ecm
-    p = [0.0] * (2 * B)
-    if table is not None:
-        p = [float(table[b, found["text"][b]]) for b in range(B)] + [float(table[found["image"][b], b]) for b in range(B)]
-    in_itc = [v > ecm.threshold and "itc" in ecm.use_in for v in p]
-    rows = [
-        [oracles.itc_target_row(known[b], found[d][b], in_itc[o + b], settings.itc.smoothing) for b in range(B)]
-        for d, o in (("text", 0), ("image", B))
-    ]
-    logits = [(s / TEMPERATURE).tolist() for s in (encoded.sim_i2t, encoded.sim_t2i)]
-    itc = oracles.itc(logits[0], logits[1], rows[0], rows[1])
-    itm = oracles.itm_rows(found, p if "itm" in ecm.use_in else [0.0] * (2 * B), ecm.threshold, ecm.ambiguous_from)
-    itm_logits = [pairs.itm[i, t].tolist() for i, t, _ in itm]
-    new = {(b, found["text"][b]) for b in range(B) if p[b] > ecm.threshold}
-    new |= {(found["image"][b], b) for b in range(B) if p[B + b] > ecm.threshold}
-    lm = [(b, b) for b in range(B)] + (sorted(new) if "lm" in ecm.use_in else [])
-    return itc, oracles.cross_entropy(itm_logits, [y for _, _, y in itm]), lm
+# --- against the loops ---------------------------------------------------------------------------------------------------
+
+WEIGHTS = [w for w in torch.cartesian_prod(*[torch.tensor([0.0, 1.0, 0.5])] * 3).tolist() if any(w)]
+SUBSETS = [[], ["itc"], ["itm"], ["lm"], ["itc", "itm"], ["itc", "lm"], ["itm", "lm"], ["itc", "itm", "lm"]]
+STEPS = st.builds(
+    StepSettings,
+    itc=st.builds(
+        ItcSettings, weight=st.just(1.0), smoothing=st.sampled_from([0.0, 0.5, 1.0]), consistency=st.sampled_from([0.0, 0.2, 2.0])
+    ),
+    ecm=st.builds(
+        EcmSettings,
+        enabled=st.booleans(),
+        threshold=st.sampled_from([0.75, 0.5, 1.0]),
+        ambiguous_from=st.sampled_from([0.5, 0.25, 0.0]),
+        use_in=st.sampled_from(SUBSETS) | st.just(SUBSETS[-1]),
+        false_negatives=st.sampled_from(["convert", "eliminate"]),
+        resample_ambiguous=st.booleans(),
+    ),
+    negatives=st.sampled_from(["hardest", "hardest", "sampled", "random"]),
+)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.5])
-@pytest.mark.parametrize("use_in", [["itc", "itm", "lm"], ["itc"], ["itm"], ["lm"]])
-@pytest.mark.parametrize("seed", range(5))
-def test_mafa_step_equals_the_loop(seed, use_in, smoothing):
-    table = torch.rand(K, K, generator=torch.Generator().manual_seed(seed + 50))
-    settings = StepSettings(ItcSettings(smoothing=smoothing), EcmSettings(use_in=use_in))
-    encoded, pairs = batch(seed), TablePairs(seed)
-    output = mafa_step(pairs, encoded, {}, settings, TableConD(table))
-    itc, itm, lm = expected(encoded, pairs, table, settings)
-    assert output.loss_itc.item() == pytest.approx(itc, rel=1e-5)
-    assert output.loss_itm.item() == pytest.approx(itm, rel=1e-5)
-    assert pairs.asked_lm == lm
-    assert output.loss.item() == pytest.approx((output.loss_itc + output.loss_itm + output.loss_lm).item())
+@dataclass
+class Problem:
+    """A step's inputs as tensors; keys are those of all C columns, own ones first."""
+
+    sims: torch.Tensor  # [2, B, C]
+    teacher: torch.Tensor | None
+    alpha: float
+    keys: torch.Tensor  # [C, 2]
+    candidates: int
+    con_d: torch.Tensor  # [K, K]
+    seed: int
+
+    def encoded(self) -> EncodedBatch:
+        sims, teacher = self.sims.clone().requires_grad_(), None
+        if self.teacher is not None:
+            teacher = self.teacher.clone().requires_grad_()
+        batch = EncodedBatch(
+            *(sims[0], sims[1], torch.tensor(0.25).requires_grad_()),
+            known_positives(self.keys[: self.sims.shape[1]], self.keys),
+            self.candidates,
+            *((None, None) if teacher is None else teacher),
+            distillation=self.alpha,
+        )
+        batch.leaves = sims, teacher
+        return batch
+
+    def noise(self, negatives: str) -> tuple[list[list[float]], list[list[float]]]:
+        """The draws of a step, in its order: of the images' texts, then of the texts' images."""
+        torch.manual_seed(self.seed)
+        shape = self.sims.shape[1], self.candidates
+        if negatives == "sampled":
+            return tuple((-torch.empty(shape).exponential_().log()).tolist() for _ in range(2))
+        return tuple(torch.rand(shape).tolist() for _ in range(2))
+
+    def as_lists(self, pairs: TablePairs, how: StepSettings):
+        return step_oracle.Given(
+            sims=tuple(self.sims.tolist()),
+            teacher=None if self.teacher is None else tuple(self.teacher.tolist()),
+            alpha=self.alpha,
+            temperature=0.25,
+            image_keys=self.keys[:, 0].tolist(),
+            text_keys=self.keys[:, 1].tolist(),
+            candidates=self.candidates,
+            noise=self.noise(how.negatives),
+            con_d=self.con_d.tolist(),
+            itm_logits=pairs.itm.tolist(),
+            lm_losses=pairs.lm.tolist(),
+        )
+
+
+def problem(rows: int, more: int, queue: int, teacher: bool, known: int, seed: int, ties: bool = True) -> Problem:
+    """``more`` candidates of other ranks, ``queue`` further keys; of ``known`` images and texts (0: nothing is known)."""
+    generator = torch.Generator().manual_seed(seed)
+    candidates = rows + more
+    sims = torch.rand(2, rows, candidates + queue, generator=generator) * 2 - 1
+    if ties and seed % 2:
+        sims = (sims * 4).round() / 4
+    probabilities = torch.tensor([0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0])  # thresholds among them
+    keys = torch.full((candidates + queue, 2), -1)
+    if known:
+        keys = torch.randint(-1, known, keys.shape, generator=generator)
+    return Problem(
+        sims,
+        torch.rand(sims.shape, generator=generator) * 2 - 1 if teacher else None,
+        0.4 if teacher else 0.0,
+        keys,
+        candidates,
+        probabilities[torch.randint(len(probabilities), (candidates, candidates), generator=generator)],
+        seed,
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    how=STEPS,
+    weights=st.sampled_from(WEIGHTS) | st.just((1.0, 1.0, 1.0)),
+    rows=st.integers(1, 5),
+    more=st.sampled_from([0, 0, 2, 5]),
+    queue=st.sampled_from([0, 3]),
+    teacher=st.booleans(),
+    known=st.sampled_from([0, 2, 6, 30]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_step_equals_the_loops(how, weights, rows, more, queue, teacher, known, seed):
+    how = replace(how, itc=replace(how.itc, weight=weights[0]), itm_weight=weights[1], lm_weight=weights[2])
+    given_, pairs = problem(rows, more, queue, teacher, known, seed), TablePairs(seed, rows + more)
+    encoded, as_lists = given_.encoded(), given_.as_lists(pairs, how)
+    if how.negatives == "sampled":  # rounding decides between scores that are all but equal
+        scores = given_.sims[:, :, : rows + more] / 0.25 + torch.tensor(as_lists.noise)
+        assume(rows + more < 2 or scores.sort(dim=2).values.diff(dim=2).min() > 1e-4)
+    wanted = step_oracle.step(as_lists, how)
+
+    torch.manual_seed(seed)
+    output = mafa_step(pairs, encoded, {}, how, TableConD(given_.con_d) if how.ecm.enabled else None)
+    output.loss.backward()
+
+    exists = output.mined.pairs.exists
+    mined = output.mined.pairs.image_index[exists].tolist(), output.mined.pairs.text_index[exists].tolist()
+    assert list(zip(*mined, strict=True)) == wanted.asked
+    close(output.loss, wanted.loss)
+    for name, loss in (("itc", output.loss_itc), ("itm", output.loss_itm), ("lm", output.loss_lm)):
+        assert (loss is None) == (name not in wanted.losses)
+        if loss is not None:
+            close(loss, wanted.losses[name])
+    assert output.figures.keys() == wanted.figures.keys() | {"temperature"}
+    for name, value in wanted.figures.items():
+        assert output.figures[name].item() == pytest.approx(value, rel=1e-5, nan_ok=True), name
+    # no pass of a loss that is off; the others are asked about the right pairs
+    assert (pairs.asked_itm is None) == (weights[1] == 0) and (pairs.asked_lm is None) == (weights[2] == 0)
+    assert not Counter((i, t) for i, t, _ in wanted.itm) - Counter(pairs.asked_itm or [])
+    assert pairs.asked_itm is None or len(pairs.asked_itm) == 3 * rows  # static shapes
+    assert (pairs.asked_lm or []) == wanted.lm
+    sims, of_teacher = encoded.leaves
+    if weights[0]:
+        close(sims.grad, torch.tensor(wanted.of_sims))
+        close(encoded.temperature.grad, wanted.of_temperature)
+    else:
+        assert sims.grad is None and encoded.temperature.grad is None
+    assert of_teacher is None or of_teacher.grad is None
+    for table, gradients in ((pairs.itm, wanted.of_itm), (pairs.lm, wanted.of_lm)):
+        expected = torch.zeros_like(table)
+        for place, value in gradients.items():
+            expected[place] = value
+        close(torch.zeros_like(table) if table.grad is None else table.grad, expected)
+
+
+def close(found: torch.Tensor, wanted) -> None:
+    wanted = torch.as_tensor(wanted, dtype=torch.float32)
+    torch.testing.assert_close(found.detach(), wanted, atol=2e-5, rtol=2e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    how=STEPS,
+    rows=st.integers(1, 3),
+    queue=st.sampled_from([0, 3]),
+    teacher=st.booleans(),
+    known=st.sampled_from([0, 6]),
+    seed=st.integers(0, 999),
+)
+def test_the_steps_of_two_ranks_are_the_shares_of_one(how, rows, queue, teacher, known, seed):
+    """batch_scope: global. Each rank has its own rows first; all ask one Con-D, and every candidate counts as for one process."""
+    how = replace(how, negatives="hardest")
+    whole = problem(2 * rows, 0, queue, teacher, known, seed, ties=False)
+    table = TablePairs(seed, 2 * rows)
+    encoded = whole.encoded()
+    one = mafa_step(table, encoded, {}, how, TableConD(whole.con_d))
+    one.loss_itc.backward()
+    losses, asked, lm, gradients = [], [], set(), []
+    for rank in (0, 1):
+        own = list(range(rank * rows, (rank + 1) * rows))
+        order = own + [k for k in range(2 * rows) if k not in own]
+        columns = order + list(range(2 * rows, 2 * rows + queue))
+        share = replace(
+            whole,
+            sims=whole.sims[:, own][:, :, columns],
+            teacher=None if whole.teacher is None else whole.teacher[:, own][:, :, columns],
+            keys=whole.keys[columns],
+            con_d=whole.con_d[order][:, order],
+        )
+        pairs = TablePairs(seed, 2 * rows)
+        mine = share.encoded()
+        output = mafa_step(pairs, mine, {}, how, TableConD(share.con_d))
+        output.loss_itc.backward()
+        losses.append(output.loss_itc.detach())
+        asked += [(order[i], order[t]) for i, t in pairs.asked_itm]
+        lm |= {(order[i], order[t]) for i, t in pairs.asked_lm}
+        gradients.append(mine.leaves[0].grad[:, :, torch.tensor(columns).argsort()])
+    close(torch.stack(losses).mean(), one.loss_itc.detach())
+    close(torch.cat(gradients, dim=1) / 2, encoded.leaves[0].grad)
+    assert sorted(asked) == sorted(table.asked_itm) and lm == set(table.asked_lm)
+
+
+def test_a_texts_key_is_the_text_alone():
+    """On every process and in every run; the number itself is in checkpoints."""
+    texts = ["a red dog", "a red cat", "A red dog", "", "\ud800", *(f"caption {i}" for i in range(1000))]
+    keys = [text_key(text) for text in texts]
+    assert len(set(keys)) == len(texts) and all(0 <= key < 2**63 for key in keys)
+    digest = hashlib.blake2b(b"a red dog", digest_size=8).hexdigest()
+    assert text_key(" a\tred  dog\n") == keys[0] == int(digest, 16) // 2
+
+
+# --- what has nothing to do, or cannot be done ----------------------------------------------------------------------------
 
 
 def test_no_false_negative_is_the_plain_loss_exactly():
@@ -95,39 +271,6 @@ def test_no_false_negative_is_the_plain_loss_exactly():
     assert torch.equal(one.loss_itc, other.loss_itc)
     assert torch.equal(one.loss_itm, other.loss_itm)
     assert torch.equal(one.loss_lm, other.loss_lm)
-
-
-def test_eliminated_pairs_leave_every_loss():
-    """ECM-E: a false negative is no ITC key of its anchor, no ITM pair and no LM row."""
-    settings = StepSettings(ItcSettings(smoothing=0.0), EcmSettings(false_negatives="eliminate"))
-    encoded, pairs = batch(3), TablePairs(3)
-    output = mafa_step(pairs, encoded, {}, settings, TableConD(torch.ones(K, K)))
-    found = oracles.hard_negatives(encoded.sim_i2t.tolist(), encoded.sim_t2i.tolist(), torch.eye(B).bool().tolist())
-    total = 0.0
-    for sims, direction in ((encoded.sim_i2t, "text"), (encoded.sim_t2i, "image")):
-        for b in range(B):
-            kept = [k for k in range(K) if k != found[direction][b]]
-            row = oracles.softmax([float(sims[b, k]) / TEMPERATURE for k in kept])
-            total += -torch.log(torch.tensor(row[kept.index(b)])).item() / B / 2
-    assert output.loss_itc.item() == pytest.approx(total, rel=1e-4)
-    assert pairs.asked_lm == [(b, b) for b in range(B)]
-    own = [pairs.itm[b, b].tolist() for b in range(B)]
-    assert output.loss_itm.item() == pytest.approx(oracles.cross_entropy(own, [1] * B), rel=1e-5)
-
-
-def test_keys_from_a_queue_are_contrasted_with_but_never_mined():
-    encoded = batch()
-    queue = torch.full((B, 3), 5.0)  # more similar than anything in the batch
-    longer = replace(
-        encoded,
-        sim_i2t=torch.cat([encoded.sim_i2t, queue], 1),
-        sim_t2i=torch.cat([encoded.sim_t2i, queue], 1),
-        known_positive=torch.eye(B, K + 3, dtype=torch.bool),
-    )
-    settings = StepSettings(ItcSettings(smoothing=0.0), EcmSettings(enabled=False))
-    short, long = mafa_step(TablePairs(), encoded, {}, settings), mafa_step(TablePairs(), longer, {}, settings)
-    assert long.loss_itc > short.loss_itc
-    assert torch.equal(long.loss_itm, short.loss_itm)
 
 
 def test_one_sample_gives_finite_losses():
