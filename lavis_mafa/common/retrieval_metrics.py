@@ -35,7 +35,9 @@ def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) 
         check_scores(scores, query)
         equal = int((scores == scores[:, :1]).all(dim=1).sum())
         if equal and scores.shape[1] > 1:
-            logger.warning("%d of %d %ss score the same with the whole gallery; of equal scores wrong ones count first.", equal, len(scores), query)
+            logger.warning(
+                "%d of %d %ss score the same with the whole gallery; of equal scores wrong ones count first.", equal, len(scores), query
+            )
         results |= {f"{side}_{name}": value for name, value in _one_direction(scores, right).items()}
     recalls = [v for k, v in results.items() if k.split("_")[1] in ("r1", "r5", "r10")]
     results["agg_metrics"] = sum(recalls) / len(recalls)
@@ -56,8 +58,8 @@ def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
     if queries:
         first = queries[0]
         raise UserError(
-            f"{int(bad.sum())} of {scores.numel()} retrieval {what} are NaN or infinite, those of {len(queries)} of {len(scores)} {query}s: "
-            f"{query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too large for "
+            f"{int(bad.sum())} of {scores.numel()} retrieval {what} are NaN or infinite, those of {len(queries)} of {len(scores)} "
+            f"{query}s: {query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too large for "
             "run.precision."
         )
 
@@ -70,9 +72,7 @@ def best_first(scores: Tensor, relevant: Tensor) -> Tensor:
 
 def _one_direction(scores: Tensor, relevant: Tensor) -> dict[str, float]:
     asked = relevant.any(dim=1)
-    parts = [
-        _of_queries(some, right) for some, right in zip(scores[asked].split(AT_ONCE), relevant[asked].split(AT_ONCE), strict=True)
-    ]
+    parts = [_of_queries(some, right) for some, right in zip(scores[asked].split(AT_ONCE), relevant[asked].split(AT_ONCE), strict=True)]
     return {name: 100 * float(torch.cat([part[name] for part in parts]).mean()) for name in parts[0]}
 
 

@@ -41,7 +41,9 @@ def format_results(results: dict[str, Any]) -> str:
         cells = ("-" if value is None else f"{value:.1f}" for value in figures)
         lines.append(f"{name:<36}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 9, 15), strict=True)))
     retrieval = stage_1["retrieval"]
-    lines += ["", f"Retrieval of {SPLITS['val']} by stage 1 (per cent){'TR R@1':>21}{'IR R@1':>8}{'mean recall':>13}"] if retrieval else []
+    lines += (
+        ["", f"Retrieval of {SPLITS['val']} by stage 1 (per cent){'TR R@1':>21}{'IR R@1':>8}{'mean recall':>13}"] if retrieval else []
+    )
     for values in by_score(retrieval) if retrieval else ():
         cells = zip(("tr_r1", "ir_r1", "agg_metrics"), (8, 8, 13), strict=True)
         lines.append(f"  ranked by {values.get('rank_by', '-'):<59}" + "".join(f"{values[key]:>{width}.1f}" for key, width in cells))

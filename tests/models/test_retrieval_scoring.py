@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lavis.models.base_model import BaseModel
+from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.retrieval_metrics import retrieval_metrics
+from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.models.albef_mafa import AlbefMafa
 from lavis_mafa.models.blip2_mafa import Blip2Mafa
 from lavis_mafa.models.blip_mafa import BlipMafa
 from lavis_mafa.models.mafa_model import MafaModel
 from lavis_mafa.models.retrieval_scoring import in_fp32, retrieval_scores
+from lavis_mafa.runners.evaluating import evaluate_split
+from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
 
 IMAGES, TEXTS = 7, 9
 SCORES = ["itm", "itm+itc", "itc"]
 
 
-class Model(MafaModel[Any]):
+class Model(MafaModel[Any], BaseModel):
     """Given cosines and given matching logits; image i is the number i, and text j too."""
-
-    device = torch.device("cpu")
 
     def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
@@ -31,6 +36,7 @@ class Model(MafaModel[Any]):
         self.cosine = 2 * torch.rand(IMAGES, TEXTS, generator=generator) - 1
         self.logits = 4 * torch.randn(IMAGES, TEXTS, generator=generator) + offset
         self.matched = 0
+        self.temp = torch.nn.Parameter(torch.ones(1))  # a LAVIS model knows its device by a parameter
 
     def text_rows(self, captions: list[str]) -> Any:
         number = torch.tensor([int(caption) for caption in captions])
@@ -118,3 +124,37 @@ def test_matching_logits_are_fp32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = in_fp32(head, states)
     assert logits.dtype == torch.float32 and torch.equal(logits, head(states))
+
+
+def test_an_evaluation_has_the_figures_of_its_score_and_of_the_cosine(tmp_path, caplog):
+    caplog.set_level("INFO")
+    model, gallery = Model(), Gallery()
+    relevant = torch.zeros(IMAGES, TEXTS, dtype=torch.bool)
+    relevant[torch.arange(IMAGES), torch.arange(IMAGES)] = True
+    gallery.dataset = SimpleNamespace(**vars(Gallery.dataset), relevant=relevant)
+    task = MafaPretrainTask(RunBlock(k_test=4, rank_by="itm"))
+    stats = evaluate_split(task, model, gallery, gallery.dataset, "val", 3, tmp_path, cuda_enabled=False)
+    record = json.loads((tmp_path / "evaluation.jsonl").read_text())
+    assert stats is not None and record == {"split": "val", "epoch": 3, **stats} and record["rank_by"] == "itm"
+    logits, cosine = by_loops(model.cosine, model.logits, 4, "itm"), model.cosine
+    wanted = retrieval_metrics(logits, by_loops(cosine.T, model.logits.T, 4, "itm"), relevant)
+    wanted |= {f"itc_{name}": value for name, value in retrieval_metrics(cosine, cosine.T, relevant).items()}
+    assert {name: value for name, value in stats.items() if name != "rank_by"} == pytest.approx(wanted)
+    assert stats["agg_metrics"] != stats["itc_agg_metrics"]
+    assert f"val: tr_r1 {stats['tr_r1']:.2f}" in caplog.text and "rank_by itm" in caplog.text
+
+
+def test_lavis_models_rank_by_their_own_score(monkeypatch):
+    class OfLavis(torch.nn.Module):
+        def compute_sim_matrix(self, loader: Any, task_cfg: Any) -> Any:
+            return torch.eye(3).numpy(), torch.eye(3).numpy()
+
+    task = MafaPretrainTask(RunBlock())
+    loader: Any = SimpleNamespace(dataset=SimpleNamespace(relevant=torch.eye(3, dtype=torch.bool)))
+    figures = task.after_evaluation(task.evaluation(OfLavis(), loader), "val", 0)
+    assert figures["tr_r1"] == 100 and not any("itc" in name or name == "rank_by" for name in figures)
+    monkeypatch.setattr(BaseTask, "build_model", lambda self, cfg: OfLavis())
+    cfg = SimpleNamespace(model_cfg=SimpleNamespace(arch="albef_retrieval", get=lambda *_: None))
+    assert task.build_model(cfg).batch_scope == "local"
+    with pytest.raises(UserError, match="run.rank_by is itc, but albef_retrieval ranks by LAVIS's own score"):
+        MafaPretrainTask(RunBlock(rank_by="itc")).build_model(cfg)

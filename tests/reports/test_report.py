@@ -250,7 +250,9 @@ def test_the_cosine_alone_stands_below_the_score_a_run_was_ranked_by():
         "old": {"epoch": 3, "tr_r1": 12.0, "ir_r1": 1.0},
         "cosine": {"epoch": 3, "rank_by": "itc", "tr_r1": 1.0, "ir_r1": 1.0, "itc_tr_r1": 1.0, "itc_ir_r1": 1.0},
     }
-    runs = [Run(name, Path(name), OmegaConf.create({}), [], {"val": values | {"agg_metrics": 1.0}}, None) for name, values in found.items()]
+    runs = [
+        Run(name, Path(name), OmegaConf.create({}), [], {"val": values | {"agg_metrics": 1.0}}, None) for name, values in found.items()
+    ]
     (table,) = evaluation_tables(runs)["val"]
     assert table.head == ["run", "epoch", "ranked by", "TR R@1", "IR R@1"]
     assert table.rows == [

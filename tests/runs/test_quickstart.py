@@ -37,7 +37,8 @@ def test_quickstart_of_blip2_ends_with_captions_and_answers(run_cli, tmp_path):
     assert set(results["captions"]) == set(results["answers"]) == {"val", "test"}
     assert 0 <= results["answers"]["val"]["accuracy"] <= 100 and results["captions"]["val"]["cider"] >= 0
     assert all(example["right"] and isinstance(example["caption"], str) for example in results["examples"]["val"])
-    for words in ("ranked by itm+itc", "ranked by itc", "new drawings of known concepts", "BLEU-4", "answers right", "what is this?", str(path.relative_to(tmp_path))):
+    assert "ranked by itm+itc" in done.stdout and "ranked by itc" in done.stdout
+    for words in ("new drawings of known concepts", "BLEU-4", "answers right", "what is this?", str(path.relative_to(tmp_path))):
         assert words in done.stdout
     (run,) = (tmp_path / "quickstart" / "stage_1").iterdir()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
