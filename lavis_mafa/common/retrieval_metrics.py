@@ -59,8 +59,8 @@ def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
         first = queries[0]
         raise UserError(
             f"{int(bad.sum())} of {scores.numel()} retrieval {what} are NaN or infinite, those of {len(queries)} of {len(scores)} "
-            f"{query}s: {query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too large "
-            "for run.precision."
+            f"{query}s: {query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too "
+            "large for run.precision."
         )
 
 

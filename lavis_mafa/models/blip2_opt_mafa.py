@@ -153,7 +153,7 @@ class Blip2OptMafa(Blip2OPT):
         return PretrainOutput(loss=loss, loss_lm=loss, ranges=ranges)
 
     def _answer_loss(self, samples: dict[str, Any]) -> Tensor:
-        """The mean over the tokens of all answers and the ends of their lines, by the answers' weights: prompt and question give none."""
+        """The mean over the tokens of all answers and their line ends, by the answers' weights; prompt and question give none."""
         ends = [self._asked(question, samples.get("prompt", ""), self.max_txt_len) for question in samples["text_input"]]
         row = torch.arange(len(ends)).repeat_interleave(torch.as_tensor(samples["n_answers"]).cpu())
         ids, labels = [], []
