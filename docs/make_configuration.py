@@ -186,6 +186,11 @@ MEANINGS: dict[str, tuple[str, str]] = {
     ),
     "run.test_splits": ("evaluated at the end, with the best checkpoint where there is one", ""),
     "run.k_test": ("candidates per query that the matching head re-ranks", "ALBEF sec. 5"),
+    "run.rank_by": (
+        "retrieval by the matching logit, by logit + cosine, or by ITC's cosine alone (no matching); null: `itm` for ALBEF, `itm+itc` "
+        "for BLIP and BLIP-2. The cosine's figures stand beside in any case",
+        "MAFA sec. F",
+    ),
     "run.coco_captions": ("captions_val2014.json: adds ECCV Caption's metrics on COCO's test split", ""),
     "run.use_dist_eval_sampler": ("as in LAVIS; false for retrieval, whose scoring shares the rows itself", ""),
     "run.resume_ckpt_path": ("go on from this checkpoint: queue, order, random states and step", ""),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.retrieval_metrics import retrieval_metrics
 
 packages = pytest.importorskip("eccv_caption._metrics")
 
 
-def ranking(row: torch.Tensor) -> list[int]:
-    return sorted(range(len(row)), key=lambda j: (-float(row[j]), j))
+def ranking(row: torch.Tensor, right: torch.Tensor) -> list[int]:
+    """Best first, of equal scores those that do not match."""
+    return sorted(range(len(row)), key=lambda j: (-float(row[j]), bool(right[j])))
 
 
 def by_loops(scores: torch.Tensor, relevant: torch.Tensor) -> dict[str, float]:
@@ -19,7 +21,7 @@ def by_loops(scores: torch.Tensor, relevant: torch.Tensor) -> dict[str, float]:
     sums = {"r1": 0.0, "r5": 0.0, "r10": 0.0, "r_precision": 0.0, "map_at_r": 0.0}
     queries = [q for q in range(len(scores)) if relevant[q].any()]
     for q in queries:
-        order = ranking(scores[q])
+        order = ranking(scores[q], relevant[q])
         right = {j for j in range(scores.shape[1]) if relevant[q, j]}
         for k in (1, 5, 10):
             sums[f"r{k}"] += bool(right & set(order[:k]))
@@ -58,7 +60,7 @@ def test_agrees_with_eccv_caption(seed, capsys):
     found = retrieval_metrics(i2t, t2i, relevant)
     for side, scores, truth in (("tr", i2t, relevant), ("ir", t2i, relevant.T)):
         right = {q: row.nonzero().flatten().tolist() for q, row in enumerate(truth) if row.any()}
-        items = {q: ranking(scores[q]) for q in right}
+        items = {q: ranking(scores[q], truth[q]) for q in right}
         theirs = packages.compute_eccv_metrics(items, right)
         assert found[f"{side}_map_at_r"] == pytest.approx(100 * theirs["eccv_map_at_r"], abs=1e-4)
         assert found[f"{side}_r_precision"] == pytest.approx(100 * theirs["eccv_rprecision"], abs=1e-4)
@@ -81,3 +83,35 @@ def test_a_perfect_ranking_is_100_and_the_reverse_0():
 def test_a_gallery_smaller_than_k_counts_as_it_is():
     relevant = torch.eye(3, dtype=torch.bool)
     assert retrieval_metrics(torch.rand(3, 3), torch.rand(3, 3), relevant)["tr_r10"] == 100
+
+
+def test_ties_do_not_depend_on_the_gallerys_order():
+    i2t, t2i, relevant = example(1)
+    images, texts = torch.randperm(12), torch.randperm(30)
+    again = retrieval_metrics(i2t[images][:, texts], t2i[texts][:, images], relevant[images][:, texts])
+    assert again == pytest.approx(retrieval_metrics(i2t, t2i, relevant))
+
+
+def test_a_model_that_tells_nothing_apart_finds_nothing(caplog):
+    relevant = torch.eye(20, dtype=torch.bool)
+    scores = torch.full((20, 20), 0.5)
+    assert set(retrieval_metrics(scores, scores, relevant).values()) == {0.0}
+    assert [record.message[:20] for record in caplog.records] == ["20 of 20 images scor", "20 of 20 texts score"]
+    caplog.clear()
+    scores[:19] = torch.eye(20)[:19]
+    assert retrieval_metrics(scores, torch.eye(20), relevant)["tr_r1"] == pytest.approx(95)
+    assert caplog.text.count("score the same") == 1 and "1 of 20 images" in caplog.text
+    caplog.clear()
+    retrieval_metrics(torch.rand(20, 1), torch.rand(1, 20), torch.ones(20, 1, dtype=torch.bool))
+    assert not caplog.records, "one text cannot be told apart from others"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_refused(value):
+    scores, relevant = torch.rand(3, 5), torch.ones(3, 5, dtype=torch.bool)
+    spoilt = scores.clone()
+    spoilt[1, 2:4], spoilt[2, 0] = value, value
+    with pytest.raises(UserError, match=r"3 of 15 retrieval scores are NaN or infinite, those of 2 of 3 images: image 1 .* has 2 of 5"):
+        retrieval_metrics(spoilt, scores.T, relevant)
+    with pytest.raises(UserError, match=r"those of 3 of 5 texts: text 0 .* has 1 of 3"):
+        retrieval_metrics(scores, spoilt.T, relevant)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.retrieval_metrics import AT_ONCE, best_first
 
 KEY = "run.coco_captions"
 SHORT = {"i2t": "tr", "t2i": "ir"}
@@ -101,27 +102,39 @@ def eccv_metrics(scores_i2t: Tensor, scores_t2i: Tensor, gallery: CocoGallery, t
         ``tr_`` (query = image) and ``ir_`` figures: eccv_r1, eccv_r_precision, eccv_map_at_r, cxc_r1, cxc_r5, cxc_r10.
     """
     truth = truth or eccv_truth()
-    longest = max(len(v) for gts in (truth.eccv_gts, truth.cxc_gts) for side in gts.values() for v in side.values())
-    top = max(longest, 10)  # no figure looks further down the list
-    images, captions = torch.tensor(gallery.image_id), torch.tensor(gallery.caption_id)
-    i2t = {n: captions[order].tolist() for n, order in zip(gallery.image_id, _best(scores_i2t, top, gallery.text), strict=True)}
-    rows = scores_t2i[gallery.text]
-    t2i = {n: images[order].tolist() for n, order in zip(gallery.caption_id, _best(rows, top), strict=True)}
-    wanted = ("eccv_r1", "eccv_rprecision", "eccv_map_at_r", "cxc_recalls")
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
-        scores = truth.compute_all_metrics(i2t, t2i, target_metrics=wanted, Ks=(1, 5, 10))
-    return {
-        f"{SHORT[side]}_{name.replace('rprecision', 'r_precision')}": 100 * float(value)
-        for name, sides in scores.items()
-        for side, value in sides.items()
-    }
+    figures: dict[str, float] = {}
+    for known, wanted in (
+        (truth.eccv_gts, ("eccv_r1", "eccv_rprecision", "eccv_map_at_r")),
+        (truth.cxc_gts, ("cxc_recalls",)),
+    ):
+        top = max(10, max(len(ids) for side in known.values() for ids in side.values()))  # no figure looks further down
+        i2t = _best(scores_i2t, gallery.image_id, gallery.caption_id, known["i2t"], top, gallery.text)
+        t2i = _best(scores_t2i[gallery.text], gallery.caption_id, gallery.image_id, known["t2i"], top)
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+            scores = truth.compute_all_metrics(i2t, t2i, target_metrics=wanted, Ks=(1, 5, 10))
+        figures |= {
+            f"{SHORT[side]}_{name.replace('rprecision', 'r_precision')}": 100 * float(value)
+            for name, sides in scores.items()
+            for side, value in sides.items()
+        }
+    return figures
 
 
-def _best(scores: Tensor, top: int, columns: Tensor | None = None, at_once: int = 500) -> Iterator[Tensor]:
-    """The places of each row's ``top`` highest scores, best first; equal scores keep their order."""
-    for part in scores.split(at_once):
+def _best(
+    scores: Tensor, queries: list[int], found: list[int], known: dict[int, list[int]], top: int, columns: Tensor | None = None
+) -> dict[int, list[int]]:
+    """Query id -> the ids of its ``top`` highest scores, best first, and of equal ones those that do not match."""
+    place = {number: j for j, number in enumerate(found)}
+    ids, best = torch.tensor(found), {}
+    for start in range(0, len(queries), AT_ONCE):
+        part = scores[start : start + AT_ONCE]
         part = part if columns is None else part[:, columns]
-        yield from part.argsort(dim=1, descending=True, stable=True)[:, :top]
+        right = torch.zeros(part.shape, dtype=torch.bool)
+        for row, query in enumerate(queries[start : start + AT_ONCE]):
+            right[row, [place[number] for number in known.get(query, ()) if number in place]] = True
+        orders = best_first(part, right)[:, :top]
+        best |= {query: ids[order].tolist() for query, order in zip(queries[start : start + AT_ONCE], orders, strict=True)}
+    return best
 
 
 def _captions(dataset: Any, image: int) -> Iterator[tuple[int, str]]:

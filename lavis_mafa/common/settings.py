@@ -59,6 +59,7 @@ class RunBlock:
     valid_splits: list[str] = field(default_factory=list)
     test_splits: list[str] = field(default_factory=list)
     k_test: int = 256
+    rank_by: Optional[str] = None  # noqa: UP045 - default: the model's own, see docs/decisions.md
     coco_captions: Optional[str] = None  # noqa: UP045 - captions_val2014.json: adds ECCV Caption's metrics on COCO's test split
     use_dist_eval_sampler: bool = False
     resume_ckpt_path: Optional[str] = None  # noqa: UP045
@@ -128,6 +129,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.grit.collect": ("training", "separate"),
     "run.grit.memory": ("matrix", "rows"),
     "run.precision": ("fp32", "bf16", "fp16"),
+    "run.rank_by": ("itm", "itm+itc", "itc"),
     "run.caption_metrics": ("bleu", "cider", "rouge_l", "meteor", "spice"),
 }
 

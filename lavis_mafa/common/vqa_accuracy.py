@@ -1,42 +1,50 @@
-"""Accuracy of answers to questions about images, in per cent. Normalising and VQA accuracy are LAVIS's ``VQAEval``."""
+"""Accuracy of answers to questions about images, in per cent. Normalising is that of LAVIS's ``VQAEval``."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lavis.common.vqa_tools.vqa import VQA
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 
 from lavis_mafa.common.errors import UserError
 
 PEOPLE = 10
+Id = int | str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What people answered to a question, and VQAv2's kind of answer (``yes/no``, ``number``, ``other``) where it is known."""
+
+    answers: list[str]
+    kind: str | None
 
 
 def normalized(answer: str) -> str:
-    """The answer in lower case, without punctuation and articles, numbers as digits.
+    """The answer in lower case, without punctuation and articles, numbers as digits. An article alone stays as it is.
 
     Example:
         >>> normalized("The two dogs.")
         '2 dogs'
     """
-    tools = _tools()
-    return tools.processDigitArticle(tools.processPunctuation(" ".join(answer.split())))
+    return _without_articles(answer) or " ".join(_without_punctuation(answer).lower().split())
 
 
-def accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> float:
-    """How many predictions are right, after normalising both sides.
+def accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]], leave_one_out: bool = True) -> float:
+    """How many predictions are right, after normalising both sides. An empty prediction never is.
 
-    Where every question has ten answers, they are taken as those of ten people and give VQA accuracy (Antol et al. 2015):
-    min(1, matches / 3), averaged over leaving each of the ten out. Otherwise any of a question's answers is right.
+    A question's ten answers are taken as those of ten people and give VQA accuracy (Antol et al. 2015): min(1, matches / 3),
+    averaged over leaving each of the ten out. Of another number of answers any is right. Each question is judged by itself.
 
     Args:
         predictions: [N].
         answers: [N] lists, none empty.
+        leave_one_out: False takes ten people's answers at once, as A-OKVQA does.
 
     Returns:
         The mean, in per cent.
@@ -45,40 +53,87 @@ def accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> fl
         >>> accuracy(["A dog", "cat"], [["dog", "puppy"], ["mouse"]])
         50.0
     """
-    right = [[normalized(answer) for answer in of_question] for of_question in answers]
-    if all(len(of_question) == PEOPLE for of_question in right):
-        truth = VQA()
-        truth.qa = {
-            number: {
-                "question_id": number,
-                "question_type": "",
-                "answer_type": "",
-                "answers": [{"answer_id": n, "answer": answer} for n, answer in enumerate(of_question)],
-            }
-            for number, of_question in enumerate(right)
-        }
-        return _evaluated(truth, dict(enumerate(predictions)))["overall"]
-    hits = [normalized(prediction) in of_question for prediction, of_question in zip(predictions, right, strict=True)]
-    return 100 * sum(hits) / len(hits)
+    scores = []
+    for prediction, of_question in zip(predictions, answers, strict=True):
+        said, right = normalized(prediction), [normalized(answer) for answer in of_question]
+        scores.append(_agreement(said, right, leave_one_out) if len(right) == PEOPLE else float(bool(said) and said in right))
+    return 100 * sum(scores) / len(scores)
 
 
-def official_accuracy(predictions: Mapping[int, str], annotation_file: str | Path, question_file: str | Path) -> dict[str, float]:
-    """VQA accuracy by the annotations of VQAv2 or OK-VQA, over the questions that have a prediction.
+def official_accuracy(predictions: Mapping[Id, str], people: Mapping[Id, Question]) -> dict[str, float]:
+    """VQA accuracy as the official script has it (``VQAEval``), over the questions that have a prediction.
+
+    Unlike :func:`accuracy` it takes articles and numbers in the people's answers as they are, and an answer that is nothing but
+    an article is wrong.
+
+    Args:
+        predictions: question id -> answer.
+        people: what :func:`read_people` gives.
 
     Returns:
-        ``accuracy``, and ``accuracy_<type>`` for each type of answer (VQAv2: ``yes_no``, ``number``, ``other``).
+        ``accuracy``, and ``accuracy_<kind>`` for each kind of answer (VQAv2: ``yes_no``, ``number``, ``other``).
 
     Raises:
         UserError: a prediction for a question that the annotations do not know.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = VQA(annotation_file, question_file)
-    unknown = [question for question in predictions if question not in truth.qa]
+    check_known(predictions, people)
+    scores: list[float] = []
+    by_kind: dict[str, list[float]] = {}
+    for question, prediction in predictions.items():
+        found = people[question]
+        alike = len(set(found.answers)) == 1  # then they are not normalised, in the official script
+        right = found.answers if alike else [_tools().processPunctuation(answer) for answer in found.answers]
+        scores.append(_agreement(_without_articles(prediction), right))
+        if found.kind is not None:
+            by_kind.setdefault(found.kind.replace("/", "_").replace(" ", "_"), []).append(scores[-1])
+    means = {f"accuracy_{kind}": 100 * sum(of_kind) / len(of_kind) for kind, of_kind in by_kind.items()}
+    return {"accuracy": 100 * sum(scores) / len(scores), **means}
+
+
+def read_people(path: str | Path) -> dict[Id, Question]:
+    """Annotations of VQAv2, OK-VQA or VizWiz's kind: ``annotations``, each with ``question_id`` and ``answers``.
+
+    An answer is a text or has one as ``answer``; its ``answer_id``, and the annotation's ``question_type`` and ``answer_type``, may
+    be absent.
+
+    Raises:
+        UserError: the file is not of that form.
+    """
+    form = "allowed: {annotations: [{question_id: 1, answers: [{answer: dog}, ...]}, ...]}"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise UserError(f"{path} has no list 'annotations'; {form}.")
+    people: dict[Id, Question] = {}
+    for number, row in enumerate(rows):
+        row = row if isinstance(row, dict) else {}
+        given = row.get("answers")
+        answers = [one.get("answer") if isinstance(one, dict) else one for one in given] if isinstance(given, list) else []
+        if not isinstance(row.get("question_id"), int | str) or not answers or not all(isinstance(one, str) for one in answers):
+            raise UserError(f"{path}, annotations[{number}] has no question_id with a list of answers; {form}.")
+        kind = row.get("answer_type")
+        people[row["question_id"]] = Question(answers, kind if isinstance(kind, str) and kind else None)
+    return people
+
+
+def check_known(questions: Sequence[Id] | Mapping[Id, Any], people: Mapping[Id, Question], where: str = "The annotations") -> None:
+    """Every question has annotations; raises UserError."""
+    unknown = [question for question in questions if question not in people]
     if unknown:
-        raise UserError(f"{annotation_file} has no answers to {len(unknown)} of {len(predictions)} questions, the first {unknown[0]}.")
-    found = _evaluated(truth, predictions)
-    by_type = {f"accuracy_{name.replace('/', '_').replace(' ', '_')}": value for name, value in found["perAnswerType"].items()}
-    return {"accuracy": found["overall"], **by_type}
+        raise UserError(f"{where} have no answers to {len(unknown)} of {len(questions)} questions, the first {unknown[0]!r}.")
+
+
+def _agreement(said: str, people: Sequence[str], leave_one_out: bool = True) -> float:
+    """min(1, matches / 3), by default averaged over leaving each person out."""
+    matches = sum(said == answer for answer in people) if said else 0
+    if not leave_one_out:
+        return min(1.0, matches / 3)
+    return sum(min(1.0, (matches - (said == answer)) / 3) for answer in people) / len(people) if matches else 0.0
 
 
 @cache
@@ -86,12 +141,9 @@ def _tools() -> Any:
     return VQAEval()
 
 
-def _evaluated(truth: VQA, predictions: Mapping[int, str]) -> dict[str, Any]:
-    # VQA.loadRes would insist on a prediction for every question of the annotations.
-    truth.dataset = {"annotations": list(truth.qa.values())}
-    results = VQA()
-    results.qa = {question: {"answer": answer} for question, answer in predictions.items()}
-    evaluation = VQAEval(truth, results, n=6)
-    with contextlib.redirect_stdout(io.StringIO()):  # a progress bar
-        evaluation.evaluate(list(predictions))
-    return evaluation.accuracy
+def _without_punctuation(answer: str) -> str:
+    return _tools().processPunctuation(" ".join(answer.split()))
+
+
+def _without_articles(answer: str) -> str:
+    return _tools().processDigitArticle(_without_punctuation(answer))

@@ -15,6 +15,7 @@ from lavis_mafa.models.albef_pairs import AlbefPairs, fuse
 from lavis_mafa.models.bert import build_tokenizer
 from lavis_mafa.models.dual_encoder import DualEncoder
 from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.models.retrieval_scoring import in_fp32
 from lavis_mafa.objectives import EncodedBatch
 
 
@@ -29,6 +30,7 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
     """
 
     lm_loss_name = "loss_mlm"
+    rank_by = "itm"
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": str(CONFIGS / "albef_mafa_base.yaml"),
         "tiny": str(CONFIGS / "albef_mafa_tiny.yaml"),
@@ -75,4 +77,4 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
 
     def match_rows(self, image_states: Tensor, text: tuple[Tensor, ...]) -> Tensor:
         states, mask = text
-        return self.itm_head(fuse(self.text_encoder.bert, states, mask, image_states)[:, 0])
+        return in_fp32(self.itm_head, fuse(self.text_encoder.bert, states, mask, image_states)[:, 0])

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertTokenizer
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import EvaEncoder, QFormer
 from lavis_mafa.common.weights import load_exactly, read_weights
+from lavis_mafa.models.beams import GeneratedLengths
 from lavis_mafa.models.bert import MINILM, build_tokenizer, minilm_word_embeddings, read_bert
 
 EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
@@ -129,6 +130,10 @@ def build_blip2_tokenizer(name: str) -> BertTokenizer:
     return tokenizer
 
 
+class QFormerLM(GeneratedLengths, BertLMHeadModel):
+    """LAVIS's Q-Former, whose beam search does not count [DEC]."""
+
+
 def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523) -> tuple[BertLMHeadModel, nn.Parameter]:
     """LAVIS's Q-Former and its query tokens [1, queries, width].
 
@@ -148,7 +153,7 @@ def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523)
     config.encoder_width = vision_width
     config.cross_attention_freq = settings.cross_attention_every
     config.query_length = settings.queries
-    qformer = BertLMHeadModel(config)
+    qformer = QFormerLM(config)
     if settings.init == MINILM:
         vectors = minilm_word_embeddings(settings.width)
         with torch.no_grad():

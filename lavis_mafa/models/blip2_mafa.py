@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lavis_mafa.models.blip2_encoders import (
 )
 from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
 from lavis_mafa.models.mafa_model import CONFIGS, MafaModel
-from lavis_mafa.models.retrieval_scoring import best_query
+from lavis_mafa.models.retrieval_scoring import best_query, in_fp32
 from lavis_mafa.models.tokenizing import tokenize
 from lavis_mafa.objectives import EncodedBatch, known_positives
 
@@ -145,7 +146,8 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         return image_embeds, self._image_feature(query_pass(self, image_embeds)[0])
 
     def match_rows(self, image_states: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        return match_queries(self.Qformer.bert, self.query_tokens, self.itm_head, image_states, *text)
+        head = partial(in_fp32, self.itm_head)
+        return match_queries(self.Qformer.bert, self.query_tokens, head, image_states, *text)
 
     # --- features, always fp32 since they decide what is mined ---------------------------------------------------------
 

@@ -7,11 +7,13 @@ import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lavis.models.base_model import BaseModel
 from lavis.models.blip2_models.blip2 import LayerNorm, disabled_train
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import Blip2OptBlock
@@ -64,6 +66,12 @@ class Blip2OptMafa(Blip2OPT):
         self.Qformer, self.query_tokens = build_qformer(settings.qformer, settings.image_encoder.width)
         self._drop_text_branch()
         self.opt_model, self.opt_tokenizer = build_opt(settings.language_model)
+        positions = self.opt_model.config.max_position_embeddings
+        if settings.max_text_length > positions - settings.qformer.queries:
+            raise UserError(
+                f"model.max_text_length is {settings.max_text_length}, but the language model has {positions} positions, of which "
+                f"{settings.qformer.queries} are the image's; allowed: at most {positions - settings.qformer.queries}."
+            )
         self.opt_model.requires_grad_(not settings.language_model.freeze)
         self.opt_proj = nn.Linear(settings.qformer.width, self.opt_model.config.hidden_size)
         self.eos_token_id = self.opt_tokenizer("\n", add_special_tokens=False).input_ids[0]
@@ -129,18 +137,82 @@ class Blip2OptMafa(Blip2OPT):
         return torch.autocast(self.device.type, dtype=precision)
 
     def forward(self, samples: dict[str, Any]) -> PretrainOutput:
-        """The language modelling loss of each caption after its image's queries.
+        """The language modelling loss of each caption after its image's queries; with ``answer``, of the answers after their questions.
 
         Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions.
+            samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions. Or B questions, ``prompt`` with ``{}`` for the
+                question, and as LAVIS's VQA sets have them: ``n_answers`` [B], ``answer`` the list of them all, ``weight`` of each.
         """
         ranges: dict[str, Tensor] = {}
         hook = self.opt_proj.register_forward_hook(lambda _, __, prompt: ranges.update(soft_prompt=value_range(prompt)))
+        samples = {**samples, "image": samples["image"].to(self.device)}
         try:
-            loss = super().forward({**samples, "image": samples["image"].to(self.device)})["loss"]
+            loss = self._answer_loss(samples) if "answer" in samples else super().forward(samples)["loss"]
         finally:
             hook.remove()
         return PretrainOutput(loss=loss, loss_lm=loss, ranges=ranges)
+
+    def _answer_loss(self, samples: dict[str, Any]) -> Tensor:
+        """The mean over the tokens of all answers and their line ends, by the answers' weights; prompt and question give none."""
+        ends = [self._asked(question, samples.get("prompt", ""), self.max_txt_len) for question in samples["text_input"]]
+        row = torch.arange(len(ends)).repeat_interleave(torch.as_tensor(samples["n_answers"]).cpu())
+        ids, labels = [], []
+        for question, answer in zip(row.tolist(), samples["answer"], strict=True):
+            before = self.opt_tokenizer(ends[question]).input_ids
+            blank = "" if ends[question][-1:].isspace() else " "
+            words = self.opt_tokenizer(blank + answer, add_special_tokens=False).input_ids[: self.max_txt_len - 1]
+            words = [*words, self.eos_token_id]
+            ids.append(torch.tensor([*before, *words]))
+            labels.append(torch.tensor([-100] * len(before) + words))
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.opt_tokenizer.pad_token_id).to(self.device)
+        targets = pad_sequence(labels, batch_first=True, padding_value=-100).to(self.device)
+        mask = pad_sequence([torch.ones_like(line) for line in ids], batch_first=True).to(self.device)
+        with self.maybe_autocast():
+            queries = self._queries(samples["image"])[row.to(self.device)]
+            embeds = torch.cat([queries, self.opt_model.model.decoder.embed_tokens(padded)], dim=1)
+            seen = torch.ones(queries.shape[:2], dtype=mask.dtype, device=self.device)
+            states = self.opt_model(inputs_embeds=embeds, attention_mask=torch.cat([seen, mask], dim=1), return_dict=True)
+        logits = states.logits[:, queries.shape[1] : -1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), targets[:, 1:], ignore_index=-100, reduction="none")
+        weight = torch.as_tensor(samples["weight"]).to(self.device)[:, None] * (targets[:, 1:] != -100)
+        return (losses * weight).sum() / weight.sum()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 5,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        """LAVIS's, except that lengths and their penalty count what is generated alone, and that images may differ in their prompt.
+
+        Args:
+            samples: ``image`` [B, 3, H, W], and optionally ``prompt``: one text, or a list of B.
+
+        Returns:
+            B x ``num_captions`` captions.
+        """
+        count = len(samples["image"])
+        return self._spoken(
+            samples["image"],
+            _one_each(samples.get("prompt", self.prompt), count),
+            max_length,
+            min_length,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            do_sample=use_nucleus_sampling,
+            top_p=top_p,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            num_return_sequences=num_captions,
+        )
 
     @torch.no_grad()
     def predict_answers(
@@ -149,44 +221,65 @@ class Blip2OptMafa(Blip2OPT):
         num_beams: int = 5,
         max_len: int = 10,
         min_len: int = 1,
-        prompt: str = "",
+        prompt: str | list[str] = "",
         length_penalty: float = -1.0,
+        inference_method: str = "generate",
         **of_ranking: Any,
     ) -> list[str]:
         """Answer open questions by beam search (MAFA section G.7: width 5, length penalty -1).
 
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B questions.
-            prompt: with ``{}`` for the question, such as ``Question: {} Answer:``; empty takes the questions as they are.
+            prompt: with ``{}`` for the question, such as ``Question: {} Answer:``; empty takes the questions as they are. Or B of them.
             max_len: tokens of an answer at most; min_len: at least.
-            of_ranking: what LAVIS's tasks say for models that rank given answers; here answers are always generated.
+            inference_method: ``generate``; given answers are not ranked.
+            of_ranking: what LAVIS's tasks say for models that do.
 
         Returns:
             B answers.
+
+        Raises:
+            UserError: another ``inference_method``, or no room for question and answer.
         """
+        if inference_method != "generate":
+            raise UserError(
+                f"inference_method is {inference_method!r}, but blip2_opt_mafa ranks no given answers; allowed: 'generate'."
+            )
         questions = [samples["text_input"]] if isinstance(samples["text_input"], str) else samples["text_input"]
-        self.opt_tokenizer.padding_side = "left"  # an answer follows its question, not padding
-        tokens = self.opt_tokenizer(
-            [self._asked(question, prompt, max_len) for question in questions], return_tensors="pt", padding="longest"
-        ).to(self.device)
+        prompts = _one_each(prompt, len(questions))
+        asked = [self._asked(question, how, max_len) for question, how in zip(questions, prompts, strict=True)]
+        return self._spoken(samples["image"], asked, max_len, min_len, num_beams=num_beams, length_penalty=length_penalty)
+
+    def _queries(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, queries, OPT's width]"""
+        return self.opt_proj(query_pass(self, self.ln_vision(self.visual_encoder(image)))[0])
+
+    def _spoken(self, image: Tensor, prompts: list[str], max_len: int, min_len: int, **how: Any) -> list[str]:
+        """What the language model says after each image's queries and prompt, ``min_len`` to ``max_len`` tokens."""
+        self.opt_tokenizer.padding_side = "left"  # what is said follows the prompt, not padding
+        tokens = self.opt_tokenizer(prompts, return_tensors="pt", padding="longest").to(self.device)
+        width = tokens.input_ids.shape[1]
+        room = self.opt_model.config.max_position_embeddings - self.query_tokens.shape[1] - width
+        if max_len > room:
+            raise UserError(
+                f"max_len is {max_len}, but the language model has {self.opt_model.config.max_position_embeddings} positions, of which "
+                f"{self.query_tokens.shape[1]} are the image's and {width} the prompt's; allowed: at most {room}."
+            )
         with self.maybe_autocast():
-            image_embeds = self.ln_vision(self.visual_encoder(samples["image"].to(self.device)))
-            queries = self.opt_proj(query_pass(self, image_embeds)[0])
+            queries = self._queries(image.to(self.device))
             seen = torch.ones(queries.shape[:2], dtype=torch.long, device=self.device)
-            # transformers expands ids and mask to the beams, but not the queries
+            # transformers expands ids and mask to beams or samples, but not the queries
+            lines = how["num_return_sequences"] if how.get("do_sample") else how["num_beams"]
             outputs = self.opt_model.generate(
                 input_ids=tokens.input_ids,
-                query_embeds=queries.repeat_interleave(num_beams, dim=0),
+                query_embeds=queries.repeat_interleave(lines, dim=0),
                 attention_mask=torch.cat([seen, tokens.attention_mask], dim=1),
-                do_sample=False,
-                num_beams=num_beams,
                 max_new_tokens=max_len,
-                min_length=min_len + tokens.input_ids.shape[1],
+                min_length=min_len + width,  # transformers counts the prompt
                 eos_token_id=self.eos_token_id,
-                length_penalty=length_penalty,
+                **how,
             )
-        answers = self.opt_tokenizer.batch_decode(outputs[:, tokens.input_ids.shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+        return [text.strip() for text in self.opt_tokenizer.batch_decode(outputs[:, width:], skip_special_tokens=True)]
 
     def _asked(self, question: str, prompt: str, max_len: int) -> str:
         """The prompt with the question in it, the question cut where the language model's positions would not suffice."""
@@ -197,6 +290,14 @@ class Blip2OptMafa(Blip2OPT):
             return text
         words = self.opt_tokenizer(question, add_special_tokens=False).input_ids
         return self._asked(self.opt_tokenizer.decode(words[: max(0, len(words) - too_many - 1)]), prompt, max_len)
+
+
+def _one_each(prompt: Any, count: int) -> list[str]:
+    """A prompt for each of ``count`` samples, from one for all or a list; raises UserError."""
+    prompts = [prompt] * count if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or len(prompts) != count or not all(isinstance(text, str) for text in prompts):
+        raise UserError(f"prompt is {prompt!r}, but must be a text, or a list of as many texts as there are images ({count}).")
+    return list(prompts)
 
 
 def _of_stage_1_alone(name: str) -> bool:

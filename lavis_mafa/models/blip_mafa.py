@@ -15,6 +15,7 @@ from lavis_mafa.models.blip_encoders import build_blip_text, build_blip_tokenize
 from lavis_mafa.models.blip_pairs import BlipPairs, match
 from lavis_mafa.models.dual_encoder import DualEncoder
 from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.models.retrieval_scoring import in_fp32
 from lavis_mafa.objectives import EncodedBatch
 
 
@@ -69,4 +70,4 @@ class BlipMafa(DualEncoder[BlipBlock], BaseModel):
 
     def match_rows(self, image_states: Tensor, text: tuple[Tensor, ...]) -> Tensor:
         ids, mask = text
-        return self.itm_head(match(self.text_encoder, ids, mask, image_states, self.tokenizer.enc_token_id))
+        return in_fp32(self.itm_head, match(self.text_encoder, ids, mask, image_states, self.tokenizer.enc_token_id))

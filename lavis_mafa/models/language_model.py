@@ -14,6 +14,7 @@ from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from lavis_mafa.common.hub import check_kind_on_hub, from_hub, model_from_hub
 from lavis_mafa.common.model_settings import LanguageModel
+from lavis_mafa.models.beams import GeneratedLengths
 from lavis_mafa.models.blip2_encoders import PRECISIONS
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # with OPT's ids
@@ -21,7 +22,11 @@ POSITIONS = 512
 KEY, WHAT = "model.language_model.init", "a folder with OPT's weights and tokenizer"
 
 
-def build_opt(settings: LanguageModel) -> tuple[OPTForCausalLM, Any]:
+class Opt(GeneratedLengths, OPTForCausalLM):
+    """LAVIS's OPT, whose beam search does not count the prompt."""
+
+
+def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
     """LAVIS's OPT (which takes query embeddings) and its tokenizer.
 
     ``init``: a hub name or a local folder as OPT is published; null builds one of the given sizes from scratch.
@@ -32,9 +37,9 @@ def build_opt(settings: LanguageModel) -> tuple[OPTForCausalLM, Any]:
     dtype = PRECISIONS[settings.precision]
     if settings.init is None:
         tokenizer = byte_tokenizer()
-        return _norms_in_fp32(OPTForCausalLM(_config(settings, len(tokenizer))).to(dtype)), tokenizer
+        return _norms_in_fp32(Opt(_config(settings, len(tokenizer))).to(dtype)), tokenizer
     tokenizer = from_hub(lambda name: AutoTokenizer.from_pretrained(name, use_fast=False), settings.init, KEY, WHAT)
-    model = model_from_hub(OPTForCausalLM, settings.init, KEY, WHAT, "opt", may_miss=("lm_head.",), torch_dtype=dtype)
+    model = model_from_hub(Opt, settings.init, KEY, WHAT, "opt", may_miss=("lm_head.",), torch_dtype=dtype)
     return _norms_in_fp32(model), tokenizer
 
 
@@ -68,7 +73,7 @@ def byte_tokenizer() -> GPT2Tokenizer:
         )
 
 
-def _norms_in_fp32(model: OPTForCausalLM) -> OPTForCausalLM:
+def _norms_in_fp32(model: Opt) -> Opt:
     """Norms stay in fp32 (0.1 % of the weights): a GPU computes them so anyway, and a CPU refuses mixed types."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

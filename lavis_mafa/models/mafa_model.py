@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import MafaBlock, loss_weights
+from lavis_mafa.common.settings import CHOICES
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.discriminators.sanity import SanityCheck
 from lavis_mafa.models.nothing_to_do import NothingToDo
 from lavis_mafa.models.outputs import PretrainOutput
-from lavis_mafa.models.retrieval_scoring import score_matrices
+from lavis_mafa.models.retrieval_scoring import RetrievalScores, retrieval_scores
 from lavis_mafa.objectives import Discriminator, EncodedBatch, StepSettings, mafa_step, text_key, value_range
 from lavis_mafa.objectives.known import UNKNOWN
 from lavis_mafa.objectives.pretraining import ItcSettings, PairModel, StepOutput
@@ -29,6 +30,7 @@ class MafaModel(nn.Module, Generic[Block]):
     """Methods of a LAVIS model that trains with MAFA (MAFA Algorithm 1). A host adds :meth:`encode` and retrieval's parts."""
 
     lm_loss_name = "loss_lm"
+    rank_by = "itm+itc"  # what its papers' code ranks retrieval by; run.rank_by overrides it
     settings: Block
     temp: nn.Parameter
     device: Any
@@ -120,9 +122,17 @@ class MafaModel(nn.Module, Generic[Block]):
             **{self.lm_loss_name: output.loss_lm},
         )
 
+    def retrieval_scores(self, data_loader: Any, run: Any) -> RetrievalScores:
+        """Scores of an evaluation set by ``run.rank_by`` (null or absent: this model's own) with ``run.k_test``, and cosines."""
+        rank_by, allowed = getattr(run, "rank_by", None) or self.rank_by, CHOICES["run.rank_by"]
+        if rank_by not in allowed:  # LAVIS's tasks check nothing
+            raise UserError(f"run.rank_by is {rank_by!r}, but must be one of {', '.join(allowed)}, or null.")
+        return retrieval_scores(self, data_loader, int(run.k_test), rank_by)
+
     def compute_sim_matrix(self, data_loader: Any, task_cfg: Any) -> tuple[Any, Any]:
-        """Scores for LAVIS's ``retrieval`` task: ITC top-k, then ITM on those (ALBEF section 5). numpy [I, T], [T, I]."""
-        return score_matrices(self, data_loader, int(task_cfg.k_test))
+        """The same for LAVIS's ``retrieval`` task: numpy [I, T], [T, I]."""
+        scores = self.retrieval_scores(data_loader, task_cfg)
+        return scores.i2t.numpy(), scores.t2i.numpy()
 
     # --- parts of a step -------------------------------------------------------------------------------------------
 

@@ -1,16 +1,18 @@
-"""Retrieval scores as ALBEF computes them: ITC picks the top k, the matching head re-ranks those (ALBEF section 5)."""
+"""Retrieval scores: ITC picks the top k, the matching head re-ranks those (ALBEF section 5), alone or with the cosine added."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_mafa.common.distributed import is_distributed, rank, world_size
+from lavis_mafa.common.retrieval_metrics import check_scores
 
 NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
 
@@ -33,18 +35,33 @@ class RetrievalModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Scores of I images and T texts in both directions, on the CPU: as asked for, and ITC's cosines alone."""
+
+    rank_by: str
+    i2t: Tensor  # [I, T]
+    t2i: Tensor  # [T, I]
+    cosine: Tensor  # [I, T]
+
+
 @torch.no_grad()
-def score_matrices(model: RetrievalModel, data_loader: Any, top_k: int, pairs_at_once: int = 512) -> tuple[np.ndarray, np.ndarray]:
+def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_by: str, pairs_at_once: int = 512) -> RetrievalScores:
     """Scores of every image with every text and back; ranks share the rows.
 
     Args:
         model: in eval mode.
         data_loader: batches with ``image``; its dataset has ``text`` (list of captions) and one row per image.
-        top_k: how many candidates per query the matching head sees; at most the gallery.
+        top_k: how many candidates per query the matching head sees; at most the gallery. ``itc`` has no use for it.
+        rank_by: ``itm``: the matching logit (ALBEF section 5, MAFA section F); ``itm+itc``: logit + cosine, as LAVIS's code does;
+            ``itc``: the cosine, for all pairs.
         pairs_at_once: pairs per matching pass, bounds memory.
 
     Returns:
-        float32 [I, T] and [T, I]: ITM logit + cosine inside the top k, -100 outside.
+        the score inside the top k and -100 outside, or less where a query's own scores are as low: nothing outside comes first.
+
+    Raises:
+        UserError: scores are not finite.
     """
     texts = list(data_loader.dataset.text)
     parts = [model.text_rows(texts[start : start + 256]) for start in range(0, len(texts), 256)]
@@ -54,11 +71,16 @@ def score_matrices(model: RetrievalModel, data_loader: Any, top_k: int, pairs_at
     for samples in data_loader:
         states, features = model.image_rows(samples["image"].to(model.device))
         done = sum(len(part) for part in image_features)
-        if done == 0:  # in main memory and once: token states of a whole gallery fit no GPU
+        if done == 0 and rank_by != "itc":  # in main memory and once: token states of a whole gallery fit no GPU
             images = torch.empty(len(data_loader.dataset.image), *states.shape[1:], dtype=states.dtype)
-        images[done : done + len(states)] = states.cpu()
+        if rank_by != "itc":
+            images[done : done + len(states)] = states.cpu()
         image_features.append(features)
     similarity = best_query(torch.cat(image_features), text_features)
+    check_scores(similarity, "image", "cosines")  # a NaN would be among the top k of every query
+    if rank_by == "itc":
+        cosine = similarity.cpu()
+        return RetrievalScores(rank_by, cosine, cosine.T, cosine)
 
     def matching(image_index: Tensor, text_index: Tensor) -> Tensor:
         scores = [torch.empty(0, device=similarity.device)]  # a rank has no row where there are fewer rows than ranks
@@ -68,9 +90,17 @@ def score_matrices(model: RetrievalModel, data_loader: Any, top_k: int, pairs_at
             scores.append(logits[:, 1].float())
         return torch.cat(scores)
 
-    image_to_text = _rank_rows(similarity, top_k, matching)
-    text_to_image = _rank_rows(similarity.T, top_k, lambda text, image: matching(image, text))
-    return image_to_text.cpu().numpy(), text_to_image.cpu().numpy()
+    image_to_text = _rank_rows(similarity, top_k, rank_by, matching)
+    text_to_image = _rank_rows(similarity.T, top_k, rank_by, lambda text, image: matching(image, text))
+    check_scores(image_to_text, "image")
+    check_scores(text_to_image, "text")
+    return RetrievalScores(rank_by, image_to_text.cpu(), text_to_image.cpu(), similarity.cpu())
+
+
+def in_fp32(head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """Matching logits whatever the autocast: the eight bits of bf16 would make ties of a query's best candidates."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.float())
 
 
 def best_query(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -88,13 +118,16 @@ def _stack(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([F.pad(part, (0, 0) * (part.dim() - 2) + (0, width - part.shape[1])) for part in parts])
 
 
-def _rank_rows(similarity: Tensor, top_k: int, matching: Any) -> Tensor:
+def _rank_rows(similarity: Tensor, top_k: int, rank_by: str, matching: Any) -> Tensor:
     top_k = min(top_k, similarity.shape[1])
     scores = torch.zeros_like(similarity)
     mine = torch.arange(rank(), len(similarity), world_size(), device=similarity.device)
     best, columns = similarity[mine].topk(top_k, dim=1)
-    logits = matching(mine.repeat_interleave(top_k), columns.flatten())
-    scores[mine] = torch.full_like(scores[mine], NOT_RANKED).scatter(1, columns, logits.view_as(best) + best)
+    inside = matching(mine.repeat_interleave(top_k), columns.flatten()).view_as(best)
+    if rank_by == "itm+itc":
+        inside = inside + best
+    outside = (inside.amin(dim=1, keepdim=True) - 1).clamp(max=NOT_RANKED)  # below every candidate, whatever these score
+    scores[mine] = outside.expand(-1, scores.shape[1]).scatter(1, columns, inside)
     if is_distributed():
         dist.all_reduce(scores)  # rows of other ranks are 0 here
     return scores

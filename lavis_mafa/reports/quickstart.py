@@ -15,14 +15,15 @@ from lavis_mafa.reports import curves
 from lavis_mafa.reports.gallery import distinct_candidates, gallery_data
 from lavis_mafa.reports.page import render, score_histogram, write_page
 from lavis_mafa.reports.run_files import last_checkpoint, last_epoch, open_runs, read_connections, read_evaluations, read_metrics
-from lavis_mafa.reports.tables import Table, evaluation_table, figure
+from lavis_mafa.reports.tables import ITC, Table, by_score, evaluation_table, figure
 from lavis_mafa.reports.training_rows import Part, TrainingRows
 from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d
 from lavis_mafa.runners.checkpoints import rank_file
 
 AT_MOST = 2000  # connections in the page
 SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}
-METRICS = ("tr_r1", "ir_r1", "tr_r_precision", "ir_r_precision", "tr_map_at_r", "ir_map_at_r")
+METRICS = ("tr_r1", "ir_r1", "tr_r_precision", "ir_r_precision", "tr_map_at_r", "ir_map_at_r", "agg_metrics")
+SCORED = (*METRICS, "rank_by", *(f"{ITC}{name}" for name in METRICS))
 
 
 def collect_results(start: Path, grit: Path, mafa: Path, datasets: dict[str, Any], batch_size: int) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def collect_results(start: Path, grit: Path, mafa: Path, datasets: dict[str, Any
         "names and aliases": vars(score_con_d(connections, dataset, keys, ("name", "alias"))),
     }
     retrieval = {
-        name: {split: {m: values[m] for m in METRICS} for split, values in read_evaluations(run).items()}
+        name: {split: {m: values[m] for m in SCORED if m in values} for split, values in read_evaluations(run).items()}
         for name, run in (("start", start), ("GRIT", grit), ("MAFA", mafa))
     }
     sides = ("positive", "negative")
@@ -74,11 +75,12 @@ def format_table(results: dict[str, Any]) -> str:
     for split, meaning in SPLITS.items():
         images, texts = results["queries"][split]
         lines += ["", f"Retrieval, {meaning}: {images} images, {texts} texts (per cent; a few points are noise)"]
-        lines.append(f"  {'model':15s} {'TR R@1':>8s} {'IR R@1':>8s} {'TR R-P':>8s} {'IR R-P':>8s} {'TR mAP@R':>9s} {'IR mAP@R':>9s}")
+        heads = ("TR R@1", "IR R@1", "TR R-P", "IR R-P", "TR mAP@R", "IR mAP@R", "mean R")
+        lines.append(f"  {'model':7s} {'ranked by':9s} " + " ".join(f"{head:>8s}" for head in heads))
         for name, by_split in results["retrieval"].items():
-            values = [by_split[split][m] for m in METRICS]
-            widths = (8, 8, 8, 8, 9, 9)
-            lines.append(f"  {name:15s} " + " ".join(f"{v:{w}.1f}" for v, w in zip(values, widths, strict=True)))
+            for values in by_score(by_split[split]):
+                cells = " ".join(f"{values[m]:8.1f}" for m in METRICS)
+                lines.append(f"  {name:7s} {values.get('rank_by', '-'):9s} {cells}")
     return "\n".join(lines)
 
 

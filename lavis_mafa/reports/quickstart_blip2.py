@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_mafa.reports.run_files import last_epoch, read_evaluations, read_metrics
+from lavis_mafa.reports.tables import by_score
 
 SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}
 EXAMPLES = 6
@@ -39,6 +40,13 @@ def format_results(results: dict[str, Any]) -> str:
         figures = [caption.get(key) for key in ("bleu_4", "cider", "rouge_l")] + [answer.get("accuracy")]
         cells = ("-" if value is None else f"{value:.1f}" for value in figures)
         lines.append(f"{name:<36}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 9, 15), strict=True)))
+    retrieval = stage_1["retrieval"]
+    lines += (
+        ["", f"Retrieval of {SPLITS['val']} by stage 1 (per cent){'TR R@1':>21}{'IR R@1':>8}{'mean recall':>13}"] if retrieval else []
+    )
+    for values in by_score(retrieval) if retrieval else ():
+        cells = zip(("tr_r1", "ir_r1", "agg_metrics"), (8, 8, 13), strict=True)
+        lines.append(f"  ranked by {values.get('rank_by', '-'):<59}" + "".join(f"{values[key]:>{width}.1f}" for key, width in cells))
     for split, name in SPLITS.items():
         lines += ["", f'{name}: caption | "what is this?" | right']
         lines += [f"  {e['caption']} | {e['answer']} | {', '.join(e['right'][:3])}" for e in results["examples"][split]]

@@ -34,6 +34,7 @@ SHOWN = (
     "run.seed",
 )
 NOISE = ("run.output_dir", "run.dist_url", "run.rank", "run.gpu", "run.dist_backend")  # differ without meaning anything
+ITC = "itc_"  # before the figures of ITC's cosine alone
 SIDES = {"tr": "TR", "txt": "TR", "ir": "IR", "img": "IR"}
 ENDINGS = {"r_precision": "R-Precision", "map_at_r": "mAP@R", "r_mean": "mean", "r1": "R@1", "r5": "R@5", "r10": "R@10"}
 NAMES = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "cider": "CIDEr", "rouge_l": "ROUGE-L"}
@@ -105,7 +106,7 @@ def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
     for split in dict.fromkeys(split for run in runs for split in run.evaluations):
         found = {run.name: run.evaluations.get(split, {}) for run in runs}
         names = list(dict.fromkeys(n for v in found.values() for n, x in v.items() if isinstance(x, int | float)))
-        names = [n for n in names if n not in ("epoch", "agg_metrics")]
+        names = [n for n in names if n not in ("epoch", "agg_metrics") and not n.startswith(ITC)]
         retrieval = [n for n in names if n.split("_")[0] in SIDES or n == "r_mean"]
         for title, columns in (("Retrieval", retrieval), ("Captions and answers", [n for n in names if n not in retrieval])):
             if columns:
@@ -129,16 +130,32 @@ def truth_table(runs: list[Run], candidates: list[list[Candidate]]) -> Table | N
 
 
 def evaluation_table(caption: str, columns: list[str], found: dict[str, dict[str, Any]]) -> Table:
-    """``columns`` of each run's evaluation, the best of each column marked."""
-    epochs = any("epoch" in values for values in found.values())
-    first = [[run, str(v.get("epoch", "–"))] if epochs else [run] for run, v in found.items()]
-    rows = [[*begin, *(figure(v.get(n), digits=1) for n in columns)] for begin, v in zip(first, found.values(), strict=True)]
-    table = Table(["run", *(["epoch"] if epochs else []), *map(_metric, columns)], rows, caption)
-    for place, name in enumerate(columns):
-        values = [v.get(name, -math.inf) for v in found.values()]
-        if sum(value > -math.inf for value in values) > 1:
-            table.best |= {(row, place + len(first[0])) for row, value in enumerate(values) if value == max(values)}
+    """``columns`` of each run's evaluation, the best of each column marked.
+
+    Below a run that was ranked by its matching head stands what ITC's cosine alone gives; these rows have a best of their own.
+    """
+    lines = [(run, line) for run, values in found.items() for line in by_score(values)]
+    own = [key for key in ("epoch", "rank_by") if any(key in line for _, line in lines)]
+    rows = [
+        [run, *(str(line.get(key, "–")) for key in own), *(figure(line.get(name), digits=1) for name in columns)] for run, line in lines
+    ]
+    names = {"epoch": "epoch", "rank_by": "ranked by"}
+    table = Table(["run", *(names[key] for key in own), *map(_metric, columns)], rows, caption)
+    first = [run != before for (run, _), before in zip(lines, [None, *(run for run, _ in lines)], strict=False)]
+    for place, name in enumerate(columns, start=1 + len(own)):
+        for kind in (True, False):
+            values = {row: line[name] for row, (_, line) in enumerate(lines) if first[row] == kind and name in line}
+            if len(values) > 1:
+                table.best |= {(row, place) for row, value in values.items() if value == max(values.values())}
     return table
+
+
+def by_score(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """An evaluation, and where it was ranked by another score that of ITC's cosine alone, under the same names."""
+    alone = {name.removeprefix(ITC): value for name, value in values.items() if name.startswith(ITC)}
+    if not alone or values.get("rank_by") == "itc":
+        return [values]
+    return [values, {**({"epoch": values["epoch"]} if "epoch" in values else {}), "rank_by": "itc", **alone}]
 
 
 def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:

@@ -29,6 +29,6 @@ def evaluate_split(
         record = {k: (float(v) if isinstance(v, int | float) or hasattr(v, "item") else v) for k, v in stats.items()}
         with open(folder / "evaluation.jsonl", "a") as file:
             file.write(json.dumps({"split": split, "epoch": epoch, **record}) + "\n")
-        shown = (f"{name} {value:.2f}" for name, value in record.items() if isinstance(value, float))
-        logger.info("%s: %s", split, "  ".join(shown))
+        shown = {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in record.items()}
+        logger.info("%s: %s", split, "  ".join(f"{name} {text}" for name, text in shown.items() if isinstance(text, str)))
     return stats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,22 +27,38 @@ def batches(loader: Any, what: str, cuda_enabled: bool) -> Iterator[dict[str, An
 
 
 def as_id(value: Any) -> int | str:
-    """A batch's id as plain Python: a tensor's number, digits as a number, other text as it is.
+    """A batch's id as plain Python. A text stays the text it is: GQA has both 01827492 and 1827492.
 
     Example:
-        >>> as_id("000000391895")
-        391895
+        >>> as_id("000000391895"), as_id(torch.tensor(7))
+        ('000000391895', 7)
     """
-    value = value.item() if hasattr(value, "item") else value
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    return value.item() if hasattr(value, "item") else value
 
 
-def joined_on_rank_0(made: dict[int | str, Made]) -> dict[int | str, Made] | None:
-    """All ranks' results by id, which drops what a sampler gave out twice; None on the other ranks. Call it on every rank."""
+def rows_of(samples: dict[str, Any], count: int) -> list[int | None]:
+    """Which rows of the data set a batch's samples are: our data sets give an ``index``, LAVIS's an ``instance_id``."""
+    rows = samples.get("index", samples.get("instance_id"))
+    return [None] * count if rows is None else [int(row) for row in rows]
+
+
+def joined_on_rank_0(made: dict[Hashable, Made]) -> dict[Hashable, Made] | None:
+    """All ranks' results by row, in the rows' order, which drops what a sampler gave out twice; None on the other ranks.
+
+    Call it on every rank.
+    """
     parts = gather_objects(made)
     if rank() != 0:
         return None
-    return {name: value for part in parts for name, value in part.items()}
+    joined = {name: value for part in parts for name, value in part.items()}
+    return dict(sorted(joined.items())) if all(isinstance(name, int) for name in joined) else joined  # type: ignore[type-var]
+
+
+def known_ids(ids: Iterable[int | str], known: dict[int | str, Made]) -> dict[int | str, Made]:
+    """What a file knows, by the ids that the data set has: there 7 may be "7", or the other way round."""
+    by_text = {str(name): name for name in known}
+    own = {by_text[str(name)]: name for name in ids if name not in known and str(name) in by_text}
+    return {own.get(name, name): value for name, value in known.items()}
 
 
 def write_result(name: str, records: list[dict[str, Any]]) -> Path:

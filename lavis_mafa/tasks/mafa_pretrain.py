@@ -12,6 +12,7 @@ from lavis_mafa.common.eccv import CocoGallery, coco_gallery, eccv_metrics
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.retrieval_metrics import retrieval_metrics
 from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.models.mafa_model import MafaModel
 from lavis_mafa.tasks.mafa_task import MafaTask
 
 
@@ -41,6 +42,8 @@ class MafaPretrainTask(MafaTask):
 
     def build_model(self, cfg: Any) -> nn.Module:
         model = super().build_model(cfg)
+        if self.run.rank_by is not None and not isinstance(model, MafaModel):
+            raise UserError(f"run.rank_by is {self.run.rank_by}, but {cfg.model_cfg.arch} ranks by LAVIS's own score; allowed: null.")
         model.batch_scope = self.run.grit.batch_scope
         con_d = cfg.model_cfg.get("discriminator", None)
         if con_d is not None and con_d.get("arch") == "ground_truth":
@@ -92,13 +95,26 @@ class MafaPretrainTask(MafaTask):
 
     def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any]:
         """Scores of every image and text of the split, and which of them match."""
-        scores_i2t, scores_t2i = model.compute_sim_matrix(data_loader, task_cfg=self.run)
-        return {"i2t": scores_i2t, "t2i": scores_t2i, "relevant": relevance(data_loader.dataset)}
+        relevant = relevance(data_loader.dataset)
+        if isinstance(model, MafaModel):
+            scores = model.retrieval_scores(data_loader, self.run)
+            return {"i2t": scores.i2t, "t2i": scores.t2i, "cosine": scores.cosine, "rank_by": scores.rank_by, "relevant": relevant}
+        i2t, t2i = model.compute_sim_matrix(data_loader, task_cfg=self.run)  # LAVIS's models rank by their own score
+        return {"i2t": i2t, "t2i": t2i, "relevant": relevant}
 
-    def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, float]:
-        i2t, t2i = torch.from_numpy(val_result["i2t"]), torch.from_numpy(val_result["t2i"])
-        metrics = retrieval_metrics(i2t, t2i, val_result["relevant"])
-        if self.coco is not None and split_name == "test":  # ECCV Caption annotates COCO's test split alone
+    def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, Any]:
+        """The figures of ``rank_by``'s score and, with ``itc_`` before their names, those of ITC's cosine alone."""
+        relevant, cosine = val_result["relevant"], val_result.get("cosine")
+        i2t, t2i = torch.as_tensor(val_result["i2t"]), torch.as_tensor(val_result["t2i"])
+        metrics: dict[str, Any] = self._figures(i2t, t2i, relevant, split_name)
+        if cosine is not None:
+            of_cosine = self._figures(cosine, cosine.T, relevant, split_name)
+            metrics |= {"rank_by": val_result["rank_by"], **{f"itc_{name}": value for name, value in of_cosine.items()}}
+        return metrics
+
+    def _figures(self, i2t: Tensor, t2i: Tensor, relevant: Tensor, split: str) -> dict[str, float]:
+        metrics = retrieval_metrics(i2t, t2i, relevant)
+        if self.coco is not None and split == "test":  # ECCV Caption annotates COCO's test split alone
             metrics |= eccv_metrics(i2t, t2i, self.coco)
         return metrics
 

@@ -90,6 +90,8 @@ def test_two_rows_with_two_seeds_end_with_a_table_and_are_not_trained_again(base
     assert lines["1"].split()[1] == "GRIT-VLP" and lines["1"].count("±") == lines["4"].count("±") == 3
     assert lines["4"].endswith("78.0          61.2               84.2") and "-" in lines["2"].split()
     assert "COCO's 5K test split" in said
+    below = [line for line in said.splitlines() if line.strip().startswith("ranked by ITC alone")]
+    assert len(below) == 2 and all(line.count("±") == 3 for line in below)
 
     folder = tmp_path / "output/ablate/mafa-4"
     results = json.loads((folder / "results.json").read_text())
@@ -97,6 +99,8 @@ def test_two_rows_with_two_seeds_end_with_a_table_and_are_not_trained_again(base
     of_seeds = [row["seeds"][seed]["test"]["tr_r1"] for seed in "12"]
     assert row["mean"]["test"]["tr_r1"] == pytest.approx(sum(of_seeds) / 2)
     assert row["spread"]["test"]["tr_r1"] == pytest.approx(abs(of_seeds[0] - of_seeds[1]) / 2**0.5)
+    alone = [row["seeds"][seed]["test"]["itc_tr_r1"] for seed in "12"]
+    assert f"{sum(alone) / 2:.1f} ±" in below[0] and "rank_by" not in row["mean"]["test"]
     assert {"tr_r1", "tr_r5", "tr_r10", "ir_r_precision", "ir_map_at_r"} <= set(row["seeds"]["1"]["test"])
     assert row["options"] == find_table("mafa-4").rows[0].options and results["rows"][1]["seeds"] == {}
     assert "| 1 | GRIT-VLP |" in (folder / "table.md").read_text()

@@ -77,7 +77,7 @@ def test_a_checkpoint_loads_into_lavis_albef_retrieval_and_scores_the_same(tmp_p
 def test_retrieval_scores_equal_lavis(tmp_path):
     mine, theirs, gallery = ours(), reduced.lavis_retrieval(), reduced.Gallery()
     theirs.load_from_pretrained(str(save(mine, tmp_path / "ours.pth")))
-    task = OmegaConf.create({"k_test": 3})
+    task = OmegaConf.create({"k_test": 3, "rank_by": "itm+itc"})
     with torch.no_grad():
         wanted = theirs.compute_sim_matrix(gallery, task)
     found = mine.compute_sim_matrix(gallery, task)

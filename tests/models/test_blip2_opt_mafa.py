@@ -232,6 +232,148 @@ def test_an_answer_does_not_depend_on_the_other_questions_of_its_batch():
     assert samples["text_input"] == QUESTIONS
 
 
+def ends_its_lines(bias: float = 3.0, **changes: Any) -> Blip2OptMafa:
+    """A model that says the end token often, which one of random weights never does."""
+    model = stage_2(**changes)
+    more = torch.zeros(len(model.opt_tokenizer))
+    more[model.eos_token_id] = bias
+    model.opt_model.lm_head.register_forward_hook(lambda _, __, logits: logits + more)
+    return model
+
+
+@torch.no_grad()
+def beam_search(model: Blip2OptMafa, image: torch.Tensor, text: str, beams: int, longest: int, shortest: int, penalty: float) -> str:
+    """One sample, without padding, without a cache: a line of n tokens scores its log probability / n ^ penalty."""
+    queries = model.opt_proj(
+        model.Qformer.bert(
+            query_embeds=model.query_tokens, encoder_hidden_states=model.ln_vision(model.visual_encoder(image)), return_dict=True
+        ).last_hidden_state
+    )
+    prompt = model.opt_tokenizer(text).input_ids
+
+    def following(line: list[int]) -> list[float]:
+        embeds = torch.cat([queries, model.opt_model.model.decoder.embed_tokens(torch.tensor([prompt + line]))], dim=1)
+        scores = model.opt_model(inputs_embeds=embeds).logits[0, -1].log_softmax(dim=0)
+        if len(line) < shortest:
+            scores[model.eos_token_id] = float("-inf")
+        return scores.tolist()
+
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    ended: list[tuple[float, list[int]]] = []
+    for _ in range(longest):
+        options = [(score + more, line, token) for score, line in live for token, more in enumerate(following(line))]
+        options = sorted(options, key=lambda option: -option[0])[: 2 * beams]
+        length = max(1, len(live[0][1]))
+        live = []
+        for place, (score, line, token) in enumerate(options):
+            if token != model.eos_token_id:
+                live.append((score, [*line, token]))
+            elif place < beams:
+                ended = sorted([*ended, (score / length**penalty, line)], key=lambda one: -one[0])[:beams]
+            if len(live) == beams:
+                break
+        if len(ended) == beams and ended[-1][0] >= options[0][0] / length**penalty:
+            break
+    else:
+        ended += [(score / len(line) ** penalty, line) for score, line in live]
+    return model.opt_tokenizer.decode(max(ended, key=lambda one: one[0])[1], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("shortest", [0, 2])
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 2.0])
+def test_the_length_penalty_counts_generated_tokens_alone(penalty, shortest):
+    """Neither the prompt, nor the padding beside a longer question, nor the end of the line."""
+    model = ends_its_lines()
+    prompts = ["{}", "Question: {} Answer:"]
+    for beams, prompt in zip((2, 4), prompts, strict=True):
+        options: dict[str, Any] = {"num_beams": beams, "max_len": 5, "min_len": shortest, "length_penalty": penalty}
+        found = model.predict_answers({"image": images(3), "text_input": QUESTIONS}, prompt=prompt, **options)
+        asked = [prompt.replace("{}", question) for question in QUESTIONS]
+        wanted = [beam_search(model, images(3)[i : i + 1], text, beams, 5, shortest, penalty) for i, text in enumerate(asked)]
+        assert found == wanted
+        said = {"image": images(3), "prompt": asked}
+        lengths: dict[str, Any] = {"max_length": 5, "min_length": shortest, "length_penalty": penalty}
+        assert model.generate(said, num_beams=beams, **lengths) == wanted
+    two = model.generate({"image": images(3), "prompt": asked}, num_beams=4, num_captions=2, **lengths)
+    assert two[::2] == wanted and all(one != other for one, other in zip(two[::2], two[1::2], strict=True))
+
+
+def test_the_length_penalty_decides_how_long_answers_are():
+    model, samples = ends_its_lines(), {"image": images(3), "text_input": QUESTIONS}
+    tokens = byte_tokenizer()
+
+    def length(penalty: float) -> int:
+        answers = model.predict_answers(samples, prompt="Question: {} Answer:", num_beams=4, max_len=8, length_penalty=penalty)
+        return sum(len(tokens(answer).input_ids) for answer in answers)
+
+    assert length(-1.0) < length(3.0)
+
+
+def test_a_prompt_for_each_image_or_one_for_all():
+    model = stage_2()
+    with pytest.raises(UserError, match=r"prompt is \['a'\], but must be a text, or a list of as many texts as there are images \(2\)"):
+        model.generate({"image": images(2), "prompt": ["a"]})
+    with pytest.raises(UserError, match=r"prompt is \['a \{\}', 3\], but must be"):
+        model.predict_answers({"image": images(2), "text_input": QUESTIONS[:2]}, prompt=["a {}", 3])  # type: ignore[list-item]
+    samples: dict[str, Any] = {"image": images(2)}
+    one = model.generate({**samples, "prompt": "a photo of"}, num_beams=2, max_length=4)
+    assert one == model.generate({**samples, "prompt": ["a photo of"] * 2}, num_beams=2, max_length=4)
+    assert model.generate({**samples, "prompt": ""}, num_beams=2, max_length=4) == model.generate(samples, num_beams=2, max_length=4)
+    assert len(model.generate(samples, use_nucleus_sampling=True, num_captions=3, max_length=4)) == 6
+
+
+def test_what_has_no_room_or_is_not_there_is_refused():
+    model = stage_2()
+    samples = {"image": images(1), "text_input": ["why?"]}
+    with pytest.raises(UserError, match="inference_method is 'rank', but blip2_opt_mafa ranks no given answers"):
+        model.predict_answers(samples, inference_method="rank", answer_list=["a"])
+    with pytest.raises(
+        UserError, match="max_len is 600, but the language model has 512 positions, of which 3 are the image's and 1 the"
+    ):
+        model.predict_answers(samples, max_len=600)
+    with pytest.raises(UserError, match="max_len is 508, .*; allowed: at most 499"):
+        model.generate({"image": images(1), "prompt": "a dog at "}, max_length=508)
+    with pytest.raises(
+        UserError, match="model.max_text_length is 510, .* 512 positions, of which 3 are the image's; allowed: at most 509"
+    ):
+        stage_2(max_text_length=510)
+    longest = stage_2(max_text_length=509).train()
+    longest({"image": images(1), "text_input": ["why " * 400]}).loss.backward()
+
+
+def test_answers_are_trained_after_their_questions():
+    """Every answer by itself, in plain loops; the question's tokens give no loss, and the answers' weights count."""
+    model, prompt = stage_2(), "Question: {} Answer:"
+    samples = {
+        "image": images(2),
+        "text_input": QUESTIONS[:2],
+        "prompt": prompt,
+        "answer": ["a dog", "puppy", "the one on the left"],
+        "weight": torch.tensor([0.75, 0.25, 1.0]),
+        "n_answers": torch.tensor([2, 1]),
+    }
+    total, tokens = 0.0, 0.0
+    for row, answer, weight in ((0, "a dog", 0.75), (0, "puppy", 0.25), (1, "the one on the left", 1.0)):
+        before = model.opt_tokenizer(prompt.replace("{}", QUESTIONS[row])).input_ids
+        line = model.opt_tokenizer(f" {answer}\n", add_special_tokens=False).input_ids
+        embeds = model.opt_model.model.decoder.embed_tokens(torch.tensor([before + line]))
+        states = model.Qformer.bert(
+            query_embeds=model.query_tokens,
+            encoder_hidden_states=model.ln_vision(model.visual_encoder(images(2)[row : row + 1])),
+            return_dict=True,
+        ).last_hidden_state
+        logits = model.opt_model(inputs_embeds=torch.cat([model.opt_proj(states), embeds], dim=1)).logits[0]
+        for place, token in enumerate(line):
+            total += weight * -float(logits[place - len(line) - 1].log_softmax(dim=0)[token])
+        tokens += weight * len(line)
+    output = model.train()(samples)
+    assert float(output.loss) == pytest.approx(total / tokens, rel=1e-4) and output.loss_lm is output.loss
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    other = model({**samples, "answer": ["xyzzy"] * 3})
+    assert float(other.loss) != pytest.approx(float(output.loss), rel=1e-3)
+
+
 def test_the_whole_prompt_is_read_however_long_the_question():
     model = stage_2(max_text_length=8)
     seen: list[torch.Tensor] = []

@@ -11,11 +11,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.reports.gallery import distinct_candidates
-from lavis_mafa.reports.run_files import open_runs
+from lavis_mafa.reports.run_files import Run, open_runs
+from lavis_mafa.reports.tables import evaluation_tables
 from lavis_mafa.reports.thumbnails import Thumbnails
 from lavis_mafa.reports.training_rows import read_training_rows
 from lavis_mafa.runners.connection_record import ConnectionRecord
@@ -239,3 +241,26 @@ def test_the_record_of_an_epoch_is_bounded_in_rows_and_bytes(limit, steps, batch
     rows = pq.read_table(path).num_rows
     assert 0 < rows <= limit
     assert path.stat().st_size <= 8_000 + 60 * limit
+
+
+def test_the_cosine_alone_stands_below_the_score_a_run_was_ranked_by():
+    found = {
+        "grit": {"epoch": "best", "rank_by": "itm", "tr_r1": 6.9, "itc_tr_r1": 22.0, "ir_r1": 9.0, "itc_ir_r1": 8.0},
+        "mafa": {"epoch": "best", "rank_by": "itm", "tr_r1": 17.2, "itc_tr_r1": 21.0, "ir_r1": 9.5, "itc_ir_r1": 9.0},
+        "old": {"epoch": 3, "tr_r1": 12.0, "ir_r1": 1.0},
+        "cosine": {"epoch": 3, "rank_by": "itc", "tr_r1": 1.0, "ir_r1": 1.0, "itc_tr_r1": 1.0, "itc_ir_r1": 1.0},
+    }
+    runs = [
+        Run(name, Path(name), OmegaConf.create({}), [], {"val": values | {"agg_metrics": 1.0}}, None) for name, values in found.items()
+    ]
+    (table,) = evaluation_tables(runs)["val"]
+    assert table.head == ["run", "epoch", "ranked by", "TR R@1", "IR R@1"]
+    assert table.rows == [
+        ["grit", "best", "itm", "6.9", "9.0"],
+        ["grit", "best", "itc", "22.0", "8.0"],
+        ["mafa", "best", "itm", "17.2", "9.5"],
+        ["mafa", "best", "itc", "21.0", "9.0"],
+        ["old", "3", "–", "12.0", "1.0"],
+        ["cosine", "3", "itc", "1.0", "1.0"],
+    ]
+    assert table.best == {(2, 3), (2, 4), (1, 3), (3, 4)}

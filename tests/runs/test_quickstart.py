@@ -18,7 +18,10 @@ def test_quickstart_compares_grit_and_mafa_against_the_truth(run_cli, tmp_path):
     results = json.loads(page.with_name("results.json").read_text())
     assert results["batches"]["random"]["per_batch"] > 0
     assert set(results["retrieval"]) == {"start", "GRIT", "MAFA"}
-    assert 0 <= results["retrieval"]["MAFA"]["val"]["tr_r1"] <= 100
+    found = results["retrieval"]["MAFA"]["val"]
+    assert 0 <= found["tr_r1"] <= 100 and found["rank_by"] == "itm"
+    for score, prefix in (("itm", ""), ("itc", "itc_")):
+        assert f"  MAFA    {score:9s} {found[prefix + 'tr_r1']:8.1f} {found[prefix + 'ir_r1']:8.1f}" in done.stdout
     html = page.read_text()
     assert not re.search(r"(src|href)=\"https?:", html)  # it needs no network
     assert "data:image/png;base64," in html
@@ -34,6 +37,7 @@ def test_quickstart_of_blip2_ends_with_captions_and_answers(run_cli, tmp_path):
     assert set(results["captions"]) == set(results["answers"]) == {"val", "test"}
     assert 0 <= results["answers"]["val"]["accuracy"] <= 100 and results["captions"]["val"]["cider"] >= 0
     assert all(example["right"] and isinstance(example["caption"], str) for example in results["examples"]["val"])
+    assert "ranked by itm+itc" in done.stdout and "ranked by itc" in done.stdout
     for words in ("new drawings of known concepts", "BLEU-4", "answers right", "what is this?", str(path.relative_to(tmp_path))):
         assert words in done.stdout
     (run,) = (tmp_path / "quickstart" / "stage_1").iterdir()

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from lavis_mafa.common.distributed import gather_objects, init_process_group, is_distributed, rank
 from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
-from lavis_mafa.models.retrieval_scoring import score_matrices
+from lavis_mafa.models.retrieval_scoring import retrieval_scores
 from lavis_mafa.runners.evaluating import evaluate_split
 from lavis_mafa.runners.loaders import eval_loader, train_loader
 from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
@@ -79,7 +79,8 @@ def generated(task: Any, count: int, folder: Path) -> list[Any]:
 
 def retrieval(count: int) -> list[Any]:
     loader = eval_loader(Numbers(count), 2, Numbers.collater, SETTINGS, False, shared=False)
-    return [matrix.tolist() for matrix in score_matrices(Model(), loader, top_k=2)]  # type: ignore[arg-type]
+    scores = retrieval_scores(Model(), loader, top_k=2, rank_by="itm+itc")  # type: ignore[arg-type]
+    return [scores.i2t.tolist(), scores.t2i.tolist()]
 
 
 def trained(count: int) -> list[list[list[int]]]:

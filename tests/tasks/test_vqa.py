@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from lavis.common.registry import registry
+from lavis.common.vqa_tools.vqa import VQA
+from lavis.common.vqa_tools.vqa_eval import VQAEval
+from lavis.tasks.base_task import BaseTask
 from torch.utils.data import DataLoader
 
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.vqa_accuracy import accuracy, normalized, official_accuracy
+from lavis_mafa.common.vqa_accuracy import Question, accuracy, normalized, official_accuracy
 from lavis_mafa.tasks.mafa_vqa import MafaGqaTask, MafaVqaTask
 
 ANSWERS = [["dog", "puppy"], ["2"], ["yes"]]
@@ -29,6 +32,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_block(**changes: Any) -> SimpleNamespace:
     settings = {"num_beams": 5, "max_len": 10, "min_len": 1, "length_penalty": -1.0, "prompt": "Question: {} Answer:"}
+    settings |= {"evaluate": True, "train_splits": [], "valid_splits": [], "test_splits": []}
     return SimpleNamespace(**{**settings, "lemmatize": False, **changes})
 
 
@@ -63,9 +67,13 @@ class Model:
         return [f" {SAID[int(n)]} " for n in samples["image"]]
 
 
-def evaluate(dataset: Any, cls: Any = MafaVqaTask, model: Any = None) -> Any:
+def as_lists(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def evaluate(dataset: Any, cls: Any = MafaVqaTask, model: Any = None, collate: Any = None) -> Any:
     task = cls(run_block())
-    result = task.evaluation(model or Model(), DataLoader(dataset, batch_size=2), cuda_enabled=False)
+    result = task.evaluation(model or Model(), DataLoader(dataset, batch_size=2, collate_fn=collate), cuda_enabled=False)
     return task.after_evaluation(val_result=result, split_name="val", epoch=0)
 
 
@@ -91,38 +99,94 @@ def test_without_answers_there_is_the_file_alone(results: Path) -> None:
     assert (results / "val_vqa_result.json").is_file()
 
 
-@pytest.fixture
-def of_vqa(tmp_path: Path) -> Questions:
-    """VQAv2's files, with ten people's answers to each question, for one question more than is asked."""
-    people = [["dog"] * 2 + ["cat"] * 8, ["2"] * 10, ["yes"] * 5 + ["no"] * 5, ["x"] * 10]
+PEOPLE = [["dog"] * 2 + ["cat"] * 8, ["2"] * 10, ["yes"] * 5 + ["no"] * 5, ["x"] * 10]
+
+
+def official(tmp_path: Path, people: list[list[Any]] = PEOPLE, **changes: Any) -> Any:
+    """A LAVIS data set with files of VQAv2's form, which know one question more than is asked."""
     kinds = ["other", "number", "yes/no", "other"]
-    annotations = [
-        {
-            "question_id": 100 + n,
-            "image_id": n,
-            "question_type": "what",
-            "answer_type": kind,
-            "answers": [{"answer_id": i, "answer": answer} for i, answer in enumerate(answers)],
-        }
-        for n, (kind, answers) in enumerate(zip(kinds, people, strict=True))
-    ]
-    questions = {"questions": [{"question_id": 100 + n, "image_id": n, "question": "?"} for n in range(4)]}
+    annotations = []
+    for n, (kind, answers) in enumerate(zip(kinds, people, strict=True)):
+        given = [{"answer_id": i, "answer": answer} for i, answer in enumerate(answers)]
+        row = {"question_id": 100 + n, "image_id": n, "question_type": "what", "answer_type": kind, "answers": given}
+        row |= {name: change(row[name]) for name, change in changes.items()}
+        annotations.append({name: value for name, value in row.items() if value is not None})
     (tmp_path / "annotations.json").write_text(json.dumps({"annotations": annotations}))
-    (tmp_path / "questions.json").write_text(json.dumps(questions))
-    data = Questions()
-    data.coco_fmt_anno_file = str(tmp_path / "annotations.json")  # type: ignore[attr-defined]
-    data.coco_fmt_qust_file = str(tmp_path / "questions.json")  # type: ignore[attr-defined]
+    data: Any = Questions()
+    data.coco_fmt_anno_file = str(tmp_path / "annotations.json")
     return data
 
 
-def test_official_accuracy_over_what_was_asked(results: Path, of_vqa: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = evaluate(of_vqa)
+def test_official_accuracy_over_what_was_asked(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = evaluate(official(tmp_path))
     assert metrics["accuracy_number"] == metrics["accuracy_yes_no"] == 100
     assert metrics["accuracy_other"] == pytest.approx(by_hand(["dog"] * 2 + ["cat"] * 8, "dog"), abs=1e-4)
     assert metrics["accuracy"] == metrics["agg_metrics"] == pytest.approx((200 + metrics["accuracy_other"]) / 3, abs=1e-4)
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="has no answers to 1 of 1 questions, the first 5"):
-        official_accuracy({5: "x"}, of_vqa.coco_fmt_anno_file, of_vqa.coco_fmt_qust_file)
+    assert evaluate(official(tmp_path), MafaGqaTask) == metrics, "mafa_gqa takes a set as it is"
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "no answer_id": {"answers": lambda given: [{"answer": one["answer"], "answer_confidence": "yes"} for one in given]},
+    "one answer_id": {"answers": lambda given: [{**one, "answer_id": 1} for one in given]},
+    "plain texts": {"answers": lambda given: [one["answer"] for one in given]},
+    "no types": {"question_type": lambda _: None, "answer_type": lambda _: None},
+    "ids as texts": {"question_id": str},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_annotations_of_other_sets_give_the_same_accuracy(results: Path, tmp_path: Path, form: str) -> None:
+    """VizWiz has no answer_id, others no types."""
+    wanted = evaluate(official(tmp_path))
+    found = evaluate(official(tmp_path, **FORMS[form]))
+    assert found == wanted if form != "no types" else found == {name: wanted[name] for name in ("accuracy", "agg_metrics")}
+
+
+def test_annotations_that_do_not_fit_are_found_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = official(tmp_path)
+    data.annotation = [{"question_id": number} for number in (100, 5, 6)]
+    monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_vqa": {"val": data}})
+    task = MafaVqaTask(run_block(valid_splits=["val"]))
+    with pytest.raises(UserError, match="datasets.coco_vqa, split 'val': .* have no answers to 2 of 3 questions, the first 5"):
+        task.build_datasets(None)
+    for content, message in (
+        ("{", "is not JSON"),
+        ("[]", "has no list 'annotations'"),
+        ('{"annotations": [{"question_id": 1}]}', r"annotations\[0\] has no question_id with a list of answers"),
+        ('{"annotations": [{"question_id": 1, "answers": [{"answer_id": 1}]}]}', r"annotations\[0\] has no"),
+    ):
+        Path(data.coco_fmt_anno_file).write_text(content)
+        with pytest.raises(UserError, match=message):
+            MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(None)
+    data.coco_fmt_anno_file = str(tmp_path / "gone.json")
+    with pytest.raises(UserError, match="gone.json cannot be read"):
+        MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(None)
+
+
+def test_the_official_accuracy_is_lavis_vqa_eval() -> None:
+    """Where ten different answer_ids are given."""
+    draw = random.Random(3)
+    words = ["dog", "The dog", "a", "two", "2", "dogs.", "red, fox", "dont", "", "cat/dog", "1,000", "yes\n"]
+    people = {n: [draw.choice(words[: draw.choice([1, 4, 12])]) for _ in range(10)] for n in range(80)}
+    said = {n: draw.choice(words) or "none" for n in people}
+    truth, answers = VQA(), VQA()
+    truth.qa = {
+        n: {"question_id": n, "question_type": "", "answer_type": "x", "answers": [{"answer_id": i, "answer": a} for i, a in enumerate(of)]}
+        for n, of in people.items()
+    }
+    truth.dataset = {"annotations": list(truth.qa.values())}
+    truth.getQuesIds = lambda: list(people)
+    answers.qa = {n: {"answer": answer} for n, answer in said.items()}
+    evaluation = VQAEval(truth, answers, n=6)
+    evaluation.updateProgress = lambda progress: None
+    evaluation.evaluate(list(people))
+    found = official_accuracy(said, {n: Question(of, "x") for n, of in people.items()})
+    # In the official script a blank answer meets a blank annotation
+    blank = [n for n in people if not normalized(said[n]) or said[n] in ("a", "The")]
+    assert found["accuracy"] == found["accuracy_x"]
+    each = {n: official_accuracy({n: said[n]}, {n: Question(people[n], None)})["accuracy"] for n in people if n not in blank}
+    assert each == pytest.approx({n: evaluation.evalQA[n] for n in each}, abs=1e-3) and len(set(each.values())) > 4
 
 
 def by_hand(people: list[str], said: str) -> float:
@@ -135,11 +199,76 @@ def test_ten_answers_are_ten_people() -> None:
     draw = random.Random(0)
     people = [[draw.choice(["dog", "cat", "red fox"]) for _ in range(10)] for _ in range(30)]
     said = [draw.choice(["dog", "cat", "red fox", "cow"]) for _ in people]
-    expected = sum(by_hand(answers, one) for answers, one in zip(people, said, strict=True)) / 30
-    assert accuracy(said, people) == pytest.approx(expected, abs=1e-4)
-    assert accuracy([f"The {one}." for one in said], people) == pytest.approx(expected, abs=1e-4)
-    # One question with another number of answers: then all of them are lists of right ones.
-    assert accuracy(["dog", "cow"], [["dog"] + ["cat"] * 9, ["cow", "cattle"]]) == 100
+    each = [by_hand(answers, one) for answers, one in zip(people, said, strict=True)]
+    assert accuracy(said, people) == pytest.approx(sum(each) / 30, abs=1e-4)
+    assert accuracy([f"The {one}." for one in said], people) == pytest.approx(sum(each) / 30, abs=1e-4)
+    assert accuracy(said, [[f"A {one}!" for one in of] for of in people]) == pytest.approx(sum(each) / 30, abs=1e-4)
+    at_once = [100 * min(1.0, of.count(one) / 3) for one, of in zip(said, people, strict=True)]
+    assert accuracy(said, people, leave_one_out=False) == pytest.approx(sum(at_once) / 30, abs=1e-4)
+    # One question with another number of answers is a list of right ones; it changes nothing for the others.
+    assert accuracy([*said, "cow"], [*people, ["cow"] * 9]) == pytest.approx((sum(each) + 100) / 31, abs=1e-4)
+    assert accuracy(["cow", "dog"], [["cattle", "Cow."], ["cattle", "Cow."]]) == 50
+
+
+@pytest.mark.parametrize("right", [["a"], ["the"], ["", "an"], ["."], ["dog"] * 9 + [""], ["a"] * 10, [""] * 10])
+@pytest.mark.parametrize("said", ["", " ", "."])
+def test_an_empty_answer_is_never_right(said: str, right: list[str]) -> None:
+    assert said == "." in right or accuracy([said], [right]) == 0
+    assert said == "." in right or official_accuracy({1: said}, {1: Question(right, None)})["accuracy"] == 0
+
+
+def test_an_article_alone_is_an_answer() -> None:
+    assert accuracy(["A", "the", "a dog"], [["a"], ["a"], ["dog"]]) == pytest.approx(200 / 3)
+
+
+def test_a_question_without_answers_takes_not_those_of_the_others(results: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = OwnQuestions()
+    data.answers = [[], *ANSWERS[1:]]
+    assert evaluate(data)["accuracy"] == 50
+    assert "1 of 3 questions have no right answers" in caplog.text
+
+
+def test_a_okvqas_direct_answers(results: Path) -> None:
+    """min(1, matches / 3) of ten people at once."""
+    data = Questions()
+    data.extra = {"direct_answers": [["dog"] * 2 + ["cat"] * 8, ["two"] * 3 + ["one"] * 7, ["yes"] * 10]}
+    assert evaluate(data, collate=as_lists)["accuracy"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
+    data.extra = {"direct_answers": [None] * 3}
+    assert evaluate(data, collate=as_lists) is None
+
+
+@pytest.mark.parametrize("ids", [["01827492", "1827492", "x/7"], [2**70, 7, "7"], ["a" * 22, "2" * 22, "3"]])
+def test_ids_stay_what_they_are(results: Path, ids: list[Any]) -> None:
+    class Own(OwnQuestions):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {**super().__getitem__(index), "question_id": ids[index]}
+
+    assert evaluate(Own(), collate=as_lists)["accuracy"] == pytest.approx(200 / 3)
+    written = json.loads((results / "val_vqa_result.json").read_text())
+    assert written == [{"question_id": name, "answer": answer} for name, answer in zip(ids, SAID, strict=True)]
+
+
+def test_mafa_gqa_takes_other_sets_as_they_are(results: Path) -> None:
+    assert evaluate(OwnQuestions(), MafaGqaTask) == evaluate(OwnQuestions())
+
+
+def test_training_is_for_sets_and_models_with_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: dict[str, Any] = {"coco_vqa": {"train": [{"text_input": "?", "answers": ["a"], "weights": [1]}]}, "pairs": {"train": [{"image": 1}]}}
+    monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: parts)
+    run = {"train_splits": ["train"], "evaluate": False, "task": "mafa_vqa"}
+    with pytest.raises(UserError, match="datasets.pairs has no answers in its split 'train', but mafa_vqa trains on them"):
+        MafaVqaTask(run_block(**run)).build_datasets(None)
+    del parts["pairs"]
+    MafaVqaTask(run_block(**run)).build_datasets(None)
+    monkeypatch.setattr(BaseTask, "build_model", lambda self, cfg: torch.nn.Linear(1, 1))
+    cfg: Any = SimpleNamespace(model_cfg=SimpleNamespace(arch="blip2_t5"))
+    with pytest.raises(UserError, match="which trains on answers, but blip2_t5 does not read them; allowed: blip2_opt_mafa, albef_vqa"):
+        MafaVqaTask(run_block(**run)).build_model(cfg)
+    task = MafaVqaTask(run_block(**{**run, "evaluate": True}))
+    task.build_model(cfg)
+    seen: list[Any] = []
+    model: Any = lambda samples: seen.append(samples) or {"loss": 7}  # noqa: E731
+    assert task.train_step(model, {"answer": ["x"]}) == 7 and seen == [{"answer": ["x"], "prompt": "Question: {} Answer:"}]
 
 
 def test_normalising() -> None:

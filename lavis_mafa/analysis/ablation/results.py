@@ -11,7 +11,9 @@ from typing import Any
 
 from lavis_mafa.analysis.ablation.runs import Figures, Trial
 from lavis_mafa.analysis.ablation.tables import Row, Table
+from lavis_mafa.reports.tables import ITC
 
+ALONE = "  ranked by ITC alone"
 SHOWN = {"tr_r1": "TR R@1", "ir_r1": "IR R@1", "agg_metrics": "mean recall"}
 PAPER = (
     "The paper's figures are for COCO's 5K test split, fine-tuned after pre-training a ViT-B on 4M pairs: "
@@ -92,9 +94,13 @@ def _tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
         rows = []
         for row in results["rows"]:
             count = sum(split in figures for figures in row["seeds"].values())
-            measured = [_cell(row["mean"].get(split, {}).get(m), row["spread"].get(split, {}).get(m)) for m in SHOWN]
+            mean, spread = row["mean"].get(split, {}), row["spread"].get(split, {})
             paper = [_cell(row["paper"].get(m), None) for m in given]
+            measured = [_cell(mean.get(m), spread.get(m)) for m in SHOWN]
             rows.append([str(row["number"]), row["name"], *measured, str(count), *paper])
+            if any(f"{ITC}{m}" in mean for m in SHOWN):
+                measured = [_cell(mean.get(f"{ITC}{m}"), spread.get(f"{ITC}{m}")) for m in SHOWN]
+                rows.append(["", ALONE, *measured, str(count), *("" for _ in given)])
         tables.append((split, header, rows))
     return tables
 

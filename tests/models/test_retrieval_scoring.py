@@ -1,0 +1,160 @@
+"""What a pair of a gallery scores, by the matching head, by the cosine and by both; and what is left outside the top k."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lavis.models.base_model import BaseModel
+from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
+
+from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.retrieval_metrics import retrieval_metrics
+from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.models.albef_mafa import AlbefMafa
+from lavis_mafa.models.blip2_mafa import Blip2Mafa
+from lavis_mafa.models.blip_mafa import BlipMafa
+from lavis_mafa.models.mafa_model import MafaModel
+from lavis_mafa.models.retrieval_scoring import in_fp32, retrieval_scores
+from lavis_mafa.runners.evaluating import evaluate_split
+from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+
+IMAGES, TEXTS = 7, 9
+SCORES = ["itm", "itm+itc", "itc"]
+
+
+class Model(MafaModel[Any], BaseModel):
+    """Given cosines and given matching logits; image i is the number i, and text j too."""
+
+    def __init__(self, offset: float = 0.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.cosine = 2 * torch.rand(IMAGES, TEXTS, generator=generator) - 1
+        self.logits = 4 * torch.randn(IMAGES, TEXTS, generator=generator) + offset
+        self.matched = 0
+        self.temp = torch.nn.Parameter(torch.ones(1))  # a LAVIS model knows its device by a parameter
+
+    def text_rows(self, captions: list[str]) -> Any:
+        number = torch.tensor([int(caption) for caption in captions])
+        return (number[:, None],), torch.eye(TEXTS)[number]
+
+    def image_rows(self, image: torch.Tensor) -> Any:
+        return image, self.cosine[image[:, 0].long()]
+
+    def match_rows(self, image_states: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        self.matched += len(image_states)
+        right = self.logits[image_states[:, 0].long(), text[0][:, 0]]
+        return torch.stack([-right, right], dim=1)
+
+
+class Gallery:
+    dataset = SimpleNamespace(text=[str(j) for j in range(TEXTS)], image=["x"] * IMAGES)
+
+    def __iter__(self) -> Any:
+        numbers = torch.arange(float(IMAGES))[:, None]
+        yield from ({"image": part} for part in numbers.split(4))
+
+
+def by_loops(cosine: torch.Tensor, logits: torch.Tensor, top_k: int, rank_by: str) -> torch.Tensor:
+    """One pair at a time: [Q, G] -> [Q, G]."""
+    scores = torch.empty_like(cosine)
+    for q, row in enumerate(cosine):
+        order = sorted(range(len(row)), key=lambda j: -float(row[j]))
+        for place, j in enumerate(order):
+            of_pair = {"itm": logits[q, j], "itm+itc": logits[q, j] + row[j], "itc": row[j]}[rank_by]
+            scores[q, j] = of_pair if rank_by == "itc" or place < top_k else -100.0
+    return scores
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 50])
+@pytest.mark.parametrize("rank_by", SCORES)
+def test_equals_the_loops(rank_by, top_k):
+    model = Model()
+    found = retrieval_scores(model, Gallery(), top_k, rank_by, pairs_at_once=5)
+    torch.testing.assert_close(found.i2t, by_loops(model.cosine, model.logits, top_k, rank_by))
+    torch.testing.assert_close(found.t2i, by_loops(model.cosine.T, model.logits.T, top_k, rank_by))
+    torch.testing.assert_close(found.cosine, model.cosine)
+    assert model.matched == (0 if rank_by == "itc" else IMAGES * min(top_k, TEXTS) + TEXTS * min(top_k, IMAGES))
+
+
+@pytest.mark.parametrize("rank_by", SCORES)
+def test_nothing_outside_the_top_k_comes_before_what_is_inside(rank_by):
+    """Also with logits below the score of what was not matched, as a diverged head has them."""
+    model = Model(offset=-1000.0)
+    found = retrieval_scores(model, Gallery(), 3, rank_by)
+    for scores, cosine in ((found.i2t, model.cosine), (found.t2i, model.cosine.T)):
+        best = scores.argsort(dim=1, descending=True)[:, :3].sort().values
+        assert torch.equal(best, cosine.topk(3, dim=1).indices.sort().values)
+
+
+def test_who_ranks_by_what():
+    assert (AlbefMafa.rank_by, BlipMafa.rank_by, Blip2Mafa.rank_by) == ("itm", "itm+itc", "itm+itc")
+    model, plain = Model(), OmegaConf.create({"k_test": 4})
+    for own in ("itm", "itc"):
+        model.rank_by = own
+        assert model.retrieval_scores(Gallery(), plain).rank_by == own
+        assert model.retrieval_scores(Gallery(), OmegaConf.create({"k_test": 4, "rank_by": "itm+itc"})).rank_by == "itm+itc"
+        wanted = retrieval_scores(model, Gallery(), 4, own)
+        for matrix, scores in zip(model.compute_sim_matrix(Gallery(), plain), (wanted.i2t, wanted.t2i), strict=True):
+            assert torch.equal(torch.from_numpy(matrix), scores)
+    with pytest.raises(UserError, match="run.rank_by is 'cosine', but must be one of itm, "):
+        model.compute_sim_matrix(Gallery(), OmegaConf.create({"k_test": 4, "rank_by": "cosine"}))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("cosine", r"9 of 63 retrieval cosines are NaN or infinite, those of 1 of 7 images: image 2 \(from 0\) has 9 of 9"),
+        ("logits", r"2 of 63 retrieval scores are NaN or infinite, those of 1 of 7 images: image 2 \(from 0\) has 2 of 9"),
+    ],
+)
+def test_scores_that_are_not_finite_are_an_error_that_names_the_query(part, message):
+    model = Model()
+    getattr(model, part)[2, 4:6] = torch.tensor([float("nan"), float("inf")])
+    with pytest.raises(UserError, match=message):
+        retrieval_scores(model, Gallery(), 50, "itm")
+
+
+def test_matching_logits_are_fp32_under_autocast():
+    head, states = torch.nn.Linear(8, 2), torch.randn(50, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = in_fp32(head, states)
+    assert logits.dtype == torch.float32 and torch.equal(logits, head(states))
+
+
+def test_an_evaluation_has_the_figures_of_its_score_and_of_the_cosine(tmp_path, caplog):
+    caplog.set_level("INFO")
+    model, gallery = Model(), Gallery()
+    relevant = torch.zeros(IMAGES, TEXTS, dtype=torch.bool)
+    relevant[torch.arange(IMAGES), torch.arange(IMAGES)] = True
+    gallery.dataset = SimpleNamespace(**vars(Gallery.dataset), relevant=relevant)
+    task = MafaPretrainTask(RunBlock(k_test=4, rank_by="itm"))
+    stats = evaluate_split(task, model, gallery, gallery.dataset, "val", 3, tmp_path, cuda_enabled=False)
+    record = json.loads((tmp_path / "evaluation.jsonl").read_text())
+    assert stats is not None and record == {"split": "val", "epoch": 3, **stats} and record["rank_by"] == "itm"
+    logits, cosine = by_loops(model.cosine, model.logits, 4, "itm"), model.cosine
+    wanted = retrieval_metrics(logits, by_loops(cosine.T, model.logits.T, 4, "itm"), relevant)
+    wanted |= {f"itc_{name}": value for name, value in retrieval_metrics(cosine, cosine.T, relevant).items()}
+    assert {name: value for name, value in stats.items() if name != "rank_by"} == pytest.approx(wanted)
+    assert stats["agg_metrics"] != stats["itc_agg_metrics"]
+    assert f"val: tr_r1 {stats['tr_r1']:.2f}" in caplog.text and "rank_by itm" in caplog.text
+
+
+def test_lavis_models_rank_by_their_own_score(monkeypatch):
+    class OfLavis(torch.nn.Module):
+        def compute_sim_matrix(self, loader: Any, task_cfg: Any) -> Any:
+            return torch.eye(3).numpy(), torch.eye(3).numpy()
+
+    task = MafaPretrainTask(RunBlock())
+    loader: Any = SimpleNamespace(dataset=SimpleNamespace(relevant=torch.eye(3, dtype=torch.bool)))
+    figures = task.after_evaluation(task.evaluation(OfLavis(), loader), "val", 0)
+    assert figures["tr_r1"] == 100 and not any("itc" in name or name == "rank_by" for name in figures)
+    monkeypatch.setattr(BaseTask, "build_model", lambda self, cfg: OfLavis())
+    cfg = SimpleNamespace(model_cfg=SimpleNamespace(arch="albef_retrieval", get=lambda *_: None))
+    assert task.build_model(cfg).batch_scope == "local"
+    with pytest.raises(UserError, match="run.rank_by is itc, but albef_retrieval ranks by LAVIS's own score"):
+        MafaPretrainTask(RunBlock(rank_by="itc")).build_model(cfg)
