@@ -65,7 +65,7 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:
 
     def lines() -> Iterator[str]:
         for line in file:
-            if taken and header and _looks_like_a_row(line, header, example):
+            if taken and header and _looks_like_a_row(line, header, example) and not _ends_a_text(taken, line, header):
                 raise UserError(
                     f"{path}, row {row}: a quotation mark in {_shown(taken[0])} is not closed before the next row, {_shown(line)}; "
                     'close it, or write "" for one that belongs to a quoted text.'
@@ -98,21 +98,29 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:
 
 
 def _looks_like_a_row(line: str, header: list[str], example: str) -> bool:
-    """Whether a line within a quoted text is a row of the file: as many values, and a picture's path in the right place.
-
-    The last line of a text in quotation marks has values of its own behind them, so one that ends in a mark is no value.
-    """
+    """Whether a line within a quoted text may be a row of the file: as many values, and a picture's path in the right place."""
     if "image" not in header:
         return False
     values = next(csv.reader([line]), [])
     place = header.index("image")
-    if len(values) != len(header) or any(value.endswith('"') for value in values[:place]):
+    if len(values) != len(header):
         return False
     image, like = Path(values[place]), Path(example)
     if PICTURE.search(image.name):
         return True
     same_kind = image.suffix == like.suffix and not re.search(r"\s", str(image)) and image.name != ""
     return same_kind and (image.suffix != "" or (bool(re.search(r"\d", image.name)) and bool(re.search(r"\d", like.name))))
+
+
+def _ends_a_text(taken: list[str], line: str, header: list[str]) -> bool:
+    """Whether the picture's path in a line stands behind a text that the line ends: the row that began in ``taken`` ends here."""
+    begun = len(next(csv.reader(taken), [])) - 1
+    if begun > header.index("image"):
+        return False
+    try:
+        return len(next(csv.reader(['"' + line], strict=True))) == len(header) - begun
+    except csv.Error:
+        return False
 
 
 def _tsv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.separated_values import WHOLE
 
 TEXT = st.text("ab,;\"' \n\té", min_size=1, max_size=9).filter(str.strip)
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ENDS = st.sampled_from(["\n", "\r\n"])
 
 
