@@ -73,6 +73,7 @@ def run_job(name: str, options: list[str]) -> Any:
     from lavis_mafa.common.checkpoint_kinds import report_keys
     from lavis_mafa.common.distributed import init_process_group, rank, rank_timeout_minutes
     from lavis_mafa.common.rank_watch import mark, rank_watch
+    from lavis_mafa.datasets.lavis_rows import check_rows, explained
 
     init_process_group(cfg.run_cfg)
     seed = (int(cfg.run_cfg.get("seed", 42)) + rank()) % 2**32
@@ -87,7 +88,9 @@ def run_job(name: str, options: list[str]) -> Any:
             check_ranks_agree(cfg)  # the runner does so again, with data and model
             task = tasks.setup_task(cfg)
             mark("reading the data sets")
-            datasets = task.build_datasets(cfg)
+            with explained(cfg.datasets_cfg):
+                datasets = task.build_datasets(cfg)
+            check_rows(datasets)
             mark("building the model")
             model = task.build_model(cfg)
             if checked.model.arch not in MODEL_BLOCKS:

@@ -6,6 +6,7 @@ In a table they are texts, so that one of any length fits; ``numbers`` in the ta
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.arrow_compute import pc
 
 # what pandas, R and SQL write for a value that is not there, and pandas reads as such
-MISSING = r"^[\s\pZ]*(|#N/A|#NA|<NA>|N/A|NA|NULL|NaN|NaT|None|n/a|nan|null|-NaN|-nan|\\N)[\s\pZ]*$"
+MISSING = ("", "#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "null", "-NaN", "-nan", "\\N")
+PATTERN = rf"^[\s\pZ]*({'|'.join(map(re.escape, MISSING))})[\s\pZ]*$"
 EXACT = 1 << 53  # a float holds whole numbers up to here; beyond, several become one
 NUMBERS = b"numbers"
 ALLOWED = "allowed: text or a whole number"
@@ -27,7 +29,12 @@ Id = int | str
 
 def is_missing(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """Bool [N], null where a text is null: it is blank, or how a program writes a value that is not there (``nan``, ``None``, ...)."""
-    return pc.match_substring_regex(texts, MISSING)
+    return pc.match_substring_regex(texts, PATTERN)
+
+
+def is_missing_text(text: str) -> bool:
+    """The same of one text."""
+    return text.strip() in MISSING
 
 
 def id_texts(path: Path, table: pa.Table, name: str) -> tuple[pa.ChunkedArray, bool]:
