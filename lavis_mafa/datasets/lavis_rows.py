@@ -1,4 +1,4 @@
-"""LAVIS's own data sets take annotations as they come: what a row lacks is a traceback, or worse, a wrong figure. Here it is one message."""
+"""LAVIS's own data sets take annotations as they come: what a row lacks is a traceback, or a wrong figure. Here it is one message."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lavis_mafa.datasets.ids import id_of_json, is_missing_text
 
 @contextlib.contextmanager
 def explained(datasets: DictConfig) -> Iterator[None]:
-    """What LAVIS's builders raise inside, while they read ``datasets``, becomes a UserError that names file and row, where one is wrong."""
+    """What LAVIS's builders raise inside, while they read ``datasets``, becomes a UserError that names file and row if one is wrong."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
