@@ -13,14 +13,16 @@ RESULT, PROBLEMS = "check.json", "problems.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Bad are rows whose image path is absent or leaves the folder, whose image is missing, unreadable, too large or too small, or "
-        "that have an empty caption, or for LAVIS's own data sets a list of captions. Duplicates are reported, but training takes them "
-        "and --clean keeps them. Exit code: 0 if no row is bad, 1 if some are, 2 for a mistake on the command line or a file of "
-        "annotations that cannot be read."
+        "Bad are rows whose image path is absent or leaves the folder, whose image is missing, unreadable, too large or too small, "
+        "that have an empty caption, a printed list for one or the image_id of another image, or for LAVIS's own data sets a list of "
+        "captions. Duplicates are reported, but training takes them and --clean keeps them. Exit code: 0 if no row is bad, 1 if some "
+        "are, 2 for a mistake on the command line or a file of annotations that cannot be read."
     )
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--cfg-path", metavar="YAML", help="check the training sets of a YAML")
-    data.add_argument("--annotations", type=Path, nargs="+", metavar="FILE", help="or these files: .json, .jsonl, .csv, .tsv, .parquet")
+    data.add_argument("--cfg-path", metavar="YAML", help="check every split that the run of a YAML names")
+    data.add_argument(
+        "--annotations", type=Path, nargs="+", metavar="FILE", help="or these files: .json, .jsonl, .csv, .tsv, .parquet, or folders"
+    )
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="with --cfg-path: settings to override")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="with --annotations: where image paths start from")
     parser.add_argument("--allow-absolute-paths", action="store_true", help="with --annotations: image paths may leave that folder")
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
     from lavis_mafa.analysis.connections.folder import check_unfinished, write_text
-    from lavis_mafa.analysis.data_check.cleaning import check_columns, check_target, write_clean
+    from lavis_mafa.analysis.data_check.cleaning import check_columns, check_ids, check_target, write_clean
     from lavis_mafa.analysis.data_check.judging import judge
     from lavis_mafa.analysis.data_check.problems import find
     from lavis_mafa.analysis.data_check.report import format_results, results, write_problems
@@ -54,21 +56,25 @@ def run(arguments: argparse.Namespace) -> int:
         sources = from_yaml(arguments.cfg_path, arguments.options)
     else:
         sources = from_files(arguments.annotations, arguments.images, arguments.allow_absolute_paths)
-    if arguments.clean is not None and len({source.root for source in sources}) > 1:
+    if arguments.clean is not None and any(source.text != "caption" for source in sources):
+        raise UserError("--clean writes images with captions, but the run has splits without; check the others with --annotations.")
+    if arguments.clean is not None and len({file.images or source.root for source in sources for file in source.files}) > 1:
         raise UserError("--clean writes one file, but the data sets have several image folders; check them one at a time.")
     if arguments.clean is not None:
-        check_columns([file for source in sources for file in source.files])
+        check_columns([file.path for source in sources for file in source.files])
     folder.mkdir(parents=True, exist_ok=True)
 
     rows = read_sources(sources)
+    if arguments.clean is not None:
+        check_ids(rows)
     verdicts = judge(rows, [source.process for source in sources], min_side, arguments.workers)
     found = find(rows, verdicts)
     figures = results(rows, verdicts, found)
-    print(format_results(figures))
     write_problems(folder / PROBLEMS, rows, verdicts, found)
     if arguments.clean is not None:
         figures["cleaned_rows"] = write_clean(arguments.clean, rows, verdicts)
     write_text(folder / RESULT, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    print(format_results(figures))
     print(f"\nTraining can use {figures['rows'] - figures['bad_rows']:,} of {figures['rows']:,} rows as they are.")
     print(f"Every problem with its row: {folder / PROBLEMS}; the figures: {folder / RESULT}")
     if arguments.clean is not None:

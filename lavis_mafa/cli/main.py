@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import select
 import sys
@@ -42,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # threads that wait by spinning take the cores from the data loader: ten times slower on a busy two-core machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a caption in any script is no traceback on a terminal that has not its letters
+            stream.reconfigure(errors="backslashreplace")
     own_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     name = " ".join(["lavis-mafa", *(n for n in argv[:1] if n in COMMANDS)])

@@ -24,11 +24,12 @@ from lavis_mafa.common.yaml_file import check_processor_name
 from lavis_mafa.common.yaml_file import check_yaml as check_yaml
 
 
-def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConfig, Any]:
+def prepare(name: str, options: list[str], files: bool = True, device: bool = True) -> tuple[DictConfig, Any]:
     """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
 
     Args:
         name, options, files: as for :func:`check_yaml`.
+        device: False where no model will be built, so that it does not matter what this machine can compute.
 
     Raises:
         UserError: the first mistake found.
@@ -36,7 +37,7 @@ def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConf
     checked = check_yaml(name, options, files)
     import torch
 
-    if checked.model.arch in MODEL_BLOCKS:
+    if device and checked.model.arch in MODEL_BLOCKS:
         _check_device(checked, torch.cuda.is_available())
 
     with _quiet_imports():
@@ -50,6 +51,7 @@ def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConf
     register()
     _known_names(checked, registry)
     registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
+    _check_lavis_blocks(checked.datasets, registry)
     cfg = _lavis_config(find_yaml(name), options, checked)
     _check_annotations(cfg.datasets_cfg)
     _check_processor_names(cfg.datasets_cfg)
@@ -73,6 +75,7 @@ def run_job(name: str, options: list[str]) -> Any:
     from lavis_mafa.common.checkpoint_kinds import report_keys
     from lavis_mafa.common.distributed import init_process_group, rank, rank_timeout_minutes
     from lavis_mafa.common.rank_watch import mark, rank_watch
+    from lavis_mafa.datasets.lavis_rows import check_rows, explained
 
     init_process_group(cfg.run_cfg)
     seed = (int(cfg.run_cfg.get("seed", 42)) + rank()) % 2**32
@@ -87,7 +90,9 @@ def run_job(name: str, options: list[str]) -> Any:
             check_ranks_agree(cfg)  # the runner does so again, with data and model
             task = tasks.setup_task(cfg)
             mark("reading the data sets")
-            datasets = task.build_datasets(cfg)
+            with explained(cfg.datasets_cfg):
+                datasets = task.build_datasets(cfg)
+            check_rows(datasets)
             mark("building the model")
             model = task.build_model(cfg)
             if checked.model.arch not in MODEL_BLOCKS:
@@ -145,6 +150,25 @@ def _known_names(config: DictConfig, registry: Any) -> None:
     for key, value, known in wanted:
         if value not in known:
             raise UserError(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
+
+
+def _check_lavis_blocks(datasets: DictConfig, registry: Any) -> None:
+    """A misspelt key below LAVIS's own data sets would change nothing; their defaults tell which there are."""
+    from lavis_mafa.datasets.build_info import SPLITS, check_lavis_info
+
+    for name in map(str, datasets):
+        builder = registry.get_builder_class(name)
+        kind, known = datasets[name].get("type", "default"), getattr(builder, "DATASET_CONFIG_DICT", {})
+        if (
+            name in SPLITS
+            or not builder.__module__.startswith("lavis.")
+            or not isinstance(datasets[name].get("build_info"), DictConfig)
+        ):
+            continue
+        if kind not in known:
+            raise UserError(f"datasets.{name}.type is {kind!r}; allowed: {', '.join(known)}.{did_you_mean(str(kind), known)}")
+        defaults = OmegaConf.load(builder.default_config_path(kind)).datasets
+        check_lavis_info(name, datasets[name].build_info, next(iter(defaults.values())).build_info)
 
 
 def _check_annotations(datasets: DictConfig) -> None:

@@ -25,7 +25,7 @@ from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, check_keys, in_file, typed_block
 from lavis_mafa.common.yaml_text import read_yaml
-from lavis_mafa.datasets.build_info import SPLITS, check_info
+from lavis_mafa.datasets.build_info import SPLITS, check_block, check_info
 from lavis_mafa.processors.settings import SETTINGS, check_settings
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
@@ -161,14 +161,18 @@ def _data(config: DictConfig, where: str) -> DictConfig:
             raise UserError(f"datasets.{dataset} is no name of a data set; it is a word, such as grit_pairs or grit_emoji. ({where})")
         _must_be_block(config, f"datasets.{dataset}", where)
         block = config.datasets[dataset]
+        check_block(dataset, block)
         for part in ("build_info", "vis_processor", "text_processor"):
             if part in block:
                 _must_be_block(config, f"datasets.{dataset}.{part}", where)
         for part in ("vis_processor", "text_processor"):
             for split in block.get(part, {}):
                 _must_be_block(config, f"datasets.{dataset}.{part}.{split}", where)
-                if "name" in block[part][split]:
-                    check_processor_name(f"datasets.{dataset}.{part}.{split}", block[part][split], where)
+                key, processor = f"datasets.{dataset}.{part}.{split}", block[part][split]
+                if "name" in processor:
+                    check_processor_name(key, processor, where)
+                    if processor.name in SETTINGS and dataset not in SPLITS:
+                        check_settings(processor.name, processor, key)
         if dataset in SPLITS:
             if "build_info" in block:
                 check_info(dataset, block.build_info)

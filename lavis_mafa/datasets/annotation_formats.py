@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import csv
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
 from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.datasets.annotation_files import ending
+from lavis_mafa.datasets.ids import id_of_json, with_numbers, written_numbers
+from lavis_mafa.datasets.separated_values import newline_of, other_separator, separated_rows
 
 ROWS_AT_ONCE = 1 << 16
 CHARACTERS_AT_ONCE = 1 << 20
@@ -26,8 +29,8 @@ CHARACTERS_AT_ONCE = 1 << 20
 class Columns:
     """What a kind of annotations consists of.
 
-    Every row has the columns ``single`` (a text each) and ``several`` (a text or a list of texts); ``optional`` ones (texts or
-    whole numbers) may be there, and all others are ignored.
+    Every row has the columns ``single`` (a text each) and ``several`` (a text or a list of texts); ``optional`` ones (see
+    :mod:`lavis_mafa.datasets.ids`) may be there, and all others are ignored.
     """
 
     single: tuple[str, ...]
@@ -48,8 +51,15 @@ def one_message(path: Path) -> Iterator[None]:
     """What reading a broken file raises becomes a UserError of one line that names it."""
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as {path.suffix}: {' '.join(str(error).split())}") from error
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as {ending(path)}: {' '.join(str(error).split())}") from error
+
+
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """A text file, or a compressed one that ends in ``.gz``."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)  # type: ignore[return-value]
+    return path.open(encoding="utf-8-sig", newline=newline)
 
 
 def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[str]:
@@ -67,21 +77,50 @@ def read_parquet(path: Path, columns: Columns) -> pa.Table:
 
 
 def read_separated(path: Path, columns: Columns) -> pa.Table:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file, delimiter=delimiter), None)
+    rows = separated_values(path, columns)
+    header = next(rows, None)
     if header is None:
         return pa.table({})
     names = known_columns(path, columns, header)
-    return pyarrow.csv.read_csv(
-        path,
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(include_columns=names, column_types={name: pa.string() for name in names}),
-    )
+    schema = pa.schema({name: pa.string() for name in names})
+    places = [header.index(name) for name in names]
+    tables: list[pa.Table] = []
+    while chunk := list(islice(rows, ROWS_AT_ONCE)):
+        tables.append(pa.table([[row[place] for row in chunk] for place in places], schema=schema))
+    return written_numbers(pa.concat_tables(tables), columns.optional) if tables else pa.table({})
+
+
+def separated_values(path: Path, columns: Columns) -> Iterator[list[str]]:
+    """The header of a .csv or .tsv file, which has the required columns, then its rows."""
+    tabs = ending(path) == ".tsv"
+    with open_text(path, newline_of(tabs)) as file:
+        rows = separated_rows(path, file, tabs)
+        header = next(rows, None)
+        if header is not None:
+            _check_header(path, columns, header, "\t" if tabs else ",")
+            yield header
+            yield from rows
+
+
+def _check_header(path: Path, columns: Columns, header: list[str], own: str) -> None:
+    """A required column that is missing may mean another separator, or that the file begins with its first row."""
+    names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+    other = other_separator(own.join(header), own, columns.required)
+    if other is not None:
+        remedy = {"\t": "name it .tsv", ",": "name it .csv"}.get(other, "save it with commas as .csv")
+        raise UserError(f"{path}: its columns are separated by {names[other]}, but {ending(path)} means {names[own]}; {remedy}.")
+    if not any(name in header or did_you_mean(name, header) for name in columns.required):
+        raise UserError(
+            f"{path}: no column {' or '.join(map(repr, columns.required))} in its first line, {own.join(header)[:60]!r}; "
+            f"the first line must be a header that names them."
+        )
+    for name in columns.optional + columns.required:
+        if header.count(name) > 1:
+            raise UserError(f"{path}: column '{name}' is there {header.count(name)} times; allowed: once.")
 
 
 def read_json_lines(path: Path, columns: Columns) -> pa.Table:
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         first = next(objects_in_lines(path, columns, file), None)
     if first is None:
         return pa.table({})
@@ -91,12 +130,12 @@ def read_json_lines(path: Path, columns: Columns) -> pa.Table:
     # the file again and can name the row that is wrong.
     fields: dict[str, pa.DataType] = {name: pa.string() for name in columns.single}
     fields[columns.several] = pa.list_(pa.string()) if isinstance(first[columns.several], list) else pa.string()
-    fields |= {name: pa.int64() if isinstance(first.get(name), int) else pa.string() for name in columns.optional}
+    fields |= {name: pa.int64() if type(first.get(name)) is int else pa.string() for name in columns.optional}
     options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
     try:
         return pyarrow.json.read_json(path, parse_options=options)
     except pa.ArrowInvalid:
-        with path.open(encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             return _table_of(path, columns, objects_in_lines(path, columns, file))
 
 
@@ -107,6 +146,7 @@ def read_json_list(path: Path, columns: Columns) -> pa.Table:
 FORMATS: dict[str, Callable[[Path, Columns], pa.Table]] = {
     ".json": read_json_list,
     ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
     ".csv": read_separated,
     ".tsv": read_separated,
     ".parquet": read_parquet,
@@ -129,7 +169,7 @@ def objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iter
 def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     """The objects of a JSON list, one at a time: ``json.load`` would hold millions of dicts at once."""
     decode = json.JSONDecoder().raw_decode
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         text = file.read(CHARACTERS_AT_ONCE).lstrip()
         if not text.startswith("["):
             raise UserError(f"{path}: begins with {text[:20]!r}; allowed: a JSON list of objects, or JSON lines in a .jsonl file.")
@@ -188,6 +228,7 @@ def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -
     types = {name: pa.string() for name in (*columns.required, *columns.optional)} | {several: pa.list_(pa.string())}
     schema = pa.schema(types)
     tables: list[pa.Table] = []
+    numbers = dict.fromkeys(columns.optional, True)
     row = 0
     while chunk := list(islice(objects, ROWS_AT_ONCE)):
         if not tables:
@@ -197,19 +238,21 @@ def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -
             row += 1
             for name in columns.single:
                 cells[name].append(_typed(path, row, record, name, str, "text"))
-            value = _typed(path, row, record, several, (str, list), "text or a list of texts")
+            value = record.get(several)
+            value = None if value != value else _typed(path, row, record, several, (str, list), "text or a list of texts")  # NaN
             texts = [value] if isinstance(value, str) else value
             cells[several].append(texts)
             if texts is not None and not all(text is None or isinstance(text, str) for text in texts):
                 raise UserError(f"{path}, row {row}: '{several}' is {_shown(texts, 60)}; allowed: text or a list of texts.")
             for name in columns.optional:
-                value = _typed(path, row, record, name, (str, int), "text or a whole number")
-                cells[name].append(None if value is None else str(value))
+                text, is_number = id_of_json(f"{path}, row {row}: '{name}'", record.get(name))
+                cells[name].append(text)
+                numbers[name] &= is_number or text is None
         try:
             tables.append(pa.table(cells, schema=schema))
         except UnicodeEncodeError as error:
             raise _half_a_character(path, row - len(chunk), chunk, schema.names) from error
-    return pa.concat_tables(tables) if tables else pa.table({})
+    return with_numbers(pa.concat_tables(tables), [name for name, all_are in numbers.items() if all_are]) if tables else pa.table({})
 
 
 def _half_a_character(path: Path, before: int, chunk: list[dict[str, Any]], names: list[str]) -> UserError:

@@ -6,6 +6,7 @@ reading a row changes no reference count.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,33 +15,41 @@ import pyarrow as pa
 import torch
 
 from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.datasets.annotation_files import AnnotationFile, annotation_file, ending
 from lavis_mafa.datasets.annotation_formats import FORMATS, PAIRS, Columns, one_message
 from lavis_mafa.datasets.arrow_compute import pc
+from lavis_mafa.datasets.ids import id_texts, is_missing, is_text, number_columns, with_numbers
 from lavis_mafa.datasets.image_paths import check_image_paths
 
 TEXTS = pa.list_(pa.string())
+# how Python and numpy print a list of texts: what a table of lists holds after it went through CSV
+PRINTED_LIST = r"""(?s)^\s*\[\s*(['"].*['"])?\s*\]\s*$"""
+SAME_IMAGE = "same_image"  # a data set may say with this column which rows show one image, whatever their paths
 
 
-def read_annotations(files: Sequence[str | Path], columns: Columns = PAIRS, allow_absolute_paths: bool = False) -> pa.Table:
-    """Read annotation files (.json, .jsonl, .csv, .tsv, .parquet) into one table, in the order given.
+def read_annotations(
+    files: Sequence[str | Path | AnnotationFile], columns: Columns = PAIRS, allow_absolute_paths: bool = False
+) -> pa.Table:
+    """Read annotation files (.json, .jsonl, .ndjson, .csv, .tsv, .parquet) into one table, in the order given.
 
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
-    ``image_id`` (rows of one image share it) and ``concept`` (what it shows: ground truth for reports). Others are ignored.
+    ``image_id`` (what results call the image) and ``concept`` (what it shows: ground truth for reports). Others are ignored.
     With ``QUESTIONS`` for ``columns``, rows have ``image``, ``question`` and ``answer`` (text or list), optionally ``question_id``.
 
     Args:
-        files: at least one.
+        files: at least one. Images of one with a folder of its own get absolute paths.
         columns: ``PAIRS`` or ``QUESTIONS``.
         allow_absolute_paths: image paths may leave the image folder (see ``image_paths``).
 
     Returns:
         Columns ``image`` string, ``caption`` list<string> and, where a file has them, ``image_id`` and ``concept`` string.
-        In general: ``columns.single`` string, ``columns.several`` list<string>, ``columns.optional`` string.
+        In general: ``columns.single`` string, ``columns.several`` list<string>, ``columns.optional`` string (see ``ids``).
 
     Raises:
         UserError: a file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type; a
-            row has an empty image, caption, question or answer, or an image path that leaves the image folder. The message
-            names file and row, counted from 1 without a header.
+            row has an empty image, caption, question or answer, a caption that is a printed list, an image path that leaves the
+            image folder, or the image_id of another image of its file. The message names file and row, counted from 1 without a
+            header.
 
     Example:
         >>> read_annotations(["train.jsonl"]).column_names
@@ -49,27 +58,61 @@ def read_annotations(files: Sequence[str | Path], columns: Columns = PAIRS, allo
     if not files:
         raise UserError("No annotation file is given; allowed: one path or a list of paths.")
     tables = []
-    for file in map(Path, files):
-        tables.append(read_rows(file, columns))
-        _check(file, tables[-1], columns, allow_absolute_paths)
+    for file in map(annotation_file, files):
+        table = read_rows(file.path, columns)
+        _check(file.path, table, columns, allow_absolute_paths)
+        tables.append(in_folder(table, file.images))
     table = pa.concat_tables(tables, promote_options="default")
+    numbers = [name for name in columns.optional if all(name in number_columns(t) for t in tables if name in t.column_names)]
     # Arrow would keep what the parsers no longer need for its next use, but the table is there for the whole run.
     pa.default_memory_pool().release_unused()
-    return table
+    return with_numbers(table, [name for name in numbers if name in table.column_names])
+
+
+def in_folder(table: pa.Table, images: Path | None) -> pa.Table:
+    """The table with absolute image paths, where its file has an image folder of its own."""
+    if images is None:
+        return table
+    if not images.is_dir():
+        raise UserError(f"The image folder {images} does not exist; set images to the folder the image paths start from.")
+    below = pc.binary_join_element_wise(str(images.absolute()), table["image"], "/")
+    image = pc.if_else(pc.starts_with(table["image"], "/"), table["image"], below)
+    return table.set_column(table.schema.get_field_index("image"), "image", image)
 
 
 def image_keys(table: pa.Table) -> torch.LongTensor:
-    """One integer per image: rows with the same ``image_id`` (the same ``image`` path where there is no id) share a key.
+    """One integer per image: rows with the same ``image`` path share a key, or with the same ``SAME_IMAGE`` where there is one.
 
     Returns:
         [N], numbered from 0 in the order of first appearance.
     """
-    column = table["image"]
-    if "image_id" in table.column_names:
-        column = pc.coalesce(table["image_id"], column)
+    column = table[SAME_IMAGE] if SAME_IMAGE in table.column_names else table["image"]
+    return torch.from_numpy(_numbered(column))  # type: ignore[return-value]
+
+
+def ids_of_other_images(table: pa.Table) -> np.ndarray:
+    """Rows of one file whose ``image_id`` an earlier row gives to another image; none without such a column.
+
+    Returns:
+        [K] rows, ascending.
+    """
+    if "image_id" not in table.column_names:
+        return np.zeros(0, dtype=np.int64)
+    ids, images = _numbered(table["image_id"]), _numbered(table["image"])
+    with_id = np.flatnonzero(table["image_id"].is_valid().to_numpy())
+    first = np.zeros(ids.max(initial=0) + 1, dtype=np.int64)
+    first[ids[with_id[::-1]]] = with_id[::-1]  # the first row of each id is written last
+    others = with_id[images[with_id] != images[first[ids[with_id]]]]
+
+    def path(row: int) -> str:
+        return os.path.normpath(table["image"][int(row)].as_py() or "")  # one image may be a.jpg and ./a.jpg
+
+    return np.array([row for row in others if path(row) != path(first[ids[row]])], dtype=np.int64)
+
+
+def _numbered(column: pa.ChunkedArray) -> np.ndarray:
     # Not dictionary_encode: on a table of many chunks it keeps a dictionary for each.
-    keys = pc.index_in(column, value_set=pc.unique(column))
-    return torch.from_numpy(keys.to_numpy().astype(np.int64))  # type: ignore[return-value]
+    return pc.index_in(column, value_set=pc.unique(column)).to_numpy().astype(np.int64)
 
 
 def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
@@ -81,23 +124,29 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
     Raises:
         UserError: the file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type.
     """
-    read = FORMATS.get(path.suffix.lower())
+    read = FORMATS.get(ending(path))
     if read is None:
         known = ", ".join(FORMATS)
-        raise UserError(f"{path}: cannot read annotations from '{path.suffix}'; allowed: {known}.{did_you_mean(path.suffix, FORMATS)}")
+        hint = did_you_mean(path.suffix, FORMATS)
+        raise UserError(f"{path}: cannot read annotations from '{path.suffix}'; allowed: {known}, or compressed as .gz.{hint}")
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file.")
     with one_message(path):
         table = read(path, columns)
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows.")
-    found = {name: _strings(path, table, name, numbers=False) for name in columns.single}
+    found = {name: _strings(path, table, name) for name in columns.single}
     found[columns.several] = _text_lists(path, table, columns.several)
+    numbers = []
     for name in columns.optional:
+        if name not in table.column_names or table[name].null_count == table.num_rows:
+            continue
+        texts, are_numbers = id_texts(path, table, name)
         # A JSON line leaves an absent column empty, so a column without any value counts as absent.
-        if name in table.column_names and table[name].null_count < table.num_rows:
-            found[name] = _strings(path, table, name, numbers=True)
-    return pa.table(found)
+        if texts.null_count < table.num_rows:
+            found[name] = texts
+            numbers += [name] if are_numbers else []
+    return with_numbers(pa.table(found), numbers)
 
 
 def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: bool) -> None:
@@ -106,31 +155,57 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
     if not allow_absolute_paths:
         check_image_paths(path, table["image"])
     _check_no_empty_list(path, columns.several, table[columns.several])
+    if columns is PAIRS:
+        _check_captions(path, table["caption"])
+    for row in ids_of_other_images(table)[:1]:
+        first = pc.index(table["image_id"], table["image_id"][int(row)]).as_py()
+        raise UserError(
+            f"{path}, row {row + 1}: image_id {table['image_id'][int(row)].as_py()!r} is that of {table['image'][int(row)].as_py()!r} "
+            f"here, but of {table['image'][first].as_py()!r} in row {first + 1}; allowed: one image an id, or no image_id: "
+            "rows of the same path are one image without it."
+        )
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _strings(path: Path, table: pa.Table, name: str, numbers: bool) -> pa.ChunkedArray:
+def _strings(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table[name]
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    # A number is a fine id, but never a path.
-    if not (_is_text(kind) or (numbers and pa.types.is_integer(kind))):
-        raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text{' or whole numbers' if numbers else ''}.")
+    if not is_text(column.type.value_type if pa.types.is_dictionary(column.type) else column.type):
+        raise UserError(f"{path}: column '{name}' holds {column.type}; allowed: text.")
     return column.cast(pa.string())
 
 
 def _text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table[name]
     kind = column.type
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type):
-        return column.cast(TEXTS)
-    if not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
+    if _is_list(kind) and is_text(kind.value_type):
+        return column.cast(pa.list_(kind.value_type)).cast(TEXTS)
+    if not is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
         raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text or lists of text.")
     # The texts stay where they are; only the boundaries of the one-text lists are new.
     lists = [pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk) for chunk in column.cast(pa.string()).chunks]
     return pa.chunked_array(lists, TEXTS)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _check_captions(path: Path, captions: pa.ChunkedArray) -> None:
+    """No caption is what programs write for a caption that is not there, or for a list of several."""
+    for what, wrong in (("how a missing caption is written", is_missing), ("a printed list", is_printed_list)):
+        before = 0
+        for chunk in captions.chunks:
+            texts = chunk.flatten()
+            place = pc.index(wrong(texts), True).as_py()
+            if place >= 0:
+                row = before + chunk.value_parent_indices()[place].as_py()
+                allowed = "one text a row, or a list in .json, .jsonl or .parquet" if "list" in what else "a text"
+                raise UserError(f"{path}, row {row + 1}: the caption {texts[place].as_py()[:60]!r} is {what}; allowed: {allowed}.")
+            before += len(chunk)
+
+
+def is_printed_list(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Bool [N], null where there is no caption: a text such as ``['a dog', 'a puppy']``, which lists become in CSV."""
+    return pc.match_substring_regex(captions, PRINTED_LIST)
 
 
 def _check_no_empty_text(path: Path, name: str, texts: pa.ChunkedArray) -> None:

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.datasets.annotation_files import AnnotationFile, check_storage, storage_files
 
+if TYPE_CHECKING:
+    import pyarrow as pa  # slow, and a YAML is checked in a moment
+
+BLOCK = ("data_type", "build_info", "vis_processor", "text_processor")  # of a data set of ours
+LAVIS_BLOCK = (*BLOCK, "type", "dataset_card")
+MODES = ("train", "eval")
 KEYS = {
-    "grit_pairs": ("annotations", "images", "max_images", "prefix_lm"),
-    "grit_vqa": ("annotations", "images", "max_images"),
+    "grit_pairs": ("annotations", "images", "max_images", "max_images_seed", "prefix_lm"),
+    "grit_vqa": ("annotations", "images", "max_images", "max_images_seed"),
     "grit_emoji": ("root", "captions", "max_concepts", "view", "prefix_lm"),
 }
 SPLITS = {"grit_pairs": ("train", "val", "test"), "grit_vqa": ("val", "test"), "grit_emoji": ("train", "val", "test")}
 TRAINING_FILES = {"fixed": "train.jsonl", "drawn": "train_captions.jsonl", "curated": "train_captions.jsonl"}
 VIEWS = ("pairs", "questions")
+
+
+def check_block(name: str, block: DictConfig) -> None:
+    """The keys of a data set's whole block: a misspelt one would change nothing, without a word; raises UserError.
+
+    Of data sets that are not ours, the keys above ``build_info`` and of the processors are known here.
+    """
+    where, allowed = f"datasets.{name}", BLOCK if name in KEYS else LAVIS_BLOCK
+    inside = KEYS.get(name, ())
+    for key in map(str, block):
+        if key in inside and key not in allowed:
+            raise UserError(f"{where}.{key} is not a key; it belongs below build_info: {where}.build_info.{key}.")
+    check_keys(where, block, allowed)
+    for part in ("vis_processor", "text_processor"):
+        if isinstance(block.get(part), DictConfig):
+            check_keys(f"{where}.{part}", block[part], MODES)
+
+
+def check_lavis_info(name: str, info: DictConfig, defaults: DictConfig) -> None:
+    """The keys of ``build_info`` of one of LAVIS's data sets, as far as its defaults tell them; raises UserError."""
+    where = f"datasets.{name}.build_info"
+    check_keys(where, info, defaults)
+    for split, block in (info.get("annotations") or {}).items():
+        if isinstance(block, DictConfig):
+            check_keys(f"{where}.annotations.{split}", block, ("url", "storage", "md5"))
+    for part in ("images", "videos", "features"):
+        if isinstance(info.get(part), DictConfig):
+            check_keys(f"{where}.{part}", info[part], ("storage", "url", "md5"))
 
 
 def check_info(name: str, info: DictConfig) -> None:
@@ -35,17 +70,45 @@ def check_info(name: str, info: DictConfig) -> None:
         _check_files(where, info, SPLITS[name])
 
 
-def own_files(where: str, info: DictConfig, splits: tuple[str, ...]) -> tuple[dict[str, list[Path]], Path, int | None]:
-    """The annotation files of the splits that have some, the image folder, and how many rows to keep."""
+def own_files(
+    where: str, info: DictConfig, splits: tuple[str, ...]
+) -> tuple[dict[str, list[AnnotationFile]], Path, Callable[[pa.Table], pa.Table]]:
+    """The annotation files of the splits that have some, the image folder, and what keeps ``max_images`` rows of a table.
+
+    Raises:
+        UserError: besides wrong forms, an annotation pattern or folder without files.
+    """
     _check_files(where, info, splits)
     annotations, images = info.get("annotations", {}), info.get("images", {})
-    files = {split: _paths(annotations.get(split)) for split in splits}
+    storages = {split: (annotations.get(split) or {}).get("storage") for split in splits}
+    files = {
+        split: storage_files(f"{where}.annotations.{split}.storage", storage)
+        for split, storage in storages.items()
+        if storage is not None
+    }
     if not any(files.values()):
         raise UserError(f"{where}.annotations.{splits[0]}.storage is not set; allowed: a path or a list of paths.")
     root = images.get("storage")
     if root is None:
         raise UserError(f"{where}.images.storage is not set; allowed: the folder that image paths start from.")
-    return {split: paths for split, paths in files.items() if paths}, Path(root).expanduser(), info.get("max_images")
+    limit, seed = info.get("max_images"), info.get("max_images_seed")
+    return {split: paths for split, paths in files.items() if paths}, Path(root).expanduser(), lambda rows: kept(rows, limit, seed)
+
+
+def kept(rows: pa.Table, limit: int | None, seed: int | None) -> pa.Table:
+    """The first ``limit`` rows, or with a seed as many drawn at random, in the order of the file; None keeps all.
+
+    Example:
+        >>> kept(pa.table({"image": ["a", "b", "c"]}), 2, None)["image"].to_pylist()
+        ['a', 'b']
+    """
+    if limit is None or limit >= len(rows):
+        return rows
+    if seed is None:
+        return rows[:limit]
+    import numpy as np
+
+    return rows.take(np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False)))
 
 
 def _check_files(where: str, info: DictConfig, splits: tuple[str, ...]) -> None:
@@ -53,10 +116,11 @@ def _check_files(where: str, info: DictConfig, splits: tuple[str, ...]) -> None:
     check_keys(f"{where}.annotations", annotations, splits)
     for split, block in annotations.items():
         key = f"{where}.annotations.{split}"
-        storage = None if block is None else _block(key, block, "storage: pairs.jsonl").get("storage")
-        paths = storage if isinstance(storage, ListConfig | list) else [storage]
-        if storage is not None and not all(isinstance(path, str) for path in paths):
-            raise UserError(f"{key}.storage is {_plain(storage)!r}; allowed: a path or a list of paths.")
+        if block is None:
+            continue
+        check_keys(key, _block(key, block, "storage: pairs.jsonl"), ("storage",))
+        if block.get("storage") is not None:
+            check_storage(f"{key}.storage", block.storage)
     images = _block(f"{where}.images", info.get("images", {}), "storage: FOLDER")
     check_keys(f"{where}.images", images, ("storage", "allow_absolute_paths"))
     root = images.get("storage")
@@ -64,6 +128,11 @@ def _check_files(where: str, info: DictConfig, splits: tuple[str, ...]) -> None:
         raise UserError(f"{where}.images.storage is {_plain(root)!r}; allowed: the folder that image paths start from.")
     yes_or_no(f"{where}.images.allow_absolute_paths", images.get("allow_absolute_paths", False))
     count(f"{where}.max_images", info.get("max_images"))
+    seed = info.get("max_images_seed")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise UserError(f"{where}.max_images_seed is {_plain(seed)!r}; allowed: a whole number from 0, or null for the first rows.")
+    if seed is not None and info.get("max_images") is None:
+        raise UserError(f"{where}.max_images_seed is {seed}, but max_images is null, so all rows are taken; set max_images.")
 
 
 def _block(key: str, value: Any, example: str) -> Any:
@@ -79,13 +148,6 @@ def _plain(value: Any) -> Any:
 def allows_absolute_paths(where: str, info: DictConfig) -> bool:
     """``images.allow_absolute_paths``: whether image paths may leave the image folder."""
     return yes_or_no(f"{where}.images.allow_absolute_paths", info.images.get("allow_absolute_paths", False))
-
-
-def _paths(split: Any) -> list[Path]:
-    storage = split.get("storage") if split is not None else None
-    if storage is None:
-        return []
-    return [Path(path).expanduser() for path in (storage if isinstance(storage, ListConfig | list) else [storage])]
 
 
 def count(key: str, value: Any) -> int | None:
@@ -110,7 +172,7 @@ def yes_or_no(key: str, value: Any) -> bool:
     return value
 
 
-def check_keys(where: str, block: DictConfig, allowed: Iterable[str]) -> None:
+def check_keys(where: str, block: Mapping[Any, Any] | DictConfig, allowed: Iterable[str]) -> None:
     """Nothing, if all keys of ``block`` are among ``allowed``."""
     allowed = list(allowed)
     for key in map(str, block):

@@ -5,6 +5,7 @@ Nothing is ever downloaded, and relative paths start from the working directory,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.annotation_files import AnnotationFile
 from lavis_mafa.datasets.annotation_formats import QUESTIONS
+from lavis_mafa.datasets.annotations import SAME_IMAGE
 from lavis_mafa.datasets.arrow_compute import pc
 from lavis_mafa.datasets.build_info import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
@@ -45,7 +48,7 @@ class _LocalBuilder(BaseDatasetBuilder):
     def _pairs(
         self,
         split: str,
-        files: list[Path],
+        files: Sequence[str | Path | AnnotationFile],
         root: Path,
         select: Select,
         prefix_lm: bool,
@@ -62,10 +65,11 @@ class _LocalBuilder(BaseDatasetBuilder):
 class GritPairsBuilder(_LocalBuilder):
     """Own image-text pairs, from JSON, JSON lines, CSV, TSV or Parquet (see ``read_annotations``).
 
-    ``build_info.annotations.<train|val|test>.storage`` is a file or a list of files, ``build_info.images.storage`` the folder
-    that image paths start from and stay below, unless ``build_info.images.allow_absolute_paths``; ``build_info.max_images``
-    (optional) keeps the first rows only. A split without a file is left out. ``build_info.prefix_lm`` splits training captions
-    for prefix language modelling (see ``ImageTextPairs``).
+    ``build_info.annotations.<train|val|test>.storage`` is a file, a folder, a pattern or a list of them (a file with images of its
+    own: ``{annotations: FILE, images: FOLDER}``), ``build_info.images.storage`` the folder that image paths start from and stay
+    below, unless ``build_info.images.allow_absolute_paths``; ``build_info.max_images`` (optional) keeps the first rows only, or
+    with ``build_info.max_images_seed`` random ones. A split without a file is left out. ``build_info.prefix_lm`` splits training
+    captions for prefix language modelling (see ``ImageTextPairs``).
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_pairs" / "defaults.yaml")}
@@ -79,22 +83,18 @@ class GritPairsBuilder(_LocalBuilder):
         where = "datasets.grit_pairs.build_info"
         info = self.config.build_info
         check_info("grit_pairs", info)
-        files, root, limit = own_files(where, info, SPLITS["grit_pairs"])
+        files, root, select = own_files(where, info, SPLITS["grit_pairs"])
         prefix_lm = info.get("prefix_lm", False)
         anywhere = allows_absolute_paths(where, info)
         self.build_processors()
-
-        def first(rows: pa.Table) -> pa.Table:
-            return rows[:limit]
-
-        return {split: self._pairs(split, paths, root, first, prefix_lm, None, anywhere) for split, paths in files.items()}
+        return {split: self._pairs(split, paths, root, select, prefix_lm, None, anywhere) for split, paths in files.items()}
 
 
 class GritVqaBuilder(_LocalBuilder):
     """Own questions about images, from the same formats; columns ``image``, ``question``, ``answer``, optionally ``question_id``.
 
-    ``build_info.annotations.<val|test>.storage``, ``build_info.images`` and ``build_info.max_images`` (the first questions only)
-    are as in ``grit_pairs``.
+    ``build_info.annotations.<val|test>.storage``, ``build_info.images``, ``build_info.max_images`` and ``max_images_seed`` are as in
+    ``grit_pairs``.
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_vqa" / "defaults.yaml")}
@@ -108,12 +108,12 @@ class GritVqaBuilder(_LocalBuilder):
         where = "datasets.grit_vqa.build_info"
         info = self.config.build_info
         check_info("grit_vqa", info)
-        files, root, limit = own_files(where, info, SPLITS["grit_vqa"])
+        files, root, select = own_files(where, info, SPLITS["grit_vqa"])
         anywhere = allows_absolute_paths(where, info)
         self.build_processors()
         datasets: Datasets = {}
         for split, paths in files.items():
-            _, table = open_annotations(root, paths, lambda rows: rows[:limit], QUESTIONS, anywhere)
+            _, table = open_annotations(root, paths, select, QUESTIONS, anywhere)
             datasets[split] = ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
         return datasets
 
@@ -156,7 +156,7 @@ class GritEmojiBuilder(_LocalBuilder):
             if kept.num_rows == 0:
                 raise UserError(f"{where}.max_concepts is {first}, which leaves a split without images; raise it, or null for all.")
             if one_image:
-                kept = kept.set_column(kept.schema.get_field_index("image_id"), "image_id", kept["concept"])
+                kept = kept.append_column(SAME_IMAGE, kept["concept"])
             return kept
 
         files = {"train": self.CAPTIONS[captions], "val": "seen.jsonl", "test": "unseen.jsonl"}

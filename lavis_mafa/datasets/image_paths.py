@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,6 +34,23 @@ def shown(path: str | Path) -> str:
         ('a b.png', "'a\\\\nb.png'")
     """
     return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def path_hint(root: Path, image: str) -> str:
+    """Why there may be no image of this path, and an empty text where nothing is odd about it.
+
+    Example:
+        >>> path_hint(Path("images"), "http://a.org/a.jpg")
+        'it is an address; download the images first, and name the files.'
+    """
+    if "://" in image:
+        return "it is an address; download the images first, and name the files."
+    odd = [name for name, holds in (("a backslash", "\\" in image), ("a blank at its end", image != image.strip())) if holds]
+    if not odd:
+        return ""
+    right = image.replace("\\", "/").strip()
+    there = f"; there is {shown(root / right)}" if os.path.isfile(root / right) else ""
+    return f"the path holds {' and '.join(odd)}{there}."
 
 
 def check_image_paths(file: Path, images: pa.ChunkedArray) -> None:

@@ -14,11 +14,12 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from torch.utils.data import default_collate
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.annotation_files import AnnotationFile
 from lavis_mafa.datasets.annotation_formats import PAIRS, Columns
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
 from lavis_mafa.datasets.captions import clean_caption
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.image_paths import shown
+from lavis_mafa.datasets.image_paths import path_hint, shown
 from lavis_mafa.datasets.images import load_rgb
 
 Select = Callable[[pa.Table], pa.Table]
@@ -27,7 +28,7 @@ GLANCE = 10  # rows: one missing image is a bad sample, so many from the beginni
 
 def open_annotations(
     vis_root: str | Path,
-    ann_paths: Sequence[str | Path],
+    ann_paths: Sequence[str | Path | AnnotationFile],
     select: Select | None,
     columns: Columns = PAIRS,
     allow_absolute_paths: bool = False,
@@ -44,7 +45,8 @@ def open_annotations(
         table = select(table)
     images = [root / image for image in table["image"][:glance].to_pylist()]
     if not any(map(os.path.isfile, images)):
-        raise UserError(f"{ann_paths[0]}, row 1: no image at {shown(images[0])}; is {root} the folder the paths start from?")
+        why = path_hint(root, table["image"][0].as_py()) or f"is {root} the folder the paths start from?"
+        raise UserError(f"{ann_paths[0]}, row 1: no image at {shown(images[0])}; {why}")
     return root, table
 
 
@@ -76,7 +78,7 @@ class ImageTextPairs(BaseDataset):
         vis_processor: Callable[[Any], torch.Tensor],
         text_processor: Callable[[str], str],
         vis_root: str | Path,
-        ann_paths: Sequence[str | Path],
+        ann_paths: Sequence[str | Path | AnnotationFile],
         truth: GroundTruth | None = None,
         select: Select | None = None,
         prefix_lm: bool = False,

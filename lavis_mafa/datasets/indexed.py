@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from lavis_mafa.common.errors import EmptyCaption
 from lavis_mafa.datasets.captions import says_something, shortened
 from lavis_mafa.datasets.images import BROKEN
+from lavis_mafa.datasets.lavis_rows import image_keys as image_keys_of_rows
 
 LOOK_AHEAD = 32  # rows, for a stand-in from outside of a batch that is bad altogether
 REASON = 400  # characters of a reason: a caption may be long
@@ -188,8 +189,6 @@ def image_keys(dataset: Any) -> Tensor:
         return dataset.image_keys
     annotation = getattr(dataset, "annotation", None)
     if isinstance(annotation, list) and annotation and isinstance(annotation[0], dict):
-        name = next((n for n in ("image_id", "image") if n in annotation[0]), None)
-        if name is not None:
-            first_seen: dict[Any, int] = {}
-            return torch.tensor([first_seen.setdefault(a[name], len(first_seen)) for a in annotation])
+        if any(name in annotation[0] for name in ("image", "image_id")):
+            return image_keys_of_rows(annotation, type(dataset).__name__)
     return torch.arange(len(dataset))

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
-from torch.utils.data import default_collate
 
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.datasets.ids import Id, collate_with_ids, typed_ids
 from lavis_mafa.datasets.images import load_rgb
 
 NAMING_QUESTION = "what is this?"
@@ -31,10 +31,10 @@ class ImageQuestions(BaseDataset):
 
     Attributes:
         questions: [N] as they were written. answers: [N] lists.
-        question_ids: [N] the column, or the row's number from 0.
+        question_ids: [N] the column, texts or numbers as they were, or the row's number from 0.
 
     Raises:
-        UserError: a ``question_id`` is not a whole number, or there twice.
+        UserError: some rows have no ``question_id``, or it is there twice.
     """
 
     def __init__(
@@ -51,12 +51,15 @@ class ImageQuestions(BaseDataset):
         self.image: list[str] = table["image"].to_pylist()
         self.questions: list[str] = table["question"].to_pylist()
         self.answers: list[list[str]] = table["answer"].to_pylist()
-        given = table["question_id"].to_pylist() if "question_id" in table.column_names else range(table.num_rows)
-        self.question_ids = [_whole_number(f"{source}, row {row}", text) for row, text in enumerate(given, 1)]
-        row_of: dict[int, int] = {}
-        for row, number in enumerate(self.question_ids, 1):
-            if row_of.setdefault(number, row) != row:
-                raise UserError(f"{source}: question_id {number} is there twice, in rows {row_of[number]} and {row}; allowed: once.")
+        given = typed_ids(table, "question_id") if "question_id" in table.column_names else range(table.num_rows)
+        self.question_ids: list[Id] = []
+        row_of: dict[Id, int] = {}
+        for row, one in enumerate(given, 1):
+            if one is None:
+                raise UserError(f"{source}, row {row}: no question_id; allowed: one in every row, or no such column.")
+            if row_of.setdefault(one, row) != row:
+                raise UserError(f"{source}: question_id {one} is there twice, in rows {row_of[one]} and {row}; allowed: once.")
+            self.question_ids.append(one)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -75,8 +78,8 @@ class ImageQuestions(BaseDataset):
         }
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: images stacked, questions a list, numbers int64 tensors."""
-        return default_collate(samples)
+        """A batch: images stacked, questions a list, ``index`` an int64 tensor, and ``question_id`` (see ``collate_with_ids``)."""
+        return collate_with_ids(samples, "question_id")
 
 
 def naming_questions(pairs: pa.Table, truth: GroundTruth) -> pa.Table:
@@ -94,10 +97,3 @@ def naming_questions(pairs: pa.Table, truth: GroundTruth) -> pa.Table:
     answers = [[truth.text(int(key)) for key in names[row]] for row in right]
     questions = pa.array([NAMING_QUESTION] * pairs.num_rows)
     return pa.table({"image": pairs["image"], "question": questions, "answer": pa.array(answers, pa.list_(pa.string()))})
-
-
-def _whole_number(where: str, text: str | int | None) -> int:
-    try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: question_id is {text!r}; allowed: a whole number in every row, or no such column.") from error

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
-from torch.utils.data import default_collate
 
 from lavis_mafa.common.errors import EmptyCaption, UserError
+from lavis_mafa.datasets.annotation_files import AnnotationFile
 from lavis_mafa.datasets.annotations import image_keys
 from lavis_mafa.datasets.captions import clean_caption
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.datasets.ids import Id, collate_with_ids, typed_ids
 from lavis_mafa.datasets.image_text_pairs import Select, open_annotations
 from lavis_mafa.datasets.images import load_rgb
 
@@ -27,7 +28,7 @@ class RetrievalPairs(BaseDataset):
         image: [N] paths of the distinct images. text: [T] distinct captions, processed; raw_text: as they were written.
         img2txt: image -> its own texts; txt2img: text -> the images it is written for.
         relevant: Bool [N, T], which text is right for which image. The own pairs, and with a truth all that it knows to match.
-        image_ids: [N] the annotations' own where all of them are numbers, else 0 to N-1.
+        image_ids: [N] the annotations' own where all of them are whole numbers (``007`` stays that text), else 0 to N-1.
         concepts: [N] or None. text_keys: [T] or None.
 
     Raises:
@@ -39,7 +40,7 @@ class RetrievalPairs(BaseDataset):
         vis_processor: Callable[[Any], torch.Tensor],
         text_processor: Callable[[str], str],
         vis_root: str | Path,
-        ann_paths: Sequence[str | Path],
+        ann_paths: Sequence[str | Path | AnnotationFile],
         truth: GroundTruth | None = None,
         select: Select | None = None,
         allow_absolute_paths: bool = False,
@@ -88,9 +89,9 @@ class RetrievalPairs(BaseDataset):
             self.relevant[image, texts] = True
 
         # what captioning names its captions by: the annotations' own ids where they are numbers, as COCO's are
-        given = self.table["image_id"].take(first_rows).to_pylist() if "image_id" in self.table.column_names else []
-        numbers = [int(text) for text in given if text is not None and text.isdecimal()]
-        self.image_ids = numbers if len(set(numbers)) == len(self.image) else list(range(len(self.image)))
+        ids = typed_ids(self.table.take(first_rows), "image_id") if "image_id" in self.table.column_names else []
+        given = [one for one in ids if str(one).isdecimal()]
+        self.image_ids: list[Id] = given if len(set(given)) == len(self.image) else list(range(len(self.image)))
 
     def __len__(self) -> int:
         return len(self.image)
@@ -99,5 +100,5 @@ class RetrievalPairs(BaseDataset):
         return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": self.image_ids[index]}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: images stacked, ``index`` and ``image_id`` int64 tensors."""
-        return default_collate(samples)
+        """A batch: images stacked, ``index`` an int64 tensor, and ``image_id`` (see ``collate_with_ids``)."""
+        return collate_with_ids(samples, "image_id")

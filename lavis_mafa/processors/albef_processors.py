@@ -147,7 +147,7 @@ class AlbefCaptionProcessor(_FromConfig, BaseProcessor):
     registered = "albef_caption"
 
     def __init__(self, prompt: str = "", max_words: int = 30) -> None:
-        super().__init__()
+        # not BaseProcessor's own: it keeps a lambda, which a data loader's worker cannot be sent
         self.prompt = prompt
         self.max_words = max_words
 

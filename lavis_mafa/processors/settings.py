@@ -1,4 +1,7 @@
-"""What our processors may be told. Imports neither torch nor LAVIS, so that a YAML is checked in a moment."""
+"""What our processors, and those of LAVIS that our YAMLs take, may be told.
+
+Imports neither torch nor LAVIS, so that a YAML is checked in a moment.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,10 @@ _IMAGE: dict[str, Rule] = {
     "mean": ("three numbers, or null", lambda value: _three(value, -1e9)),
     "std": ("three numbers above 0, or null", lambda value: _three(value, 1e-9)),
 }
+_CAPTION: dict[str, Rule] = {
+    "prompt": ("a text", lambda value: isinstance(value, str)),
+    "max_words": ("a whole number from 1", lambda value: _whole(value, 1)),
+}
 SETTINGS: dict[str, dict[str, Rule]] = {
     "albef_image_train": {
         **_IMAGE,
@@ -46,15 +53,18 @@ SETTINGS: dict[str, dict[str, Rule]] = {
         "randaugment": ("{n: 2, m: 7} (m up to 10), or null", _randaugment),
     },
     "albef_image_eval": _IMAGE,
-    "albef_caption": {
-        "prompt": ("a text", lambda value: isinstance(value, str)),
-        "max_words": ("a whole number from 1", lambda value: _whole(value, 1)),
-    },
+    "albef_caption": _CAPTION,
+    # LAVIS's own, which ignore a key that they do not know
+    "blip_image_train": {**_IMAGE, "min_scale": _SHARE, "max_scale": _SHARE},
+    "blip2_image_train": {**_IMAGE, "min_scale": _SHARE, "max_scale": _SHARE},
+    "blip_image_eval": _IMAGE,
+    "blip_caption": _CAPTION,
+    "blip_question": {"max_words": _CAPTION["max_words"]},
 }
 
 
 def check_settings(name: str, settings: Mapping[str, Any], where: str = "") -> None:
-    """Nothing, if a processor of ours can be built from these settings.
+    """Nothing, if a processor can be built from these settings.
 
     Args:
         name: as registered.
@@ -74,6 +84,6 @@ def check_settings(name: str, settings: Mapping[str, Any], where: str = "") -> N
         if not fits(value):
             shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             raise UserError(f"{where}.{key} is {shown!r}; allowed: {allowed}.")
-    low, high = settings.get("min_scale", 0.2), settings.get("max_scale", 1)
+    low, high = settings.get("min_scale", 0.2 if name.startswith("albef") else 0.5), settings.get("max_scale", 1)
     if low > high:
         raise UserError(f"{where}.min_scale is {low}; allowed: at most max_scale ({high}).")

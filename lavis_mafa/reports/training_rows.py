@@ -126,11 +126,11 @@ def read_training_rows(folder: Path, config: DictConfig) -> TrainingRows:
 
 
 def _pairs(info: DictConfig, block: DictConfig) -> list[Part]:
-    files, root, limit = own_files("datasets.grit_pairs.build_info", info, ("train", "val", "test"))
+    files, root, select = own_files("datasets.grit_pairs.build_info", info, ("train", "val", "test"))
     if "train" not in files:
         return []
     absolute = bool(OmegaConf.select(info, "images.allow_absolute_paths"))
-    table = read_annotations(files["train"], allow_absolute_paths=absolute)[:limit]
+    table = select(read_annotations(files["train"], allow_absolute_paths=absolute))
     return [Part(root, table, GroundTruth.from_table(table))]
 
 

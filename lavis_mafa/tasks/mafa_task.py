@@ -15,6 +15,7 @@ from lavis_mafa.common.distributed import rank
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, typed_block
+from lavis_mafa.datasets.lavis_rows import check_rows, explained
 
 logger = logging.getLogger(__name__)
 Task = TypeVar("Task", bound="MafaTask")
@@ -43,7 +44,9 @@ class MafaTask(BaseTask):
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:
         """LAVIS's, with a look at what the evaluation splits give: the wrong kind of data is found before hours of work."""
-        datasets = super().build_datasets(cfg)
+        with explained(cfg.datasets_cfg):
+            datasets = super().build_datasets(cfg)
+        check_rows(datasets)
         for split in {*self.run.valid_splits, *self.run.test_splits}:
             for name, parts in datasets.items():
                 lacking = [key for key in self.evaluates if split in parts and key not in parts[split][0]]

@@ -320,7 +320,7 @@ def test_what_lavis_would_end_with_is_a_problem(three, monkeypatch):
     rows = [("a.png", "a dog"), ("a.png", ["a cat"]), ("b.png", None), (None, "a house"), ("gone.png", "x"), ("c.png", "...")]
     write(three / "pairs.json", [{"image": image, "caption": caption} for image, caption in rows])
     info = {"annotations": {"train": {"storage": [str(three / "pairs.json")]}}, "images": {"storage": str(three / "images")}}
-    found = sources._of_lavis("datasets.coco_caption.build_info", OmegaConf.create(info), str.lower)
+    found = sources._of_lavis("datasets.coco_caption.build_info", OmegaConf.create(info), "train", str.lower)
     monkeypatch.setattr(sources, "from_files", lambda *_: [found])
     assert check(three, "--clean", "clean.json", name="pairs.json") == 1
     kinds = [(problem["row"], problem["kind"]) for problem in problems(kinds=("list_of_captions", "no_image", *BAD))]

@@ -86,9 +86,9 @@ class LikeLavis(Draws):
 
 def test_keys_come_from_the_data_set_from_lavis_annotations_or_are_all_different():
     assert image_keys(Keyed([4, 4, 2])).tolist() == [4, 4, 2]
-    by_id = LikeLavis([{"image": "a.jpg", "image_id": n} for n in ("x", "y", "x")])
+    by_id = LikeLavis([{"image_id": n} for n in ("x", "y", "x")])
     assert image_keys(by_id).tolist() == [0, 1, 0]
-    by_path = LikeLavis([{"image": n} for n in ("a.jpg", "a.jpg", "b.jpg")])
+    by_path = LikeLavis([{"image": n, "image_id": i} for n, i in (("a.jpg", 1), ("a.jpg", None), ("b.jpg", ""))])
     assert image_keys(by_path).tolist() == [0, 0, 1]
     assert image_keys(Draws(3)).tolist() == [0, 1, 2]
 

@@ -108,12 +108,17 @@ def progress_bar(samples: int) -> Iterator[Callable[[int], object]]:
 
 def _training_data(datasets: Any, registry: Any) -> Any:
     from lavis.datasets.datasets.base_dataset import ConcatDataset
+    from omegaconf import OmegaConf
     from torch.utils.data import IterableDataset
+
+    from lavis_mafa.datasets.lavis_rows import check_rows, explained
 
     parts = []
     for name in map(str, datasets):
         builder = registry.get_builder_class(name)(datasets[name])
-        part = builder.build_datasets().get("train")
+        with explained(OmegaConf.create({name: datasets[name]})):
+            part = builder.build_datasets().get("train")
+        check_rows({name: {"train": part}})
         if part is None or isinstance(part, IterableDataset) or not hasattr(part, "__len__"):
             raise UserError(f"datasets.{name} has no training split of pairs that can be read by number, which this pass needs.")
         if builder.vis_processors.get("eval") is not None and datasets[name].get("vis_processor", {}).get("eval") is not None:

@@ -20,6 +20,7 @@ from lavis_mafa.analysis.data_check.records import read_records
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
 from lavis_mafa.common.errors import UserError, did_you_mean
 from lavis_mafa.datasets.annotation_formats import one_message
+from lavis_mafa.datasets.annotations import ids_of_other_images
 
 SUFFIXES = (".jsonl", ".json")
 
@@ -37,6 +38,22 @@ def check_target(path: Path) -> None:
         raise UserError(f"--clean: {path} exists already and is never overwritten; choose another name.")
     if not path.parent.is_dir():
         raise UserError(f"--clean: the folder {path.parent} does not exist.")
+
+
+def check_ids(rows: Rows) -> None:
+    """An ``image_id`` counts within its file, but the cleaned rows are one.
+
+    Raises:
+        UserError: two files give the same one to different images.
+    """
+    table = pa.table({"image": pa.chunked_array([np.char.mod("%d", rows.image_of)]), "image_id": rows.image_id})
+    for row in ids_of_other_images(table):
+        if not rows.id_of_another[row] and rows.image_of[row] >= 0:
+            file, number = rows.where(int(row))
+            raise UserError(
+                f"--clean writes one file, but the image_id {rows.image_id[int(row)].as_py()!r} of {file}, row {number} is that of "
+                "another image in another file; clean them one at a time."
+            )
 
 
 def check_columns(files: Sequence[Path]) -> None:
@@ -68,7 +85,7 @@ def write_clean(path: Path, rows: Rows, verdicts: Verdicts) -> int:
     try:
         # half a character, which JSON can escape, is escaped again
         with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            good = _good_records(rows, bad_image | rows.lists, verdicts.caption)
+            good = _good_records(rows, bad_image | rows.lists | rows.id_of_another, verdicts.caption)
             for record in tqdm(good, desc="clean", unit="row", file=sys.stderr):
                 text = _as_json(record)
                 if path.suffix == ".json":
@@ -110,13 +127,16 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _good_records(rows: Rows, bad_image: Numbers, bad_caption: Numbers) -> Iterator[dict[str, Any]]:
-    """Each good record once; ``rows`` may hold only the first of a file."""
+    """Each good record once; ``rows`` may hold only some of a file."""
     after = np.cumsum(rows.captions)
     row = 0
-    for file, end in zip(rows.files, rows.ends, strict=True):
-        for record in read_records(file):
+    for number, file in enumerate(rows.files):
+        end = int(np.searchsorted(rows.file_of, number, side="right"))
+        for at, record in enumerate(read_records(file.path)):
             if row == end:
                 break
+            if at != rows.number[row]:
+                continue  # not among the rows that the data set keeps
             bad = bad_caption[after[row] - rows.captions[row] : after[row]]
             if not bad_image[row] and not bad.all():
                 if bad.any():

@@ -27,7 +27,10 @@ def duplicate_captions(rows: Rows, verdicts: Verdicts) -> tuple[Numbers, Numbers
     """
     same_pair, same_text = np.arange(len(rows.caption)), np.arange(len(rows.caption))
     image = rows.image_of[rows.row_of]
-    good = np.flatnonzero(~verdicts.caption & (image >= 0) & (verdicts.image[image] == 0 if len(verdicts.image) else False))
+    captions_alone = np.array([text == "caption" for text in rows.text], dtype=bool)[rows.row_of]  # many images have one question
+    good = np.flatnonzero(
+        captions_alone & ~verdicts.caption & (image >= 0) & (verdicts.image[image] == 0 if len(verdicts.image) else False)
+    )
     if not len(good):
         return same_pair, same_text
     captions = rows.caption.take(good)

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
 from lavis_mafa.common.errors import EmptyCaption
+from lavis_mafa.datasets.annotations import is_printed_list
 from lavis_mafa.datasets.arrow_compute import pc
-from lavis_mafa.datasets.captions import clean_caption
+from lavis_mafa.datasets.captions import clean_caption, shortened
+from lavis_mafa.datasets.ids import is_missing
 from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, load_rgb
 
 IMAGE_KINDS = ("", "missing", "unreadable", "too_large", "too_small")
@@ -30,6 +32,7 @@ class Verdicts:
     image: Numbers  # [U] into IMAGE_KINDS, 0 for a good one
     content: Numbers  # uint64 [U], equal for files of the same bytes; of good ones
     caption: Numbers  # Bool [C], which are bad
+    printed: Numbers  # Bool [C], which of these are printed lists
     image_reason: dict[int, str] = field(default_factory=dict)
     caption_reason: dict[int, str] = field(default_factory=dict)
 
@@ -43,7 +46,8 @@ def judge(rows: Rows, processors: Sequence[Callable[[str], str]], min_side: int,
         min_side: a shorter side below it is too small.
         workers: processes that open images; 0 opens them here.
     """
-    verdicts = Verdicts(np.zeros(len(rows.path), np.uint8), np.zeros(len(rows.path), np.uint64), np.zeros(len(rows.caption), bool))
+    images, captions = len(rows.path), len(rows.caption)
+    verdicts = Verdicts(np.zeros(images, np.uint8), np.zeros(images, np.uint64), np.zeros(captions, bool), np.zeros(captions, bool))
     _judge_captions(rows, processors, verdicts)
     for number, (kind, reason, content) in enumerate(_judged_images(rows.path, min_side, workers)):
         verdicts.image[number], verdicts.content[number] = IMAGE_KINDS.index(kind), content
@@ -100,6 +104,12 @@ def _judge_captions(rows: Rows, processors: Sequence[Callable[[str], str]], verd
                 clean_caption(process, distinct[index].as_py())
             except EmptyCaption as error:
                 reasons[index] = str(error)
+        if rows.caption_text(first) == "caption":  # what grit_pairs refuses, and LAVIS's data sets would train on
+            for wrong, what in ((is_missing, "is how a missing caption is written"), (is_printed_list, "is a printed list")):
+                for index in np.flatnonzero(pc.fill_null(wrong(distinct), False).to_numpy(zero_copy_only=False)):
+                    reasons.setdefault(int(index), f"The caption {shortened(distinct[index].as_py())} {what}.")
+        printed = pc.fill_null(is_printed_list(captions), False).to_numpy(zero_copy_only=False)
+        verdicts.printed[first:end] = printed
         places = pc.index_in(captions, value_set=distinct).to_numpy()
         for place in np.flatnonzero(np.isin(places, list(reasons))):
             verdicts.caption[first + place] = True

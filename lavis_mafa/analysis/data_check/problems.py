@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from lavis_mafa.analysis.data_check.duplicates import duplicate_captions, duplicate_images
 from lavis_mafa.analysis.data_check.judging import IMAGE_KINDS, Verdicts
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
+from lavis_mafa.datasets.arrow_compute import pc
 from lavis_mafa.datasets.captions import shortened
-from lavis_mafa.datasets.image_paths import shown
+from lavis_mafa.datasets.image_paths import path_hint, shown
 
 BAD = {
     "leaves_folder": "image path leaves the folder",
@@ -23,6 +25,7 @@ BAD = {
     "too_small": "image too small",
     "empty_caption": "empty caption",
     "list_of_captions": "list of captions",
+    "id_of_another": "image_id of another image",
 }
 TWICE = {
     "duplicate_image": "image with the bytes of another",
@@ -65,10 +68,13 @@ def find(rows: Rows, verdicts: Verdicts) -> Found:
     first = duplicate_images(verdicts)
     again = (first != images)[image]
     add("duplicate_image", with_image[again], image[again], first[image[again]])
-    add("empty_caption", every[rows.captions == 0])
+    texts = np.array([text is not None for text in rows.text], dtype=bool)
+    add("empty_caption", every[texts & (rows.captions == 0)])
     add("list_of_captions", every[rows.lists])
-    bad = np.flatnonzero(verdicts.caption)
-    add("empty_caption", rows.row_of[bad], bad)
+    add("id_of_another", every[rows.id_of_another])
+    for kind, of_kind in (("empty_caption", ~verdicts.printed), ("list_of_captions", verdicts.printed)):
+        bad = np.flatnonzero(verdicts.caption & of_kind)
+        add(kind, rows.row_of[bad], bad)
     for kind, of_caption in zip(("duplicate_row", "duplicate_caption"), duplicate_captions(rows, verdicts), strict=True):
         again = np.flatnonzero(of_caption != np.arange(len(of_caption)))
         add(kind, rows.row_of[again], again, of_caption[again])
@@ -81,7 +87,7 @@ def describe(rows: Rows, verdicts: Verdicts, found: Found, place: int) -> dict[s
     """The line of ``problems.jsonl`` for ``found``'s entry ``place``."""
     kind, row = list(KINDS)[found.kind[place]], int(found.row[place])
     file, number = rows.where(row)
-    reason = _reason(rows, verdicts, kind, int(found.about[place]), int(found.first[place]))
+    reason = _reason(rows, verdicts, kind, row, int(found.about[place]), int(found.first[place]))
     return {"file": str(file), "row": number, "image": rows.image[row].as_py(), "kind": kind, "reason": reason}
 
 
@@ -90,11 +96,17 @@ def describe_all(rows: Rows, verdicts: Verdicts, found: Found) -> Iterator[dict[
     return (describe(rows, verdicts, found, place) for place in range(len(found.kind)))
 
 
-def _reason(rows: Rows, verdicts: Verdicts, kind: str, about: int, first: int) -> str:
+def _reason(rows: Rows, verdicts: Verdicts, kind: str, row: int, about: int, first: int) -> str:
     if kind == "leaves_folder":
         return "the path is absolute or holds '..'"
+    if kind == "id_of_another":
+        same = np.flatnonzero((rows.file_of == rows.file_of[row]) & pc.equal(rows.image_id, rows.image_id[row]).to_numpy())
+        first = int(same[0])
+        return f"{rows.image_id[row].as_py()!r} is the image_id of {rows.image[first].as_py()!r} in row {rows.where(first)[1]}"
+    if kind in ("empty_caption", "list_of_captions") and about >= 0:
+        return verdicts.caption_reason[about]
     if kind == "empty_caption":
-        return verdicts.caption_reason[about] if about >= 0 else "The row has no caption."
+        return "The row has no caption."
     if kind == "duplicate_image":
         return f"the same bytes as {shown(rows.path[first].as_py())}"
     if kind in TWICE:
@@ -104,4 +116,5 @@ def _reason(rows: Rows, verdicts: Verdicts, kind: str, about: int, first: int) -
         return "the row names no image"
     if kind == "list_of_captions":
         return "LAVIS's own data sets take one text for a caption, no list"
-    return verdicts.image_reason.get(about) or f"no file {shown(rows.path[about].as_py())}"
+    hint = path_hint(rows.files[rows.file_of[row]].images or Path(), rows.image[row].as_py())
+    return verdicts.image_reason.get(about) or f"no file {shown(rows.path[about].as_py())}{hint and '; ' + hint}"

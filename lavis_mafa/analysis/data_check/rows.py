@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +11,28 @@ import pyarrow as pa
 
 from lavis_mafa.analysis.data_check.records import read_records
 from lavis_mafa.analysis.data_check.sources import Source
-from lavis_mafa.datasets.annotations import read_rows
+from lavis_mafa.datasets.annotation_files import AnnotationFile
+from lavis_mafa.datasets.annotation_formats import PAIRS, Columns
+from lavis_mafa.datasets.annotations import TEXTS, ids_of_other_images, read_rows
 from lavis_mafa.datasets.arrow_compute import pc
 from lavis_mafa.datasets.image_paths import leaves_folder
 
 Numbers = np.ndarray
+ASKED = Columns(single=("image",), several="question", optional=())
+# a row: where it is, what it names, and what is wrong with it that only its file tells
+SCHEMA = pa.schema(
+    {
+        "image": pa.string(),
+        "caption": TEXTS,
+        "image_id": pa.string(),
+        "path": pa.large_string(),
+        "leaves": pa.bool_(),
+        "list": pa.bool_(),
+        "id_of_another": pa.bool_(),
+        "file": pa.int32(),
+        "number": pa.int64(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,7 @@ class Rows:
     """N rows of all files in turn, naming U distinct images, with C captions."""
 
     image: pa.ChunkedArray  # [N] as written
+    image_id: pa.ChunkedArray  # [N] null where there is none
     leaves: Numbers  # Bool [N], the path leaves the image folder
     path: pa.Array  # [U] the distinct images
     image_of: Numbers  # [N] into `path`, -1 where there is no path, or one that must not be opened
@@ -32,17 +48,23 @@ class Rows:
     row_of: Numbers  # [C] the row of each caption
     source_of: Numbers  # [C] the number of its source
     captions: Numbers  # [N] how many captions a row has
+    text: list[str | None]  # [N], what kind of text the captions are, by source
     lists: Numbers  # Bool [N], a list of captions where the data set takes none
-    files: list[Path]
-    ends: list[int]  # of each file: the number of rows up to its end
+    id_of_another: Numbers  # Bool [N], an earlier row of the file gives the image_id to another image
+    files: list[AnnotationFile]  # with the folder that their image paths start from
+    file_of: Numbers  # [N] into `files`
+    number: Numbers  # [N] of the row in its file, from 0
 
     def __len__(self) -> int:
         return len(self.image)
 
+    def caption_text(self, caption: int) -> str | None:
+        """What kind of text a caption is; None beyond the last one."""
+        return self.text[self.row_of[caption]] if caption < len(self.row_of) else None
+
     def where(self, row: int) -> tuple[Path, int]:
         """The file of a row and its number there, from 1."""
-        number = bisect.bisect_right(self.ends, row)
-        return self.files[number], row - (self.ends[number - 1] if number else 0) + 1
+        return self.files[self.file_of[row]].path, int(self.number[row]) + 1
 
 
 def read_sources(sources: Sequence[Source]) -> Rows:
@@ -51,45 +73,79 @@ def read_sources(sources: Sequence[Source]) -> Rows:
     Raises:
         UserError: a file that is no list of images and captions (see :func:`lavis_mafa.datasets.annotations.read_rows`).
     """
-    tables, paths, files, ends, of_source, lists = [], [], [], [0], [], []
+    tables, files, of_source = [], [], []
     for number, source in enumerate(sources):
-        left = source.limit
+        parts = []
         for file in source.files:
-            table = read_rows(file).select(["image", "caption"])[:left]
-            left = None if left is None else left - len(table)
-            tables.append(table.append_column("leaves", _leaves(source, table["image"])))
-            paths.append(_full_paths(source.root, tables[-1]))
-            lists.append(_lists(file, len(table)) if source.one_caption else np.zeros(len(table), bool))
-            files.append(file)
-            ends.append(ends[-1] + len(table))
-            of_source += [(number, len(table))]
-    table, path = pa.concat_tables(tables), pa.chunked_array([chunk for p in paths for chunk in p.chunks], pa.large_string())
+            files.append(AnnotationFile(file.path, file.images or source.root))
+            parts.append(_rows_of(source, files[-1], len(files) - 1))
+        tables.append(source.select(pa.concat_tables(parts)))
+        of_source += [number] * len(tables[-1])
+    table = pa.concat_tables(tables)
+    path = table["path"]
     distinct = pc.drop_null(pc.unique(path))
-    image_of = pc.fill_null(pc.index_in(path, value_set=distinct), -1).to_numpy()
     counts = pc.fill_null(pc.list_value_length(table["caption"]), 0).to_numpy()
     row_of = np.repeat(np.arange(len(table)), counts)
-    numbers = np.repeat([number for number, _ in of_source], [rows for _, rows in of_source])
-    caption = pa.chunked_array([pc.list_flatten(chunk) for chunk in table["caption"].chunks], pa.string())
-    leaves = table["leaves"].to_numpy()
-    numbers, is_list = numbers[row_of], np.concatenate(lists)
-    return Rows(table["image"], leaves, distinct, image_of, caption, row_of, numbers, counts, is_list, files, ends[1:])
+    return Rows(
+        image=table["image"],
+        image_id=table["image_id"],
+        leaves=table["leaves"].to_numpy(),
+        path=distinct,
+        image_of=pc.fill_null(pc.index_in(path, value_set=distinct), -1).to_numpy(),
+        caption=pa.chunked_array([pc.list_flatten(chunk) for chunk in table["caption"].chunks], pa.string()),
+        row_of=row_of,
+        source_of=np.array(of_source, dtype=np.int64)[row_of],
+        captions=counts,
+        text=[sources[number].text for number in of_source],
+        lists=table["list"].to_numpy(),
+        id_of_another=table["id_of_another"].to_numpy(),
+        files=files,
+        file_of=table["file"].to_numpy(),
+        number=table["number"].to_numpy(),
+    )
 
 
-def _lists(file: Path, rows: int) -> Numbers:
-    """Bool [rows], where the caption is written as a list, which the table no longer tells."""
-    records = islice(read_records(file), rows)
-    return np.fromiter((isinstance(record.get("caption"), list) for record in records), bool)
+def _rows_of(source: Source, file: AnnotationFile, number: int) -> pa.Table:
+    table = _read(source, file.path)
+    count = len(table)
+    leaves = pc.fill_null(leaves_folder(table["image"]), False)
+    leaves = pc.and_(leaves, False) if source.allow_absolute_paths else leaves
+    others = np.zeros(count, dtype=bool)
+    others[ids_of_other_images(table)] = True
+    assert file.images is not None
+    columns = {
+        "image": table["image"],
+        "caption": table["caption"],
+        "image_id": table["image_id"] if "image_id" in table.column_names else pa.nulls(count, pa.string()),
+        "path": _full_paths(file.images, table["image"], leaves),
+        "leaves": leaves,
+        "list": _lists(file.path) if source.one_caption else np.zeros(count, dtype=bool),
+        "id_of_another": others,
+        "file": np.full(count, number, dtype=np.int32),
+        "number": np.arange(count),
+    }
+    return pa.table(columns, schema=SCHEMA)
 
 
-def _leaves(source: Source, image: pa.ChunkedArray) -> pa.ChunkedArray:
-    leaves = pc.fill_null(leaves_folder(image), False)
-    return pc.and_(leaves, False) if source.allow_absolute_paths else leaves
+def _read(source: Source, path: Path) -> pa.Table:
+    if source.text == "question":
+        return read_rows(path, ASKED).rename_columns({"question": "caption"})
+    if source.text is None:
+        images = [record.get("image") for record in read_records(path)]
+        images = [image if isinstance(image, str) else None for image in images]
+        return pa.table({"image": pa.chunked_array([images], pa.string()), "caption": pa.nulls(len(images), TEXTS)})
+    return read_rows(path, PAIRS)
 
 
-def _full_paths(root: Path, table: pa.Table) -> pa.ChunkedArray:
+def _lists(file: Path) -> Numbers:
+    """Bool [N], where the caption is written as a list, which the table no longer tells."""
+    return np.fromiter((isinstance(record.get("caption"), list) for record in read_records(file)), bool)
+
+
+def _full_paths(root: Path, image: pa.ChunkedArray, leaves: pa.ChunkedArray) -> pa.ChunkedArray:
     """As ``root / image`` would be; null where there is no path, or it must not be opened."""
-    image = table["image"].cast(pa.large_string())
+    image = image.cast(pa.large_string())
     below = pc.binary_join_element_wise(pa.scalar(str(root), pa.large_string()), image, pa.scalar("/", pa.large_string()))
     full = pc.if_else(pc.starts_with(image, "/"), image, below)
-    usable = pc.and_(pc.not_equal(image, ""), pc.invert(table["leaves"]))
+    usable = pc.and_(pc.not_equal(image, ""), pc.invert(leaves))
     return pc.if_else(usable, full, pa.scalar(None, pa.large_string()))
