@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,26 @@ def check_info(name: str, info: DictConfig) -> None:
         count(f"{where}.max_concepts", info.get("max_concepts"))
     else:
         _check_files(where, info, SPLITS[name])
+
+
+def own_splits(name: str, block: Any) -> tuple[str, ...]:
+    """The splits that a data set of ours has: with files of one's own, those that have a file; all where none is set yet."""
+    if name == "grit_emoji":
+        return SPLITS[name]
+    with_files = [split for split in SPLITS[name] if OmegaConf.select(block, f"build_info.annotations.{split}.storage") is not None]
+    return tuple(with_files) or SPLITS[name]
+
+
+def missing_files(where: str, files: dict[str, list[Path]], root: Path) -> list[str]:
+    """A message for each annotation file, and for the image folder, that is not there. A folder or a pattern may be several files."""
+    messages = []
+    for split, paths in files.items():
+        for path in paths:
+            if not path.exists() and not (set("*?[") & set(str(path)) and glob.glob(str(path))):
+                messages.append(f"{where}.annotations.{split}.storage: {path}: no such annotation file.")
+    if not root.is_dir():
+        messages.append(f"{where}.images.storage: The image folder {root} does not exist; it is what the image paths start from.")
+    return messages
 
 
 def own_files(where: str, info: DictConfig, splits: tuple[str, ...]) -> tuple[dict[str, list[Path]], Path, int | None]:
