@@ -6,11 +6,13 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lavis_mafa.analysis.ablation.runs import Trial, check_ours, plan_run, plan_trials
-from lavis_mafa.analysis.ablation.tables import Table, concrete, find_table, load_tables
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.job import check_yaml, run_job
+
+if TYPE_CHECKING:
+    from lavis_mafa.analysis.ablation.runs import Trial
+    from lavis_mafa.analysis.ablation.tables import Table
 
 EMOJI = "mafa/quickstart/train"
 
@@ -33,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from lavis_mafa.analysis.ablation.runs import plan_trials
+    from lavis_mafa.analysis.ablation.tables import find_table, load_tables
+
     if arguments.list:
         _show([find_table(arguments.table)] if arguments.table else [*load_tables().values()], arguments.base, bool(arguments.table))
         return 0
@@ -67,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(table: Table, base: str, options: list[str], trials: list[Trial], chosen: list[Trial], folder: Path) -> None:
     from lavis_mafa.analysis.ablation.results import collect, format_terminal, write_results
+    from lavis_mafa.common.job import run_job
 
     started, trained = time.perf_counter(), 0
     for number, trial in enumerate(chosen, start=1):
@@ -86,6 +92,8 @@ def _train(table: Table, base: str, options: list[str], trials: list[Trial], cho
 
 def _emoji_start(output: Path, options: list[str]) -> list[str]:
     """Data and Con-D, made once; the options by which a run starts from them."""
+    from lavis_mafa.analysis.ablation.runs import plan_run
+    from lavis_mafa.common.job import run_job
     from lavis_mafa.datasets.emoji import build_emoji
     from lavis_mafa.reports.run_files import last_checkpoint
 
@@ -100,6 +108,10 @@ def _emoji_start(output: Path, options: list[str]) -> list[str]:
 
 
 def _show(tables: list[Table], base: str | None, with_options: bool) -> None:
+    from lavis_mafa.analysis.ablation.runs import check_ours
+    from lavis_mafa.analysis.ablation.tables import concrete
+    from lavis_mafa.common.job import check_yaml
+
     for table in tables:
         print(f"{table.key:12s}{table.title}")
         if with_options:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.numbers import positive, share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     labels.add_argument(
         "--order", choices=("grouped", "random"), default="grouped", help="of the data (default: grouped, as GRIT does)"
     )
-    labels.add_argument("--smoothing", type=_share, metavar="ALPHA", help="of S-ITC (default: the YAML's, or 0.5 where that is 0)")
+    labels.add_argument("--smoothing", type=share, metavar="ALPHA", help="of S-ITC (default: the YAML's, or 0.5 where that is 0)")
     labels.set_defaults(analyse=_soft_labels)
     usage = kinds.add_parser("vision-usage", help=VISION_USAGE, description=VISION_USAGE)
     _add_common(usage, "run.batch_size_eval")
     usage.add_argument("--split", help="of the data (default: val where the data have it, else train)")
-    usage.add_argument("--passes", type=_count, default=1, help="masks drawn per caption, for masked language modelling (default: 1)")
-    usage.add_argument("--mask-probability", type=_share, nargs="+", metavar="P", help="one or more (default: the YAML's)")
+    usage.add_argument("--passes", type=positive, default=1, help="masks drawn per caption, for masked language modelling (default: 1)")
+    usage.add_argument("--mask-probability", type=share, nargs="+", metavar="P", help="one or more (default: the YAML's)")
     usage.set_defaults(analyse=_vision_usage)
 
 
@@ -39,8 +40,8 @@ def _add_common(parser: argparse.ArgumentParser, size: str) -> None:
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a file, or a name that `lavis-mafa ls` shows")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="weights of the YAML's model")
     parser.add_argument("--output", type=Path, help="a new folder; where it exists it gets a number (default: output/KIND)")
-    parser.add_argument("--batch-size", type=_count, metavar="B", help=f"default: {size}")
-    parser.add_argument("--max-samples", type=_count, metavar="N", help="a random N of the samples (default: all)")
+    parser.add_argument("--batch-size", type=positive, metavar="B", help=f"default: {size}")
+    parser.add_argument("--max-samples", type=positive, metavar="N", help="a random N of the samples (default: all)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of the YAML")
 
 
@@ -175,19 +176,3 @@ def _about(arguments: argparse.Namespace, opened: Opened, size: int) -> dict[str
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written: {path.parent}")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value

@@ -7,7 +7,6 @@ import json
 from typing import TYPE_CHECKING
 
 from lavis_mafa.analysis.connections.flags import add_pass_arguments, check_share, check_sizes, sizes_or_defaults
-from lavis_mafa.analysis.connections.folder import check_unfinished, write_bytes, write_text
 from lavis_mafa.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     for threshold in arguments.threshold:
         check_share("--threshold", threshold)
     check_share("--correction", arguments.correction, above_zero=True)
+    from lavis_mafa.analysis.connections.folder import check_unfinished
+
     check_unfinished(arguments.output, RESULT)
     from lavis_mafa.analysis.connections.opening import checked_config, open_pass, process_group_closed
 
@@ -57,6 +58,7 @@ def _count(arguments: argparse.Namespace, opened: Opened, sizes: list[int], spac
     from lavis_mafa.analysis.connections.count_plot import count_plot
     from lavis_mafa.analysis.connections.count_report import count_results, format_count
     from lavis_mafa.analysis.connections.counting import count_false_negatives, samplings
+    from lavis_mafa.analysis.connections.folder import write_bytes, write_text
     from lavis_mafa.analysis.connections.opening import progress_bar
     from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
     from lavis_mafa.common.distributed import rank

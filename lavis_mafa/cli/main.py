@@ -8,7 +8,7 @@ import io
 import os
 import select
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lavis_mafa import __version__
 from lavis_mafa.common import interrupt
@@ -32,8 +32,32 @@ COMMANDS = {
 }
 
 
+# flags and arguments that are paths, beside those of type Path
+PATHS = ("cfg_path", "yaml", "con_d", "base", "finetune", "resume")
+
+
+class _Store(argparse.Action):
+    """A flag given twice: lists are joined, two values that contradict are a mistake. argparse would take the last in silence."""
+
+    given: Any = None
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if self.nargs in ("+", "*") and option is not None:
+            values = [*(self.given or []), *values]
+        elif option is not None and self.given is not None and self.given != values:
+            parser.error(f"{option} is given twice: {self.given} and {values}")
+        self.given = values
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse, except that a wrong argument is one line like every other mistake, without the usage before it."""
+    """argparse, except for flags that are given twice, and that a wrong argument is one line like every other mistake, without the
+    usage before it."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.register("action", None, _Store)
+        self.register("action", "store", _Store)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See `{self.prog} --help`.")
@@ -99,9 +123,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     try:
-        return parser.parse_args(argv)
+        arguments = parser.parse_args(argv)
     finally:
         sys.stdout.flush()  # of --help
+    from lavis_mafa.common.paths import expand_arguments  # needs OmegaConf, for which --help need not wait
+
+    expand_arguments(arguments, PATHS)
+    return arguments
 
 
 def _reader_left() -> bool:

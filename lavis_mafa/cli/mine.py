@@ -8,7 +8,6 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from lavis_mafa.analysis.connections.flags import add_pass_arguments, check_share, check_sizes, sizes_or_defaults
-from lavis_mafa.analysis.connections.folder import begin, check_unfinished, file_digest, fingerprint, write_text
 from lavis_mafa.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_share("--margin", arguments.margin)
     if arguments.per_image is not None and arguments.per_image < 1:
         raise UserError(f"--per-image is {arguments.per_image}, but must be at least 1.")
+    from lavis_mafa.analysis.connections.folder import check_unfinished
+
     check_unfinished(arguments.output, RESULT)
     from lavis_mafa.analysis.connections.opening import checked_config, open_pass, process_group_closed
 
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) -> None:
     from lavis_mafa.analysis.connections.blocks import Encoder
     from lavis_mafa.analysis.connections.counting import blocks_of
+    from lavis_mafa.analysis.connections.folder import begin, file_digest, fingerprint
     from lavis_mafa.analysis.connections.mining import mine_blocks, part_path
     from lavis_mafa.analysis.connections.opening import progress_bar
     from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
@@ -93,6 +95,7 @@ def _finish(arguments: argparse.Namespace, dataset: Any, rows: Any, source: Any,
     import pyarrow as pa
 
     from lavis_mafa.analysis.connections.choosing import OUTCOMES, Rules, choose
+    from lavis_mafa.analysis.connections.folder import write_text
     from lavis_mafa.analysis.connections.mine_report import format_mined, mine_results
     from lavis_mafa.analysis.connections.mining import read_parts, write_parquet
     from lavis_mafa.analysis.connections.pairs_file import pairs_table

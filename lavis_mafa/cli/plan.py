@@ -5,37 +5,44 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.job import check_yaml
-from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.common.numbers import number, positive, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("yaml", help="a file, or a name that `lavis-mafa ls` shows")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="pairs per GPU instead of run.batch_size_train")
-    parser.add_argument("--gpus", type=_positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="pairs per GPU instead of run.batch_size_train")
+    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="default: 1")
     parser.add_argument(
-        "--samples", type=_positive, default=5_000_000, metavar="N", help="pairs of an epoch; default: 4M-Noisy's 5000000"
+        "--samples",
+        type=positive,
+        metavar="N",
+        help="pairs of an epoch; default: the YAML's data where they are here, else 5e6 (4M-Noisy)",
     )
-    parser.add_argument("--text-length", type=_positive, metavar="N", help="tokens of a caption; default: the longest allowed")
+    parser.add_argument("--text-length", type=positive, metavar="N", help="tokens of a caption; default: the longest allowed")
     parser.add_argument(
-        "--new-positives", type=_share, default=0.0, metavar="SHARE", help="pairs that Con-D adds to the LM, of a batch"
+        "--new-positives", type=_of_batch, default=0.0, metavar="SHARE", help="pairs that Con-D adds to the LM, of a batch"
     )
     parser.add_argument("--own-vit", action="store_true", help="Con-D's ViT has other weights than a BLIP-2's frozen one")
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--throughput", type=_number, metavar="X", help="pairs a second of all GPUs")
-    speed.add_argument("--peak", type=_number, metavar="X", help="TFLOP/s of a GPU; default: an A100's in run.precision")
-    parser.add_argument("--share", type=_share, default=0.4, metavar="X", help="of the peak that is reached; default: 0.4")
+    speed.add_argument("--throughput", type=number, metavar="X", help="pairs a second of all GPUs")
+    speed.add_argument("--peak", type=number, metavar="X", help="TFLOP/s of a GPU; default: an A100's in run.precision")
+    parser.add_argument("--share", type=share, default=0.4, metavar="X", help="of the peak that is reached; default: 0.4")
     parser.add_argument("--measure", action="store_true", help="also time a few steps on this machine (small models)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, in bytes, FLOPs and seconds")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from lavis_mafa.common.job import check_yaml
+    from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+
+    _check_json(arguments.json)
     batch = [] if arguments.batch_size is None else [f"run.batch_size_train={arguments.batch_size}"]
     config = check_yaml(arguments.yaml, [*arguments.options, *batch], files=False)
     arch, task = config.model.arch, config.run.task
@@ -54,9 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
         warnings.simplefilter("ignore")
         from lavis_mafa.analysis.cost.measure import measure
         from lavis_mafa.analysis.cost.plan import Wanted, make_plan, table
+        from lavis_mafa.analysis.cost.rows import training_rows
 
-    names = ("gpus", "samples", "text_length", "new_positives", "own_vit", "throughput", "peak", "share")
+        rows = training_rows(config) if arguments.samples is None else None
+    names = ("gpus", "text_length", "new_positives", "own_vit", "throughput", "peak", "share")
     wanted = Wanted(**{name: getattr(arguments, name) for name in names})
+    if arguments.samples is not None:
+        wanted = replace(wanted, samples=arguments.samples, samples_from="as given")
+    elif rows is not None:
+        wanted = replace(wanted, samples=rows, samples_from="those of the YAML's data")
     plan = make_plan(model, job, wanted)
     timed = None
     if arguments.measure:
@@ -75,22 +88,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    value = int(text.replace("_", ""))
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def _of_batch(text: str) -> float:
+    return share(text, 2.0)  # Con-D may add two pairs for each own one
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 2:
-        raise argparse.ArgumentTypeError(f"{text} is not a share")
-    return value
+def _check_json(path: Path | None) -> None:
+    """The file can be written: said before the work; raises UserError."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UserError(f"--json is {str(path)!r}, but there is no folder {path.parent}.")
+    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK)):
+        raise UserError(f"--json is {str(path)!r}, which cannot be written; give a file.")

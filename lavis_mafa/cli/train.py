@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from lavis_mafa.common.job import run_job
+from lavis_mafa.common.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a file, or a name that `lavis-mafa ls` shows")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings, e.g. run.max_epoch=1")
+    add_yaml_arguments(parser)
     parser.add_argument(
         "--resume",
         metavar="auto|CHECKPOINT",
@@ -18,7 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_yaml_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-path`` and ``--options``."""
+    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a file, or a name that `lavis-mafa ls` shows")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings, e.g. run.max_epoch=1")
+
+
 def run(arguments: argparse.Namespace) -> int:
+    from lavis_mafa.common.job import run_job
+
     resume = [] if arguments.resume is None else [f"run.resume_ckpt_path={arguments.resume}"]
+    for option in arguments.options:
+        if resume and option.startswith("run.resume_ckpt_path=") and option not in resume:
+            raise UserError(f"--resume is {arguments.resume}, but --options has {option}; give one of them.")
     run_job(arguments.cfg_path, [*arguments.options, *resume])
     return 0

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.common.errors import Mistakes, UserError, did_you_mean
 from lavis_mafa.common.model_settings import AlbefBlock, Blip2OptBlock, MafaBlock, loss_weights
 from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
 from lavis_mafa.common.typed import RUN_BLOCKS, in_file, typed_block
-from lavis_mafa.datasets.build_info import SPLITS
+from lavis_mafa.datasets.build_info import SPLITS, own_splits
 
 MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
+LAVIS_RUNNERS = ("runner_base", "runner_iter")
+OURS, STEPWISE = "warmup_cosine_per_step", "linear_warmup_step_lr"
 # whose sizes and parameter names a Con-D has
 FAMILIES = {
     "albef_mafa": "albef_mafa",
@@ -37,54 +40,101 @@ def check_combinations(model: Any, run: RunBlock | None, where: str = "", files:
         files: False leaves out the checkpoints that only the user can name (a YAML is shipped without them).
 
     Raises:
-        UserError: the first one found.
+        UserError: all that were found.
     """
-    end = in_file(where)
+    end, found = in_file(where), Mistakes()
     if model is not None:
-        check_sizes(model, where)
+        found(check_sizes, model, where)
     if isinstance(model, MafaBlock):
-        check_mafa(model, where)
+        found(check_mafa, model, where)
     if run is None:
+        found.end()
         return
-    check_device(model, run.device, run.precision, where)
+    found(check_device, model, run.device, run.precision, where)
+    found(check_runner, run, where)
     if model is not None:
-        check_task(model, run, where)
+        found(check_task, model, run, where)
     if model is not None and files:
-        check_checkpoints(model, run.evaluate, where)
+        found(check_checkpoints, model, run.evaluate, where)
     if run.grit.enabled:
-        check_grit(run.grit, run.batch_size_train, where)
+        found(check_grit, run.grit, run.batch_size_train, where)
     if isinstance(run, VqaRun) and run.prompt.count("{}") != 1:
-        raise UserError(f"run.prompt is {run.prompt!r}, but must have one {{}} for the question: 'Question: {{}} Answer:'.{end}")
+        found.add(f"run.prompt is {run.prompt!r}, but must have one {{}} for the question: 'Question: {{}} Answer:'.{end}")
     if isinstance(run, CaptioningRun | VqaRun) and run.min_len > run.max_len:
-        raise UserError(f"run.min_len is {run.min_len}, but must not exceed max_len ({run.max_len}).{end}")
+        found.add(f"run.min_len is {run.min_len}, but must not exceed max_len ({run.max_len}).{end}")
     smoothed = isinstance(model, MafaBlock) and model.itc.weight and model.itc.smooth_when == "grouped" and model.itc.smoothing > 0
-    if smoothed and not run.grit.enabled and not run.evaluate:
-        raise UserError(
+    if smoothed and not run.grit.enabled and not run.evaluate and run.task == "mafa_pretrain":
+        found.add(
             f"model.itc.smoothing is {model.itc.smoothing} with smooth_when: grouped, but run.grit.enabled is false, so it "
             f"would never start; set smoothing: 0 or smooth_when: always.{end}"
+        )
+    found.end()
+
+
+def check_runner(run: RunBlock, where: str = "") -> None:
+    """A runner that can run our tasks, and a schedule whose settings all have an effect; raises UserError."""
+    end, found = in_file(where), Mistakes()
+    if run.runner in LAVIS_RUNNERS:
+        found.add(f"run.runner is {run.runner}, which cannot run {run.task}; allowed: runner_mafa.{end}")
+    if run.lr_sched == STEPWISE and run.lr_decay_rate is None:
+        found.add(f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9).{end}")
+    if run.lr_sched in (OURS, "linear_warmup_cosine_lr") and run.lr_decay_rate is not None:
+        found.add(f"run.lr_decay_rate is {run.lr_decay_rate:g}, but {run.lr_sched} has no use for it; allowed: null.{end}")
+    if run.lr_sched == STEPWISE and run.lr_horizon_epochs is not None:
+        found.add(f"run.lr_horizon_epochs is {run.lr_horizon_epochs}, but {run.lr_sched} has no use for it; allowed: null.{end}")
+    if run.coco_captions is not None and run.task != "mafa_pretrain":
+        found.add(f"run.coco_captions is {run.coco_captions!r}, but {run.task} has no use for it; allowed: null.{end}")
+    found.end()
+
+
+def check_lavis_run(run: DictConfig, where: str = "") -> None:
+    """What LAVIS's own runners and tasks answer with a traceback; raises UserError."""
+    end, found = in_file(where), Mistakes()
+    runner = run.get("runner", "runner_mafa")
+    if runner in LAVIS_RUNNERS and run.get("lr_sched") == OURS:
+        found.add(f"run.lr_sched is {OURS}, but {runner} does not tell it the steps of an epoch; use run.runner: runner_mafa.{end}")
+    if run.get("lr_sched") == STEPWISE and run.get("lr_decay_rate") is None:
+        found.add(f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9).{end}")
+    if runner == "runner_iter":
+        for key in ("max_iters", "iters_per_inner_epoch"):
+            if not isinstance(run.get(key), int) or run.get(key) < 1:
+                found.add(f"run.{key} is {run.get(key)}, but runner_iter needs a whole number from 1.{end}")
+    found.end()
+
+
+def check_evaluates(run: DictConfig, where: str = "") -> None:
+    """An evaluation has something to evaluate on; raises UserError."""
+    if run.get("evaluate") is True and not run.get("valid_splits") and not run.get("test_splits"):
+        raise UserError(
+            "run.valid_splits and run.test_splits are empty, so there is nothing to evaluate on; "
+            f"name a split of the data (--options run.test_splits=[test]).{in_file(where)}"
         )
 
 
 def check_mafa(model: MafaBlock, where: str = "") -> None:
     """Losses, their teacher, ECM and its Con-D; raises UserError."""
-    end = in_file(where)
-    check_losses(model, where)
+    end, found = in_file(where), Mistakes()
+    found(check_losses, model, where)
     ecm, con_d = model.ecm, model.discriminator
     if ecm.ambiguous_from > ecm.threshold:
-        raise UserError(
+        found.add(
             f"model.ecm.ambiguous_from is {ecm.ambiguous_from}, but must not exceed threshold ({ecm.threshold}); "
             f"equal switches the ambiguous class off.{end}"
         )
     if model.arch == "blip2_mafa" and model.itc.momentum_distillation is not None:
-        raise UserError(f"model.itc.momentum_distillation is set, but blip2_mafa has no momentum teacher; allowed: null.{end}")
+        found.add(f"model.itc.momentum_distillation is set, but blip2_mafa has no momentum teacher; allowed: null.{end}")
     if ecm.enabled and con_d is None:
         example = {"albef_mafa": "albef_retrieval", "blip_mafa": "blip_retrieval", "blip2_mafa": "blip2"}[model.arch]
-        raise UserError(
+        found.add(
             "model.ecm.enabled is true, but there is no model.discriminator (Con-D); give "
             f"{{arch: {example}, checkpoint: PATH}} or set ecm.enabled: false.{end}"
         )
-    if con_d is not None and con_d.arch != "ground_truth":
-        check_sizes(con_d_block(model, where), where, "model.discriminator")
+    if con_d is not None and con_d.arch != "ground_truth" and (block := found(con_d_block, model, where)) is not None:
+        own = Mistakes()
+        own(check_sizes, model, where)
+        if not own.messages:  # else Con-D has the model's mistakes, which are told there
+            found(check_sizes, block, where, "model.discriminator")
+    found.end()
 
 
 def check_losses(model: MafaBlock, where: str = "") -> None:
@@ -135,25 +185,26 @@ def doubtful(model: Any, run: RunBlock) -> list[str]:
 
 def check_sizes(model: Any, where: str = "", shown: str = "model") -> None:
     """Widths that heads divide, images that patches divide, layers of both kinds; raises UserError."""
-    end = in_file(where)
+    end, found = in_file(where), Mistakes()
     for f in dataclasses.fields(model):
         part = getattr(model, f.name)
         width, heads = getattr(part, "width", None), getattr(part, "heads", None)
         if width is not None and heads is not None and width % heads:
-            raise UserError(f"{shown}.{f.name}.width is {width}, but must be a multiple of heads ({heads}).{end}")
+            found.add(f"{shown}.{f.name}.width is {width}, but must be a multiple of heads ({heads}).{end}")
         if getattr(part, "patch_size", None) is not None and part.image_size % part.patch_size:
-            raise UserError(
+            found.add(
                 f"{shown}.{f.name}.image_size is {part.image_size}, but must be a multiple of patch_size ({part.patch_size}).{end}"
             )
         if hasattr(part, "fusion_layer") and not 0 < part.fusion_layer < part.layers:
-            raise UserError(
+            found.add(
                 f"{shown}.{f.name}.fusion_layer is {part.fusion_layer}, but must lie between 1 and layers - 1 ({part.layers - 1}).{end}"
             )
         if getattr(part, "freeze", None) is False and part.precision != "fp32":
-            raise UserError(
+            found.add(
                 f"{shown}.{f.name}.precision is {part.precision}, but with freeze: false its weights must be fp32; "
                 f"run.precision: bf16 or fp16 computes in less all the same.{end}"
             )
+    found.end()
 
 
 def con_d_block(model: MafaBlock, where: str = "") -> Any:
@@ -194,29 +245,28 @@ def con_d_block(model: MafaBlock, where: str = "") -> Any:
 
 def check_task(model: Any, run: RunBlock, where: str = "") -> None:
     """Tasks that a model cannot do; raises UserError."""
-    end, stage_2 = in_file(where), isinstance(model, Blip2OptBlock)
+    end, stage_2, found = in_file(where), isinstance(model, Blip2OptBlock), Mistakes()
     if run.task in ("mafa_vqa", "mafa_gqa") and not stage_2:
-        raise UserError(f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa.{end}")
+        found.add(f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa.{end}")
     if run.task == "mafa_captioning" and model.arch not in ("blip2_mafa", "blip2_opt_mafa"):
-        raise UserError(f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa.{end}")
-    if run.task == "mafa_captioning" and not stage_2 and not run.evaluate:
-        raise UserError(f"run.task is {run.task}, which trains stage 2 alone; {model.arch} is trained by mafa_pretrain.{end}")
+        found.add(f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa.{end}")
+    elif run.task == "mafa_captioning" and not stage_2 and not run.evaluate:
+        found.add(f"run.task is {run.task}, which trains stage 2 alone; {model.arch} is trained by mafa_pretrain.{end}")
     if run.task == "mafa_pretrain" and run.use_dist_eval_sampler:
-        raise UserError(f"run.use_dist_eval_sampler is true, but {run.task} shares the rows itself; allowed: false.{end}")
+        found.add(f"run.use_dist_eval_sampler is true, but {run.task} shares the rows itself; allowed: false.{end}")
     if stage_2 and run.grit.enabled:
-        raise UserError(
-            f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1.{end}"
-        )
+        found.add(f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1.{end}")
     if stage_2 and not run.evaluate and model.language_model.precision == "fp16" and run.precision != "fp16":
-        raise UserError(
+        found.add(
             f"run.precision is {run.precision}, but model.language_model.precision is fp16, whose gradients vanish without the loss "
             f"scaling of run.precision: fp16; set that, or model.language_model.precision: bf16.{end}"
         )
     if stage_2 and run.task == "mafa_pretrain" and (run.valid_splits or run.test_splits):
-        raise UserError(
+        found.add(
             f"run.task is mafa_pretrain, which evaluates retrieval, but {model.arch} has no matching head; leave valid_splits and "
             f"test_splits empty, and evaluate with mafa_captioning or mafa_vqa.{end}"
         )
+    found.end()
 
 
 def check_device(model: Any, device: str, precision: str = "fp32", where: str = "") -> None:
@@ -241,27 +291,47 @@ def _precision_of(model: Any, part: str) -> str:
     return getattr(getattr(model, part, None), "precision", "fp32")
 
 
-def check_splits(config: DictConfig, where: str = "") -> None:
-    """Splits that the job uses and none of its data sets can have; raises UserError. LAVIS's data sets have what they like."""
-    run, end = config.run, in_file(where)
-    ours = run.get("task") in RUN_BLOCKS
-    known = list(dict.fromkeys(split for name in map(str, config.datasets) for split in SPLITS.get(name, ())))
-    used = ["test_splits"] if run.get("evaluate") is True else ["train_splits", "valid_splits", "test_splits"]
-    for key in used:
-        wanted = run.get(key, ["train"] if ours and key == "train_splits" else None)
-        if key == "train_splits" and wanted is not None and not wanted:
-            raise UserError(f"run.train_splits is [], but training needs a split; allowed: [train].{end}")
-        for split in wanted or []:
-            if split not in known and all(name in SPLITS for name in config.datasets):
-                hint = did_you_mean(split, known)
-                raise UserError(
-                    f"run.{key} is {split!r}, but {', '.join(map(str, config.datasets))} has: {', '.join(known)}.{hint}{end}"
+def check_splits(config: DictConfig, where: str = "", splits: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Splits that the job uses and none of its data sets has, or that are for training; raises UserError.
+
+    Args:
+        splits: data set -> its splits, of all; default: of ours, and nothing is said where LAVIS's are among them.
+    """
+    run, end, found = config.run, in_file(where), Mistakes()
+    ours, evaluates = run.get("task") in RUN_BLOCKS, run.get("evaluate") is True
+    if splits is None:
+        splits = {name: own_splits(name, config.datasets[name]) for name in map(str, config.datasets) if name in SPLITS}
+    if len(splits) < len(config.datasets):
+        return
+    known = list(dict.fromkeys(split for of_one in splits.values() for split in of_one))
+    trained = run.get("train_splits", ["train"] if ours else []) or []
+    if run.get("train_splits") is not None and not trained and not evaluates:
+        found.add(f"run.train_splits is [], but training needs a split; allowed: [train].{end}")
+    used = {"train_splits": [] if evaluates else trained}
+    used |= {key: run.get(key) or [] for key in ("valid_splits", "test_splits")}
+    for key, wanted in used.items():
+        for split in wanted:
+            if split not in known:
+                hint = did_you_mean(split, known) or _how_to_set(split, splits)
+                found.add(f"run.{key} is {split!r}, but {', '.join(splits)} has: {', '.join(known)}.{hint}{end}")
+            elif ours and key != "train_splits" and split == "train":
+                others = ", ".join(other for other in known if other != "train") or "none"
+                found.add(
+                    f"run.{key} is 'train', which is read for training alone; other splits of {', '.join(splits)}: {others}.{end}"
                 )
+    found.end()
+
+
+def _how_to_set(split: str, splits: Mapping[str, Sequence[str]]) -> str:
+    for name in splits:
+        if split in SPLITS.get(name, ()):
+            return f" Its file is datasets.{name}.build_info.annotations.{split}.storage."
+    return ""
 
 
 def check_image_sizes(model: Any, data: DictConfig, run: DictConfig, where: str = "") -> None:
     """The processors that the job uses make images of the model's size; raises UserError. Of our data sets alone."""
-    size = model.image_encoder.image_size
+    size, found = model.image_encoder.image_size, Mistakes()
     evaluates = run.get("evaluate") is True
     modes = [] if evaluates else ["train"]
     if run.get("test_splits") or (run.get("valid_splits") and not evaluates):
@@ -271,27 +341,29 @@ def check_image_sizes(model: Any, data: DictConfig, run: DictConfig, where: str 
             key = f"{name}.vis_processor.{mode}.image_size"
             given = OmegaConf.select(data, key)
             if given is not None and given != size:
-                raise UserError(f"datasets.{key} is {given}, but must be model.image_encoder.image_size ({size}).{in_file(where)}")
+                found.add(f"datasets.{key} is {given}, but must be model.image_encoder.image_size ({size}).{in_file(where)}")
+    found.end()
 
 
 def check_checkpoints(model: Any, evaluate: bool, where: str = "") -> None:
     """The checkpoints that a job cannot do without are named; raises UserError."""
-    end, con_d = in_file(where), getattr(model, "discriminator", None)
+    end, con_d, found = in_file(where), getattr(model, "discriminator", None), Mistakes()
     if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and model.ecm.enabled:
-        raise UserError(
+        found.add(
             "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
             f"Set it to the file of a trained {con_d.arch} (--options model.discriminator.checkpoint=PATH).{end}"
         )
     if evaluate and not model.pretrained:
-        raise UserError(
+        found.add(
             "model.pretrained is null, but run.evaluate is true, and an untrained model is not worth evaluating. "
             f"Set it to the checkpoint to evaluate (--options model.pretrained=PATH).{end}"
         )
     if isinstance(model, Blip2OptBlock) and not model.pretrained and not model.stage_1:
-        raise UserError(
+        found.add(
             "model.stage_1 is null; stage 2 starts from a stage-1 checkpoint. "
             f"Set it (--options model.stage_1=PATH), or model.pretrained to a stage-2 checkpoint.{end}"
         )
+    found.end()
 
 
 def check_grit(grit: Grit, batch_size: int, where: str = "", prefix: str = "run.grit") -> None:

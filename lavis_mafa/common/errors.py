@@ -4,14 +4,53 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class UserError(ValueError):
     """A mistake in what the user gave us. The command line prints its message alone and exits with code 2.
 
-    The message names the key or file, the value, what is allowed and, where there is one, the nearest right name.
+    The message names the key or file, the value, what is allowed and, where there is one, the nearest right name. A check that found
+    several mistakes says the first, and all of them in ``messages``.
     """
+
+    def __init__(self, message: str, *more: str) -> None:
+        super().__init__(message)
+        self.messages = (message, *more)
+
+
+class Mistakes:
+    """What several checks refuse, so that all of it can be told at once.
+
+    Example:
+        >>> found = Mistakes()
+        >>> found(check_sizes, model)  # its result, or None where it raises UserError
+        >>> found.add("run.seed is -1, but must be at least 0.")
+        >>> found.end()  # raises UserError if there was anything
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def __call__(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Run a check and keep what it says."""
+        try:
+            return check(*args, **kwargs)
+        except UserError as error:
+            self.messages += [message for message in error.messages if message not in self.messages]
+            return None
+
+    def add(self, message: str) -> None:
+        self.messages.append(message)
+
+    def end(self) -> None:
+        """Raise all of it; nothing where there is nothing."""
+        if self.messages:
+            raise UserError(*self.messages)
 
 
 class RankLost(RuntimeError):

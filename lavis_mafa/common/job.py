@@ -16,12 +16,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.common.check import check_device
-from lavis_mafa.common.errors import RankLost, UserError, did_you_mean
+from lavis_mafa.common.check import OURS, check_device, check_evaluates, check_splits
+from lavis_mafa.common.errors import Mistakes, RankLost, UserError, did_you_mean
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
-from lavis_mafa.common.yaml_file import check_processor_name
+from lavis_mafa.common.yaml_file import check_processor_name, examine
 from lavis_mafa.common.yaml_file import check_yaml as check_yaml
+from lavis_mafa.datasets.build_info import SPLITS, check_lavis_info, own_splits
+from lavis_mafa.processors.settings import SETTINGS
+
+PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval")
 
 
 def prepare(name: str, options: list[str], files: bool = True, device: bool = True) -> tuple[DictConfig, Any]:
@@ -35,11 +39,71 @@ def prepare(name: str, options: list[str], files: bool = True, device: bool = Tr
         UserError: the first mistake found.
     """
     checked = check_yaml(name, options, files)
-    import torch
+    return checked, _config(name, checked, device)
 
+
+def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]:
+    """Whatever keeps ``train`` or ``evaluate`` from its first step, as far as that is known before the model is built.
+
+    Args:
+        name, options: as for :func:`check_yaml`.
+        files: False looks at the YAML alone, whose data, checkpoints and GPUs may be another machine's.
+    """
+    try:
+        checked, found = examine(name, options, files)
+    except UserError as error:
+        return list(error.messages)
+    found(check_evaluates, checked.run, str(find_yaml(name)))
+    ours = _all_ours(checked)
+    if not ours and not found(_check_names, checked, _lavis_registry()):
+        return found.messages
+    if files and not (ours and found.messages):  # LAVIS takes seconds to import, and then knows where its data are
+        cfg = found(_config, name, checked)
+        if cfg is not None and not found.messages:
+            found(_check_rows, cfg)
+    return found.messages
+
+
+def _all_ours(config: DictConfig) -> bool:
+    """Nothing that only LAVIS knows: its names, or the defaults of its data sets."""
+    processors = [OmegaConf.select(config, f"datasets.{name}.{which}.name") for name in config.datasets for which in PROCESSORS]
+    return (
+        config.model.arch in MODEL_BLOCKS
+        and config.run.task in RUN_BLOCKS
+        and config.run.get("runner", "runner_mafa") == "runner_mafa"
+        and config.run.get("lr_sched", OURS) == OURS
+        and all(name in SPLITS for name in config.datasets)
+        and all(not isinstance(name, str) or name in SETTINGS for name in processors)
+    )
+
+
+def _config(name: str, checked: DictConfig, device: bool = True) -> Any:
+    """LAVIS's ``Config`` of what was checked, with its data sets' defaults.
+
+    Raises:
+        UserError: a name that nobody registered, a device that cannot do it, or data that are not there.
+    """
+    found = Mistakes()
     if device and checked.model.arch in MODEL_BLOCKS:
-        _check_device(checked, torch.cuda.is_available())
+        import torch
 
+        found(_check_device, checked, torch.cuda.is_available())
+    registry = _lavis_registry()
+    found(_check_names, checked, registry)
+    found.end()
+    found(_check_lavis_blocks, checked.datasets, registry)
+    found.end()
+    registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
+    cfg = _lavis_config(find_yaml(name), checked)
+    found(_check_lavis_files, cfg.datasets_cfg)
+    found(_check_processor_names, cfg.datasets_cfg)
+    found(check_splits, cfg.config, str(find_yaml(name)), _splits(cfg.datasets_cfg))
+    found.end()
+    return cfg
+
+
+def _lavis_registry() -> Any:
+    """LAVIS's, once it knows our names and its own."""
     with _quiet_imports():
         import lavis.common.optims  # noqa: F401 - registers LAVIS's schedulers
         import lavis.runners
@@ -49,13 +113,29 @@ def prepare(name: str, options: list[str], files: bool = True, device: bool = Tr
     from lavis_mafa.plugin import register
 
     register()
-    _known_names(checked, registry)
-    registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
-    _check_lavis_blocks(checked.datasets, registry)
-    cfg = _lavis_config(find_yaml(name), options, checked)
-    _check_annotations(cfg.datasets_cfg)
-    _check_processor_names(cfg.datasets_cfg)
-    return checked, cfg
+    return registry
+
+
+def _check_rows(cfg: Any) -> None:
+    """Read the data as training does: rows that it refuses, and too few of them; raises UserError. Nothing is downloaded."""
+    from lavis.common.utils import get_cache_path
+
+    for name, data in cfg.datasets_cfg.items():
+        storages = [info.get("storage") for info in (OmegaConf.select(data, "build_info.annotations") or {}).values() if info]
+        files = [file for storage in storages for file in ([storage] if isinstance(storage, str) else storage or [])]
+        if name not in SPLITS and not all(Path(get_cache_path(file)).is_file() for file in files):
+            return
+    import lavis.tasks as tasks
+    from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
+
+    from lavis_mafa.runners.loaders import train_loader
+    from lavis_mafa.runners.run_block import run_settings
+
+    ours = cfg.run_cfg.task in RUN_BLOCKS
+    datasets = concat_datasets(reorg_datasets_by_split(tasks.setup_task(cfg).build_datasets(cfg)))
+    if cfg.run_cfg.get("runner", "runner_mafa") == "runner_mafa" and not cfg.run_cfg.get("evaluate", False) and "train" in datasets:
+        settings = run_settings(cfg.run_cfg, ours)
+        train_loader(datasets["train"], settings.batch_size_train, settings.grit if ours else None, settings, pin=False)
 
 
 def run_job(name: str, options: list[str]) -> Any:
@@ -65,7 +145,9 @@ def run_job(name: str, options: list[str]) -> Any:
         UserError: a mistake, or ranks that differ.
         RankLost: another rank died or hangs.
     """
-    checked, cfg = prepare(name, options)
+    checked = check_yaml(name, options)
+    check_evaluates(checked.run, str(find_yaml(name)))
+    cfg = _config(name, checked)
     import lavis.tasks as tasks
     import numpy as np
     import torch
@@ -115,11 +197,15 @@ def _check_device(config: DictConfig, gpu: bool) -> None:
         check_device(typed_block("model", config.model), "cpu", precision)
 
 
-def _lavis_config(path: Path, options: list[str], checked: DictConfig) -> Any:
+def _lavis_config(path: Path, checked: DictConfig) -> Any:
     from lavis.common.config import Config
 
     class CheckedConfig(Config):
-        """LAVIS's configuration, except that what ``--options`` names (a model type, a data set) gets its defaults too."""
+        """LAVIS's configuration of what was checked: overrides and paths are in it, and what they name gets its defaults too."""
+
+        @staticmethod
+        def build_runner_config(config: Any) -> Any:
+            return {"run": checked.run}
 
         @staticmethod
         def build_model_config(config: Any, **_: Any) -> Any:
@@ -129,69 +215,89 @@ def _lavis_config(path: Path, options: list[str], checked: DictConfig) -> Any:
         def build_dataset_config(config: Any) -> Any:
             return Config.build_dataset_config(OmegaConf.create({**config, "datasets": checked.datasets}))
 
-    return CheckedConfig(argparse.Namespace(cfg_path=str(path), options=list(options)))
+    return CheckedConfig(argparse.Namespace(cfg_path=str(path), options=None))
 
 
-def _known_names(config: DictConfig, registry: Any) -> None:
-    """Registered names, checked before LAVIS answers an unknown one with ``NoneType``."""
+def _check_names(config: DictConfig, registry: Any) -> bool:
+    """Registered names, checked before LAVIS answers an unknown one with ``NoneType``; raises UserError, else it is True."""
     wanted = [
         ("model.arch", config.model.get("arch"), registry.list_models()),
         ("run.task", config.run.get("task"), registry.list_tasks()),
         ("run.runner", config.run.get("runner", "runner_mafa"), registry.list_runners()),
-        ("run.lr_sched", config.run.get("lr_sched", "warmup_cosine_per_step"), registry.list_lr_schedulers()),
+        ("run.lr_sched", config.run.get("lr_sched", OURS), registry.list_lr_schedulers()),
         *((f"datasets.{name}", name, registry.list_datasets()) for name in config.datasets),
     ]
     processors = sorted(registry.mapping["processor_name_mapping"])
     for dataset in config.datasets:
-        for which in ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval"):
+        for which in PROCESSORS:
             key = f"datasets.{dataset}.{which}.name"
             if (processor := OmegaConf.select(config, key)) is not None:
                 wanted.append((key, processor, processors))
+    found = Mistakes()
     for key, value, known in wanted:
         if value not in known:
-            raise UserError(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
+            found.add(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
+    found.end()
+    return True
 
 
 def _check_lavis_blocks(datasets: DictConfig, registry: Any) -> None:
     """A misspelt key below LAVIS's own data sets would change nothing; their defaults tell which there are."""
-    from lavis_mafa.datasets.build_info import SPLITS, check_lavis_info
-
-    for name in map(str, datasets):
-        builder = registry.get_builder_class(name)
-        kind, known = datasets[name].get("type", "default"), getattr(builder, "DATASET_CONFIG_DICT", {})
-        if (
-            name in SPLITS
-            or not builder.__module__.startswith("lavis.")
-            or not isinstance(datasets[name].get("build_info"), DictConfig)
-        ):
+    found = Mistakes()
+    for name in (name for name in map(str, datasets) if name not in SPLITS):
+        builder, info = registry.get_builder_class(name), datasets[name].get("build_info")
+        if not builder.__module__.startswith("lavis.") or not isinstance(info, DictConfig):
             continue
+        kind, known = datasets[name].get("type", "default"), getattr(builder, "DATASET_CONFIG_DICT", {})
         if kind not in known:
-            raise UserError(f"datasets.{name}.type is {kind!r}; allowed: {', '.join(known)}.{did_you_mean(str(kind), known)}")
+            found.add(f"datasets.{name}.type is {kind!r}; allowed: {', '.join(known)}.{did_you_mean(str(kind), known)}")
+            continue
         defaults = OmegaConf.load(builder.default_config_path(kind)).datasets
-        check_lavis_info(name, datasets[name].build_info, next(iter(defaults.values())).build_info)
+        found(check_lavis_info, name, info, next(iter(defaults.values())).build_info)
+    found.end()
 
 
-def _check_annotations(datasets: DictConfig) -> None:
-    """LAVIS's builders answer an annotation file that is neither there nor anywhere to download with a traceback."""
+def _splits(datasets: DictConfig) -> dict[str, tuple[str, ...]]:
+    """What each data set will have; LAVIS's builders go by the annotations that are named, and a few by something else."""
+    splits = {}
+    for name, data in datasets.items():
+        if name in SPLITS:
+            splits[name] = own_splits(name, data)
+        elif annotations := OmegaConf.select(data, "build_info.annotations"):
+            splits[name] = tuple(map(str, annotations))
+    return splits
+
+
+def _check_lavis_files(datasets: DictConfig) -> None:
+    """LAVIS's builders answer an annotation file that is neither there nor anywhere to download with a traceback, and train on
+    an image folder that is not there."""
     from lavis.common.utils import get_cache_path
 
-    for name in map(str, datasets):
-        for split, info in (OmegaConf.select(datasets[name], "build_info.annotations") or {}).items():
-            urls, files = ([v] if isinstance(v, str) else list(v or []) for v in (info.get("url"), info.get("storage")))
+    found = Mistakes()
+    for name in (name for name in map(str, datasets) if name not in SPLITS):
+        info = datasets[name].get("build_info") or {}
+        for split, files_of in (info.get("annotations") or {}).items():
+            urls, files = ([v] if isinstance(v, str) else list(v or []) for v in (files_of.get("url"), files_of.get("storage")))
             for url, file in zip(urls, files, strict=False):
                 if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():
                     key = f"datasets.{name}.build_info.annotations.{split}.storage"
-                    raise UserError(f"{key} is {file!r}, but there is no file {get_cache_path(file)}, and {url!r} is no address.")
+                    found.add(f"{key} is {file!r}, but there is no file {get_cache_path(file)}, and {url!r} is no address.")
+        folder = OmegaConf.select(info, "images.storage") if info else None
+        if isinstance(folder, str) and not Path(get_cache_path(folder)).is_dir():
+            key = f"datasets.{name}.build_info.images.storage"
+            found.add(f"{key} is {folder!r}, but there is no folder {get_cache_path(folder)}.")
+    found.end()
 
 
 def _check_processor_names(datasets: DictConfig) -> None:
     """A processor's name may come from the data set's defaults; LAVIS looks for one without a name all the same."""
+    found = Mistakes()
     for dataset in map(str, datasets):
-        for part in ("vis_processor", "text_processor"):
-            for split in ("train", "eval"):
-                processor = OmegaConf.select(datasets, f"{dataset}.{part}.{split}")
-                if isinstance(processor, DictConfig):
-                    check_processor_name(f"datasets.{dataset}.{part}.{split}", processor)
+        for which in PROCESSORS:
+            processor = OmegaConf.select(datasets, f"{dataset}.{which}")
+            if isinstance(processor, DictConfig):
+                found(check_processor_name, f"datasets.{dataset}.{which}", processor)
+    found.end()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.common.paths import expanded
 
 
 def projects_root() -> Path:
@@ -25,8 +26,9 @@ def find_yaml(name: str) -> Path:
     Raises:
         UserError: neither; the message names the nearest of ours.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(expanded(name, "the YAML"))
+    if path.is_file():
+        return path
     files = project_files()
     if name in files:
         return files[name]

@@ -31,6 +31,7 @@ class RunBlock:
     warmup_lr: float = 1e-5
     warmup_steps: int = 1000
     lr_horizon_epochs: Optional[int] = None  # noqa: UP045 - default: max_epoch
+    lr_decay_rate: Optional[float] = None  # noqa: UP045 - of linear_warmup_step_lr, which needs it
     weight_decay: float = 0.02
     beta2: float = 0.999
     max_epoch: int = 20
@@ -154,6 +155,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.min_lr": (0.0, INFINITE),
     "run.warmup_steps": (0, INFINITE),
     "run.lr_horizon_epochs": (1, INFINITE),
+    "run.lr_decay_rate": (0.0, 1.0),
     "run.weight_decay": (0.0, INFINITE),
     "run.beta2": (0.0, 1.0),
     "run.max_epoch": (1, INFINITE),

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -17,15 +17,17 @@ from lavis_mafa.common.check import (
     check_combinations,
     check_device,
     check_image_sizes,
+    check_lavis_run,
     check_splits,
 )
-from lavis_mafa.common.errors import UserError, did_you_mean
+from lavis_mafa.common.errors import Mistakes, UserError, did_you_mean
 from lavis_mafa.common.hub import is_path
+from lavis_mafa.common.paths import expand_settings
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, check_keys, in_file, typed_block
+from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, in_file, typed_block, without_wrong_keys
 from lavis_mafa.common.yaml_text import read_yaml
-from lavis_mafa.datasets.build_info import SPLITS, check_block, check_info
+from lavis_mafa.datasets.build_info import SPLITS, check_block, check_info, missing_files, own_files
 from lavis_mafa.processors.settings import SETTINGS, check_settings
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
@@ -58,56 +60,99 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
         the merged configuration (model type's defaults, then the file, then the overrides).
 
     Raises:
-        UserError: the first mistake found.
+        UserError: a mistake; its ``messages`` are all of them.
+    """
+    config, found = examine(name, options, files)
+    found.end()
+    return config
+
+
+def examine(name: str, options: list[str], files: bool = True) -> tuple[DictConfig, Mistakes]:
+    """The same, with all mistakes; where a block has some, its right settings are in the configuration.
+
+    Raises:
+        UserError: there is no such file, or it has not the form of a configuration.
     """
     _check_environment()
     path = find_yaml(name)
+    where, found = str(path), Mistakes()
     config = _read(path, options)
-    for key in sorted(OmegaConf.missing_keys(config)):
-        raise UserError(f"{key} is ???, which stands for a value that is still to be given. ({path})")
-    for block in ("model", "datasets", "run"):
-        if config.get(block) is None:
-            raise UserError(f"{block} is missing; a YAML has the blocks model, datasets and run. ({path})")
-        _must_be_block(config, block, str(path))
-    data = _data(config, str(path))
+    _check_form(config, where)
+    found(expand_settings, config)
+    data = found(_data, config, where)
     for key in map(str, config):
         if key not in ("model", "datasets", "run", "preprocess"):
             hint = did_you_mean(key, ("model", "datasets", "run"))
-            raise UserError(f"{key} is not a block.{hint} Allowed: model, datasets, run. ({path})")
-    for block, key, example in (("model", "arch", "albef_mafa"), ("run", "task", "mafa_pretrain")):
-        if not isinstance(config[block].get(key), str):
-            raise UserError(f"{block}.{key} is {config[block].get(key)}; allowed: a registered name, such as {example}. ({path})")
-    arch = config.model.arch
-    model = None
-    if arch in MODEL_BLOCKS:
-        kind, known = config.model.get("model_type"), _model_types(arch)
-        if kind not in known:
-            raise UserError(f"model.model_type is {kind!r}, but {arch} has: {', '.join(known)}. ({path})")
-        check_keys("model", config.model, str(path))  # before the defaults are merged, which fails at a list for a block
-        config = _merged(OmegaConf.load(MODEL_DEFAULTS / f"{arch}_{kind}.yaml"), config)
-        if config.run.get("evaluate") is True and "ecm" in config.model:
-            config.model.ecm = {**config.model.ecm, "enabled": False}  # evaluating needs no Con-D
-        model = typed_block("model", config.model, str(path))
-    run = typed_block("run", config.run, str(path)) if config.run.get("task") in RUN_BLOCKS else None
-    if run is None:  # of LAVIS's tasks the keys that we know; YAMLs of theirs say `amp` and more beside them
+            found.add(f"{key} is not a block.{hint} Allowed: model, datasets, run. ({path})")
+    config, model = _model(config, where, found)
+    run, before = None, len(found.messages)
+    if config.run.get("task") in RUN_BLOCKS:
+        run = found(typed_block, "run", config.run, where)
+    else:  # of LAVIS's tasks the keys that we know; YAMLs of theirs say `amp` and more beside them
         known_keys = {f.name for f in dataclasses.fields(RunBlock)} - {"grit", "task"}
-        typed_block("run", {str(k): v for k, v in config.run.items() if k in known_keys}, str(path))
-    check_combinations(model, run, str(path), files)
-    if model is not None and run is None:  # one of LAVIS's tasks, whose other keys are LAVIS's
-        check_device(model, str(config.run.get("device", "cuda")), where=str(path))
+        found(typed_block, "run", {str(k): v for k, v in config.run.items() if k in known_keys}, where)
+        found(check_lavis_run, config.run, where)
+    sound = len(found.messages) == before  # what was refused, or stands for it, is no setting to combine
+    if sound:
+        found(check_combinations, model, run, where, files)
+        if data is not None:
+            found(check_splits, config, where)
+    if model is not None and run is None and sound:  # one of LAVIS's tasks, whose other keys are LAVIS's
+        found(check_device, model, str(config.run.get("device", "cuda")), where=where)
         if files:
-            check_checkpoints(model, bool(config.run.get("evaluate", False)), str(path))
-    check_splits(config, str(path))
-    if model is not None:
-        check_image_sizes(model, data if files else config.datasets, config.run, str(path))
+            found(check_checkpoints, model, bool(config.run.get("evaluate", False)), where)
+    if model is not None and data is not None:
+        found(check_image_sizes, model, data if files else config.datasets, config.run, where)
     if files:
-        _check_files(config, str(path))
-        if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS):
+        found(_check_folder, config, where)
+        absent = _check_files(config, where, found)
+        if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS if key not in absent):
             from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
 
-            check_kinds(model)
-        _check_loadable(config, str(path))
-    return config
+            found(check_kinds, model, absent)
+        found(_check_loadable, config, where, absent)
+        if data is not None:
+            _check_data_files(config, found)
+    return config, found
+
+
+def _check_form(config: DictConfig, where: str) -> None:
+    """The three blocks, and the two names on which all else depends; raises UserError."""
+    found = Mistakes()
+    for key in sorted(OmegaConf.missing_keys(config)):
+        found.add(f"{key} is ???, which stands for a value that is still to be given. ({where})")
+    found.end()
+    for block in ("model", "datasets", "run"):
+        if config.get(block) is None:
+            found.add(f"{block} is missing; a YAML has the blocks model, datasets and run. ({where})")
+        else:
+            found(_must_be_block, config, block, where)
+    found.end()
+    if not config.datasets:
+        found.add(f"datasets is empty; name at least one, such as grit_pairs or grit_emoji. ({where})")
+    for block, key, example in (("model", "arch", "albef_mafa"), ("run", "task", "mafa_pretrain")):
+        if not isinstance(config[block].get(key), str):
+            found.add(f"{block}.{key} is {config[block].get(key)}; allowed: a registered name, such as {example}. ({where})")
+    found.end()
+
+
+def _model(config: DictConfig, where: str, found: Mistakes) -> tuple[DictConfig, Any]:
+    """The configuration with the model type's defaults, and the typed block; None for LAVIS's models, and where there are mistakes."""
+    arch = config.model.arch
+    if arch not in MODEL_BLOCKS:
+        return config, None
+    kind, known = config.model.get("model_type"), _model_types(arch)
+    if kind not in known:
+        found.add(f"model.model_type is {kind!r}, but {arch} has: {', '.join(known)}. ({where})")
+        return config, None
+    before = len(found.messages)
+    # before the defaults are merged, which fails at a list for a block
+    config.model = without_wrong_keys("model", config.model, found, where)
+    config = _merged(OmegaConf.load(MODEL_DEFAULTS / f"{arch}_{kind}.yaml"), config)
+    if config.run.get("evaluate") is True and "ecm" in config.model:
+        config.model.ecm = {**config.model.ecm, "enabled": False}  # evaluating needs no Con-D
+    model = found(typed_block, "model", config.model, where)
+    return config, model if len(found.messages) == before else None
 
 
 def _check_environment() -> None:
@@ -138,10 +183,26 @@ def _read(path: Path, options: list[str]) -> DictConfig:
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'a reference (${...})'}: {str(error).splitlines()[0]}. ({path})") from error
+        hint = (
+            " A variable of the environment is $NAME in a path, and ${oc.env:NAME} everywhere."
+            if "Interpolation key" in str(error)
+            else ""
+        )
+        raise UserError(f"{error.full_key or 'a reference (${...})'}: {str(error).splitlines()[0]}.{hint} ({path})") from error
     except RecursionError as error:
         raise UserError(f"{path}: its references (${{...}}) lead to each other without an end.") from error
+    _no_references(config, "", path)
     return config
+
+
+def _no_references(node: Any, key: str, path: Path) -> None:
+    """What still looks like a reference was escaped (``\\${x}``), and would be followed wherever the configuration is copied."""
+    if isinstance(node, DictConfig | ListConfig):
+        items = enumerate(node._iter_ex(resolve=False)) if isinstance(node, ListConfig) else node.items_ex(resolve=False)
+        for name, child in items:
+            _no_references(child, f"{key}.{name}".lstrip("."), path)
+    elif isinstance(node, str) and "${" in node:
+        raise UserError(f"{key} is {node!r}, but a setting cannot hold ${{...}} as text. ({path})")
 
 
 def _must_be_block(config: DictConfig, key: str, where: str) -> None:
@@ -153,42 +214,51 @@ def _must_be_block(config: DictConfig, key: str, where: str) -> None:
 
 def _data(config: DictConfig, where: str) -> DictConfig:
     """The checked blocks below ``datasets``, ours with their defaults; of LAVIS's the form alone, whose defaults are not read yet."""
-    if not config.datasets:
-        raise UserError(f"datasets is empty; name at least one, such as grit_pairs or grit_emoji. ({where})")
-    data = OmegaConf.create({})
+    data, found = OmegaConf.create({}), Mistakes()
     for dataset in config.datasets:
         if not isinstance(dataset, str) or not dataset.isidentifier():
-            raise UserError(f"datasets.{dataset} is no name of a data set; it is a word, such as grit_pairs or grit_emoji. ({where})")
-        _must_be_block(config, f"datasets.{dataset}", where)
-        block = config.datasets[dataset]
-        check_block(dataset, block)
-        for part in ("build_info", "vis_processor", "text_processor"):
-            if part in block:
-                _must_be_block(config, f"datasets.{dataset}.{part}", where)
-        for part in ("vis_processor", "text_processor"):
-            for split in block.get(part, {}):
-                _must_be_block(config, f"datasets.{dataset}.{part}.{split}", where)
-                key, processor = f"datasets.{dataset}.{part}.{split}", block[part][split]
-                if "name" in processor:
-                    check_processor_name(key, processor, where)
-                    if processor.name in SETTINGS and dataset not in SPLITS:
-                        check_settings(processor.name, processor, key)
-        if dataset in SPLITS:
-            if "build_info" in block:
-                check_info(dataset, block.build_info)
-            block = _merged(OmegaConf.load(DATA_DEFAULTS / dataset / "defaults.yaml").datasets[dataset], block)
-            _check_processors(f"datasets.{dataset}", block, where)
-        data[dataset] = block
+            found.add(f"datasets.{dataset} is no name of a data set; it is a word, such as grit_pairs or grit_emoji. ({where})")
+        else:
+            data[dataset] = found(_data_set, config, dataset, where)
+    found.end()
     return data
+
+
+def _data_set(config: DictConfig, dataset: str, where: str) -> DictConfig:
+    _must_be_block(config, f"datasets.{dataset}", where)
+    block, found = config.datasets[dataset], Mistakes()
+    found(check_block, dataset, block)
+    for part in ("build_info", "vis_processor", "text_processor"):
+        if part in block:
+            found(_must_be_block, config, f"datasets.{dataset}.{part}", where)
+    found.end()
+    for part in ("vis_processor", "text_processor"):
+        for split in block.get(part, {}):
+            _must_be_block(config, f"datasets.{dataset}.{part}.{split}", where)
+            key, processor = f"datasets.{dataset}.{part}.{split}", block[part][split]
+            if "name" in processor:
+                found(check_processor_name, key, processor, where)
+                if dataset not in SPLITS and processor.name in SETTINGS:
+                    found(check_settings, processor.name, processor, key)
+    if dataset in SPLITS:
+        if "build_info" in block:
+            found(check_info, dataset, block.build_info)
+        found.end()
+        block = _merged(OmegaConf.load(DATA_DEFAULTS / dataset / "defaults.yaml").datasets[dataset], block)
+        _check_processors(f"datasets.{dataset}", block, where)
+    found.end()
+    return block
 
 
 def _check_processors(dataset: str, block: DictConfig, where: str) -> None:
     """Of a data set with its defaults: every processor has a name, and ours settings that they know."""
+    found = Mistakes()
     for part in ("vis_processor", "text_processor"):
         for split, processor in block.get(part, {}).items():
-            check_processor_name(f"{dataset}.{part}.{split}", processor, where)
-            if processor.name in SETTINGS:
-                check_settings(processor.name, processor, f"{dataset}.{part}.{split}")
+            found(check_processor_name, f"{dataset}.{part}.{split}", processor, where)
+            if processor.get("name") in SETTINGS:
+                found(check_settings, processor.name, processor, f"{dataset}.{part}.{split}")
+    found.end()
 
 
 def check_processor_name(key: str, processor: DictConfig, where: str = "") -> None:
@@ -205,34 +275,73 @@ def _merged(below: Any, above: Any) -> DictConfig:
     return merged
 
 
-def _check_loadable(config: DictConfig, where: str) -> None:
+def _check_loadable(config: DictConfig, where: str, absent: set[str]) -> None:
     """Files that are otherwise read after the data, or by LAVIS, which answers one that it cannot load with a traceback."""
-    wanted = ["run.resume_ckpt_path"]
+    wanted, found = ["run.resume_ckpt_path"], Mistakes()
     if config.model.arch not in MODEL_BLOCKS:
         wanted.append("model.finetuned" if config.model.get("load_finetuned", True) else "model.pretrained")
     for key in wanted:
         value = OmegaConf.select(config, key)
-        if not isinstance(value, str) or "://" in value or (key, value) == ("run.resume_ckpt_path", "auto"):
+        if not isinstance(value, str) or "://" in value or (key, value) == ("run.resume_ckpt_path", "auto") or key in absent:
             continue
         if value.endswith(".safetensors"):
-            raise UserError(f"{key} is {value!r}, but must be a .pth file: safetensors hold weights alone. ({where})")
+            found.add(f"{key} is {value!r}, but must be a .pth file: safetensors hold weights alone. ({where})")
+            continue
         from lavis_mafa.common.weights import read_checkpoint  # imports torch, which costs seconds
 
-        read_checkpoint(value, key, names_only=True)
+        found(read_checkpoint, value, key, names_only=True)
+    found.end()
 
 
-def _check_files(config: DictConfig, where: str) -> None:
+def _check_folder(config: DictConfig, where: str) -> None:
+    """The folder of the runs can be made and written; raises UserError."""
+    folder = Path(str(config.run.get("output_dir") or RunBlock().output_dir)).absolute()
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "that is not a folder" if not nearest.is_dir() else "the right to write there is missing"
+        raise UserError(f"run.output_dir: cannot write in {folder}: {nearest}: {reason}. ({where})")
+
+
+def _check_files(config: DictConfig, where: str, found: Mistakes) -> set[str]:
+    """Checkpoints, tokenizers and the like that are named and not there: the keys of those."""
     downloads = config.model.get("arch") not in MODEL_BLOCKS  # LAVIS's own models take URLs, ours local files alone
+    absent = set()
     for key in FILES:
         value = OmegaConf.select(config, key)
         if value is not None and not isinstance(value, str):
-            raise UserError(f"{key} is {value}, but must be the path of a file. ({where})")
+            found.add(f"{key} is {value}, but must be the path of a file. ({where})")
+            absent.add(key)
         if (key, value) == ("run.resume_ckpt_path", "auto"):
             continue  # the newest checkpoint of the same run, if there is one
         if isinstance(value, str) and not (downloads and "://" in value) and not Path(value).is_file():
             hint = " Download it first." if "://" in value else ""
-            raise UserError(f"{key} is {value!r}, but there is no such file.{hint} ({where})")
+            found.add(f"{key} is {value!r}, but there is no such file.{hint} ({where})")
+            absent.add(key)
     for key in FOLDERS:
         value = OmegaConf.select(config, key)
-        if isinstance(value, str) and is_path(value) and not Path(value).expanduser().exists():
-            raise UserError(f"{key} is {value!r}, but there is no such file or folder. ({where})")
+        if isinstance(value, str) and is_path(value) and not Path(value).exists():
+            found.add(f"{key} is {value!r}, but there is no such file or folder. ({where})")
+    return absent
+
+
+def _check_data_files(config: DictConfig, found: Mistakes) -> None:
+    """Annotation files and image folders of our data sets; of LAVIS's, whose defaults name theirs, see ``job``."""
+    for name in map(str, config.datasets):
+        if name in SPLITS:
+            default = OmegaConf.load(DATA_DEFAULTS / name / "defaults.yaml").datasets[name]
+            for message in found(data_files_missing, name, _merged(default, config.datasets[name])) or ():
+                found.add(message)
+
+
+def data_files_missing(name: str, block: DictConfig) -> list[str]:
+    """A message for each file of a data set of ours that is not there.
+
+    Raises:
+        UserError: no file is named.
+    """
+    where, info = f"datasets.{name}.build_info", block.build_info
+    if name == "grit_emoji":
+        built = (Path(info.root) / "truth.parquet").is_file()
+        return [] if built else [f"{info.root} holds no emoji data; build them once with: lavis-mafa build-emoji {info.root}"]
+    files, root, _ = own_files(where, info, SPLITS[name])
+    return missing_files(where, files, root)

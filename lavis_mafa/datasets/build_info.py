@@ -70,6 +70,28 @@ def check_info(name: str, info: DictConfig) -> None:
         _check_files(where, info, SPLITS[name])
 
 
+def own_splits(name: str, block: Any) -> tuple[str, ...]:
+    """The splits that a data set of ours has: with files of one's own, those that have a file; all where none is set yet."""
+    if name == "grit_emoji":
+        return SPLITS[name]
+    with_files = [split for split in SPLITS[name] if OmegaConf.select(block, f"build_info.annotations.{split}.storage") is not None]
+    return tuple(with_files) or SPLITS[name]
+
+
+def missing_files(where: str, files: dict[str, list[AnnotationFile]], root: Path) -> list[str]:
+    """A message for each annotation file, and for each image folder, that is not there."""
+    messages = []
+    folders = {f"{where}.images.storage": root}
+    for split, of_split in files.items():
+        key = f"{where}.annotations.{split}.storage"
+        messages += [f"{key}: {file.path}: no such annotation file." for file in of_split if not file.path.exists()]
+        folders |= {f"{key}: {file.path}": file.images for file in of_split if file.images is not None}
+    for key, folder in folders.items():
+        if not folder.is_dir():
+            messages.append(f"{key}: The image folder {folder} does not exist; it is what the image paths start from.")
+    return messages
+
+
 def own_files(
     where: str, info: DictConfig, splits: tuple[str, ...]
 ) -> tuple[dict[str, list[AnnotationFile]], Path, Callable[[pa.Table], pa.Table]]:

@@ -39,8 +39,8 @@ def run_settings(run: Any, ours: bool) -> RunBlock:
         "use_dist_eval_sampler": True,
         **values,
     }
-    floats = ("init_lr", "min_lr", "warmup_lr", "weight_decay")  # YAML reads 1e-4 as text
-    values.update({name: float(values[name]) for name in floats if name in values})
+    floats = ("init_lr", "min_lr", "warmup_lr", "weight_decay", "lr_decay_rate")  # YAML reads 1e-4 as text
+    values.update({name: float(values[name]) for name in floats if values.get(name) is not None})
     return RunBlock(**values)
 
 

@@ -116,7 +116,6 @@ class RunnerMafa(TrainingLoop, RunnerBase):
     @property
     def lr_scheduler(self) -> Any:
         if self._lr_sched is None:
-            run = self.config.run_cfg
             scheduler = registry.get_lr_scheduler_class(self.settings.lr_sched)
             if scheduler is None:
                 raise UserError(f"run.lr_sched is {self.settings.lr_sched!r}; known: {', '.join(registry.list_lr_schedulers())}.")
@@ -125,7 +124,7 @@ class RunnerMafa(TrainingLoop, RunnerBase):
                 max_epoch=self.settings.lr_horizon_epochs or self.max_epoch,
                 min_lr=self.settings.min_lr,
                 init_lr=self.settings.init_lr,
-                decay_rate=run.get("lr_decay_rate", 1),
+                decay_rate=self.settings.lr_decay_rate,
                 warmup_start_lr=self.settings.warmup_lr,
                 warmup_steps=self.settings.warmup_steps,
                 steps_per_epoch=self.steps_per_epoch,

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.numbers import positive
 
 
 def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """``--cfg-path``, ``--con-d`` and the rest that a pass needs; sizes are left to the command."""
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="whose model is Con-D and whose training data are read")
     parser.add_argument("--con-d", required=True, metavar="CHECKPOINT", help="Con-D's weights: ours, or LAVIS's retrieval or ITM ones")
-    parser.add_argument("--samples", type=int, metavar="N", help="only so many samples, a random part (default: all)")
+    parser.add_argument("--samples", type=positive, metavar="N", help="only so many samples, a random part (default: all)")
     parser.add_argument("--seed", type=int, help="of the shuffle and of GRIT's starts (default: run.seed)")
     parser.add_argument("--output", type=Path, default=Path(output), help=f"folder for the result (default: {output})")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings, e.g. run.num_workers=8")

@@ -9,6 +9,7 @@ from lavis_mafa.analysis.cost.build import can_share
 from lavis_mafa.analysis.cost.flops import Flops, grit_flops_of_pair, recomputed, step_flops
 from lavis_mafa.analysis.cost.memory import GpuMemory, HostMemory, Weights, gpu_memory, grit_memory, lm_logits, saved_bytes, weights_of
 from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, IMAGE, TEXT, StepSize
+from lavis_mafa.common.errors import UserError
 
 PEAKS = {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0}  # TFLOP/s of an A100 without TF32, as torch multiplies fp32 unless told
 
@@ -19,6 +20,7 @@ class Wanted:
 
     gpus: int = 1
     samples: int = 5_000_000  # pairs of an epoch
+    samples_from: str = "4M-Noisy's, assumed: the YAML's data are not here (--samples)"
     text_length: int | None = None  # default: max_text_length
     new_positives: float = 0.0
     own_vit: bool = False
@@ -44,6 +46,8 @@ class Plan:
     grit_flops: float  # of a step, ordering on the CPU
     collecting_flops: float  # of a step, the separate pass of grit.collect: separate
     own_vit_flops: float | None  # of a step, what a ViT of its own would add to a Con-D that shares the model's; None: it cannot
+    samples: int  # pairs of an epoch
+    samples_from: str
     steps_of_epoch: int
     steps: int
     pairs_a_second: float
@@ -77,9 +81,14 @@ def make_plan(model: Any, run: Any, wanted: Wanted) -> Plan:
     """Compute the plan of a typed ``model:`` and ``run:`` block, without their files.
 
     Raises:
-        UserError: a language model of unknown size.
+        UserError: a language model of unknown size, or fewer pairs than a step takes.
     """
     batch, gpus = run.batch_size_train, wanted.gpus
+    if batch * gpus > wanted.samples:
+        raise UserError(
+            f"a step takes {batch * gpus:,} pairs (run.batch_size_train {batch} on {gpus:,} GPUs), but an epoch has {wanted.samples:,} "
+            f"({wanted.samples_from}); give fewer --gpus, or a smaller --batch-size."
+        )
     gathered = gpus if run.grit.batch_scope == "global" and hasattr(model, "itc") else 1
     size = StepSize(batch, wanted.text_length or model.max_text_length, gathered, wanted.new_positives)
     device = "cuda" if run.device.startswith("cuda") else "cpu"
@@ -109,6 +118,8 @@ def make_plan(model: Any, run: Any, wanted: Wanted) -> Plan:
         grit_flops=batch * grit_flops_of_pair(run.grit, dim),
         collecting_flops=collecting,
         own_vit_flops=flops[IMAGE].forward if shares and not wanted.own_vit else None,
+        samples=wanted.samples,
+        samples_from=wanted.samples_from,
         steps_of_epoch=of_epoch,
         steps=steps if run.max_steps is None else min(steps, run.max_steps),
         pairs_a_second=speed,
@@ -163,8 +174,9 @@ def table(plan: Plan) -> str:
     if plan.host.queue:
         gpu_share, cpu_share = (100 * flops / plan.alone for flops in (plan.collecting_flops, plan.grit_flops))
         lines.append(f"GRIT adds {gpu_share:.2g} % on the GPU; its ordering, {cpu_share:.2g} % of a step's FLOPs, is the CPU's.")
+    pairs = f"{plan.samples:,} pairs an epoch, {plan.samples_from}."
     epochs = f"{plan.steps_of_epoch:,} steps an epoch, {plan.steps:,} in all"
-    lines += ["", f"{epochs}; {plan.assumption}:", f"{plan.hours:,.1f} hours. Data loading and communication are not counted."]
+    lines += ["", pairs, f"{epochs}; {plan.assumption}:", f"{plan.hours:,.1f} hours. Data loading and communication are not counted."]
     return "\n".join(lines)
 
 
