@@ -18,22 +18,26 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.common.check import check_device
 from lavis_mafa.common.errors import RankLost, UserError, did_you_mean
+from lavis_mafa.common.launchers import is_one_of_several
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.common.yaml_file import check_processor_name
 from lavis_mafa.common.yaml_file import check_yaml as check_yaml
 
 
-def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConfig, Any]:
+def prepare(name: str, options: list[str], files: bool = True, joins: bool = False) -> tuple[DictConfig, Any]:
     """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
 
     Args:
         name, options, files: as for :func:`check_yaml`.
+        joins: the job may be one of several processes; what the environment says of them is checked.
 
     Raises:
         UserError: the first mistake found.
     """
     checked = check_yaml(name, options, files)
+    if joins:
+        is_one_of_several(checked.run.get("dist_url", "env://"))
     import torch
 
     if checked.model.arch in MODEL_BLOCKS:
@@ -63,7 +67,7 @@ def run_job(name: str, options: list[str]) -> Any:
         UserError: a mistake, or ranks that differ.
         RankLost: another rank died or hangs.
     """
-    checked, cfg = prepare(name, options)
+    checked, cfg = prepare(name, options, joins=True)
     import lavis.tasks as tasks
     import numpy as np
     import torch
