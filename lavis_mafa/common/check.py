@@ -199,6 +199,9 @@ def check_splits(config: DictConfig, where: str = "") -> None:
     run, end = config.run, in_file(where)
     ours = run.get("task") in RUN_BLOCKS
     known = list(dict.fromkeys(split for name in map(str, config.datasets) for split in SPLITS.get(name, ())))
+    for key in ("valid_splits", "test_splits"):
+        if "train" in (run.get(key) or []) and run.get("runner", "runner_mafa") == "runner_mafa":
+            raise UserError(f"{evaluates_training(f'run.{key}')}{end}")
     used = ["test_splits"] if run.get("evaluate") is True else ["train_splits", "valid_splits", "test_splits"]
     for key in used:
         wanted = run.get(key, ["train"] if ours and key == "train_splits" else None)
@@ -210,6 +213,14 @@ def check_splits(config: DictConfig, where: str = "") -> None:
                 raise UserError(
                     f"run.{key} is {split!r}, but {', '.join(map(str, config.datasets))} has: {', '.join(known)}.{hint}{end}"
                 )
+
+
+def evaluates_training(key: str) -> str:
+    """The message about a split that has no gallery."""
+    return (
+        f"{key} names 'train', whose samples are pairs to train on and no gallery to evaluate; give its file a second name, as "
+        "annotations.val.storage, and evaluate val."
+    )
 
 
 def check_image_sizes(model: Any, data: DictConfig, run: DictConfig, where: str = "") -> None:

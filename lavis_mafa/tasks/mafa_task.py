@@ -13,6 +13,7 @@ from lavis_mafa.common.checkpoint_kinds import check_kinds
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, typed_block
+from lavis_mafa.datasets.training_splits import with_training_splits
 
 Task = TypeVar("Task", bound="MafaTask")
 
@@ -38,7 +39,7 @@ class MafaTask(BaseTask):
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:
         """LAVIS's, with a look at what the evaluation splits give: the wrong kind of data is found before hours of work."""
-        datasets = super().build_datasets(cfg)
+        datasets: dict[str, Any] = with_training_splits(super().build_datasets(cfg), [] if self.run.evaluate else self.run.train_splits)
         for split in {*self.run.valid_splits, *self.run.test_splits}:
             for name, parts in datasets.items():
                 lacking = [key for key in self.evaluates if split in parts and key not in parts[split][0]]
