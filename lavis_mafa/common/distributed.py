@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,6 +82,19 @@ def init_process_group(run: Any) -> None:
         raise RankLost(
             f"rank {run.rank} of {run.world_size} waited up to {timeout} h for the others, but not all came: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def group_of_one(wanted: bool) -> Iterator[None]:
+    """Inside, a process without a process group has one of its own: LAVIS's models gather without looking whether there is any."""
+    if not wanted or is_distributed():
+        yield
+        return
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)  # of gloo on the host, of nccl on a GPU
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def own_gpu(rank: int, visible: int) -> int:

@@ -1,6 +1,7 @@
 """Every image that a run will evaluate is read once before its first step: a torn one is found now and not after an epoch.
 
-It costs what reading them for one evaluation costs, without the model: about 10 ms an image of COCO's size, shared by ranks and workers.
+It costs what reading them for one evaluation costs, without the model: about 10 ms an image of COCO's size, shared by ranks and
+workers.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def check_evaluation_images(datasets: dict[str, Any], splits: Sequence[str], wor
     shown = "; ".join(f"{image['split']}: {image['reason']}" for image in everywhere[:SHOWN])
     more = f" (and {len(everywhere) - SHOWN} more, all in {path})" if len(everywhere) > SHOWN else ""
     raise UserError(
-        f"{len(everywhere)} of the images to evaluate cannot be used, and evaluation replaces none: {shown}{more}. Repair them, or leave "
-        "them out: `lavis-mafa check-data --annotations FILE --images FOLDER --clean clean.jsonl`."
+        f"{len(everywhere)} of the images to evaluate cannot be used, and evaluation replaces none: {shown}{more}. Repair them, or "
+        "leave them out: `lavis-mafa check-data --annotations FILE --images FOLDER --clean clean.jsonl`."
     )
 
 

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 
 from lavis_mafa.common.agreement import check_ranks_agree
 from lavis_mafa.common.check import evaluates_training
-from lavis_mafa.common.distributed import barrier, broadcast_object, is_distributed, rank
+from lavis_mafa.common.distributed import barrier, broadcast_object, group_of_one, rank, world_size
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.rank_watch import mark, rank_watch
+from lavis_mafa.common.typed import MODEL_BLOCKS
 from lavis_mafa.common.weights import read_weights
 from lavis_mafa.datasets.training_splits import with_training_splits
 from lavis_mafa.runners.bad_samples import BadSamples
@@ -84,7 +85,7 @@ class RunnerMafa(TrainingLoop, RunnerBase):
 
     @property
     def use_distributed(self) -> bool:
-        return is_distributed()
+        return world_size() > 1
 
     @property
     def train_splits(self) -> list[str]:
@@ -191,7 +192,9 @@ class RunnerMafa(TrainingLoop, RunnerBase):
     # --- training --------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        with rank_watch(self.settings.rank_timeout_minutes, self.output_dir, self.settings.dist_url):
+        of_lavis = self.config.model_cfg.arch not in MODEL_BLOCKS
+        watch = rank_watch(self.settings.rank_timeout_minutes, self.output_dir, self.settings.dist_url)
+        with group_of_one(of_lavis and not self.evaluate_only), watch:
             check_ranks_agree(self.config, self.datasets, self._model)
             try:
                 self._train_and_test()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeVar
 
 import torch
 from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_mafa.common.check import check_combinations, check_device
@@ -30,6 +32,8 @@ class MafaTask(BaseTask):
     @classmethod
     def setup_task(cls: type[Task], cfg: Any = None, **kwargs: Any) -> Task:
         run = typed_block("run", cfg.run_cfg)
+        # LAVIS's own evaluate.py takes RunnerBase whatever run.runner says, and that knows no defaults
+        cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(run)), cfg.run_cfg)
         model = typed_block("model", cfg.model_cfg) if cfg.model_cfg.arch in MODEL_BLOCKS else None
         check_combinations(model, run)  # again: LAVIS's own train.py comes here without our command line
         if model is not None:
