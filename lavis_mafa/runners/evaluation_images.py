@@ -111,12 +111,12 @@ class _Tried(Dataset):
                 self.dataset[row]
             return None
         except UNREADABLE as error:
-            reason = error
+            reason = str(error)
         except BROKEN as error:
             if not of_a_decoder(error):
                 raise
-            reason = error
-        path, words = _file(self.dataset, row), " ".join(str(reason)[:REASON].split())
+            reason = str(error)
+        path, words = _file(self.dataset, row), " ".join(reason[:REASON].split())
         return {"image": path, "reason": words if path is None or path in words else f"{path}: {words}"}
 
 

@@ -36,7 +36,7 @@ def patient(loader: DataLoader, first_step: int, lost: Callable[[str], None]) ->
         return iter(_in_this_process(loader, step))
 
     try:
-        iterator = iter(loader)
+        iterator: Iterator[Any] = iter(loader)
     except RuntimeError as error:  # died between two epochs
         iterator = instead(error)
     with _news_while_waiting(loader.num_workers > 0) as waiting:

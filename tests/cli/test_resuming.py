@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lavis_mafa.cli.main import main
+from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.runners.resuming import same_runs
 
 NAME = "checkpoint_0_3"
 
@@ -96,3 +101,36 @@ def test_a_resume_without_changes_says_nothing_of_settings(trained, tmp_path, ca
     command = ["train", "--cfg-path", trained.parents[1] / "run.yaml", "--resume", trained / f"{NAME}.pth", "--options"]
     assert main([*map(str, command), "run.max_steps=4", f"run.output_dir={tmp_path}/out", "run.num_workers=0"]) == 0
     assert "resuming" in caplog.text and "other settings" not in caplog.text and "no effect" not in caplog.text
+
+
+# --- auto --------------------------------------------------------------------------------------------------------------
+
+SEEN_OTHERWISE = "resume_ckpt_path rank gpu world_size distributed dist_backend dist_url device find_unused_parameters output_dir"
+SEEN_OTHERWISE += " num_workers max_steps log_freq save_every_epochs save_every_steps keep_checkpoints record_connections"
+SEEN_OTHERWISE += " max_bad_share max_nonfinite_steps rank_timeout_minutes test_splits"
+
+
+def saved_run(parent: Path, name: str, config: dict, when: int) -> Path:
+    folder = parent / name
+    folder.mkdir()
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    (folder / "checkpoint_0.pth").write_text("")
+    os.utime(folder / "checkpoint_0.pth", (when, when))
+    return folder
+
+
+def test_a_run_is_another_one_by_any_setting_that_the_training_depends_on(tmp_path):
+    config = {"run": dataclasses.asdict(RunBlock()), "model": {"arch": "x", "itc": {"smoothing": 0.5}}, "datasets": {"d": {"a": [1]}}}
+    folder = saved_run(tmp_path, "run", config, when=1)
+    assert [*same_runs(tmp_path, config)] == [folder]
+    for key, value in config["run"].items():
+        other = {**config, "run": {**config["run"], key: "other" if value is None else None}}
+        assert [*same_runs(tmp_path, other)] == ([folder] if key in SEEN_OTHERWISE.split() else []), key
+    for other in ({"model": {"arch": "x", "itc": {"smoothing": 0.4}}}, {"datasets": {"d": {"a": [2]}}}, {"datasets": {"d": {}}}):
+        assert not [*same_runs(tmp_path, {**config, **other})]
+
+
+def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
+    config = {"run": {"seed": 1}}
+    folders = [saved_run(tmp_path, name, config, when) for name, when in (("c", 20), ("a", 30), ("b", 10))]
+    assert [*same_runs(tmp_path, config)] == [folders[1], folders[0], folders[2]]
