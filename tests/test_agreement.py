@@ -12,10 +12,10 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset
 
-from lavis_mafa.common import agreement
+from lavis_mafa.common import agreement, fingerprint
 from lavis_mafa.common.agreement import check_agreement, check_ranks_agree, facts_of_run, first_differences
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.fingerprint import column_fingerprint, fingerprints, rows_fingerprint
+from lavis_mafa.common.fingerprint import column_fingerprint, data_difference, data_record, fingerprints, rows_fingerprint
 
 IMAGES = ["a.jpg", "b.jpg", "", None, "é.jpg", "f.jpg"]
 CAPTIONS = [["one"], ["two", "three"], [], None, ["", None, "fünf"], ["six"]]
@@ -63,13 +63,14 @@ def test_a_columns_fingerprint_depends_on_every_cell(values):
         seen.add(fingerprint)
 
 
-def test_annotations_of_lavis_count_by_length_and_a_thousand_rows():
-    rows = [{"image": f"{n}.jpg", "caption": str(n)} for n in range(5000)]
+def test_annotations_of_lavis_count_by_every_row(monkeypatch):
+    monkeypatch.setattr(fingerprint, "ROWS_AT_ONCE", 7)
+    rows = [{"image": f"{n}.jpg", "caption": str(n)} for n in range(20)]
     wanted = rows_fingerprint(rows)
     assert rows_fingerprint([dict(row) for row in rows]) == wanted
-    assert rows_fingerprint(rows[:-1]) != wanted
-    assert rows_fingerprint([*rows[:-1], {**rows[-1], "caption": "x"}]) != wanted
-    assert rows_fingerprint([{**row, "caption": "x"} if n > 2500 else row for n, row in enumerate(rows)]) != wanted
+    assert rows_fingerprint(rows[:-1]) != wanted and rows_fingerprint(rows[::-1]) != wanted
+    for place in range(20):
+        assert rows_fingerprint([{**row, "caption": "x"} if n == place else row for n, row in enumerate(rows)]) != wanted
     assert rows_fingerprint([]) != rows_fingerprint([[]])
     # an object's text holds its address
     assert rows_fingerprint([object(), (1, 2)]) == rows_fingerprint([object(), (1, 2)])
@@ -82,6 +83,22 @@ class Pairs(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+
+def test_what_a_checkpoint_says_of_its_data():
+    def record(*parts: list[str]) -> list[dict[str, Any]]:
+        return data_record(ConcatDataset([Pairs(list(part)) for part in parts]))
+
+    assert data_difference(record("ab", "c"), record("ab", "c")) is None
+    assert data_difference(record("ab", "c"), record("ab", "cde")) == "the data had 3 rows, now 5"
+    assert data_difference(record("ab", "c"), record("a", "bc")) == "the data had parts of 2, 1 rows, now 1, 2"
+    assert data_difference(record("ab"), record("a", "b")) == "the data had parts of 2 rows, now 1, 1"
+    for other in (record("ab", "x"), record("ba", "c"), [{"rows": 2, "columns": {}}, *record("c")]):
+        assert data_difference(record("ab", "c"), other) == "row content differs since the checkpoint was written (image)"
+        assert data_difference(other, record("ab", "c")) == "row content differs since the checkpoint was written (image)"
+    for torn in ("x", [3], [{"rows": "3", "columns": {}}], [{"rows": 3, "columns": None}], {}):
+        with pytest.raises(ValueError, match="the saved record of the data must"):
+            data_difference(torn, record("ab"))
 
 
 def facts(images: Any = ("a", "b"), width: int = 2, **run: Any) -> dict[str, Any]:

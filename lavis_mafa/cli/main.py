@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from lavis_mafa import __version__
 from lavis_mafa.common import interrupt
-from lavis_mafa.common.errors import RankLost, UserError, did_you_mean, of_the_file_system
+from lavis_mafa.common.errors import RankLost, UserError, WorkerLost, death_of_a_worker, did_you_mean, of_the_file_system
 
 COMMANDS = {
     "train": "pre-train or fine-tune from a YAML (same flags as LAVIS's train.py)",
@@ -90,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         return RankLost.EXIT_CODE
     except interrupt.Stopped as stopped:
         if stopped.message:
-            print(f"{name}: {stopped.message}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                print(f"{name}: {stopped.message}", file=sys.stderr)
         return int(stopped.code or 0)
     except (Exception, KeyboardInterrupt) as error:
         if own_process and interrupt.asked():
@@ -100,6 +102,9 @@ def main(argv: list[str] | None = None) -> int:
             return interrupt.exit_code()
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 1
+        if (death := death_of_a_worker(error)) is not None:
+            print(f"{name}: {WorkerLost(death, 'What was saved before is kept.')}", file=sys.stderr)
+            return WorkerLost.EXIT_CODE
         message = of_the_file_system(error) if isinstance(error, OSError) else None
         if message is None:
             raise

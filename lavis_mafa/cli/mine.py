@@ -64,7 +64,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) 
     blocks = blocks_of(shuffled(len(rows), seed, arguments.samples), space)
     settings = {
         "con_d": file_digest(arguments.con_d),
-        "data": fingerprint(rows, rows.image_keys, opened.data_settings),
+        "data": fingerprint(opened.dataset, rows.image_keys, opened.data_settings),
         "model": opened.model_settings,
         "precision": run.precision,
         "samples": arguments.samples,

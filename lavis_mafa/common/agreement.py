@@ -16,7 +16,7 @@ from torch import nn
 from lavis_mafa import __version__
 from lavis_mafa.common.distributed import gather_objects, world_size
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.fingerprint import fingerprints
+from lavis_mafa.common.fingerprint import fingerprints, parts
 
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "salesforce-lavis", "numpy", "pillow", "pyarrow")
 # What differs by rank, or may differ by machine: where data lie (what is in them is compared), how a rank reaches the others.
@@ -89,7 +89,7 @@ def facts_of_run(cfg: Any, datasets: Any = None, model: nn.Module | None = None)
     settings = _flat("", OmegaConf.to_container(cfg.config, resolve=True))
     facts |= {f"setting {key}": value for key, value in settings if not any(fnmatch.fnmatch(key, local) for local in LOCAL)}
     for name, dataset in _flat("", datasets or {}):
-        for number, part in enumerate(_parts(dataset)):
+        for number, part in enumerate(parts(dataset)):
             where = f"data {name}" + (f", part {number}" if number else "")
             facts[f"{where}: class"] = f"{type(part).__module__}.{type(part).__qualname__}"
             facts[f"{where}: samples"] = len(part) if hasattr(part, "__len__") else None
@@ -114,16 +114,6 @@ def _flat(before: str, tree: Any) -> Iterator[tuple[str, Any]]:
         return
     for key, value in tree.items():
         yield from _flat(f"{before}.{key}" if before else str(key), value)
-
-
-def _parts(dataset: Any) -> Iterator[Any]:
-    """The data sets that one is put together from; itself, if it is not."""
-    children = getattr(dataset, "datasets", None)
-    if children is None and not isinstance(dataset, tuple | list):
-        yield dataset
-        return
-    for child in dataset if children is None else children:
-        yield from _parts(child)
 
 
 def _values(name: str, everyone: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:

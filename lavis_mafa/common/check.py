@@ -314,11 +314,8 @@ def check_splits(config: DictConfig, where: str = "", splits: Mapping[str, Seque
             if split not in known:
                 hint = did_you_mean(split, known) or _how_to_set(split, splits)
                 found.add(f"run.{key} is {split!r}, but {', '.join(splits)} has: {', '.join(known)}.{hint}{end}")
-            elif ours and key != "train_splits" and split == "train":
-                others = ", ".join(other for other in known if other != "train") or "none"
-                found.add(
-                    f"run.{key} is 'train', which is read for training alone; other splits of {', '.join(splits)}: {others}.{end}"
-                )
+            elif split == "train" and key != "train_splits" and (ours or run.get("runner", "runner_mafa") == "runner_mafa"):
+                found.add(f"{evaluates_training(f'run.{key}')}{end}")
     found.end()
 
 
@@ -327,6 +324,14 @@ def _how_to_set(split: str, splits: Mapping[str, Sequence[str]]) -> str:
         if split in SPLITS.get(name, ()):
             return f" Its file is datasets.{name}.build_info.annotations.{split}.storage."
     return ""
+
+
+def evaluates_training(key: str) -> str:
+    """The message about a split that has no gallery."""
+    return (
+        f"{key} names 'train', whose samples are pairs to train on and no gallery to evaluate; give its file a second name, as "
+        "annotations.val.storage, and evaluate val."
+    )
 
 
 def check_image_sizes(model: Any, data: DictConfig, run: DictConfig, where: str = "") -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lavis_mafa.common.errors import RankLost, UserError
+from lavis_mafa.common.launchers import is_one_of_several
 
 _timeout = datetime.timedelta(minutes=61)  # of collectives; set with the process group
 
@@ -44,22 +47,23 @@ def rank_timeout_minutes(run: Any) -> float:
 
 
 def init_process_group(run: Any) -> None:
-    """What LAVIS's ``init_distributed_mode`` does, with gloo where there is no GPU (LAVIS always asks for nccl).
+    """What LAVIS's ``init_distributed_mode`` does, with gloo where there is no GPU (LAVIS always asks for nccl), and Slurm's or MPI's
+    numbers where those started the processes.
 
     Args:
         run: the ``run`` block; ``rank``, ``world_size``, ``gpu``, ``distributed`` and ``dist_backend`` are written into it.
 
     Raises:
         RankLost: some rank did not come.
-        UserError: see :func:`check_backends`.
+        UserError: see :func:`check_backends`, :func:`is_one_of_several`, :func:`own_gpu`.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not is_one_of_several(run.get("dist_url", "env://")):
         run.distributed = False
         return
     run.rank, run.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    run.gpu = int(os.environ.get("LOCAL_RANK", 0))
-    run.distributed = True
     on_gpu = str(run.get("device", "cuda")).startswith("cuda") and torch.cuda.is_available()
+    run.gpu = own_gpu(run.rank, torch.cuda.device_count()) if on_gpu else int(os.environ.get("LOCAL_RANK", 0))
+    run.distributed = True
     run.dist_backend = "nccl" if on_gpu else "gloo"
     if on_gpu:
         torch.cuda.set_device(run.gpu)
@@ -78,6 +82,35 @@ def init_process_group(run: Any) -> None:
         raise RankLost(
             f"rank {run.rank} of {run.world_size} waited up to {timeout} h for the others, but not all came: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def group_of_one(wanted: bool) -> Iterator[None]:
+    """Inside, a process without a process group has one of its own: LAVIS's models gather without looking whether there is any."""
+    if not wanted or is_distributed():
+        yield
+        return
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)  # of gloo on the host, of nccl on a GPU
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def own_gpu(rank: int, visible: int) -> int:
+    """The GPU of this process: LOCAL_RANK's; where nobody counted the ranks of a machine, as if each used all of its GPUs.
+
+    Raises:
+        UserError: there are more ranks on this machine than GPUs.
+    """
+    local = int(os.environ.get("LOCAL_RANK", rank % visible))
+    if visible == 1:  # of several: `srun --gpus-per-task=1` shows each task its own
+        return 0
+    if local >= visible:
+        raise UserError(
+            f"LOCAL_RANK is {local}, but {visible} GPUs are visible on {socket.gethostname()}; start at most {visible} processes there."
+        )
+    return local
 
 
 def check_backends(store: dist.Store, rank: int, world_size: int, backend: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+DEATH = re.compile(r"DataLoader worker \(pid.*?(is killed by signal: [\w ]+|exited unexpectedly)")
 
 
 class UserError(ValueError):
@@ -62,6 +65,19 @@ class RankLost(RuntimeError):
     EXIT_CODE = 3
 
 
+class WorkerLost(RankLost):
+    """A data loader worker of this rank or another one was killed.
+
+    Args:
+        death: what is known of it; empty on other ranks.
+        done: what became of the run.
+    """
+
+    def __init__(self, death: str, done: str) -> None:
+        cause = f"{death}; the system's log may say why (often: out of memory; fewer run.num_workers need less)." if death else ""
+        super().__init__(" ".join(filter(None, (cause, done))))
+
+
 class EmptyCaption(ValueError):
     """A caption of which cleaning leaves nothing; its sample is treated like one with an unreadable image."""
 
@@ -92,3 +108,14 @@ def of_the_file_system(error: OSError) -> str | None:
     if any(word in last for word in words):
         return f"{last.split('Error: ', 1)[-1]}."
     return None
+
+
+def death_of_a_worker(error: BaseException) -> str | None:
+    """What is told about a worker that did not end by itself; None where the error is another one.
+
+    Example:
+        >>> death_of_a_worker(RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "))
+        'a data loader worker (pid 12) is killed by signal: Killed'
+    """
+    found = DEATH.search(str(error)) if isinstance(error, RuntimeError) else None
+    return None if found is None else "a " + found[0].replace("DataLoader", "data loader", 1)

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM (what a cluster sends before it takes a node away) end a command for sure, and a training once it is saved.
+"""Ctrl-C and what a cluster or a terminal sends before it takes a process away end a command for sure, and a training once it is saved:
+SIGTERM, SIGUSR1 and SIGUSR2 (Slurm's --signal, submitit), SIGXCPU (a limit of CPU time) and SIGHUP (the terminal was closed).
 
 Python's own way is not enough once a data loader has workers: they are interrupted too and print tracebacks, and an interrupt that
 lands in a fork hook or in a ``__del__`` is swallowed, so that the run goes on, fails on its dead workers, or waits for them forever.
@@ -18,7 +19,9 @@ from typing import Any, NoReturn
 
 PATIENCE = 5.0  # seconds for the normal way out, which closes files and removes what is half written
 ONCE_MORE = 1.0  # seconds: a second ctrl-C that comes sooner is the same one, passed on by a launcher
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ALWAYS = (signal.SIGINT, signal.SIGTERM)
+# where nobody else has taken them: under nohup SIGHUP is ignored, submitit has handlers of its own
+IF_FREE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 _process = os.getpid()
 _first: tuple[int, float] | None = None  # the first signal and when it came
@@ -38,12 +41,12 @@ class Stopped(SystemExit):
 
 
 def asked() -> int:
-    """The number of the signal, ctrl-C's or SIGTERM, or 0: whatever fails after one came fails because of it."""
+    """The number of the signal, or 0: whatever fails after one came fails because of it."""
     return int(_first[0]) if _first is not None else 0
 
 
 def exit_code() -> int:
-    """130 for ctrl-C, 143 for SIGTERM."""
+    """What shells give to the signal: 130 for ctrl-C, 143 for SIGTERM, 138 for SIGUSR1, 129 for SIGHUP."""
     return 128 + (asked() or signal.SIGINT)
 
 
@@ -105,6 +108,11 @@ def patient_worker(_: int) -> None:
 
     They end with their owner, or when it tells them to. PyTorch would have them end at once, and fail the training.
     """
+    for number in (signal.SIGINT, *IF_FREE):
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: who sent SIGTERM cannot be known, so it ends a worker
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return
     owner = os.getppid()
 
     def listen_to_owner() -> None:
@@ -112,7 +120,6 @@ def patient_worker(_: int) -> None:
             pass
         os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # so that the thread, which sees the sender, gets it
     threading.Thread(target=listen_to_owner, name="SIGTERM", daemon=True).start()
 
@@ -125,10 +132,12 @@ def leave(at_once: bool = False) -> NoReturn:
         time.sleep(0.05)
     goodbye, _goodbye = _goodbye, ""  # main and the patient thread may both come here
     if goodbye:
-        print(goodbye, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(goodbye, file=sys.stderr, flush=True)
     for child in multiprocessing.active_children():
         child.kill()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(exit_code())
 
 
@@ -137,7 +146,8 @@ def _install() -> dict[int, Any]:
     if threading.current_thread() is not threading.main_thread():
         return {}
     _process = os.getpid()
-    return {number: signal.signal(number, _on_signal) for number in SIGNALS}
+    free = (number for number in IF_FREE if signal.getsignal(number) in (signal.SIG_DFL, _on_signal))
+    return {number: signal.signal(number, _on_signal) for number in (*ALWAYS, *free)}
 
 
 def _on_signal(number: int, _: Any) -> None:
@@ -153,7 +163,16 @@ def _on_signal(number: int, _: Any) -> None:
         _first = number, time.monotonic()
         if not _postponed:
             _leave_soon()
+        _say_that_it_stops()
+
+
+def _say_that_it_stops() -> None:
+    try:
         os.write(2, b"\nstopping: this step is finished and the run saved; ctrl-C once more stops at once\n")
+    except OSError:  # the terminal is gone: nothing that is said later may end the run before it is saved
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):
+            os.dup2(nowhere, output)
 
 
 def _leave_soon() -> NoReturn:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.common.check import OURS, check_device, check_evaluates, check_splits
 from lavis_mafa.common.errors import Mistakes, RankLost, UserError, did_you_mean
+from lavis_mafa.common.launchers import is_one_of_several
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.common.yaml_file import check_processor_name, examine
@@ -28,17 +29,20 @@ from lavis_mafa.processors.settings import SETTINGS
 PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval")
 
 
-def prepare(name: str, options: list[str], files: bool = True, device: bool = True) -> tuple[DictConfig, Any]:
+def prepare(name: str, options: list[str], files: bool = True, device: bool = True, joins: bool = False) -> tuple[DictConfig, Any]:
     """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
 
     Args:
         name, options, files: as for :func:`check_yaml`.
         device: False where no model will be built, so that it does not matter what this machine can compute.
+        joins: the job may be one of several processes; what the environment says of them is checked.
 
     Raises:
         UserError: the first mistake found.
     """
     checked = check_yaml(name, options, files)
+    if joins:
+        is_one_of_several(checked.run.get("dist_url", "env://"))
     return checked, _config(name, checked, device)
 
 
@@ -147,6 +151,7 @@ def run_job(name: str, options: list[str]) -> Any:
     """
     checked = check_yaml(name, options)
     check_evaluates(checked.run, str(find_yaml(name)))
+    is_one_of_several(checked.run.get("dist_url", "env://"))
     cfg = _config(name, checked)
     import lavis.tasks as tasks
     import numpy as np

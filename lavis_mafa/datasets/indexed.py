@@ -107,7 +107,7 @@ class IndexedDataset(Dataset):
         except UNREADABLE as error:
             return self._bad(index, error)
         except BROKEN as error:
-            if not _of_a_decoder(error):
+            if not of_a_decoder(error):
                 raise
             return self._bad(index, error)
 
@@ -117,7 +117,7 @@ class IndexedDataset(Dataset):
         return BadSample(index=index, reason=reason, **({} if path is None else {"image": path}))
 
 
-def _of_a_decoder(error: BaseException) -> bool:
+def of_a_decoder(error: BaseException) -> bool:
     """PIL raised it while it opened or decoded a file; anywhere else, the same error is one of the program."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(name == "PIL.ImageFile" or (name.startswith("PIL.") and name.endswith("Plugin")) for name in modules)

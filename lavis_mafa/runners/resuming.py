@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import fnmatch
 import json
 import logging
 import os
@@ -27,6 +28,9 @@ MAY_DIFFER = {
     *("num_workers", "max_steps", "log_freq", "save_every_epochs", "save_every_steps", "keep_checkpoints", "record_connections"),
     *("max_bad_share", "max_nonfinite_steps", "rank_timeout_minutes", "test_splits", "output_dir"),
 }
+# what a checkpoint's weights stand in for
+ONLY_AT_THE_START = ("model.temperature", "model.pretrained", "model.stage_1", "model.finetuned", "model.load_*", "model.*.init")
+SHOWN = 12
 
 _locks: dict[Path, int] = {}
 
@@ -36,7 +40,9 @@ def same_runs(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
     others, found = [], False
     for folder in sorted((path.parent for path in parent.glob("*/config.yaml")), key=_last_saved, reverse=True):
         try:
-            different = _difference(_flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))), _flat(config))
+            there, here = _flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))), _flat(config)
+            key = next(iter(_differences(there, here)), None)
+            different = f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here" if key else ""
         except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
             different = f"its config.yaml cannot be read ({' '.join(str(error).split())})"
         if different:
@@ -147,8 +153,25 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    for key in sorted({*there, *here}):
-        if key.removeprefix("run.") not in MAY_DIFFER and there.get(key) != here.get(key):
-            return f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here"
-    return ""
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """The settings that are not the same, but for those that a run stays the same with."""
+    keys = sorted({*there, *here})
+    return [key for key in keys if key.removeprefix("run.") not in MAY_DIFFER and there.get(key) != here.get(key)]
+
+
+def say_what_differs(there: Any, here: dict[str, Any]) -> None:
+    """Of a run that goes on with other settings than its checkpoint's: which of them hold from now on, and which never will."""
+    if not isinstance(there, dict):
+        return
+    before, now = _flat(there), _flat(here)
+    kept = [key for key in _differences(before, now) if any(fnmatch.fnmatch(key, pattern) for pattern in ONLY_AT_THE_START)]
+    applied = [key for key in _differences(before, now) if key not in kept]
+
+    def told(keys: list[str]) -> str:
+        changes = [f"{key} {before.get(key, 'not set')} -> {now.get(key, 'not set')}" for key in keys[:SHOWN]]
+        return ", ".join(changes) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+
+    if applied:
+        logger.info("the run goes on with other settings: %s", told(applied))
+    if kept:
+        logger.warning("no effect on a resumed run, which goes on with the checkpoint's weights: %s", told(kept))

@@ -18,13 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lavis_mafa.common.agreement import check_ranks_agree
-from lavis_mafa.common.distributed import barrier, broadcast_object, is_distributed, rank
+from lavis_mafa.common.check import evaluates_training
+from lavis_mafa.common.distributed import barrier, broadcast_object, group_of_one, rank, world_size
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.rank_watch import mark, rank_watch
+from lavis_mafa.common.typed import MODEL_BLOCKS
 from lavis_mafa.common.weights import read_weights
+from lavis_mafa.datasets.training_splits import with_training_splits
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model
 from lavis_mafa.runners.evaluating import evaluate_split
+from lavis_mafa.runners.evaluation_images import check_evaluation_images
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.loaders import eval_loader, train_loader
 from lavis_mafa.runners.resuming import unlock
@@ -55,6 +59,8 @@ class RunnerMafa(TrainingLoop, RunnerBase):
         self.settings = run_settings(cfg.run_cfg, isinstance(task, MafaTask))
         # RunnerBase reads the YAML itself and has no defaults for most keys
         cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(self.settings)), cfg.run_cfg)
+        if not isinstance(task, MafaTask):  # ours did so when they built the data
+            datasets = with_training_splits(datasets, [] if self.settings.evaluate else self.settings.train_splits)
         super().__init__(cfg, task, model, datasets, job_id)
         self.checkpoints = CheckpointFolder(self.output_dir, self.settings.keep_checkpoints)
         self.bad_samples = BadSamples(self.output_dir / "bad_samples.jsonl", self.settings.max_bad_share)
@@ -79,7 +85,12 @@ class RunnerMafa(TrainingLoop, RunnerBase):
 
     @property
     def use_distributed(self) -> bool:
-        return is_distributed()
+        return world_size() > 1
+
+    @property
+    def train_splits(self) -> list[str]:
+        """All that is trained on is in this one by now; another split may be evaluated besides."""
+        return ["train"]
 
     @property
     def model(self) -> Any:
@@ -180,7 +191,9 @@ class RunnerMafa(TrainingLoop, RunnerBase):
     # --- training --------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        with rank_watch(self.settings.rank_timeout_minutes, self.output_dir, self.settings.dist_url):
+        of_lavis = self.config.model_cfg.arch not in MODEL_BLOCKS
+        watch = rank_watch(self.settings.rank_timeout_minutes, self.output_dir, self.settings.dist_url)
+        with group_of_one(of_lavis and not self.evaluate_only), watch:
             check_ranks_agree(self.config, self.datasets, self._model)
             try:
                 self._train_and_test()
@@ -198,6 +211,7 @@ class RunnerMafa(TrainingLoop, RunnerBase):
             for split in self.valid_splits:
                 self._evaluate_split(split, "evaluate")
         else:
+            check_evaluation_images(self.datasets, [*self.valid_splits, *self.test_splits], self.settings.num_workers, self.output_dir)
             self._train_epochs()
         self._test()
         logger.info("finished in %s; files in %s", datetime.timedelta(seconds=int(time.time() - started)), self.output_dir)
@@ -231,6 +245,8 @@ class RunnerMafa(TrainingLoop, RunnerBase):
             return evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
 
     def _loader(self, split: str) -> Any:
+        if split == "train":
+            raise UserError(evaluates_training("run.valid_splits" if split in self.valid_splits else "run.test_splits"))
         loader = self.dataloaders.get(split)
         if loader is None:
             raise UserError(f"run names the split {split!r}, but the data sets have: {', '.join(sorted(self.dataloaders))}.")

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lavis_mafa.common.distributed import broadcast_object, rank, world_size
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.fingerprint import data_difference, data_record
 from lavis_mafa.common.rank_watch import mark
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.weights import damage, read_checkpoint
+from lavis_mafa.grit.saved import saved_tensor, saved_value
 from lavis_mafa.runners.background import host_copy
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, RankState, load_model, model_state, read_resumable
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.random_states import random_state, restore_random_state
+from lavis_mafa.runners.resuming import say_what_differs
 from lavis_mafa.runners.state_checks import check_optimizer, check_progress, check_rank_state
 
 logger = logging.getLogger(__name__)
+HYPER_PARAMETERS = ("betas", "eps", "weight_decay")  # of the settings; the learning rate is the scheduler's
 
 
 class Saving:
@@ -45,6 +52,11 @@ class Saving:
     best_metric: float
     best_epoch: int | None
 
+    @functools.cached_property
+    def data_record(self) -> list[dict[str, Any]]:
+        """What there is to train on, by content: an order of rows means nothing for other rows."""
+        return data_record(self.train_loader.dataset.dataset)
+
     def save(self, name: str, epoch: int, step: int, next_epoch: int, with_state: bool = True) -> None:
         """Save everything a resumed run needs; ``step`` steps of ``next_epoch`` are done. Written beside the training."""
         mark(f"saving {name}")
@@ -61,6 +73,7 @@ class Saving:
                 "best_metric": self.best_metric,
                 "best_epoch": self.best_epoch,
                 "world_size": world_size(),
+                "data": self.data_record,
             }
         self.checkpoints.save(name, content, self._rank_state(step) if with_state else None, rank())
 
@@ -80,6 +93,7 @@ class Saving:
             self.start_epoch, self.start_step = check_progress(content)
             check_optimizer(content["optimizer"], self.optimizer)
             if state is not None:
+                self._check_data(content.get("data"), state)
                 check_rank_state(state, self.feed.sampler.dataset_size, self.start_epoch, self.start_step, self.device)
                 self.feed.load_state_dict(state["feed"])
                 self.start_step = self.feed.sampler.start_step  # another batch size counts other steps
@@ -90,13 +104,33 @@ class Saving:
                 self.scaler.load_state_dict(content["scaler"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # the last three: entries of another kind
             raise UserError(f"run.resume_ckpt_path: {url_or_filename}: {error}") from error
+        own = [{name: group[name] for name in HYPER_PARAMETERS} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
         self.best_metric = float(content.get("best_metric", float("-inf")))
         self.best_epoch = content.get("best_epoch")
         self._take_best_along(Path(url_or_filename))
         if state is not None:
             restore_random_state(state["random"], self.device)
         logger.info("resuming %s at epoch %d, step %d", url_or_filename, self.start_epoch, self.start_step)
+        say_what_differs(content.get("config"), self.config.to_dict())
+
+    def _check_data(self, saved: Any, state: Any) -> None:
+        """The order, the queue and the image keys of a checkpoint are numbers of rows."""
+        if saved is None:  # written by a version that did not say
+            order = saved_tensor(saved_value(saved_value(state, "feed"), "sampler"), "order", torch.long, dims=1)
+            rows = sum(part["rows"] for part in self.data_record)
+            different = f"the data had {len(order)} rows, now {rows}" if len(order) != rows else None
+            if different is None:
+                logger.warning("the checkpoint does not say what its rows held: that they are the same cannot be checked")
+        else:
+            different = data_difference(saved, self.data_record)
+        if different is not None:
+            raise ValueError(
+                f"{different}; its order would be that of other rows. Go on with the data it was trained on, or start a new run, "
+                "which model.pretrained may give its weights."
+            )
 
     def _check_ranks(self, saved: int) -> None:
         scope = self.settings.grit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from lavis_mafa.common import interrupt
 from lavis_mafa.common.distributed import barrier, rank, world_size
+from lavis_mafa.common.errors import WorkerLost
 from lavis_mafa.common.rank_watch import marked
 from lavis_mafa.runners.connection_record import ConnectionRecord
 from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.nonfinite import NonFinite
+from lavis_mafa.runners.patient_loader import patient
 from lavis_mafa.runners.saving import Saving
 from lavis_mafa.runners.stepping import Stepper, autocast
 from lavis_mafa.runners.vote import Vote
@@ -33,6 +36,7 @@ class TrainingLoop(Saving):
     valid_splits: Any
     vote: Vote
     nonfinite: NonFinite
+    lost_worker: str = ""  # what is known of a data loader worker that was killed
     _validate: Any
 
     @property
@@ -50,7 +54,7 @@ class TrainingLoop(Saving):
                 self._load_checkpoint(self.resume_ckpt_path)
             limit = self.settings.record_connections
             record = ConnectionRecord(self.output_dir / "connections", rank(), limit, self.steps_per_epoch, self.start_step)
-            self.vote = Vote(interrupt.asked, lambda: self.checkpoints.failed)
+            self.vote = Vote(self._asked_to_stop, lambda: self.checkpoints.failed)
             self.nonfinite = NonFinite(self.output_dir / f"nonfinite.rank{rank()}.jsonl", self.settings.max_nonfinite_steps)
             if self.resume_ckpt_path is not None:
                 # it was saved before it was evaluated, which may draw random numbers
@@ -75,6 +79,12 @@ class TrainingLoop(Saving):
         finally:
             self.log.close()
 
+    def _asked_to_stop(self) -> int:
+        return interrupt.asked() or (signal.SIGCHLD if self.lost_worker else 0)
+
+    def _on_lost_worker(self, death: str) -> None:
+        self.lost_worker = death
+
     def _train_epoch(self, epoch: int, record: ConnectionRecord, total: int) -> bool:
         """Train one epoch from ``start_step`` on; False when ``max_steps`` or a signal ended it early, after ``start_step``."""
         assert self.feed is not None
@@ -86,7 +96,8 @@ class TrainingLoop(Saving):
             self.feed.separate_pass(epoch, self._feature_pass())
         self.log.restart_clock()
         steps = self.steps_per_epoch
-        for step, samples in enumerate(marked(loader, epoch, self.start_step), start=self.start_step):
+        batches = patient(loader, self.start_step, self._on_lost_worker)
+        for step, samples in enumerate(marked(batches, epoch, self.start_step), start=self.start_step):
             samples = self._prepare(samples, epoch, step)
             self.lr_scheduler.step(cur_epoch=epoch, cur_step=step)
             output = stepper(samples, step, steps)
@@ -118,6 +129,7 @@ class TrainingLoop(Saving):
 
         Raises:
             Stopped: a signal asked for the end, and everything is saved.
+            WorkerLost: a data loader worker was killed, here or on another rank, and everything is saved.
         """
         if not finished:
             name = f"{epoch}_{self.start_step}"
@@ -132,7 +144,10 @@ class TrainingLoop(Saving):
             self.checkpoints.wait()
             at = f"epoch {epoch}" + ("" if finished else f", step {self.start_step}")
             done = f"stopped after {at}; saved as {self.checkpoints.path(name)}. Go on with run.resume_ckpt_path=auto (--resume auto)."
-            raise interrupt.Stopped(done if rank() == 0 else "", self.vote.stop)
+            done = done if rank() == 0 else ""
+            if self.vote.stop == signal.SIGCHLD:
+                raise WorkerLost(self.lost_worker, done)
+            raise interrupt.Stopped(done, self.vote.stop)
 
     def _prepare(self, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
         self.bad_samples.add(samples, self.settings.batch_size_train)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any, TypeVar
 
 import torch
 from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_mafa.common.check import check_combinations, check_device, doubtful
@@ -16,6 +18,7 @@ from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, typed_block
 from lavis_mafa.datasets.lavis_rows import check_rows, explained
+from lavis_mafa.datasets.training_splits import with_training_splits
 
 logger = logging.getLogger(__name__)
 Task = TypeVar("Task", bound="MafaTask")
@@ -33,6 +36,8 @@ class MafaTask(BaseTask):
     @classmethod
     def setup_task(cls: type[Task], cfg: Any = None, **kwargs: Any) -> Task:
         run = typed_block("run", cfg.run_cfg)
+        # LAVIS's own evaluate.py takes RunnerBase whatever run.runner says, and that knows no defaults
+        cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(run)), cfg.run_cfg)
         model = typed_block("model", cfg.model_cfg) if cfg.model_cfg.arch in MODEL_BLOCKS else None
         check_combinations(model, run)  # again: LAVIS's own train.py comes here without our command line
         if model is not None:
@@ -47,6 +52,7 @@ class MafaTask(BaseTask):
         with explained(cfg.datasets_cfg):
             datasets = super().build_datasets(cfg)
         check_rows(datasets)
+        datasets = with_training_splits(datasets, [] if self.run.evaluate else self.run.train_splits)
         for split in {*self.run.valid_splits, *self.run.test_splits}:
             for name, parts in datasets.items():
                 lacking = [key for key in self.evaluates if split in parts and key not in parts[split][0]]

@@ -79,12 +79,23 @@ class Pairs:
     collater = staticmethod(default_collate)
 
 
+class Table(torch.utils.data.Dataset):
+    """Annotations alone."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+
 @pytest.fixture
 def kit(con_d: Any) -> SimpleNamespace:
     """What a test needs of this file."""
     cpu = torch.device("cpu")
     return SimpleNamespace(
         Pairs=Pairs,
+        Table=Table,
         words=WORDS,
         encoder=Encoder(con_d, cpu),
         encoder_of=lambda model, precision="fp32": Encoder(model, cpu, precision),

@@ -27,7 +27,7 @@ from lavis_mafa.analysis.connections.choosing import (
     plain,
 )
 from lavis_mafa.analysis.connections.counting import blocks_of
-from lavis_mafa.analysis.connections.folder import begin, check_unfinished
+from lavis_mafa.analysis.connections.folder import begin, check_unfinished, fingerprint
 from lavis_mafa.analysis.connections.pairs_file import pairs_table
 from lavis_mafa.analysis.connections.source_rows import SourceRows
 from lavis_mafa.common.errors import UserError
@@ -149,6 +149,23 @@ def test_going_on_after_a_stop_gives_the_same(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(mining, "write_parquet", lambda table, path: (written.append(path), write(table, path)))
     resumed = judge(kit, tmp_path / "stopped")[2]
     assert resumed.equals(whole) and len(written) == len(set(written)) == 3
+
+
+def test_a_pass_is_not_gone_on_with_when_a_caption_or_an_image_path_has_changed(kit, tmp_path):
+    keys = torch.tensor([0, 1])
+
+    def begun(images: list[str], captions: list[list[str]], keys: torch.Tensor = keys, settings: str = "") -> bool:
+        table = pa.table({"image": images, "caption": captions})
+        data = [kit.Table(table.slice(0, 1)), kit.Table(table.slice(1))]
+        return begin(tmp_path / "out", {"data": fingerprint(torch.utils.data.ConcatDataset(data), keys, settings)}, "mine.json")
+
+    assert not begun(["a", "b"], [["one"], ["two"]]) and begun(["a", "b"], [["one"], ["two"]])
+    for images, captions in ((["a", "c"], [["one"], ["two"]]), (["a", "b"], [["one"], ["tow"]]), (["a", "b"], [["one"], ["two", "2"]])):
+        with pytest.raises(UserError, match="was begun with data of 2 rows, fingerprint .*, not of 2 rows, fingerprint"):
+            begun(images, captions)
+    for keys, settings in ((torch.tensor([0, 0]), ""), (torch.tensor([0, 1]), "other")):
+        with pytest.raises(UserError, match="was begun with data"):
+            begun(["a", "b"], [["one"], ["two"]], keys, settings)
 
 
 def test_the_pairs_are_read_back_with_images_that_keep_their_captions_together(kit, tmp_path):

@@ -360,7 +360,7 @@ def test_resuming_on_other_data(refused, run_yaml, trained):
     said = refused(
         *train(run_yaml, f"run.resume_ckpt_path={trained}/checkpoint_0_3.pth", "datasets.grit_pairs.build_info.max_images=16")
     )
-    assert "16 samples" in said and "checkpoint_0_3.pth" in said
+    assert "the data had 20 rows, now 16" in said and "checkpoint_0_3.pth" in said
 
 
 # --- the output folder -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lavis_mafa.grit import GritQueue, group_by_similarity
+from lavis_mafa.grit import grouping as grouping_module
 from lavis_mafa.grit import phases as phases_module
 from lavis_mafa.grit import queue as queue_module
 from lavis_mafa.grit.host_copy import HostCopy, copy_to_host
@@ -61,6 +62,41 @@ def test_each_sub_queue_is_a_similarity_chain():
     for begin, end in ((0, 8), (8, 16), (16, 24), (24, 26)):
         chain = order[begin:end] - begin
         assert torch.equal(chain, group_by_similarity(image[begin:end], text[begin:end], int(chain[0])))
+
+
+def naive_chain(members: list[int], image: Tensor, text: Tensor) -> list[int]:
+    """Equation 5 from the first member, each side's features looked up by the sample's number."""
+    chain, left = members[:1], set(members[1:])
+    while left:
+        anchor, others = (image, text) if len(chain) % 2 else (text, image)
+        chain.append(max(left, key=lambda sample: float(anchor[chain[-1]] @ others[sample])))
+        left.remove(chain[-1])
+    return chain
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 7), st.integers(1, 3), st.integers(0, 20), st.booleans(), st.sampled_from(["matrix", "rows"]))
+def test_every_sub_queue_is_a_chain_of_its_own_samples_features_shuffled_or_not(search_space, queues, rest, shuffle, memory):
+    count = search_space * queues + rest
+    image, text = features(torch.arange(count))
+    queue = GritQueue(search_space * queues, search_space, shuffle, seed=rest, memory=memory)
+    order = run_epoch(queue, torch.arange(count), batch=3).tolist()
+    for queue_start in range(0, count, search_space * queues):
+        of_queue = order[queue_start : queue_start + search_space * queues]
+        assert sorted(of_queue) == list(range(queue_start, queue_start + len(of_queue)))
+        for start in range(0, len(of_queue), search_space):
+            members = of_queue[start : start + search_space]
+            assert members == naive_chain(members, image, text)
+
+
+@pytest.mark.parametrize(("memory", "walked"), [("rows", 4), ("matrix", 0)])
+def test_memory_chooses_the_way_that_is_walked(memory, walked, monkeypatch):
+    """Both give the same order, so only looking tells them apart: two sub-queues of a full queue, one of the rest, and its end."""
+    by_rows = []
+    walk = grouping_module._walk_rows
+    monkeypatch.setattr(grouping_module, "_walk_rows", lambda *rows: by_rows.append(rows) or walk(*rows))
+    run_epoch(GritQueue(8, 4, memory=memory), torch.arange(14), batch=7)
+    assert len(by_rows) == walked
 
 
 def test_example_shuffle_mixes_the_queue_but_not_two_queues():

@@ -65,6 +65,14 @@ def test_missing_samples_come_first_and_blocks_stay_aligned():
     assert order[8:] == [7, 3, 9]  # displaced by the three: the new tail
 
 
+def test_missing_samples_are_shuffled_by_the_seed():
+    """In file order the captions of one image would fill whole batches."""
+    orders = [next_epoch_order([torch.arange(40, 60)], 60, 4, False, seed)[:40].tolist() for seed in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    for order in orders:
+        assert sum(abs(a - b) == 1 for a, b in zip(order, order[1:], strict=False)) < 8
+
+
 def test_more_missing_than_grouped():
     order = next_epoch_order([torch.tensor([1, 2, 3, 4])], 13, block=4, batch_shuffle=False, generator_seed=0).tolist()
     assert sorted(order[:9]) == [0, 5, 6, 7, 8, 9, 10, 11, 12]

@@ -1,6 +1,6 @@
-"""LAVIS's own blip2_opt and blip2_t5 at a size for a CPU, trained by runner_mafa from a stage-1 checkpoint of ours.
+"""LAVIS's own blip2_opt and blip2_t5 at a size for a CPU, trained by runner_mafa from a stage-1 checkpoint of ours, and its blip2.
 
-Run as a script: arguments are a folder with stage_1.pth and opt.yaml, t5.yaml. Their own __init__ runs, on local parts.
+Run as a script: arguments are a folder with stage_1.pth and opt.yaml, t5.yaml, blip2.yaml. Their own __init__ runs, on local parts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import lavis.tasks
 from lavis.common.registry import registry
 from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from lavis.models.blip2_models.blip2_t5 import Blip2T5
 from lavis.models.blip2_models.modeling_t5 import T5Config, T5ForConditionalGeneration
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -20,7 +21,8 @@ from transformers import T5TokenizerFast
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.model_settings import EvaEncoder, LanguageModel, QFormer
-from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
+from lavis_mafa.models.bert import MINILM
+from lavis_mafa.models.blip2_encoders import build_blip2_tokenizer, build_eva, build_qformer
 from lavis_mafa.models.language_model import build_opt
 
 VIT = EvaEncoder(None, image_size=24, patch_size=12, width=32, depth=2, heads=2, freeze=False, precision="fp32")
@@ -35,8 +37,13 @@ class LocalParts:
     def init_vision_encoder(self, *_: Any) -> Any:
         return build_eva(VIT), LayerNorm(32)
 
-    def init_Qformer(self, queries: int, width: int) -> Any:  # noqa: N802
+    def init_Qformer(self, queries: int, width: int, every: int = 2) -> Any:  # noqa: N802
         return build_qformer(QUERIES, width)
+
+
+class TinyStage1(LocalParts, Blip2Qformer):
+    def init_tokenizer(self) -> Any:
+        return build_blip2_tokenizer(MINILM)
 
 
 class TinyOpt(LocalParts, Blip2OPT):
@@ -65,6 +72,6 @@ def write_language_models(folder: Path) -> None:
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     write_language_models(where)
-    registry.mapping["model_name_mapping"].update(blip2_opt=TinyOpt, blip2_t5=TinyT5)
+    registry.mapping["model_name_mapping"].update(blip2_opt=TinyOpt, blip2_t5=TinyT5, blip2=TinyStage1)
     assert lavis.tasks is not None
-    sys.exit(max(main(["train", "--cfg-path", str(where / f"{name}.yaml")]) for name in ("opt", "t5")))
+    sys.exit(max(main(["train", "--cfg-path", str(where / f"{name}.yaml")]) for name in ("opt", "t5", "blip2")))

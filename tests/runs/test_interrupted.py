@@ -24,6 +24,7 @@ STEPS = 9  # of an epoch: batches of 16 from the first 60 concepts
 EPOCHS = 3
 ALBEF = ["run.valid_splits=[val]"]
 MOMENTUM = ["model.itc.momentum_distillation={queue_size: 64, momentum: 0.5}"]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 BLIP2 = ["run.batch_size_train=16", "run.warmup_steps=2", "run.grit.queue_size=64", "run.grit.search_space=32"]
 BLIP2 += ["model.image_encoder.width=32", "model.image_encoder.depth=2", "model.image_encoder.heads=2", "model.qformer.init=null"]
 BLIP2 += ["model.qformer.width=32", "model.qformer.layers=2", "model.qformer.heads=2", "model.image_encoder.init=null"]
@@ -77,7 +78,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(train, tmp_path, kin
     plan = [-(-count // 2) * 2 for count in plan] if "accumulation" in kind else plan
     for count in plan:
         capsys.readouterr()
-        number = chosen.choice([signal.SIGTERM, signal.SIGINT])
+        number = chosen.choice(SIGNALS)
         assert train(kind, "parts", signal_in=count, resume="auto", number=number) == 128 + number
         said = capsys.readouterr().err
         assert "stopped after epoch" in said and "--resume auto" in said and "Traceback" not in said

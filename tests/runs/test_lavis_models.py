@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lavis
 import pytest
@@ -252,7 +253,15 @@ def test_lavis_stage_2_trains_on_our_stage_1(coco, tmp_path):
     t5.run.output_dir = "output/t5"
     OmegaConf.save(t5, tmp_path / "t5.yaml")
 
+    alone = {"arch": "blip2", "model_type": "pretrain", "pretrained": str(tmp_path / "stage_1.pth")}
+    stage_1_yaml = OmegaConf.merge(opt, {"run": {"output_dir": "output/blip2"}})
+    stage_1_yaml.model = {**alone, "image_size": 24, "vit_precision": "fp32", "num_query_token": 3, "freeze_vit": False}
+    OmegaConf.save(stage_1_yaml, tmp_path / "blip2.yaml")
+
     done = launch([tmp_path], tmp_path, Path(__file__).with_name("lavis_stage_2.py"))
+    (folder,) = (tmp_path / "output" / "blip2").iterdir()  # one process gathers from itself
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 6 and all(0 < loss < 100 for loss in losses)
     for name in ("opt", "t5"):
         (folder,) = (tmp_path / "output" / name).iterdir()
         losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -261,5 +270,33 @@ def test_lavis_stage_2_trains_on_our_stage_1(coco, tmp_path):
         assert torch.allclose(before["query_tokens"], after["query_tokens"], atol=1e-2), "it started from stage 1"
         assert not torch.equal(before["query_tokens"], after["query_tokens"]), "and trained"
     said = [line for line in done.stderr.splitlines() if "weights taken from" in line]
-    assert len(said) == 2 and all("28 left over (" in line and "itm_head 2" in line for line in said), done.stderr
+    assert len(said) == 3 and all("28 left over (" in line and "itm_head 2" in line for line in said[:2]), done.stderr
     assert "opt_proj 2)" in said[0] and "t5_proj 2)" in said[1]
+
+
+def test_no_more_candidates_are_asked_for_than_a_gallery_has(caplog):
+    from lavis.models.albef_models.albef_retrieval import AlbefRetrieval
+
+    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.runners.evaluating import k_test_within
+
+    gallery = SimpleNamespace(image=["a", "b", "c"], text=["x"] * 7)
+    for model_class, wanted, inside in ((AlbefRetrieval, 256, 3), (AlbefRetrieval, 2, 2), (AlbefMafa, 256, 256)):
+        task, model = SimpleNamespace(cfg=OmegaConf.create({"k_test": wanted})), object.__new__(model_class)
+        with k_test_within(task, model, gallery):
+            assert task.cfg.k_test == inside
+        assert task.cfg.k_test == wanted
+    assert [r.getMessage() for r in caplog.records] == [
+        "run.k_test is 256, but the gallery has 3 images and 7 texts: the matching head ranks 3 candidates of each"
+    ]
+
+
+def test_lavis_evaluate_finds_the_settings_that_our_yaml_leaves_to_their_defaults():
+    """It takes RunnerBase, whatever ``run.runner`` says."""
+    from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+
+    config = OmegaConf.create(
+        {"model": {"arch": "albef_pretrain"}, "run": {"task": "mafa_pretrain", "evaluate": True, "batch_size_eval": 5}}
+    )
+    MafaPretrainTask.setup_task(SimpleNamespace(config=config, run_cfg=config.run, model_cfg=config.model))
+    assert (config.run.batch_size_train, config.run.batch_size_eval, config.run.num_workers) == (96, 5, 4)

@@ -86,6 +86,29 @@ def test_with_a_loss_scaler_a_loss_that_is_not_finite_counts(scale):
     assert bool(training.weights.isfinite().all())
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_any_micro_batch_of_a_window_counts_though_its_gradient_is_finite(scale, bad):
+    """A constant that is infinite spoils the loss and not the gradient."""
+    training = Training(scale=scale, accum_grad_iters=3)
+    before, plain = training.weights, training.stepper.task.train_step
+    losses = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    losses[bad] = INFINITE
+    training.stepper.task = SimpleNamespace(train_step=lambda model, samples: plain(model, samples) + losses.pop(0))
+    assert training.run(*[(0, GOOD)] * 3) == [None, None, False] and torch.equal(training.weights, before)
+    assert training.run(*[(0, GOOD)] * 3) == [None, None, True] and not torch.equal(training.weights, before)
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_what_another_rank_says_of_its_step_holds_here(scale):
+    training, told = Training(scale=scale), []
+    before = training.weights
+    training.stepper.vote = lambda bad: bool(told.append(bad)) or True
+    assert training.run((0, GOOD)) == [False] and torch.equal(training.weights, before) and told == [False]
+    training.stepper.vote = lambda bad: bool(told.append(bad))  # all others are well, and this rank's step is asked about alone
+    assert training.run((0, GOOD), (1, NAN)) == [True, True] and told == [False, False, True]
+
+
 def test_at_the_smallest_scale_a_bad_gradient_is_nobodys_but_the_models():
     training = Training(scale=1.0)
     training.model.bias.register_hook(lambda gradient: gradient * INFINITE)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lavis_mafa.common.distributed import barrier, broadcast_object, rank
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.fingerprint import data_record
 
 SETTINGS = "settings.json"
 
@@ -81,10 +82,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def fingerprint(dataset: Any, keys: Tensor, settings: str) -> str:
-    """Changes with the number of samples, which of them share an image, and the settings of the data."""
-    digest = hashlib.sha256(f"{len(dataset)}\n{settings}\n".encode())
+    """Changes with any row's texts or image path, with which rows share an image, and with the settings of the data."""
+    content = json.dumps(data_record(dataset), sort_keys=True)
+    digest = hashlib.sha256(f"{len(dataset)}\n{content}\n{settings}\n".encode())
     digest.update(keys.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return f"of {len(dataset)} rows, fingerprint {digest.hexdigest()[:16]}"
 
 
 def file_digest(path: str) -> str:

@@ -59,7 +59,7 @@ def open_pass(config: Any, name: str, options: list[str], con_d: str) -> Opened:
     Raises:
         UserError: from the data, the names in the YAML or the checkpoint.
     """
-    _, cfg = job.prepare(name, options, files=False)
+    _, cfg = job.prepare(name, options, files=False, joins=True)
     from lavis.common.registry import registry
 
     from lavis_mafa.analysis.connections.con_d import load_con_d
