@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lavis_mafa.common.check import FAMILIES, con_d_block
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import read_weights
 
-logger = logging.getLogger(__name__)
 STAGE_1, STAGE_2, T5 = "a BLIP-2 stage-1 checkpoint", "a BLIP-2 stage-2 checkpoint", "a BLIP-2 checkpoint with T5"
 INSTRUCT, BLIP, ALBEF = "an InstructBLIP checkpoint", "a BLIP checkpoint", "an ALBEF checkpoint"
+CLIP_L = "a BLIP-2 checkpoint with CLIP's ViT-L (LAVIS's clip_L, pretrain_vitL), whose image encoder is not EVA's"
 OF_MODEL = {"blip2_mafa": STAGE_1, "blip2_opt_mafa": STAGE_2, "blip_mafa": BLIP, "albef_mafa": ALBEF}
+OTHERS = {  # part of a name -> what has such names
+    "lora_": "an adapter (LoRA) without its base model",
+    "logit_scale": "a CLIP checkpoint",
+    "decoder.embed_tokens.": "a language model",
+    "blocks.0.attn.": "an image encoder alone",
+    "embeddings.word_embeddings.": "a BERT",
+}
+# what only language modelling needs, and what it is
+LANGUAGE = {
+    "albef_mafa": ("text_encoder.cls.", "MLM head", "model.mlm.mask_probability: 0"),
+    "blip_mafa": ("text_decoder.", "text decoder", "model.lm.weight: 0"),
+    "blip2_mafa": ("Qformer.cls.", "LM head", "model.lm.weight: 0"),
+}
+SIZE = "{} layers of width {}"
+PARTS = {  # part of a model block -> what it is, its layers' names, and where its width is seen
+    "qformer": ("a Q-Former", re.compile(r"Qformer\.bert\.encoder\.layer\.(\d+)\."), ("query_tokens",)),
+    "text_encoder": (
+        "a text encoder",
+        re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\."),
+        ("text_encoder.bert.embeddings.LayerNorm.weight", "text_encoder.embeddings.LayerNorm.weight"),
+    ),
+    "image_encoder": ("an image encoder", re.compile(r"visual_encoder\.blocks\.(\d+)\."), ("visual_encoder.cls_token",)),
+}
 Shapes = dict[str, list[int]]
 
 
@@ -29,81 +50,105 @@ def shapes_of(path: str | Path, key: str) -> Shapes:
     return {name: list(value.shape) for name, value in read_weights(path, key, names_only=True).items()}
 
 
-def kind_of(shapes: Shapes) -> str | None:
+def kind_of(names: Mapping[str, Any]) -> str | None:
     """The kind by the parts it alone has; None for something else."""
-    if "query_tokens" in shapes:
-        of_language = {"opt_proj.weight": STAGE_2, "t5_proj.weight": T5, "llm_proj.weight": INSTRUCT}
-        return next((kind for name, kind in of_language.items() if name in shapes), STAGE_1)
+    if "query_tokens" in names:
+        if "visual_encoder.class_embedding" in names:
+            return CLIP_L
+        of_language = {"opt_": STAGE_2, "t5_": T5, "llm_": INSTRUCT}  # each is followed by `proj.` and `model.`
+        return next((kind for start, kind in of_language.items() if any(name.startswith(start) for name in names)), STAGE_1)
     # BLIP's text layers all look at the image; ALBEF's first ones read the text alone
-    if any(name.startswith(("text_decoder.", "text_encoder.encoder.layer.0.crossattention.")) for name in shapes):
+    if any(name.startswith("text_encoder.encoder.layer.0.crossattention.") for name in names):
         return BLIP
-    return ALBEF if any(name.startswith("text_encoder.") for name in shapes) else None
+    if any(name.startswith("text_encoder.") for name in names):
+        return ALBEF
+    return BLIP if any(name.startswith("text_decoder.") for name in names) else None
 
 
-def check_kinds(block: Any) -> None:
-    """The checkpoints that a typed ``model:`` block names are of the right kind, and Con-D's Q-Former of the right size.
+def check_kind(names: Mapping[str, Any], wanted: str, source: str, arch: str) -> None:
+    """A checkpoint is of the kind that ``arch`` needs.
+
+    Args:
+        source: key and file, as ``model.pretrained: x.pth``.
+
+    Raises:
+        UserError: it is another; the message says what it is and where it belongs.
+    """
+    found = kind_of(names)
+    if found == wanted:
+        return
+    hints: dict[tuple[str, str | None], str] = {
+        ("model.pretrained", STAGE_1): " Give it as model.stage_1 to train stage 2 on it.",
+        ("model.stage_1", STAGE_2): " Give it as model.pretrained to go on from it or to evaluate it.",
+        ("model.pretrained", STAGE_2): " Its model is blip2_opt_mafa.",
+        ("model.pretrained", BLIP): " Its model is blip_mafa.",
+        ("model.pretrained", ALBEF): " Its model is albef_mafa.",
+    }
+    other = found or next((what for part, what in OTHERS.items() if any(part in name for name in names)), "something else")
+    some = "" if found else f" It has {', '.join(list(names)[:3])}{', ...' if len(names) > 3 else ''}."
+    raise UserError(f"{source} is {other}, but {arch} needs {wanted} here.{hints.get((source.split(':')[0], found), '')}{some}")
+
+
+def check_kinds(block: Any, evaluate: bool = False) -> None:
+    """The checkpoints that a typed ``model:`` block names are of the right kind and size, and have what the job needs.
+
+    Args:
+        evaluate: nothing is trained, so that no language model is asked.
 
     Raises:
         UserError: a mix-up; the message says what the file is and where it belongs.
     """
     if block.pretrained is not None:
-        _expect(OF_MODEL[block.arch], block.pretrained, "model.pretrained", block.arch)
+        shapes = _expect(OF_MODEL[block.arch], block.pretrained, "model.pretrained", block.arch)
+        _check_sizes(block, shapes, f"model.pretrained: {block.pretrained}", "model")
+        if not evaluate and _models_language(block) and (lacking := lacks_language(shapes, block.arch)):
+            raise UserError(
+                f"model.pretrained: {block.pretrained} has no {lacking}, which training would start at random; give a checkpoint of "
+                f"pre-training, or leave it out of training by {LANGUAGE[block.arch][2]}."
+            )
     if getattr(block, "stage_1", None) is not None:
-        _expect(STAGE_1, block.stage_1, "model.stage_1", block.arch)
+        shapes = _expect(STAGE_1, block.stage_1, "model.stage_1", block.arch)
+        _check_sizes(block, shapes, f"model.stage_1: {block.stage_1}", "model")
     con_d = getattr(block, "discriminator", None)
     if con_d is not None and con_d.checkpoint and block.ecm.enabled and con_d.arch != "ground_truth":
-        family = OF_MODEL[FAMILIES[con_d.arch]]
-        shapes = _expect(family, con_d.checkpoint, "model.discriminator.checkpoint", con_d.arch)
-        if family == STAGE_1:
-            _check_qformer(con_d_block(block).qformer, shapes, con_d.checkpoint)
+        shapes = _expect(OF_MODEL[FAMILIES[con_d.arch]], con_d.checkpoint, "model.discriminator.checkpoint", con_d.arch)
+        _check_sizes(con_d_block(block), shapes, f"model.discriminator.checkpoint: {con_d.checkpoint}", "model.discriminator")
 
 
-def report_keys(model: torch.nn.Module, config: Any) -> None:
-    """Say what a LAVIS model took from its checkpoint: LAVIS loads with ``strict=False`` and keeps what did not fit to itself.
-
-    Args:
-        model: as LAVIS built it.
-        config: its ``model`` block; ``finetuned`` is what LAVIS loads, or ``pretrained`` with ``load_finetuned: false``.
-    """
-    key = "finetuned" if config.get("load_finetuned", True) else "pretrained"
-    path = config.get(key)
-    if not isinstance(path, str) or not Path(path).is_file():
-        return
-    own, theirs = model.state_dict(), shapes_of(path, f"model.{key}")
-    taken = {name for name, shape in theirs.items() if name in own and list(own[name].shape) == shape}
-    missing = [name for name in own if name not in taken and not name.endswith("position_ids")]
-    left_over = [name for name in theirs if name not in taken and not name.endswith("position_ids")]
-    misfits = f"{_by_part('missing', missing)}; {_by_part('left over', left_over)}"
-    logger.info("model.%s: %d weights taken from %s; %s", key, len(taken), path, misfits)
+def lacks_language(names: Mapping[str, Any], arch: str) -> str | None:
+    """``MLM head (text_encoder.cls)`` where a checkpoint has nothing of it; half of it is for the loading to name."""
+    part, what, _ = LANGUAGE.get(arch, ("", "", ""))
+    return None if any(name.startswith(part) for name in names) else f"{what} ({part.rstrip('.')})"
 
 
-def _by_part(kind: str, names: list[str]) -> str:
-    """``23 missing (opt_model 21, opt_proj 2)``"""
-    parts = Counter(name.split(".")[0] for name in names)
-    return f"{len(names)} {kind}" + (f" ({', '.join(f'{part} {count}' for part, count in parts.items())})" if names else "")
+def _models_language(block: Any) -> bool:
+    weights = [getattr(getattr(block, part, None), "weight", 1.0) for part in ("mlm", "lm")]
+    return all(weights) and getattr(getattr(block, "mlm", None), "mask_probability", 1.0) > 0
 
 
 def _expect(wanted: str, path: str, key: str, arch: str) -> Shapes:
     shapes = shapes_of(path, key)
-    found = kind_of(shapes)
-    if found != wanted:
-        hints: dict[tuple[str, str | None], str] = {
-            ("model.pretrained", STAGE_1): " Give it as model.stage_1 to train stage 2 on it.",
-            ("model.stage_1", STAGE_2): " Give it as model.pretrained to go on from it or to evaluate it.",
-            ("model.pretrained", STAGE_2): " Its model is blip2_opt_mafa.",
-        }
-        hint = hints.get((key, found), "")
-        raise UserError(f"{key}: {path} is {found or 'something else'}, but {arch} needs {wanted} here.{hint}")
+    check_kind(shapes, wanted, f"{key}: {path}", arch)
     return shapes
 
 
-def _check_qformer(settings: Any, shapes: Shapes, path: str) -> None:
-    queries, width = shapes["query_tokens"][1:]
-    layers = 1 + max((int(n.split(".")[4]) for n in shapes if n.startswith("Qformer.bert.encoder.layer.")), default=-1)
-    found, wanted = (layers, width, queries), (settings.layers, settings.width, settings.queries)
-    if found != wanted:
-        size = "{} layers of width {} with {} queries"
-        raise UserError(
-            f"model.discriminator.checkpoint: {path} has a Q-Former of {size.format(*found)}, but {size.format(*wanted)} is set; "
-            "give its sizes in model.discriminator.qformer."
-        )
+def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
+    """Layers and widths of the encoders; the loading would list every weight."""
+    misfits = []
+    for part, (what, layer, of_width) in PARTS.items():
+        settings = getattr(block, part, None)
+        numbers = [int(found[1]) for name in shapes if (found := layer.match(name))]
+        width = next((shapes[name][-1] for name in of_width if name in shapes), None)
+        if settings is None or not numbers or width is None:
+            continue
+        sizes, wanted, text = [1 + max(numbers), width], [getattr(settings, "layers", None) or settings.depth, settings.width], SIZE
+        if part == "qformer":
+            sizes, wanted, text = [*sizes, shapes["query_tokens"][1]], [*wanted, settings.queries], f"{SIZE} with {{}} queries"
+        if sizes != wanted:
+            misfits.append(f"{what} of {text.format(*sizes)}, but {text.format(*wanted)} is set; give its sizes in {shown}.{part}")
+    if misfits:
+        raise UserError(f"{source} has " + ", and has ".join(misfits) + f", or another model_type in {shown}.")
+    wide = shapes.get("ln_vision.weight", [0])[0]
+    if wide and wide != block.image_encoder.width:
+        what = f"{CLIP_L}" if wide == 1024 else f"a checkpoint for an image encoder of width {wide}"
+        raise UserError(f"{source} is {what}; {shown}.image_encoder.width is {block.image_encoder.width}.")

@@ -51,7 +51,7 @@ def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
         state = read_weights(settings.init, "model.image_encoder.init")
         state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
     own = encoder.state_dict()
-    state = {name: value for name, value in state.items() if name in own}
+    state = {name: value for name, value in state.items() if name in own or name.startswith("blocks.")}  # a head may stay behind
     if "pos_embed" in state and state["pos_embed"].shape[-1] == settings.width:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder)
     load_exactly(encoder, state, f"model.image_encoder.init: {settings.init}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import torch
@@ -59,6 +60,12 @@ def fold_token_type(state: dict[str, Tensor]) -> dict[str, Tensor]:
         folded[position] = state[position] + state[name][0]
         del folded[name]
     return folded
+
+
+def with_bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``text_encoder.encoder...`` -> ``text_encoder.bert.encoder...``: LAVIS's fine-tuned ALBEFs have no head, and so no ``bert.``."""
+    of_bert = re.compile(r"^(text_encoder(?:_m)?)\.(?=embeddings\.|encoder\.|pooler\.)")
+    return {of_bert.sub(r"\1.bert.", name): value for name, value in state.items()}
 
 
 def project_embeddings(vectors: Tensor, width: int) -> Tensor:

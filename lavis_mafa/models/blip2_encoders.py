@@ -122,6 +122,21 @@ def absent(parts: tuple[str, ...], state: dict[str, Tensor]) -> tuple[str, ...]:
     return tuple(part for part in parts if not any(name.startswith(part) for name in state))
 
 
+def without_vit(state: dict[str, Tensor], settings: EvaEncoder, source: str) -> tuple[str, ...]:
+    """``visual_encoder.`` where a checkpoint leaves its frozen image encoder out (as LAVIS's do) and ``init`` names its file.
+
+    Raises:
+        UserError: it leaves it out, and no file is named.
+    """
+    parts = absent(("visual_encoder.",), state)
+    if parts and settings.init is None and "query_tokens" in state:
+        raise UserError(
+            f"{source} does not fit the model: missing: visual_encoder.cls_token and all of its image encoder, which checkpoints leave "
+            "out where it is frozen; name that encoder's file in model.image_encoder.init."
+        )
+    return parts if settings.init is not None else ()
+
+
 def build_blip2_tokenizer(name: str) -> BertTokenizer:
     """BERT's tokenizer with BLIP-2's [DEC]."""
     tokenizer = build_tokenizer(name)

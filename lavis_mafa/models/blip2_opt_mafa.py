@@ -13,11 +13,12 @@ from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from lavis_mafa.common.checkpoint_kinds import OF_MODEL, check_kind
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import Blip2OptBlock
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.blip2_encoders import PRECISIONS, absent, build_eva, build_qformer, resize_positions, with_own_file
+from lavis_mafa.models.blip2_encoders import PRECISIONS, absent, build_eva, build_qformer, resize_positions, with_own_file, without_vit
 from lavis_mafa.models.blip2_pairs import query_pass
 from lavis_mafa.models.language_model import build_opt, check_opt
 from lavis_mafa.models.mafa_model import CONFIGS
@@ -97,20 +98,27 @@ class Blip2OptMafa(Blip2OPT):
         Raises:
             UserError: what does not fit.
         """
+        source = f"model.stage_1: {path}"
         state = read_weights(path, "model.stage_1")
         if any(name.startswith(OF_STAGE_2) for name in state):
-            raise UserError(f"model.stage_1: {path} is a stage-2 checkpoint; give it as model.pretrained.")
+            raise UserError(f"{source} is a stage-2 checkpoint; give it as model.pretrained.")
         kept = {name: value for name, value in state.items() if not _of_stage_1_alone(name)}
         kept = resize_positions(kept, self.visual_encoder)
-        may_miss = absent(with_own_file(visual_encoder=self.settings.image_encoder), kept)
-        load_exactly(self, kept, f"model.stage_1: {path}", may_miss=(*OF_STAGE_2, *may_miss))
+        may_miss = without_vit(kept, self.settings.image_encoder, source)
+        load_exactly(self, kept, source, may_miss=(*OF_STAGE_2, *may_miss))
         logger.info("stage 1: %d weights taken, %d of its text branch and heads left behind", len(kept), len(state) - len(kept))
 
-    def load_from_pretrained(self, url_or_filename: str) -> None:
+    def load_checkpoint(self, url_or_filename: str) -> Any:
+        """LAVIS's name for loading one's own weights (``load_model(..., checkpoint=FILE)``): as exact as ``load_from_pretrained``."""
+        return self.load_from_pretrained(url_or_filename)
+
+    def load_from_pretrained(self, url_or_filename: str) -> Any:
         """Start from a stage-2 checkpoint of ours or LAVIS's; exact, except for parts that have a file of their own."""
+        source = f"model.pretrained: {url_or_filename}"
         state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
-        may_miss = absent(with_own_file(**self._parts()), state)
-        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=may_miss)
+        check_kind(state, OF_MODEL[self.settings.arch], source, self.settings.arch)
+        without_vit(state, self.settings.image_encoder, source)
+        return load_exactly(self, state, source, may_miss=absent(with_own_file(**self._parts()), state))
 
     def unsaved_parts(self) -> tuple[str, ...]:
         """Frozen weights that come from a file of their own: checkpoints leave them out, as LAVIS's do."""

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from lavis.models.base_model import BaseModel
+from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.model_settings import BlipBlock
 from lavis_mafa.models.albef_encoders import build_image_encoder
 from lavis_mafa.models.blip_encoders import build_blip_text, build_blip_tokenizer
-from lavis_mafa.models.blip_pairs import BlipPairs, match
+from lavis_mafa.models.blip_pairs import BlipPairs, match, match_states
 from lavis_mafa.models.dual_encoder import DualEncoder
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.objectives import EncodedBatch
@@ -29,6 +30,8 @@ class BlipMafa(DualEncoder[BlipBlock], BaseModel):
         >>> model = load_model("blip_mafa", "tiny")
     """
 
+    feature_output = BlipOutputFeatures
+    of_multimodal = ("image_embeds", "multimodal_embeds")
     ramp_up_epochs = 2  # as in LAVIS; and only ITC is distilled
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": str(CONFIGS / "blip_mafa_base.yaml"),
@@ -60,6 +63,9 @@ class BlipMafa(DualEncoder[BlipBlock], BaseModel):
             image_embeds = gather_own_first(image_embeds, with_gradient=True)
             ids, mask = gather_own_first(ids), gather_own_first(mask)
         return BlipPairs(self, image_embeds, ids, mask), batch, (image_feature.detach(), text_feature.detach())
+
+    def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return match_states(self.text_encoder, ids, mask, image_embeds, self.tokenizer.enc_token_id)
 
     # --- retrieval -------------------------------------------------------------------------------------------------
 
