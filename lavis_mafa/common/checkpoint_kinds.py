@@ -147,7 +147,7 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
         if sizes != wanted:
             misfits.append(f"{what} of {text.format(*sizes)}, but {text.format(*wanted)} is set; give its sizes in {shown}.{part}")
     if misfits:
-        raise UserError(f"{source} has " + ", and has ".join(misfits) + f", or another model_type in {shown}.")
+        raise UserError(f"{source} does not fit the model: it has " + ", and ".join(misfits) + f", or another model_type in {shown}.")
     wide = shapes.get("ln_vision.weight", [0])[0]
     if wide and wide != block.image_encoder.width:
         what = f"{CLIP_L}" if wide == 1024 else f"a checkpoint for an image encoder of width {wide}"

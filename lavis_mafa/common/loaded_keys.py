@@ -82,7 +82,7 @@ def report_keys(model: torch.nn.Module, config: Any) -> None:
     absent = {n for n, value in own.items() if _plain(n) not in by_name and _mark(value) not in marks}
     missing = [name for name in own if name in absent and not name.endswith("position_ids")]
     left_over = [name for name in theirs if name not in taken and not name.endswith("position_ids")]
-    matrices = [name for name, value in theirs.items() if value.dim() > 1 and not name.endswith("position_ids")]
+    matrices = [name for name, value in theirs.items() if _mark(value) is not None]
     if matrices and not taken.intersection(matrices):
         name = next((n for n in matrices if n in own), matrices[0])
         wanted = f" (wanted {list(own[name].shape)})" if name in own else ", which it has not"

@@ -326,7 +326,7 @@ def test_another_size_is_found_from_shapes_alone(tmp_path, family):
     model = families.REDUCED[family]
     path = as_file({"model": model.ours().state_dict()}, tmp_path)
     wide = {"image_encoder": {**model.SIZES["image_encoder"], "depth": 5}}
-    with pytest.raises(UserError, match="has an image encoder of 2 layers of width 32, but 5 layers of width 32 is set"):
+    with pytest.raises(UserError, match="it has an image encoder of 2 layers of width 32, but 5 layers of width 32 is set"):
         check_kinds(model.block(pretrained=str(path), **wide))
     con_d = {"arch": f"{family}_mafa", "checkpoint": str(path)}
     with pytest.raises(UserError, match="discriminator.image_encoder, or another model_type in model.discriminator"):
