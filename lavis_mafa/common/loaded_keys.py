@@ -75,12 +75,13 @@ def report_keys(model: torch.nn.Module, config: Any) -> None:
         return
     key, path = source
     own, theirs = model.state_dict(), read_weights(path, key)
-    marks = {_mark(value) for value in own.values()}
-    taken = {name for name, value in theirs.items() if _holds(own, name, value) or _mark(value) in marks - {None}}
-    marks = {_mark(theirs[name]) for name in taken} - {None}
+    taken = {name for name, value in theirs.items() if _holds(own, name, value)}
     by_name = {_plain(name) for name in taken}
-    absent = {n for n, value in own.items() if _plain(n) not in by_name and _mark(value) not in marks}
-    missing = [name for name in own if name in absent and not name.endswith("position_ids")]
+    rest = {name: _mark(value) for name, value in own.items() if _plain(name) not in by_name}
+    under_another = {name for name, value in theirs.items() if name not in taken and _mark(value) in set(rest.values()) - {None}}
+    marks = {_mark(theirs[name]) for name in under_another}
+    missing = [name for name, mark in rest.items() if (mark is None or mark not in marks) and not name.endswith("position_ids")]
+    taken |= under_another
     left_over = [name for name in theirs if name not in taken and not name.endswith("position_ids")]
     matrices = [name for name, value in theirs.items() if _mark(value) is not None]
     if matrices and not taken.intersection(matrices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from typing import Any
 
@@ -23,6 +24,7 @@ from lavis_mafa.models.blip2_pairs import query_pass
 from lavis_mafa.models.language_model import build_opt, check_opt
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.models.outputs import PretrainOutput
+from lavis_mafa.models.samples import checked
 from lavis_mafa.objectives import value_range
 
 logger = logging.getLogger(__name__)
@@ -141,7 +143,11 @@ class Blip2OptMafa(Blip2OPT):
 
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions.
+
+        Raises:
+            UserError: samples that do not go together.
         """
+        samples = self.checked(samples, "image", "text_input")
         ranges: dict[str, Tensor] = {}
         hook = self.opt_proj.register_forward_hook(lambda _, __, prompt: ranges.update(soft_prompt=value_range(prompt)))
         try:
@@ -149,6 +155,25 @@ class Blip2OptMafa(Blip2OPT):
         finally:
             hook.remove()
         return PretrainOutput(loss=loss, loss_lm=loss, ranges=ranges)
+
+    @torch.no_grad()
+    def generate(self, samples: dict[str, Any], *args: Any, **kwargs: Any) -> list[str]:
+        """LAVIS's, with the arguments of its ``blip2_opt``: ``num_captions`` of each image, one after another.
+
+        Raises:
+            UserError: no images of the model's size, or more captions than beams.
+        """
+        given = inspect.signature(Blip2OPT.generate).bind(self, samples, *args, **kwargs)
+        given.apply_defaults()
+        captions, beams = given.arguments["num_captions"], given.arguments["num_beams"]
+        if captions > beams and not given.arguments["use_nucleus_sampling"]:
+            raise UserError(f"num_captions is {captions}, but num_beams is {beams}; allowed: at most as many.")
+        samples = self.checked(samples, "image")
+        return super().generate({**samples, "image": samples["image"].to(self.device)}, *args, **kwargs)
+
+    def checked(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
+        """See :func:`lavis_mafa.models.samples.checked`."""
+        return checked(samples, self.settings.image_encoder.image_size, *keys)
 
     @torch.no_grad()
     def predict_answers(
@@ -172,7 +197,8 @@ class Blip2OptMafa(Blip2OPT):
         Returns:
             B answers.
         """
-        questions = [samples["text_input"]] if isinstance(samples["text_input"], str) else samples["text_input"]
+        samples = self.checked(samples, "image", "text_input")
+        questions = samples["text_input"]
         self.opt_tokenizer.padding_side = "left"  # an answer follows its question, not padding
         tokens = self.opt_tokenizer(
             [self._asked(question, prompt, max_len) for question in questions], return_tensors="pt", padding="longest"

@@ -65,34 +65,37 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
         return self.image_feature(image_embeds), self.text_feature(text_embeds)
 
     @torch.no_grad()
-    def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Any:
+    def extract_features(self, samples: dict[str, Any], mode: str | list[str] = "multimodal") -> Any:
         """Features as LAVIS's ``albef_feature_extractor`` and ``blip_feature_extractor`` give them, by their names.
 
         Args:
             samples: ``image`` [B, 3, H, W] and ``text_input``, a list of B texts or a single text; each only where its mode needs it.
             mode: ``image`` (``image_embeds`` [B, N, width], ``image_embeds_proj`` [B, N, d]), ``text`` (``text_embeds`` [B, T, width],
-                ``text_embeds_proj`` [B, T, d]) or ``multimodal`` (``multimodal_embeds`` [B, T, width], and what it is made from).
+                ``text_embeds_proj`` [B, T, d]) or ``multimodal`` (``multimodal_embeds`` [B, T, width], and what LAVIS gives with
+                it); several in a list.
 
         Raises:
             UserError: another mode, or samples that lack what it needs.
         """
-        needs = {"image": ("image",), "text": ("text_input",), "multimodal": ("image", "text_input")}
-        if mode not in needs:
-            raise UserError(f"mode is {mode!r}; allowed: {', '.join(needs)}.")
-        samples = self.checked(samples, *needs[mode])
-        found: dict[str, Tensor] = {}
-        if "image" in needs[mode]:
+        modes, found = [mode] if isinstance(mode, str) else list(mode), dict[str, Tensor]()
+        wrong = [m for m in modes if m not in ("image", "text", "multimodal")]
+        if wrong or not modes:
+            raise UserError(f"mode is {mode!r}; allowed: image, text, multimodal.")
+        keys = [key for key, m in (("image", "image"), ("text_input", "text")) if m in modes or "multimodal" in modes]
+        samples = self.checked(samples, *keys)
+        if "image" in keys:
             found["image_embeds"] = self.visual_encoder.forward_features(samples["image"].to(self.device))
             found["image_embeds_proj"] = F.normalize(self.vision_proj(found["image_embeds"]), dim=-1)
-        if "text_input" in needs[mode]:
+        if "text_input" in keys:
             positions = self.text_encoder.config.max_position_embeddings  # LAVIS cuts no text here
             ids, mask = tokenize(self.tokenizer, samples["text_input"], positions, self.device)
             found["text_embeds"] = self.text_states(ids, mask)
             found["text_embeds_proj"] = F.normalize(self.text_proj(found["text_embeds"]), dim=-1)
-        if mode == "multimodal":
+        if "multimodal" in modes:
             found["multimodal_embeds"] = self.fused(found["image_embeds"], found["text_embeds"], ids, mask)
-            found = {name: found[name] for name in self.of_multimodal}
-        return self.feature_output(**found)
+        asked = {"image": ("image_embeds", "image_embeds_proj"), "text": ("text_embeds", "text_embeds_proj")}
+        asked["multimodal"] = self.of_multimodal
+        return self.feature_output(**{name: found[name] for m in modes for name in asked[m]})
 
     def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """B texts, each with its image: [B, N, width], [B, T, width], [B, T], [B, T] -> [B, T, width]."""

@@ -50,7 +50,7 @@ def test_renamed_weights_count_as_taken(tmp_path, caplog):
     teacher = [n for n in teacher if not n.endswith("position_ids")]
     found = re.search(r"(\d+) weights taken from .*?; (\d+) missing \((.*?)\); (\d+) left over", caplog.text)
     assert found is not None
-    assert [int(found[1]), int(found[2])] == [len(state) - len(head) + 1, len(teacher)]  # the tied decoder is the word embedding
+    assert [int(found[1]), int(found[2])] == [len(state) - len(head), len(teacher)]
     assert "text_encoder " not in found[3] and "visual_encoder " not in found[3]
     caplog.clear()
     with torch.no_grad():
