@@ -10,6 +10,7 @@ from typing import Any
 from lavis_mafa.common.check import FAMILIES, con_d_block
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import read_weights
+from lavis_mafa.common.words import ADDED, words_of_tokenizer
 
 STAGE_1, STAGE_2, T5 = "a BLIP-2 stage-1 checkpoint", "a BLIP-2 stage-2 checkpoint", "a BLIP-2 checkpoint with T5"
 INSTRUCT, BLIP, ALBEF = "an InstructBLIP checkpoint", "a BLIP checkpoint", "an ALBEF checkpoint"
@@ -38,6 +39,9 @@ PARTS = {  # part of a model block -> what it is, its layers' names, and where i
     ),
     "image_encoder": ("an image encoder", re.compile(r"visual_encoder\.blocks\.(\d+)\."), ("visual_encoder.cls_token",)),
 }
+EMBEDDINGS = tuple(
+    f"{part}.embeddings.word_embeddings.weight" for part in ("text_encoder.bert", "text_encoder", "text_decoder.bert", "Qformer.bert")
+)
 Shapes = dict[str, list[int]]
 
 
@@ -148,6 +152,13 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
             misfits.append(f"{what} of {text.format(*sizes)}, but {text.format(*wanted)} is set; give its sizes in {shown}.{part}")
     if misfits:
         raise UserError(f"{source} does not fit the model: it has " + ", and ".join(misfits) + f", or another model_type in {shown}.")
+    rows = next((shapes[name][0] for name in EMBEDDINGS if name in shapes), None)
+    words = words_of_tokenizer(block.tokenizer) if hasattr(block, "tokenizer") else None
+    if rows is not None and words is not None and rows not in (words, words + ADDED[block.arch]):
+        raise UserError(
+            f"{source} has embeddings of {rows} words, but model.tokenizer ({block.tokenizer}) has {words}; give the tokenizer that it "
+            "was trained with."
+        )
     wide = shapes.get("ln_vision.weight", [0])[0]
     if wide and wide != block.image_encoder.width:
         what = f"{CLIP_L}" if wide == 1024 else f"a checkpoint for an image encoder of width {wide}"

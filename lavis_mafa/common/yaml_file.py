@@ -24,6 +24,7 @@ from lavis_mafa.common.hub import is_path
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, check_keys, in_file, typed_block
+from lavis_mafa.common.words import check_words
 from lavis_mafa.common.yaml_text import read_yaml
 from lavis_mafa.datasets.build_info import SPLITS, check_info
 from lavis_mafa.processors.settings import SETTINGS, check_settings
@@ -102,6 +103,8 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
         check_image_sizes(model, data if files else config.datasets, config.run, str(path))
     if files:
         _check_files(config, str(path))
+        if model is not None:
+            check_words(model)
         if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS):
             from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
 

@@ -42,7 +42,7 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
         self.settings = settings
         self.tokenizer = build_tokenizer(settings.tokenizer)
         self.visual_encoder = build_image_encoder(settings.image_encoder)
-        self.text_encoder = build_text_encoder(settings.text_encoder, settings.image_encoder.width)
+        self.text_encoder = build_text_encoder(settings.text_encoder, settings.image_encoder.width, len(self.tokenizer))
         self.vision_proj = nn.Linear(settings.image_encoder.width, settings.embed_dim)
         self.text_proj = nn.Linear(settings.text_encoder.width, settings.embed_dim)
         self.itm_head = nn.Linear(settings.text_encoder.width, 2)
