@@ -49,7 +49,7 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
     Raises:
         UserError: whatever :func:`lavis_mafa.common.job.check_yaml` finds, or another model than one that trains with MAFA.
     """
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise UserError(f"--checkpoint is {str(checkpoint)!r}, but there is no such file.")
     arch = check_yaml(name, options, files=False).model.arch
     if arch not in COVERED:

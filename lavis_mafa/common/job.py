@@ -159,8 +159,8 @@ def run_job(name: str, options: list[str]) -> Any:
     from lavis.common.registry import registry
 
     from lavis_mafa.common.agreement import check_ranks_agree
-    from lavis_mafa.common.checkpoint_kinds import report_keys
     from lavis_mafa.common.distributed import init_process_group, rank, rank_timeout_minutes
+    from lavis_mafa.common.loaded_keys import build_model
     from lavis_mafa.common.rank_watch import mark, rank_watch
     from lavis_mafa.datasets.lavis_rows import check_rows, explained
 
@@ -181,9 +181,7 @@ def run_job(name: str, options: list[str]) -> Any:
                 datasets = task.build_datasets(cfg)
             check_rows(datasets)
             mark("building the model")
-            model = task.build_model(cfg)
-            if checked.model.arch not in MODEL_BLOCKS:
-                report_keys(model, cfg.model_cfg)
+            model = task.build_model(cfg) if checked.model.arch in MODEL_BLOCKS else build_model(task, cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
             job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
             runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)

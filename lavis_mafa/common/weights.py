@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.hugging_face import lavis_names
+from lavis_mafa.common.layouts import not_a_checkpoint, state_dict_in, unwrapped, weight_files
 
 
 def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool = False) -> dict[str, Any]:
@@ -26,22 +28,17 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
     Raises:
         UserError: the file is missing, is no checkpoint, or would have to run code to load.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{key} is {str(path)!r}, but there is no such file.")
     if not path.stat().st_size:
         raise UserError(f"{key}: {path} is empty.")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-        from safetensors.torch import load_file
-
-        try:
-            if names_only:
-                with safe_open(path, framework="pt") as file:
-                    return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-            return dict(load_file(path))
-        except SafetensorError as error:
-            raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
+    with open(path, "rb") as file:
+        beginning = file.read(32)
+    if path.suffix == ".safetensors" or beginning[8:9] == b"{":
+        return _read_safetensors(path, key, names_only)
+    if (what := not_a_checkpoint(beginning)) is not None:
+        raise UserError(f"{key}: {path} is {what}.")
     if not names_only and (wrong := damage(path)) is not None:
         raise UserError(f"{key}: {path} is damaged: {wrong}. Use another checkpoint, or copy it again.")
     try:
@@ -54,6 +51,19 @@ def read_checkpoint(path: str | Path, key: str = "checkpoint", names_only: bool 
     if not isinstance(content, dict):
         raise UserError(f"{key}: {path} holds a {type(content).__name__}, not a dictionary of weights.")
     return content
+
+
+def _read_safetensors(path: Path, key: str, names_only: bool) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        if names_only:
+            with safe_open(path, framework="pt") as file:
+                return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
 
 
 def _reason(error: Exception) -> str:
@@ -84,14 +94,22 @@ def damage(path: Path) -> str | None:
 
 
 def read_weights(path: str | Path, key: str = "checkpoint", names_only: bool = False) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: its ``model`` entry where there is one (LAVIS's and our layout), else the file itself."""
-    content = read_checkpoint(path, key, names_only)
-    state = content.get("model", content)
-    if not isinstance(state, dict):
-        raise UserError(f"{key}: {path} holds a {type(state).__name__} as its model, not a dictionary of weights.")
-    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    _check_weights(weights, f"{key}: {path}", names_only)
-    return weights
+    """The weights of a checkpoint by LAVIS's names, however it is laid out.
+
+    Taken are a file of LAVIS, ours, plain torch or Lightning (``model``, ``state_dict``, ... in it; ``module.``, ``model.``, ... before
+    the names), a sharded one by its index, and a Hugging Face folder; transformers' names of BLIP, BLIP-2 and ViT become LAVIS's.
+
+    Raises:
+        UserError: it cannot be read, or holds no weights.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(Path(path).expanduser(), key):
+        source = f"{key}: {file}"
+        state = state_dict_in(read_checkpoint(file, key, names_only), source)
+        part = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        _check_weights(part, source, names_only)
+        weights |= part
+    return lavis_names(unwrapped(weights))
 
 
 def _check_weights(state: dict[str, Tensor], source: str, names_only: bool = False) -> None:
@@ -138,11 +156,16 @@ def _sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...] = ()) -> None:
+def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...] = ()) -> Any:
     """Load a state dict; anything missing, left over or of another size is an error that lists the keys.
+
+    A tensor with two names (a tied head) may come under one of them, as safetensors store it.
 
     Args:
         may_miss: parts of names that the source cannot know (cross-attention in a text-only BERT).
+
+    Returns:
+        what ``load_state_dict`` says: the names that were missing.
 
     Raises:
         UserError: what does not fit.
@@ -154,12 +177,22 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_m
         for name, value in state.items()
         if name in own and value.shape != own[name].shape
     ]
-    missing = [n for n in own if n not in state and not n.endswith("position_ids") and not any(p in n for p in may_miss)]
+    given = {_place(own[name]) for name in state if name in own}
+    missing = [
+        n
+        for n, value in own.items()
+        if n not in state and _place(value) not in given and not n.endswith("position_ids") and not any(p in n for p in may_miss)
+    ]
     extra = [n for n in state if n not in own and not n.endswith("position_ids")]
     problems = [("other size", sizes), ("missing", missing), ("left over", extra)]
     if any(names for _, names in problems):
         raise UserError(f"{source} does not fit the model: " + "; ".join(_few(k, n) for k, n in problems if n) + ".")
-    module.load_state_dict(state, strict=False)
+    return module.load_state_dict(state, strict=False)
+
+
+def _place(value: Tensor) -> tuple[Any, ...]:
+    """The same for two names of one tensor."""
+    return (value.data_ptr(), *value.shape) if value.numel() and not value.is_meta else (id(value),)
 
 
 def _few(kind: str, names: list[str], at_most: int = 8) -> str:

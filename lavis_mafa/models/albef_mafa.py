@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lavis.models.albef_models.albef_outputs import AlbefOutputFeatures
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.model_settings import AlbefBlock
 from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_encoder
 from lavis_mafa.models.albef_pairs import AlbefPairs, fuse
-from lavis_mafa.models.bert import build_tokenizer
+from lavis_mafa.models.bert import build_tokenizer, with_bert
 from lavis_mafa.models.dual_encoder import DualEncoder
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.models.retrieval_scoring import in_fp32
@@ -31,6 +32,8 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
 
     lm_loss_name = "loss_mlm"
     rank_by = "itm"
+    feature_output = AlbefOutputFeatures
+    of_multimodal = ("image_embeds", "image_embeds_proj", "text_embeds", "text_embeds_proj", "multimodal_embeds")
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": str(CONFIGS / "albef_mafa_base.yaml"),
         "tiny": str(CONFIGS / "albef_mafa_tiny.yaml"),
@@ -41,7 +44,7 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
         self.settings = settings
         self.tokenizer = build_tokenizer(settings.tokenizer)
         self.visual_encoder = build_image_encoder(settings.image_encoder)
-        self.text_encoder = build_text_encoder(settings.text_encoder, settings.image_encoder.width)
+        self.text_encoder = build_text_encoder(settings.text_encoder, settings.image_encoder.width, len(self.tokenizer))
         self.vision_proj = nn.Linear(settings.image_encoder.width, settings.embed_dim)
         self.text_proj = nn.Linear(settings.text_encoder.width, settings.embed_dim)
         self.itm_head = nn.Linear(settings.text_encoder.width, 2)
@@ -67,6 +70,13 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
             teacher_images = None if teacher_images is None else gather_own_first(teacher_images)
         pairs = AlbefPairs(self, image_embeds, text_embeds, ids, mask, teacher_images, batch.distillation)
         return pairs, batch, (image_feature.detach(), text_feature.detach())
+
+    def by_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """LAVIS's ``albef_retrieval`` has its text encoder without ``bert.`` in the names."""
+        return with_bert(state)
+
+    def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return fuse(self.text_encoder.bert, text_embeds, mask, image_embeds)
 
     # --- retrieval -------------------------------------------------------------------------------------------------
 

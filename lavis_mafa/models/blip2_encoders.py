@@ -18,11 +18,9 @@ from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import EvaEncoder, QFormer
 from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.models.beams import GeneratedLengths
-from lavis_mafa.models.bert import MINILM, build_tokenizer, minilm_word_embeddings, read_bert
+from lavis_mafa.models.bert import MINILM, build_tokenizer, fit_words, minilm_word_embeddings, read_bert
 
 EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
-# weights of BERT with one row a token
-PER_TOKEN = ["bert.embeddings.word_embeddings.weight"] + [f"cls.predictions.{n}" for n in ("bias", "decoder.weight", "decoder.bias")]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -123,6 +121,21 @@ def absent(parts: tuple[str, ...], state: dict[str, Tensor]) -> tuple[str, ...]:
     return tuple(part for part in parts if not any(name.startswith(part) for name in state))
 
 
+def without_vit(state: dict[str, Tensor], settings: EvaEncoder, source: str) -> tuple[str, ...]:
+    """``visual_encoder.`` where a checkpoint leaves its frozen image encoder out (as LAVIS's do) and ``init`` names its file.
+
+    Raises:
+        UserError: it leaves it out, and no file is named.
+    """
+    parts = absent(("visual_encoder.",), state)
+    if parts and settings.init is None and "query_tokens" in state:
+        raise UserError(
+            f"{source} does not fit the model: missing: visual_encoder.cls_token and all of its image encoder, which checkpoints leave "
+            "out where it is frozen; name that encoder's file in model.image_encoder.init."
+        )
+    return parts if settings.init is not None else ()
+
+
 def build_blip2_tokenizer(name: str) -> BertTokenizer:
     """BERT's tokenizer with BLIP-2's [DEC]."""
     tokenizer = build_tokenizer(name)
@@ -155,7 +168,7 @@ def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523)
     config.query_length = settings.queries
     qformer = QFormerLM(config)
     if settings.init == MINILM:
-        vectors = minilm_word_embeddings(settings.width)
+        vectors = minilm_word_embeddings(settings.width, vocabulary - 1)
         with torch.no_grad():
             qformer.bert.embeddings.word_embeddings.weight[: len(vectors)] = vectors
     elif settings.init is not None:
@@ -166,9 +179,7 @@ def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523)
 
 
 def _load_bert(qformer: BertLMHeadModel, name: str) -> None:
-    state = read_bert(name, "model.qformer.init")
-    own = qformer.state_dict()
-    state = {n: v for n, v in state.items() if n in own and not n.endswith("position_ids")}
-    for n in [n for n in PER_TOKEN if len(state[n]) < len(own[n]) and state[n].shape[1:] == own[n].shape[1:]]:
-        state[n] = torch.cat([state[n], own[n][len(state[n]) :]])  # tokens that were added to the vocabulary
-    load_exactly(qformer, state, f"model.qformer.init: {name}", may_miss=("crossattention", "_query"))
+    own, where = qformer.state_dict(), f"model.qformer.init: {name}"
+    state = {n: v for n, v in read_bert(name, "model.qformer.init").items() if n in own and not n.endswith("position_ids")}
+    state = {n: fit_words(n, value, own[n], 1, where) for n, value in state.items()}  # [DEC] is ours
+    load_exactly(qformer, state, where, may_miss=("crossattention", "_query"))

@@ -11,20 +11,22 @@ from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from torch import Tensor, nn
 
+from lavis_mafa.common.checkpoint_kinds import OF_MODEL, check_kind
 from lavis_mafa.common.distributed import gather_own_first
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import Blip2Block
 from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.models.blip2_encoders import (
     EvaVit,
-    absent,
     build_blip2_tokenizer,
     build_eva,
     build_qformer,
     resize_positions,
     with_own_file,
+    without_vit,
 )
 from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
-from lavis_mafa.models.mafa_model import CONFIGS, MafaModel
+from lavis_mafa.models.mafa_model import CONFIGS, MafaModel, may_lack
 from lavis_mafa.models.retrieval_scoring import best_query, in_fp32
 from lavis_mafa.models.tokenizing import tokenize
 from lavis_mafa.objectives import EncodedBatch, known_positives
@@ -79,15 +81,18 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
     def init_Qformer(self, _: int, vision_width: int, *__: Any) -> Any:  # noqa: N802 - LAVIS's name
         return build_qformer(self.settings.qformer, vision_width, len(self.tokenizer))
 
-    def load_from_pretrained(self, url_or_filename: str) -> None:
+    def load_from_pretrained(self, url_or_filename: str) -> Any:
         """Start from a stage-1 checkpoint of ours or LAVIS's; anything that does not fit is an error that lists the keys.
 
         A checkpoint without its image encoder (LAVIS and we leave a frozen one out) needs ``image_encoder.init``.
         """
+        source = f"model.pretrained: {url_or_filename}"
         state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
-        may_miss = absent(with_own_file(visual_encoder=self.settings.image_encoder), state)
-        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=may_miss)
+        check_kind(state, OF_MODEL[self.settings.arch], source, self.settings.arch)
+        may_miss = without_vit(state, self.settings.image_encoder, source)
+        told = load_exactly(self, state, source, may_miss=(*may_miss, *may_lack(state, self.settings.arch, source)))
         self.visual_encoder.as_published &= bool(may_miss)
+        return told
 
     def unsaved_parts(self) -> tuple[str, ...]:
         """Frozen weights that come from a file of their own: checkpoints leave them out, as LAVIS's do."""
@@ -134,6 +139,72 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         _, image_feature = self.image_rows(samples["image"].to(self.device))
         _, text_feature = self.text_rows(samples["text_input"])
         return most_similar_query(image_feature, text_feature), text_feature
+
+    # --- LAVIS's interface ---------------------------------------------------------------------------------------------
+
+    def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Any:
+        """LAVIS's, for a single text too.
+
+        Raises:
+            UserError: another mode than image, text, multimodal, or samples that lack what it needs.
+        """
+        needs = {"image": ("image",), "text": ("text_input",), "multimodal": ("image", "text_input")}
+        if mode not in needs:
+            raise UserError(f"mode is {mode!r}; allowed: {', '.join(needs)}.")
+        samples = self.checked(samples, *needs[mode])
+        return super().extract_features({k: v.to(self.device) if k == "image" else v for k, v in samples.items()}, mode)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 3,
+        max_length: int = 30,
+        min_length: int = 10,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        """Captions by the Q-Former: LAVIS's, with what its BLIP-2 OPT takes besides (the last three).
+
+        Args:
+            samples: ``image`` [B, 3, H, W].
+            use_nucleus_sampling: sample within ``top_p`` at ``temperature``; False searches with ``num_beams``.
+            num_captions: of each image; with beams at most ``num_beams``.
+
+        Returns:
+            B x ``num_captions`` captions, those of an image one after another.
+
+        Raises:
+            UserError: no images of the model's size, or more captions than beams.
+        """
+        samples = self.checked(samples, "image")
+        if num_captions > num_beams and not use_nucleus_sampling:
+            raise UserError(f"num_captions is {num_captions}, but num_beams is {num_beams}; allowed: at most as many.")
+        images = self.ln_vision(self.visual_encoder(samples["image"].to(self.device)))
+        # transformers expands the ids alone to beams and samples
+        images = images.repeat_interleave(num_captions if use_nucleus_sampling else num_beams, dim=0)
+        outputs = self.Qformer.generate(
+            input_ids=torch.full((len(samples["image"]), 1), self.tokenizer.bos_token_id, device=self.device),
+            query_embeds=self.query_tokens.expand(len(images), -1, -1),
+            encoder_hidden_states=images,
+            encoder_attention_mask=torch.ones(images.shape[:2], dtype=torch.long, device=self.device),
+            max_length=max_length,
+            min_length=min_length,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            do_sample=use_nucleus_sampling,
+            top_p=top_p,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            num_return_sequences=num_captions,
+            eos_token_id=self.tokenizer.sep_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
 
     # --- retrieval -------------------------------------------------------------------------------------------------
 

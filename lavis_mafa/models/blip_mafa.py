@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from lavis.models.base_model import BaseModel
+from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.model_settings import BlipBlock
 from lavis_mafa.models.albef_encoders import build_image_encoder
 from lavis_mafa.models.blip_encoders import build_blip_text, build_blip_tokenizer
-from lavis_mafa.models.blip_pairs import BlipPairs, match
+from lavis_mafa.models.blip_pairs import BlipPairs, match, match_states
 from lavis_mafa.models.dual_encoder import DualEncoder
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.models.retrieval_scoring import in_fp32
@@ -30,6 +31,8 @@ class BlipMafa(DualEncoder[BlipBlock], BaseModel):
         >>> model = load_model("blip_mafa", "tiny")
     """
 
+    feature_output = BlipOutputFeatures
+    of_multimodal = ("image_embeds", "multimodal_embeds")
     ramp_up_epochs = 2  # as in LAVIS; and only ITC is distilled
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": str(CONFIGS / "blip_mafa_base.yaml"),
@@ -41,7 +44,7 @@ class BlipMafa(DualEncoder[BlipBlock], BaseModel):
         self.settings = settings
         self.tokenizer = build_blip_tokenizer(settings.tokenizer)
         self.visual_encoder = build_image_encoder(settings.image_encoder)
-        self.text_encoder, self.text_decoder = build_blip_text(settings.text_encoder, settings.image_encoder.width)
+        self.text_encoder, self.text_decoder = build_blip_text(settings.text_encoder, settings.image_encoder.width, len(self.tokenizer))
         self.vision_proj = nn.Linear(settings.image_encoder.width, settings.embed_dim)
         self.text_proj = nn.Linear(settings.text_encoder.width, settings.embed_dim)
         self.itm_head = nn.Linear(settings.text_encoder.width, 2)
@@ -61,6 +64,9 @@ class BlipMafa(DualEncoder[BlipBlock], BaseModel):
             image_embeds = gather_own_first(image_embeds, with_gradient=True)
             ids, mask = gather_own_first(ids), gather_own_first(mask)
         return BlipPairs(self, image_embeds, ids, mask), batch, (image_feature.detach(), text_feature.detach())
+
+    def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return match_states(self.text_encoder, ids, mask, image_embeds, self.tokenizer.enc_token_id)
 
     # --- retrieval -------------------------------------------------------------------------------------------------
 

@@ -48,8 +48,13 @@ class BlipPairs:
 
 def match(text_encoder: Any, ids: Tensor, mask: Tensor, image_embeds: Tensor, enc_token_id: int) -> Tensor:
     """State of [ENC], which takes the place of [CLS], for P pairs: [P, T], [P, T], [P, N, width] -> [P, width]."""
+    return match_states(text_encoder, ids, mask, image_embeds, enc_token_id)[:, 0]
+
+
+def match_states(text_encoder: Any, ids: Tensor, mask: Tensor, image_embeds: Tensor, enc_token_id: int) -> Tensor:
+    """All states of P texts read with their images: -> [P, T, width]."""
     ids = led_by(enc_token_id, ids)
-    return text_encoder(ids, attention_mask=mask, encoder_hidden_states=image_embeds, return_dict=True).last_hidden_state[:, 0]
+    return text_encoder(ids, attention_mask=mask, encoder_hidden_states=image_embeds, return_dict=True).last_hidden_state
 
 
 def led_by(token: int, ids: Tensor) -> Tensor:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lavis_mafa.common.checkpoint_kinds import OF_MODEL, check_kind
 from lavis_mafa.common.distributed import gather_own_first
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.models.albef_encoders import fit_position_embeddings
 from lavis_mafa.models.bert import fold_token_type
-from lavis_mafa.models.mafa_model import Block, MafaModel
-from lavis_mafa.models.momentum_teacher import TAUGHT, MomentumTeacher, project
+from lavis_mafa.models.mafa_model import Block, MafaModel, may_lack
+from lavis_mafa.models.momentum_teacher import TEACHERS, MomentumTeacher, project
 from lavis_mafa.models.tokenizing import tokenize
 from lavis_mafa.objectives import EncodedBatch, known_positives
 
@@ -21,31 +24,82 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
     """Methods of a host whose parts have LAVIS's names: ``visual_encoder``, ``text_encoder``, ``vision_proj``, ``text_proj``."""
 
     settings: Block
+    feature_output: Any  # LAVIS's class of extracted features
+    of_multimodal: tuple[str, ...]  # which of them its extractor gives in this mode
     tokenizer: Any
     visual_encoder: Any
     text_encoder: Any
     vision_proj: Any
     text_proj: Any
 
-    def load_from_pretrained(self, url_or_filename: str) -> None:
+    def load_from_pretrained(self, url_or_filename: str) -> Any:
         """Start from a checkpoint of ours, LAVIS's or the authors'; anything that does not fit is an error that lists the keys.
 
         Position embeddings are resized to this model's image size; BERT's token-type row is folded in; a momentum teacher
-        starts as a copy of the student.
+        starts as a copy of the student. A file fine-tuned for retrieval may lack the whole language head: a warning says so.
+
+        Returns:
+            as LAVIS's: the names that were missing.
+
+        Raises:
+            UserError: the file is of another kind, or does not fit.
         """
+        source = f"model.pretrained: {url_or_filename}"
         state = fold_token_type(read_weights(url_or_filename, "model.pretrained"))
-        state = fit_position_embeddings(state, self.visual_encoder)
-        teacher = tuple(f"{part}_m." for part in TAUGHT) + ("image_queue", "text_queue", "queue_ptr", "idx_queue")
-        state = {n: v for n, v in state.items() if not n.startswith(teacher)}
-        load_exactly(self, state, f"model.pretrained: {url_or_filename}", may_miss=teacher)
+        check_kind(state, OF_MODEL[self.settings.arch], source, self.settings.arch)
+        state = fit_position_embeddings(self.by_own_names(state), self.visual_encoder)
+        state = {n: v for n, v in state.items() if not n.startswith(TEACHERS) and ".pooler." not in n}
+        told = load_exactly(self, state, source, may_miss=(*TEACHERS, *may_lack(state, self.settings.arch, source)))
         if self.settings.itc.momentum_distillation is not None:
             self._copy_to_teacher()
+        return told
+
+    def by_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of this kind by this model's names."""
+        return state
 
     @torch.no_grad()
     def grit_features(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Features [B, d] without a training step, for GRIT's separate pass (GRIT-VLP Table 4, "naive")."""
         image_embeds, text_embeds, _, _ = self._token_states(samples, gathered=False)
         return self.image_feature(image_embeds), self.text_feature(text_embeds)
+
+    @torch.no_grad()
+    def extract_features(self, samples: dict[str, Any], mode: str | list[str] = "multimodal") -> Any:
+        """Features as LAVIS's ``albef_feature_extractor`` and ``blip_feature_extractor`` give them, by their names.
+
+        Args:
+            samples: ``image`` [B, 3, H, W] and ``text_input``, a list of B texts or a single text; each only where its mode needs it.
+            mode: ``image`` (``image_embeds`` [B, N, width], ``image_embeds_proj`` [B, N, d]), ``text`` (``text_embeds`` [B, T, width],
+                ``text_embeds_proj`` [B, T, d]) or ``multimodal`` (``multimodal_embeds`` [B, T, width], and what LAVIS gives with
+                it); several in a list.
+
+        Raises:
+            UserError: another mode, or samples that lack what it needs.
+        """
+        modes, found = [mode] if isinstance(mode, str) else list(mode), dict[str, Tensor]()
+        wrong = [m for m in modes if m not in ("image", "text", "multimodal")]
+        if wrong or not modes:
+            raise UserError(f"mode is {mode!r}; allowed: image, text, multimodal.")
+        keys = [key for key, m in (("image", "image"), ("text_input", "text")) if m in modes or "multimodal" in modes]
+        samples = self.checked(samples, *keys)
+        if "image" in keys:
+            found["image_embeds"] = self.visual_encoder.forward_features(samples["image"].to(self.device))
+            found["image_embeds_proj"] = F.normalize(self.vision_proj(found["image_embeds"]), dim=-1)
+        if "text_input" in keys:
+            positions = self.text_encoder.config.max_position_embeddings  # LAVIS cuts no text here
+            ids, mask = tokenize(self.tokenizer, samples["text_input"], positions, self.device)
+            found["text_embeds"] = self.text_states(ids, mask)
+            found["text_embeds_proj"] = F.normalize(self.text_proj(found["text_embeds"]), dim=-1)
+        if "multimodal" in modes:
+            found["multimodal_embeds"] = self.fused(found["image_embeds"], found["text_embeds"], ids, mask)
+        asked = {"image": ("image_embeds", "image_embeds_proj"), "text": ("text_embeds", "text_embeds_proj")}
+        asked["multimodal"] = self.of_multimodal
+        return self.feature_output(**{name: found[name] for m in modes for name in asked[m]})
+
+    def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """B texts, each with its image: [B, N, width], [B, T, width], [B, T], [B, T] -> [B, T, width]."""
+        raise NotImplementedError
 
     def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]:
         states = self.visual_encoder.forward_features(image)

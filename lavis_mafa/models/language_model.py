@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Tokenizer
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.hub import check_kind_on_hub, from_hub, model_from_hub
 from lavis_mafa.common.model_settings import LanguageModel
 from lavis_mafa.models.beams import GeneratedLengths
@@ -40,6 +41,8 @@ def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
         return _norms_in_fp32(Opt(_config(settings, len(tokenizer))).to(dtype)), tokenizer
     tokenizer = from_hub(lambda name: AutoTokenizer.from_pretrained(name, use_fast=False), settings.init, KEY, WHAT)
     model = model_from_hub(Opt, settings.init, KEY, WHAT, "opt", may_miss=("lm_head.",), torch_dtype=dtype)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(f"{KEY} is {settings.init!r}, whose tokenizer has {len(tokenizer)} words, its model {model.config.vocab_size}.")
     return _norms_in_fp32(model), tokenizer
 
 

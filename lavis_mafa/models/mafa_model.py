@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -9,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from lavis_mafa.common.checkpoint_kinds import LANGUAGE
 from lavis_mafa.common.distributed import gather_own_first
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import MafaBlock, loss_weights
@@ -18,12 +21,24 @@ from lavis_mafa.discriminators.sanity import SanityCheck
 from lavis_mafa.models.nothing_to_do import NothingToDo
 from lavis_mafa.models.outputs import PretrainOutput
 from lavis_mafa.models.retrieval_scoring import RetrievalScores, retrieval_scores
+from lavis_mafa.models.samples import checked
 from lavis_mafa.objectives import Discriminator, EncodedBatch, StepSettings, mafa_step, text_key, value_range
 from lavis_mafa.objectives.known import UNKNOWN
 from lavis_mafa.objectives.pretraining import ItcSettings, PairModel, StepOutput
 
+logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 Block = TypeVar("Block", bound=MafaBlock)
+
+
+def may_lack(state: dict[str, Tensor], arch: str, source: str) -> tuple[str, ...]:
+    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature. A warning names it."""
+    part, what, _ = LANGUAGE[arch]
+    if any(name.startswith(part) for name in state):
+        return ()
+    lacking = [part] if "temp" in state else [part, "temp"]
+    logger.warning("%s has no %s (%s): it keeps its first values. Retrieval and features need none.", source, what, ", ".join(lacking))
+    return tuple(lacking)
 
 
 class MafaModel(nn.Module, Generic[Block]):
@@ -58,6 +73,14 @@ class MafaModel(nn.Module, Generic[Block]):
         if settings.ecm.enabled and settings.discriminator is not None:
             model.set_discriminator(build_discriminator(settings, model))
         return model
+
+    def load_checkpoint(self, url_or_filename: str) -> Any:
+        """LAVIS's name for loading one's own weights (``load_model(..., checkpoint=FILE)``): as exact as ``load_from_pretrained``."""
+        return self.load_from_pretrained(url_or_filename)
+
+    def load_from_pretrained(self, url_or_filename: str) -> Any:
+        """Start from a checkpoint; a host defines it."""
+        raise NotImplementedError
 
     def set_discriminator(self, discriminator: Discriminator | None) -> None:
         """Use any object with ``match_probability`` as Con-D; it stays out of the module tree and of checkpoints."""
@@ -97,7 +120,18 @@ class MafaModel(nn.Module, Generic[Block]):
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions; from the runner also ``index`` and ``image_key``
                 LongTensor[B], ``grouped`` (does GRIT's order serve this epoch), ``epoch``, ``iters``, ``num_iters_per_epoch``.
+
+        In eval mode without a Con-D the losses are those of the plain labels.
+
+        Raises:
+            UserError: samples that do not go together, training with ECM but without a Con-D, or one that answers no probability.
         """
+        samples = self.checked(samples, "image", "text_input")
+        if self.training and self.settings.ecm.enabled and self.discriminator is None:
+            raise UserError(
+                "model.ecm.enabled is true, but the model has no Con-D to ask; hand it one by model.set_discriminator(con_d), name "
+                "one in model.discriminator, or train without it: model.ecm.enabled: false."
+            )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         samples = {**samples, "gathered": self.batch_scope == "global"}
@@ -134,6 +168,11 @@ class MafaModel(nn.Module, Generic[Block]):
         scores = self.retrieval_scores(data_loader, task_cfg)
         return scores.i2t.numpy(), scores.t2i.numpy()
 
+    def checked(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
+        """See :func:`lavis_mafa.models.samples.checked`."""
+        settings: Any = self.settings
+        return checked(samples, settings.image_encoder.image_size, *keys)
+
     # --- parts of a step -------------------------------------------------------------------------------------------
 
     def _look_at(self, samples: dict[str, Any], batch: EncodedBatch, output: StepOutput) -> None:
@@ -169,7 +208,7 @@ class MafaModel(nn.Module, Generic[Block]):
         itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
         return StepSettings(
             itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
-            ecm=self.settings.ecm,
+            ecm=self.settings.ecm if self.discriminator is not None else replace(self.settings.ecm, enabled=False),
             negatives=self.settings.itm.negatives,
             itm_weight=itm_weight,
             lm_weight=lm_weight,

@@ -15,6 +15,8 @@ from lavis_mafa.common.model_settings import MafaBlock
 from lavis_mafa.objectives import enqueue, ramp_up, update_teacher
 
 TAUGHT = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+# beginnings of what a teacher has in checkpoints of ours and LAVIS's
+TEACHERS = (*(f"{part}_m." for part in (*TAUGHT, "text_decoder")), "image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue")
 
 
 class MomentumTeacher(nn.Module):

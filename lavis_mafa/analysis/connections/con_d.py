@@ -14,14 +14,13 @@ from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import MafaBlock
 from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.models.albef_encoders import fit_position_embeddings
-from lavis_mafa.models.bert import fold_token_type
+from lavis_mafa.models.bert import fold_token_type, with_bert
 from lavis_mafa.models.blip2_encoders import resize_positions
-from lavis_mafa.models.momentum_teacher import TAUGHT
+from lavis_mafa.models.momentum_teacher import TEACHERS
 
 KINDS = {"albef_mafa": ALBEF, "blip_mafa": BLIP, "blip2_mafa": STAGE_1}
 LANGUAGE = ("text_encoder.cls.", "text_encoder.pooler.", "text_encoder.bert.pooler.", "text_decoder.", "Qformer.cls.")
-TEACHER = (*(f"{part}_m." for part in TAUGHT), "text_decoder_m.", "image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue")
-NOT_SCORING = (*LANGUAGE, *TEACHER, "temp")  # mining takes raw cosines
+NOT_SCORING = (*LANGUAGE, *TEACHERS, "temp")  # mining takes raw cosines
 VIT = "visual_encoder."
 
 
@@ -56,7 +55,8 @@ def load_con_d(block: Any, path: str, device: torch.device) -> Any:
     if block.arch == "blip2_mafa":
         state = resize_positions(state, model.visual_encoder)
     else:
-        state = fit_position_embeddings(fold_token_type(state), model.visual_encoder)
+        state = fold_token_type(with_bert(state) if block.arch == "albef_mafa" else state)
+        state = fit_position_embeddings(state, model.visual_encoder)
     state = {name: value for name, value in state.items() if not name.startswith(NOT_SCORING)}
     frozen_elsewhere = block.arch == "blip2_mafa" and not stored_vit
     may_miss = (*NOT_SCORING, VIT) if frozen_elsewhere else NOT_SCORING

@@ -13,6 +13,7 @@ from torch import Tensor
 from lavis_mafa.common.distributed import barrier, broadcast_object, rank
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.fingerprint import data_record
+from lavis_mafa.common.layouts import weight_files
 
 SETTINGS = "settings.json"
 
@@ -90,11 +91,12 @@ def fingerprint(dataset: Any, keys: Tensor, settings: str) -> str:
 
 
 def file_digest(path: str) -> str:
-    """sha256 of a file, its beginning."""
+    """sha256 of a checkpoint's files, its beginning."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
+    for part in weight_files(Path(path).expanduser(), "--con-d"):
+        with open(part, "rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
     return digest.hexdigest()[:16]
 
 

@@ -46,7 +46,7 @@ def checked_config(name: str, options: list[str], con_d: str) -> Any:
     if config.model.arch not in WITH_MATCHING:
         allowed = ", ".join(WITH_MATCHING)
         raise UserError(f"model.arch is {config.model.arch}, but Con-D needs a matching head; allowed: {allowed}. ({find_yaml(name)})")
-    if not os.path.isfile(con_d):
+    if not os.path.exists(con_d):
         raise UserError(f"--con-d is {con_d!r}, but there is no such file.")
     return config
 
