@@ -11,6 +11,7 @@ from torch import Tensor
 from lavis_mafa.common import interrupt
 from lavis_mafa.common.distributed import barrier, rank, world_size
 from lavis_mafa.common.rank_watch import marked
+from lavis_mafa.discriminators.trust import ShareWatch
 from lavis_mafa.runners.connection_record import ConnectionRecord
 from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.nonfinite import NonFinite
@@ -33,6 +34,7 @@ class TrainingLoop(Saving):
     valid_splits: Any
     vote: Vote
     nonfinite: NonFinite
+    share_watch: ShareWatch
     _validate: Any
 
     @property
@@ -45,6 +47,7 @@ class TrainingLoop(Saving):
         total = min(total, self.settings.max_steps or total)
         samples = self.settings.batch_size_train * world_size()
         self.log = MetricsLog(self.output_dir if rank() == 0 else None, self.steps_per_epoch, samples, total)
+        self.share_watch = ShareWatch()
         try:
             if self.resume_ckpt_path is not None:
                 self._load_checkpoint(self.resume_ckpt_path)
@@ -144,7 +147,9 @@ class TrainingLoop(Saving):
 
     def _flush(self, epoch: int, done: int) -> None:
         derive = getattr(self.task, "derived_figures", None)
-        self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
+        record = self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
+        if rank() == 0:
+            self.share_watch.look({"epoch": epoch, **record})
 
     @torch.no_grad()
     def _feature_pass(self) -> Any:
