@@ -47,7 +47,7 @@ class TrainingLoop(Saving):
         total = min(total, self.settings.max_steps or total)
         samples = self.settings.batch_size_train * world_size()
         self.log = MetricsLog(self.output_dir if rank() == 0 else None, self.steps_per_epoch, samples, total)
-        self.share_watch = ShareWatch()
+        self.share_watch = ShareWatch(self.steps_per_epoch)
         try:
             if self.resume_ckpt_path is not None:
                 self._load_checkpoint(self.resume_ckpt_path)
@@ -149,7 +149,7 @@ class TrainingLoop(Saving):
         derive = getattr(self.task, "derived_figures", None)
         record = self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
         if rank() == 0:
-            self.share_watch.look({"epoch": epoch, **record})
+            self.share_watch.look(record)
 
     @torch.no_grad()
     def _feature_pass(self) -> Any:

@@ -62,12 +62,15 @@ def test_a_median_of_nothing_is_none():
 
 
 def test_a_share_that_no_paper_reaches_is_told_once_an_epoch(caplog):
-    watch = ShareWatch()
+    """By the mean of an epoch's steps, so that one batch is not enough."""
+    watch = ShareWatch(steps_per_epoch=100)
     with caplog.at_level(logging.WARNING):
-        for epoch, share in [(0, 0.32), (0, 0.5), (0, 0.6), (1, 0.2), (2, 0.35)]:
-            watch.look({"epoch": epoch, "new_positive_share": share})
-        watch.look({"epoch": 3, "loss": 1.0})
-        watch.look({"epoch": 4, "new_positive_share": 0.9, "con_d_precision": 0.123})
+        for epoch, step, share in [(0, 49, 0.9), (1, 10, 0.9), (1, 60, 0.15), (1, 100, 0.3), (2, 40, 0.1), (2, 80, 0.7), (2, 90, 0.9)]:
+            watch.look({"epoch": epoch, "step": step, "new_positive_share": share})
+        watch.look({"epoch": 3, "step": 100, "loss": 1.0})
+        watch.look({"epoch": 4, "step": 100, "new_positive_share": 0.9, "con_d_precision": 0.123})
+        watch.look({"epoch": 5, "step": 100, "new_positive_share": 0.9, "con_d_precision": 0.95})
+        ShareWatch(steps_per_epoch=5).look({"epoch": 6, "step": 5, "new_positive_share": 0.34})
     said = [record.getMessage() for record in caplog.records]
-    assert [text.split(":")[0] for text in said] == ["epoch 0", "epoch 2", "epoch 4"]
-    assert "turns 50 % of the hardest" in said[0] and "31.7 %" in said[0] and "truth" not in said[0] and "truth 12%" in said[2]
+    assert [text.split(":")[0] for text in said] == ["epoch 2", "epoch 4", "epoch 6"]
+    assert "turns 40 % of the hardest" in said[0] and "31.7 %" in said[0] and "truth" not in said[0] and "truth 12%" in said[1]
