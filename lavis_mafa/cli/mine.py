@@ -7,7 +7,13 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.analysis.connections.flags import add_pass_arguments, check_share, check_sizes, sizes_or_defaults
+from lavis_mafa.analysis.connections.flags import (
+    add_pass_arguments,
+    check_share,
+    check_sizes,
+    refuse_meaningless,
+    sizes_or_defaults,
+)
 from lavis_mafa.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,11 +58,12 @@ def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) 
     from lavis_mafa.analysis.connections.blocks import Encoder
     from lavis_mafa.analysis.connections.counting import blocks_of
     from lavis_mafa.analysis.connections.folder import begin, file_digest, fingerprint
-    from lavis_mafa.analysis.connections.mining import mine_blocks, part_path
+    from lavis_mafa.analysis.connections.mine_report import medians_of
+    from lavis_mafa.analysis.connections.mining import mine_blocks, part_path, read_parts
     from lavis_mafa.analysis.connections.opening import progress_bar
     from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
     from lavis_mafa.analysis.connections.source_rows import SourceRows
-    from lavis_mafa.common.distributed import barrier, rank
+    from lavis_mafa.common.distributed import barrier, rank, world_size
 
     run = opened.run
     rows, source = ReadableRows(opened.dataset, run.seed), SourceRows(opened.dataset)
@@ -74,6 +81,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) 
         "threshold": arguments.threshold,
         "margin": arguments.margin,
         "per_image": arguments.per_image,
+        "layout": 2,  # of the blocks' files
     }
     parts = arguments.output / "blocks"
     if begin(arguments.output, settings, RESULT) and rank() == 0:
@@ -83,8 +91,13 @@ def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) 
     waiting = sum(len(block) for number, block in blocks if not part_path(parts, number).exists())
     encoder = Encoder(opened.con_d, opened.device, run.precision)
     with progress_bar(waiting) as bar:
-        mine_blocks(encoder, rows, source, blocks, parts, size, seed, run.batch_size_eval, run.num_workers, bar)
-    barrier()
+        reading = run.batch_size_eval, run.num_workers, bar
+        # a block of each rank first: a hopeless Con-D is found before hours of work
+        for some in (blocks[: world_size()], blocks):
+            mine_blocks(encoder, rows, source, some, parts, size, seed, *reading)
+            barrier()
+            judged, _ = read_parts(parts, len(some))
+            refuse_meaningless([medians_of(judged, len(rows))], arguments.force)
     if rank() == 0:
         _finish(arguments, opened.dataset, rows, source, len(blocks), settings)
 

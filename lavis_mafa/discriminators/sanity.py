@@ -1,4 +1,4 @@
-"""Is Con-D better than nothing? Own pairs against shuffled ones, on the first batches of a training."""
+"""Can Con-D judge? Own pairs against shuffled ones and hardest negatives, on the first batches of a training."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.common.distributed import rank
+from lavis_mafa.discriminators.trust import MARGIN, Medians, median
 from lavis_mafa.objectives import Discriminator
 
 logger = logging.getLogger(__name__)
 BATCHES, PAIRS = 4, 256  # enough of either
-# on the emoji a Con-D of minutes has a mean difference of 0.07 (ALBEF) or 0.27 (BLIP-2), initial weights one below 0.001
-MARGIN, STANDARD_ERRORS = 0.02, 3.0
+STANDARD_ERRORS = 3.0
 
 
 class SanityCheck:
-    """Scores each own pair, and its image with another text of the batch; then says once how the two compare.
+    """Scores each own pair, and its image with another text of the batch; then says once how they and the hardest negatives compare.
 
-    Con-D is sane if the mean of the differences exceeds both 0.02 and three of its standard errors: weights that know nothing differ
-    by chance alone, and a trained Con-D by far more. Every rank asks Con-D, so that one that gathers finds the others; rank 0
-    tells of its own pairs. Nothing is drawn and nothing enters a loss, so training is the same with and without.
+    Con-D is sane if the mean of own minus shuffled exceeds both 0.02 and three of its standard errors (weights that know nothing
+    differ by chance alone, and a trained Con-D by far more), and if the medians allow it (:meth:`Medians.why_not`). Every rank asks
+    Con-D, so that one that gathers finds the others; rank 0 tells of its own pairs. Nothing is drawn and nothing enters a loss, so
+    training is the same with and without.
 
     Args:
         name: of Con-D, for the message.
-        threshold: ``model.ecm.threshold``; both lists' share above it is told.
+        threshold: ``model.ecm.threshold``; the lists' shares above it are told.
     """
 
     def __init__(self, name: str, threshold: float) -> None:
         self.name, self.threshold = name, threshold
         self.seen = 0
         self.scores: list[Tensor] = []  # [2, n] each: own, shuffled
+        self.hardest: list[Tensor] = []  # [m] each
         self.done = False
 
     @torch.no_grad()
-    def look(self, con_d: Discriminator, samples: dict[str, Any], known_positive: Tensor) -> None:
+    def look(self, con_d: Discriminator, samples: dict[str, Any], known_positive: Tensor, hardest: Tensor | None = None) -> None:
         """To be called on each training batch; asks Con-D on the first ones alone.
 
         Args:
             con_d: what ECM asks.
             samples: as ECM hands them to it; with ``epoch`` and ``iters`` a resumed run is recognised, and not checked again.
             known_positive: BoolTensor[B, K], K >= B, own rows first: the same image, so no negative.
+            hardest: Con-D's probabilities of the hardest negatives of this step, which ECM has asked for; NaN where there is none.
         """
         resumed = self.seen == 0 and (samples.get("epoch", 0) > 0 or samples.get("iters", 0) >= BATCHES)
         if self.done or resumed:
@@ -52,31 +55,38 @@ class SanityCheck:
         own = torch.arange(len(partner), device=partner.device)
         probability = con_d.match_probability(samples, own.repeat(2), torch.cat([own, partner])).view(2, -1)
         self.scores.append(probability[:, exists & probability.isfinite().all(dim=0)])
+        if hardest is not None:
+            self.hardest.append(hardest.detach().flatten())
         self.seen += 1
         self.done = self.seen >= min(BATCHES, samples.get("num_iters_per_epoch", BATCHES)) or self.seen * len(own) >= PAIRS
         if self.done and rank() == 0:
-            self._tell(torch.cat(self.scores, dim=1).float().cpu())
+            hardest = torch.cat(self.hardest) if self.hardest else probability[0, :0]
+            self._tell(torch.cat(self.scores, dim=1).float().cpu(), hardest.float().cpu())
         if self.done:
             self.scores.clear()
+            self.hardest.clear()
 
-    def _tell(self, scores: Tensor) -> None:
+    def _tell(self, scores: Tensor, hardest: Tensor) -> None:
         count = scores.shape[1]
         if count == 0:
             logger.info("Con-D (%s) is not checked: the first batches hold no two images with different texts.", self.name)
             return
-        (own, shuffled), above = scores.mean(dim=1).tolist(), (scores > self.threshold).float().mean(dim=1).tolist()
-        found = (
-            f"mean match probability {own:.3f} of {count} own pairs and {shuffled:.3f} with the texts shuffled; "
-            f"{above[0]:.0%} and {above[1]:.0%} are above model.ecm.threshold ({self.threshold})"
-        )
-        if is_sane(scores[0] - scores[1]):
+        hardest = hardest[hardest.isfinite()]
+        medians = Medians(median(scores[0]), median(scores[1]), median(hardest))
+        above = [f"{float((part > self.threshold).float().mean()):.0%}" if len(part) else "-" for part in (*scores, hardest)]
+        found = f"median match probability of {count} {medians}; {', '.join(above)} are above model.ecm.threshold ({self.threshold})"
+        reason = medians.why_not()
+        if reason is None and not is_sane(scores[0] - scores[1]):
+            reason = "own pairs score hardly better than shuffled ones"
+        if reason is None:
             logger.info("Con-D (%s): %s.", self.name, found)
             return
         logger.warning(
-            "Con-D (%s) scores own pairs hardly better than shuffled ones: %s. What it decides is noise. Is it a trained matching "
-            "model of the architecture in model.discriminator.arch, and was it trained on such images and texts? Give another "
-            "model.discriminator.checkpoint, or train without it: model.ecm.enabled: false.",
+            "Con-D (%s) CANNOT JUDGE: %s. What it decides is noise. Found: %s. Is it a trained matching model of the architecture in "
+            "model.discriminator.arch, and was it trained on such images and texts? Give another model.discriminator.checkpoint, or "
+            "train without it: model.ecm.enabled: false.",
             self.name,
+            reason,
             found,
         )
 

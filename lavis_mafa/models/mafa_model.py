@@ -178,8 +178,12 @@ class MafaModel(nn.Module, Generic[Block]):
     def _look_at(self, samples: dict[str, Any], batch: EncodedBatch, output: StepOutput) -> None:
         """What a user should be told about a training step; it changes nothing."""
         self.nothing_to_do.look(samples["text_input"], output, self.settings)
-        if self.settings.ecm.enabled and self.discriminator is not None and self.con_d_check is not None:
-            self.con_d_check.look(self.discriminator, samples, batch.known_positive)
+        check = self.con_d_check
+        if self.settings.ecm.enabled and self.discriminator is not None and check is not None and not check.done:
+            hardest = output.mined.probability
+            if hardest is not None:
+                hardest = hardest.masked_fill(~output.mined.pairs.exists, float("nan"))
+            check.look(self.discriminator, samples, batch.known_positive, hardest)
 
     def _blamed(self, error: str) -> str:
         """What went wrong in a step; of Con-D's answers also whose they are and what to do."""

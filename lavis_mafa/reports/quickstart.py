@@ -65,7 +65,7 @@ def format_table(results: dict[str, Any]) -> str:
     for name, count in results["batches"].items():
         chosen = results["chosen_false_negatives"][name]
         lines.append(f"  {name:10s} {count['per_batch']:14.1f} {count['share']:12.1%} {chosen:20.1%}")
-    lines += ["", "Con-D on the hardest negatives, at its threshold"]
+    lines += ["", "Con-D on the hardest negatives, at its threshold; a pair counts as often as it was recorded"]
     lines.append(f"  {'texts':20s} {'pairs':>8s} {'truly match':>12s} {'precision':>10s} {'recall':>8s}")
     for name, score in results["con_d"].items():
         lines.append(f"  {name:20s} {score['pairs']:8d} {score['true_share']:12.1%} {score['precision']:10.1%} {score['recall']:8.1%}")
@@ -122,7 +122,9 @@ def _tables(results: dict[str, Any]) -> dict[str, Any]:
     head = ["batches", "false pairs a batch", "of all pairs", "of the hardest negatives"]
     return {
         "batches": Table(head, batches, "Known from the emoji's truth"),
-        "con_d": Table(["texts", "pairs", "truly match", "precision", "recall"], con_d, "All recorded verdicts, at the threshold"),
+        "con_d": Table(
+            ["texts", "pairs", "truly match", "precision", "recall"], con_d, "Every recorded sighting of a pair, at the threshold"
+        ),
         "matching": Table(["run", "right on pairs labelled positive", "right on pairs labelled negative"], matching, "Share of pairs"),
         "retrieval": [
             evaluation_table(

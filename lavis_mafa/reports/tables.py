@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
-from lavis_mafa.reports.gallery import Candidate
+from lavis_mafa.reports.gallery import VERDICTS, Candidate
 from lavis_mafa.reports.run_files import Run, last_epoch
 
 SHOWN = (
@@ -87,7 +87,7 @@ def summary_table(runs: list[Run]) -> Table:
     """What each run came to: its size, its last losses, and what Con-D made of the hardest negatives."""
     losses = {"loss": "loss", "loss_itc": "ITC", "loss_itm": "ITM", "loss_mlm": "MLM", "loss_lm": "LM"}
     shares = {"new_positive_share": "new positives", "ambiguous_share": "ambiguous", "false_negative_share": "false negatives"}
-    shares |= {"con_d_precision": "Con-D precision", "con_d_recall": "Con-D recall"}
+    shares |= {"con_d_precision": "Con-D precision, all sightings", "con_d_recall": "Con-D recall, all sightings"}
     ends = [last_epoch(run.metrics) for run in runs]
     shown = [name for name in (*losses, *shares) if any(name in end for end in ends)]
     head = ["run", "model", "epochs", "samples", *((losses | shares)[name] for name in shown)]
@@ -116,17 +116,33 @@ def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
 
 
 def truth_table(runs: list[Run], candidates: list[list[Candidate]]) -> Table | None:
-    """Con-D's verdicts against the truth, over the distinct recorded pairs; None where no truth is known."""
+    """Con-D's verdicts against the truth: over the distinct recorded pairs, and over all their sightings; None where none is known.
+
+    The two differ, since GRIT brings the same pairs together again, and most often those that do match.
+    """
     rows = []
     for run, found in zip(runs, candidates, strict=True):
-        known = [c for c in found if c.true is not None]
-        if known:
-            matching, positive = sum(c.true is True for c in known), [c for c in known if c.verdict == 2]
-            both = sum(c.true is True for c in positive)
-            counts = [f"{len(known):,}", _share(matching, len(known))]
-            rows.append([run.name, *counts, f"{len(positive):,}", _share(both, len(positive)), _share(both, matching)])
-    head = ["run", "pairs", "truly match", "judged positive", "precision", "recall"]
-    return Table(head, rows, "A precision equal to “truly match” is what guessing would reach") if rows else None
+        truth = {(c.image, c.text): c.true for c in found if c.true is not None}
+        if not truth or run.connections is None:
+            continue
+        columns = (run.connections[name].to_pylist() for name in ("image", "text", "verdict"))
+        sightings = [
+            (truth[image, text], verdict == VERDICTS[2])
+            for image, text, verdict in zip(*columns, strict=True)
+            if (image, text) in truth
+        ]
+        once = [(c.true is True, c.verdict == 2) for c in found if c.true is not None]
+        for name, judged in (("each pair once", once), ("every sighting", sightings)):
+            matching, positive = sum(true for true, _ in judged), sum(said for _, said in judged)
+            both = sum(true and said for true, said in judged)
+            counts = [f"{len(judged):,}", _share(matching, len(judged)), f"{positive:,}"]
+            rows.append([run.name, name, *counts, _share(both, positive), _share(both, matching)])
+    head = ["run", "counted", "pairs", "truly match", "judged positive", "precision", "recall"]
+    caption = (
+        "Recorded verdicts of all epochs; the summary has every verdict of the last epoch, by sighting. "
+        "A precision equal to “truly match” is what guessing would reach"
+    )
+    return Table(head, rows, caption) if rows else None
 
 
 def evaluation_table(caption: str, columns: list[str], found: dict[str, dict[str, Any]]) -> Table:

@@ -13,6 +13,7 @@ from lavis_mafa.common import interrupt
 from lavis_mafa.common.distributed import barrier, rank, world_size
 from lavis_mafa.common.errors import WorkerLost
 from lavis_mafa.common.rank_watch import marked
+from lavis_mafa.discriminators.trust import ShareWatch
 from lavis_mafa.runners.connection_record import ConnectionRecord
 from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.nonfinite import NonFinite
@@ -37,6 +38,7 @@ class TrainingLoop(Saving):
     vote: Vote
     nonfinite: NonFinite
     lost_worker: str = ""  # what is known of a data loader worker that was killed
+    share_watch: ShareWatch
     _validate: Any
 
     @property
@@ -49,6 +51,7 @@ class TrainingLoop(Saving):
         total = min(total, self.settings.max_steps or total)
         samples = self.settings.batch_size_train * world_size()
         self.log = MetricsLog(self.output_dir if rank() == 0 else None, self.steps_per_epoch, samples, total)
+        self.share_watch = ShareWatch(self.steps_per_epoch)
         try:
             if self.resume_ckpt_path is not None:
                 self._load_checkpoint(self.resume_ckpt_path)
@@ -159,7 +162,9 @@ class TrainingLoop(Saving):
 
     def _flush(self, epoch: int, done: int) -> None:
         derive = getattr(self.task, "derived_figures", None)
-        self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
+        record = self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
+        if rank() == 0:
+            self.share_watch.look(record)
 
     @torch.no_grad()
     def _feature_pass(self) -> Any:

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from lavis_mafa.analysis.connections.blocks import encoded_blocks
-from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.connections.candidates import (
+    Known,
+    batches_of,
+    grouped_order,
+    hardest_negatives,
+    match_probabilities,
+)
 from lavis_mafa.analysis.connections.counting import Sampling, blocks_of, count_false_negatives, samplings
 from lavis_mafa.analysis.connections.reading import shuffled
 from lavis_mafa.analysis.connections.tally import Tally
@@ -17,19 +23,35 @@ from lavis_mafa.models.retrieval_scoring import best_query
 THRESHOLDS = (0.4, 0.6)
 
 
-def one_by_one(model, data, batches):
+def encoded(model, data):
+    """Images and texts one at a time: (states, features) each."""
+    with torch.no_grad():
+        return [model.image_rows(data.images[i : i + 1]) for i in range(len(data))], [model.text_rows([t]) for t in data.texts]
+
+
+def scored(model, data, pairs):
+    """Con-D's probability of (image, text) pairs, one at a time."""
+    images, texts = encoded(model, data)
+    with torch.no_grad():
+        return [float(model.match_rows(images[i][0], texts[t][0]).softmax(dim=1)[0, 1]) for i, t in pairs]
+
+
+def one_by_one(model, miner, data, batches, known):
     """(direction, probability, truly matches) of every anchor's hardest negative, a pair at a time; None where there is none."""
     found = []
-    with torch.no_grad():
-        images = [model.image_rows(data.images[i : i + 1]) for i in range(len(data))]
-        texts = [model.text_rows([t]) for t in data.texts]
+    images, texts = encoded(model, data)
+    mined_images, mined_texts = encoded(miner, data)
 
     def alike(i, t):
-        return float(best_query(images[i][1], texts[t][1]))
+        return float(best_query(mined_images[i][1], mined_texts[t][1]))
+
+    def matches(r, anchor):
+        same_image, same_text = data.image_keys[r] == data.image_keys[anchor], data.texts[r] == data.texts[anchor]
+        return r == anchor or (known.same_image and same_image) or (known.same_text and same_text)
 
     for rows in batches:
         for anchor in rows:
-            others = [r for r in rows if data.image_keys[r] != data.image_keys[anchor]]
+            others = [r for r in rows if not matches(r, anchor)]
             for direction in (0, 1):
                 if not others:
                     found.append((direction, None, None))
@@ -59,13 +81,24 @@ def slices(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-@pytest.mark.parametrize("arch", ["albef_mafa", "blip2_mafa"])
-def test_counts_equal_a_loop_over_pairs(kit, models, arch):
+@pytest.mark.parametrize(
+    ("arch", "miner", "known"),
+    [
+        ("albef_mafa", None, Known()),
+        ("blip2_mafa", None, Known(same_image=False, same_text=True)),
+        ("blip2_mafa", "albef_mafa", Known(same_image=False)),
+        ("albef_mafa", "blip2_mafa", Known(same_text=True)),
+    ],
+)
+def test_counts_equal_a_loop_over_pairs(kit, models, arch, miner, known):
     rows, encoder = kit.rows(23), kit.encoder_of(models[arch])
+    encoder.miner = models.get(miner)
     data, order, seed = rows.dataset, shuffled(23, 5), 5
     ways = samplings([4, 8], [8, 12])
     thresholds = dividing(encoder, rows)
-    count = count_false_negatives(encoder, rows, order, ways, thresholds, seed, batch_size=5)
+    seen = []
+    count = count_false_negatives(encoder, rows, order, ways, thresholds, seed, batch_size=5, known=known, look=seen.append)
+    assert [early.samples for early in seen] == [12]
     assert list(count.tallies) == ways and count.samples == 23 and count.truth_known
     for way, tally in count.tallies.items():
         batches = []
@@ -73,7 +106,9 @@ def test_counts_equal_a_loop_over_pairs(kit, models, arch):
             for part in slices(list(range(len(block))), way.search_space or 12):
                 grouped = part if way.search_space is None else grouped_order(block, way.search_space, seed)[part].tolist()
                 batches += [block.index[batch].tolist() for batch in slices(grouped, way.batch_size)]
-        found = one_by_one(models[arch], data, batches)
+        found = one_by_one(models[arch], models[miner or arch], data, batches, known)
+        hardest = torch.tensor([p for _, p, _ in found if p is not None])
+        assert count.medians(way).hardest == pytest.approx(float(hardest.median()), abs=2e-4)
         for side in (0, 1):
             mine = [(p, true) for direction, p, true in found if direction == side and p is not None]
             assert int(tally.negatives[side]) == len(mine) and int(tally.negatives[side] + tally.lonely[side]) == 23
@@ -84,6 +119,12 @@ def test_counts_equal_a_loop_over_pairs(kit, models, arch):
         assert int(tally.judged.sum()) == len(everything)
         assert tally.squared_error == pytest.approx(sum((p - true) ** 2 for p, true in everything), abs=1e-4)
         assert tally.against_truth()["brier"] == pytest.approx(tally.squared_error / len(everything))
+    own = scored(models[arch], data, [(i, i) for i in range(23)])
+    assert count.own.median() == pytest.approx(float(torch.tensor(own).median()), abs=2e-4)
+    parts = [part.tolist() for part in order.split(12)]
+    after = [(i, t) for part in parts for i, t in zip(part, part[1:] + part[:1], strict=True)]
+    after = [(i, t) for i, t in after if data.image_keys[i] != data.image_keys[t] and data.texts[i] != data.texts[t]]
+    assert count.shuffled.median() == pytest.approx(float(torch.tensor(scored(models[arch], data, after)).median()), abs=2e-4)
     assert any(0 < int(t.false[0, 0]) < int(t.negatives[0]) for t in count.tallies.values()), "the test compares nothing but zeros"
 
 

@@ -15,6 +15,7 @@ from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import read_annotations
+from lavis_mafa.discriminators.trust import Medians
 
 YAML = """
 model:
@@ -63,8 +64,22 @@ def flags(work, arch="albef_mafa", **changes):
 
 @pytest.mark.parametrize("arch", ["albef_mafa", "blip2_mafa"])
 def test_count(work, tmp_path, arch, capsys):
-    more = ["--batch-size", "4", "8", "--search-space", "8", "16", "--threshold", "0.3", "0.6", "--correction", "0.83", "--truth"]
-    assert main(["count-false-negatives", *flags(work, arch), *more, "--output", str(tmp_path / "out")]) == 0
+    more = [
+        "--batch-size",
+        "4",
+        "8",
+        "--search-space",
+        "8",
+        "16",
+        "--threshold",
+        "0.3",
+        "0.6",
+        "--correction",
+        "0.83",
+        "--truth",
+        "--force",
+    ]
+    assert main(["count-false-negatives", *flags(work, arch), *more, "--force", "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "count.json").read_text())
     assert [(w["sampling"], w["batch_size"], w["search_space"]) for w in results["ways"]] == [
@@ -76,13 +91,37 @@ def test_count(work, tmp_path, arch, capsys):
         for corrected, raw in zip(way["false_negatives"], way["uncorrected"], strict=True):
             assert corrected["wrt_text"] == pytest.approx(0.83 * raw["wrt_text"])
         assert [t["threshold"] for t in way["truth"]["thresholds"]] == [0.3, 0.6]
+    medians = results["medians"]
+    for way in results["ways"]:
+        assert way["medians"] == {**medians, "hardest": way["medians"]["hardest"]}
+        assert way["meaningless"] == Medians(**way["medians"]).why_not()
+    assert f"own pairs {medians['own']:.3f}, shuffled pairs {medians['shuffled']:.3f}" in said
+    assert said.count("  meaningless\n") == sum(way["meaningless"] is not None for way in results["ways"])
+    assert said.startswith("MEANINGLESS, since ") == (results["meaningless"] is not None)
     assert "times 0.83" in said and "Con-D against the known truth" in said and said.count("GRIT") == 8
     assert (tmp_path / "out" / "count.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_count_with_a_miner_of_another_family_on_random_batches_larger_than_m(work, models, tmp_path, capsys):
+    """The YAML's model mines, what its discriminator block describes judges; B = 24 > M = 16."""
+    con_d = models["blip2_mafa"].settings
+    options = [f"model.discriminator.{part}={json.dumps(vars(getattr(con_d, part)))}" for part in ("image_encoder", "qformer")]
+    options += ["model.discriminator.arch=blip2_mafa", "model.discriminator.model_type=tiny"]
+    call = ["count-false-negatives", *flags(work, con_d=work / "blip2_mafa.pth"), "--miner", str(work / "albef_mafa.pth")]
+    call += ["--batch-size", "24", "--random-only", "--force", "--options", *options]
+    counted = {}
+    for same in ("count", "exclude", None):
+        more = [] if same is None else ["--same-image", same, "--same-text", same]
+        assert main([*call, "--output", str(tmp_path / f"{same}"), *more]) == 0, capsys.readouterr().err
+        results = json.loads((tmp_path / f"{same}" / "count.json").read_text())
+        assert [(w["sampling"], w["batch_size"]) for w in results["ways"]] == [("random", 24)] and "miner" in results
+        counted[same] = results["ways"][0]["medians"]["hardest"], results["same_image"], results["same_text"]
+    assert counted["count"][1:] == (False, False) and counted["exclude"][1:] == (True, True) and counted[None][1] is True
+
+
 @pytest.mark.parametrize("arch", ["albef_mafa", "blip2_mafa"])
 def test_mine_then_train_on_what_was_mined(work, tmp_path, arch, capsys, emoji, monkeypatch):
-    command = ["mine", *flags(work, arch), "--threshold", "0.1", "--per-image", "2"]
+    command = ["mine", *flags(work, arch), "--threshold", "0.1", "--per-image", "2", "--force"]
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "whole" / "mine.json").read_text())
@@ -111,9 +150,9 @@ def test_mine_then_train_on_what_was_mined(work, tmp_path, arch, capsys, emoji, 
 
 
 def test_nothing_mined_is_a_result(work, tmp_path, capsys):
-    assert main(["mine", *flags(work), "--threshold", "1", "--samples", "9", "--output", str(tmp_path / "out")]) == 0
+    assert main(["mine", *flags(work), "--threshold", "1", "--samples", "9", "--output", str(tmp_path / "out"), "--force"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("0 new pairs") and "Nothing was mined" in said
+    assert "0 new pairs" in said and "Nothing was mined" in said
     table = pq.read_table(tmp_path / "out" / "pairs.parquet")
     assert set(table["source"].to_pylist()) == {"original"}
     assert table["score"].null_count == table.num_rows - 9
@@ -150,6 +189,46 @@ COMMANDS = ["count-false-negatives", "mine"]
 )
 def test_mistakes_are_one_line(work, tmp_path, refused, command, more, message):
     assert message in refused(command, *flags(work), "--output", tmp_path / "out", *more)
+
+
+@pytest.fixture
+def says_yes_to_what_is_similar(monkeypatch):
+    """A Con-D whose hardest negatives score above own pairs, and those above shuffled ones; told apart by how often they are asked."""
+    from lavis_mafa.analysis.connections import counting
+
+    def opinion(encoder, block, image, text, pairs_at_once=512):
+        own, after = image == text, (image + 1) % len(block) == text
+        return torch.where(own, 0.558, torch.where(after, 0.171, 0.594))
+
+    monkeypatch.setattr(counting, "match_probabilities", opinion)
+    monkeypatch.setattr(mining, "match_probabilities", opinion)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_con_d_that_cannot_judge_is_refused_unless_forced(work, tmp_path, command, says_yes_to_what_is_similar, capsys, monkeypatch):
+    titles = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **how: titles.append(text))
+    name = {"mine": "mine.json"}.get(command, "count.json")
+    reason = "hardest negatives (median 0.594) score like own pairs (0.558)"
+    call = [command, *flags(work), "--output", str(tmp_path / "out")]
+    for _ in range(2):
+        assert main(call) == 2
+        said = capsys.readouterr().err.splitlines()[-1]  # after the bar
+        assert f"{reason}; medians: own pairs 0.558, shuffled 0.171, hardest negatives 0.594" in said and "--force" in said
+    assert not (tmp_path / "out" / name).exists() and len([*tmp_path.glob("out/blocks/*")]) == (command == "mine")
+    assert main([*call, "--force"]) == 0
+    assert capsys.readouterr().out.count("MEANINGLESS, since " + reason) == 1
+    results = json.loads((tmp_path / "out" / name).read_text())
+    assert results["meaningless"].startswith("hardest negatives")
+    assert {"own": 0.558, "shuffled": 0.171}.items() <= {k: round(v, 3) for k, v in results["medians"].items()}.items()
+    assert titles == ([] if command == "mine" else ["MEANINGLESS: " + results["meaningless"]])
+
+
+def test_flags_of_the_count_alone(work, tmp_path, refused):
+    call = ["count-false-negatives", *flags(work), "--output", tmp_path / "out"]
+    assert "--miner is 'nowhere.pth', but there is no such file" in refused(*call, "--miner", "nowhere.pth")
+    assert "exclude each other" in refused(*call, "--random-only", "--search-space", "16")
+    assert "--miner: " in refused(*call, "--miner", work / "blip2_mafa.pth")
 
 
 def test_a_finished_result_is_never_overwritten(work, tmp_path, refused):

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from lavis_mafa.cli.main import main
 
@@ -88,3 +89,14 @@ def test_thresholds_at_the_ends(train):
     records, said = train("model.ecm.threshold=1", "run.max_steps=2")
     check(records, 2)
     assert len(said) == 1 and "no probability exceeds it" in said[0]
+
+
+def test_a_con_d_that_joins_everything_is_told_at_the_start_and_in_every_epoch(train, monkeypatch):
+    from lavis_mafa.discriminators.ground_truth import GroundTruthDiscriminator
+
+    monkeypatch.setattr(GroundTruthDiscriminator, "match_probability", lambda self, samples, image, text: torch.ones(len(image)))
+    records, said = train()
+    assert all(record["new_positive_share"] == 1.0 for record in records)
+    told = [text for text in said if "new_positive_share" in text]
+    assert [text[:8] for text in told] == ["epoch 0:", "epoch 1:"] and "turns 100 %" in told[0]
+    assert sum("CANNOT JUDGE" in text for text in said) == 1

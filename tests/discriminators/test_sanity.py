@@ -23,18 +23,20 @@ families = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(families)
 FAMILIES = [("albef", False), ("blip", False), ("blip2", False)]
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=[name for name, _ in FAMILIES])
-HARDLY_BETTER = "scores own pairs hardly better than shuffled ones"
+HARDLY_BETTER = "score hardly better than shuffled ones"
 
 
 class Says:
-    """One probability for own pairs, another for the rest."""
+    """One probability for own pairs, another for the rest; a third where only hardest negatives are asked about."""
 
-    def __init__(self, own: float, other: float) -> None:
+    def __init__(self, own: float, other: float, hardest: float | None = None) -> None:
         self.own, self.other, self.calls = own, other, 0
+        self.hardest = other if hardest is None else hardest
 
     def match_probability(self, samples, image_index, text_index):
         self.calls += 1
-        return torch.where(image_index == text_index, self.own, self.other)
+        own = image_index == text_index
+        return torch.where(own, self.own, self.other if own.any() else self.hardest)
 
 
 @pytest.fixture
@@ -67,14 +69,20 @@ def train(family, con_d, batches: int = 6, **changes):
     [(0.9, 0.1, "INFO"), (0.5, 0.5, "WARNING"), (0.1, 0.9, "WARNING"), (0.51, 0.5, "WARNING"), (0.3, 0.01, "INFO")],
     ids=["good", "constant", "inverted", "within the margin", "low but apart"],
 )
-def test_means_are_told_once(said, own, other, level):
+def test_medians_are_told_once(said, own, other, level):
     con_d = Says(own, other)
     train(("albef", False), con_d)
     [(found, text)] = said()
-    assert found == level and f"{own:.3f} of 16 own pairs and {other:.3f} with the texts shuffled" in text
-    assert (HARDLY_BETTER in text) == (level == "WARNING") and "Says" in text
-    assert f"{own > 0.8:.0%} and {other > 0.8:.0%} are above model.ecm.threshold (0.8)" in text
+    assert found == level and f"16 own pairs {own:.3f}, shuffled {other:.3f}, hardest negatives {other:.3f};" in text
+    assert (HARDLY_BETTER in text) == ("CANNOT JUDGE" in text) == (level == "WARNING") and "Says" in text
+    assert f"{own > 0.8:.0%}, {other > 0.8:.0%}, {other > 0.8:.0%} are above model.ecm.threshold (0.8)" in text
     assert con_d.calls == 6 + sanity.BATCHES  # one more on each of the first batches, none later
+
+
+def test_hardest_negatives_that_score_like_own_pairs_are_told(said):
+    train(("albef", False), Says(0.558, 0.171, hardest=0.594))
+    [(level, text)] = said()
+    assert level == "WARNING" and "CANNOT JUDGE: hardest negatives (median 0.594) score like own pairs (0.558)" in text
 
 
 @every_family
@@ -103,7 +111,7 @@ def test_ground_truth_passes(said):
     for number in range(5):
         families.step(model, samples(family, number, **ids))
     [(level, text)] = said()
-    assert level == "INFO" and "Con-D (ground_truth): mean match probability 1.000 of 16 own pairs and 0.000" in text
+    assert level == "INFO" and "Con-D (ground_truth): median match probability of 16 own pairs 1.000, shuffled 0.000" in text
 
 
 def test_large_batches_need_no_four_of_them(said, monkeypatch):
@@ -140,7 +148,7 @@ def test_a_spoilt_image_does_not_count(said):
         families.step(model, batch)
     [(level, text)] = said()
     # neither its own pair nor the one it is shuffled into
-    assert level == "WARNING" and "0.500 of 15 own pairs and 0.500" in text
+    assert level == "WARNING" and "15 own pairs 0.500, shuffled 0.500, hardest negatives 0.500" in text
 
 
 # --- when --------------------------------------------------------------------------------------------------------------
@@ -241,4 +249,4 @@ def test_scores_are_dropped_when_they_are_told():
     check = SanityCheck("con_d", 0.8)
     for _ in range(4):
         check.look(Says(0.9, 0.1), {"text_input": ["a", "b"]}, torch.eye(2, dtype=torch.bool))
-    assert check.done and check.scores == []
+    assert check.done and check.scores == check.hardest == []

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 import torch
 
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.reports.gallery import VERDICTS, distinct_candidates
+from lavis_mafa.reports.tables import truth_table
 from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d
 
 CONCEPTS = ["dog", "cat", "dog", "fox"]
@@ -70,3 +74,26 @@ def test_scores_can_be_limited_to_kinds_of_text():
 def test_nothing_found_has_no_precision():
     data = Data()
     assert math.isnan(score_con_d(table([(1, 0)], ["negative"]), data, own_text_keys(data)).precision)
+
+
+def test_the_page_counts_each_pair_once_and_by_sighting():
+    """Two definitions beside each other, each equal to its loop; a pair's last sighting is its verdict."""
+    rng = random.Random(0)
+    sightings = [
+        (epoch, rng.choice(["text for image", "image for text"]), rng.randrange(4), rng.randrange(4), rng.choice(VERDICTS))
+        for epoch in range(60)
+    ]
+    last = {(direction, i, t): verdict for _, direction, i, t, verdict in sightings}
+    columns = dict(zip(("epoch", "direction", "image", "text", "verdict"), map(list, zip(*sightings, strict=True)), strict=True))
+    table = pa.table({**columns, "step": [0] * 60, "probability": [0.5] * 60})
+    run, rows = SimpleNamespace(name="mafa", connections=table), SimpleNamespace(matches=lambda i, t: list(map(matches, i, t)))
+    found = truth_table([run], [distinct_candidates(0, table, rows)])
+    expected = {
+        "each pair once": [(matches(i, t), verdict == "positive") for (_, i, t), verdict in last.items()],
+        "every sighting": [(matches(i, t), verdict == "positive") for _, _, i, t, verdict in sightings],
+    }
+    assert [row[1] for row in found.rows] == [*expected]
+    for row, judged in zip(found.rows, expected.values(), strict=True):
+        true, said, both = (sum(map(f, judged)) for f in (lambda j: j[0], lambda j: j[1], all))
+        assert row[2:] == [str(len(judged)), f"{true / len(judged):.1%}", str(said), f"{both / said:.1%}", f"{both / true:.1%}"]
+    assert truth_table([run], [[]]) is None

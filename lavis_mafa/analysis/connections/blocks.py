@@ -54,10 +54,11 @@ class Encoder:
         con_d: a RetrievalModel in eval mode.
         device: its device.
         precision: ``run.precision``; token states are kept in it, features always in fp32, since they decide what is mined.
+        miner: another RetrievalModel whose features decide what is mined; None for Con-D's own.
     """
 
-    def __init__(self, con_d: Any, device: torch.device, precision: str = "fp32") -> None:
-        self.con_d, self.device = con_d, device
+    def __init__(self, con_d: Any, device: torch.device, precision: str = "fp32", miner: Any = None) -> None:
+        self.con_d, self.device, self.miner = con_d, device, miner
         self.dtype = KEEP[precision]
 
     def autocast(self) -> torch.autocast:
@@ -70,6 +71,9 @@ class Encoder:
         with self.autocast():
             states, image_features = self.con_d.image_rows(image.to(self.device))
             texts, text_features = self.con_d.text_rows(captions)
+            if self.miner is not None:
+                _, image_features = self.miner.image_rows(image.to(self.device))
+                _, text_features = self.miner.text_rows(captions)
         texts = tuple(self._kept(part) for part in texts)
         return self._kept(states), texts, image_features.float(), text_features.float()
 
@@ -126,7 +130,7 @@ class _Filling:
             return
         captions = list(batch["text_input"])
         states, texts, image_features, text_features = encoder.rows(batch["image"], captions)
-        _check_finite(image_features, text_features, batch["index"])
+        _check_finite(image_features, text_features, batch["index"], "--con-d" if encoder.miner is None else "--miner")
         if not self.captions:
             self.images = torch.empty(self.size, *states.shape[1:], dtype=states.dtype)
         self.images[self.count : self.count + len(captions)] = states.cpu()
@@ -161,8 +165,8 @@ def _stack(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([F.pad(part, (0, 0) * (part.dim() - 2) + (0, width - part.shape[1])) for part in parts])
 
 
-def _check_finite(image_features: Tensor, text_features: Tensor, index: Tensor) -> None:
+def _check_finite(image_features: Tensor, text_features: Tensor, index: Tensor, source: str) -> None:
     bad = ~(image_features.flatten(1).isfinite().all(dim=1) & text_features.isfinite().all(dim=1)).cpu()
     if bool(bad.any()):
         listed = ", ".join(map(str, index[bad].tolist()[:10]))
-        raise UserError(f"--con-d gives features that are not finite for {int(bad.sum())} samples; data set rows: {listed}.")
+        raise UserError(f"{source} gives features that are not finite for {int(bad.sum())} samples; data set rows: {listed}.")

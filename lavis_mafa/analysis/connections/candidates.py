@@ -56,18 +56,48 @@ def batches_of(order: Tensor, batch_size: int, search_space: int | None = None) 
     return [batch for part in order.split(search_space or max(len(order), 1)) for batch in part.split(batch_size) if len(batch)]
 
 
-def hardest_negatives(block: Block, batches: Sequence[Tensor]) -> Candidates:
-    """Per anchor the most similar candidate of its batch that is not known to match, as a training step mines it.
+@dataclass(frozen=True)
+class Known:
+    """What else than its own pair an anchor is known to match, so that it is no negative: ``model.ecm.same_image``, ``same_text``."""
 
-    Samples of the same image (``image_key``) are known to match.
+    same_image: bool = True  # samples of one image (``image_key``)
+    same_text: bool = False  # samples with the very same caption
+
+    def keys(self, block: Block) -> list[Tensor]:
+        """LongTensor[n] each: rows with an equal number are no negatives of each other."""
+        number = {caption: row for row, caption in enumerate(block.captions)}
+        text = torch.tensor([number[caption] for caption in block.captions], dtype=torch.long)
+        return [*([block.image_key] if self.same_image else []), *([text] if self.same_text else [])]
+
+
+SAME_IMAGE = Known()
+
+
+def shuffled_pairs(block: Block) -> tuple[Tensor, Tensor]:
+    """Each image with the text of the sample after it (a block comes in random order), unless image or caption are the same.
+
+    Returns:
+        LongTensor[m], LongTensor[m]: image and text rows of the block.
     """
+    rows = torch.arange(len(block))
+    after = rows.roll(-1)
+    other_text = torch.tensor([block.captions[a] != c for a, c in zip(after.tolist(), block.captions, strict=True)], dtype=torch.bool)
+    other = (block.image_key != block.image_key[after]) & other_text
+    return rows[other], after[other]
+
+
+def hardest_negatives(block: Block, batches: Sequence[Tensor], known: Known = SAME_IMAGE) -> Candidates:
+    """Per anchor the most similar candidate of its batch that is not known to match, as a training step mines it."""
     count = len(block)
+    keys = known.keys(block)
     image, text, exists = (torch.zeros(2 * count, dtype=torch.long) for _ in range(3))
     similarity = torch.zeros(2 * count)
     for rows in batches:
-        keys = block.image_key[rows]
+        match = torch.eye(len(rows), dtype=torch.bool)
+        for key in keys:
+            match |= key[rows][:, None] == key[rows][None, :]
         cosines = best_query(block.image_features[rows], block.text_features[rows])
-        pairs = candidate_pairs(mine_hard_negatives(cosines, cosines.T, keys[:, None] == keys[None, :]))
+        pairs = candidate_pairs(mine_hard_negatives(cosines, cosines.T, match))
         anchors = torch.cat([rows, count + rows])
         image[anchors], text[anchors] = rows[pairs.image_index], rows[pairs.text_index]
         exists[anchors] = pairs.exists.long()

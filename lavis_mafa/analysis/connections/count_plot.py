@@ -24,6 +24,12 @@ def count_plot(results: dict[str, Any]) -> bytes:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
+    medians = {name: "-" if value is None else f"{value:.3f}" for name, value in results["medians"].items()}
+    hardest = [row["medians"]["hardest"] for row in ways if row["medians"]["hardest"] is not None]
+    said = f"Con-D's median p: own pairs {medians['own']}, shuffled {medians['shuffled']}"
+    said += f", hardest negatives {min(hardest):.3f} to {max(hardest):.3f}" if hardest else ""
+    meaningless = results["meaningless"]
+    figure.suptitle(f"MEANINGLESS: {meaningless}" if meaningless else said, fontsize=7, color="red" if meaningless else "black")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lavis_mafa.analysis.connections.counting import Count
+from lavis_mafa.discriminators.trust import UNHEARD_OF
 
 
 def count_results(count: Count, correction: float, about: dict[str, Any]) -> dict[str, Any]:
@@ -21,12 +22,17 @@ def count_results(count: Count, correction: float, about: dict[str, Any]) -> dic
         row["negatives"] = dict(zip(("wrt_image", "wrt_text"), tally.negatives.tolist(), strict=True))
         row["without_negative"] = dict(zip(("wrt_image", "wrt_text"), tally.lonely.tolist(), strict=True))
         row["false_negatives"] = tally.counts(correction)
+        row["medians"] = count.medians(way).as_json()
+        row["meaningless"] = count.medians(way).why_not()
         if correction != 1.0:
             row["uncorrected"] = tally.counts()
         if count.truth_known:
             row["truth"] = tally.against_truth()
         rows.append(row)
-    return {**about, "correction": correction, "samples": count.samples, "unreadable": dict(count.unreadable), "ways": rows}
+    meaningless = next((row["meaningless"] for row in rows if row["meaningless"]), None)
+    medians = {"own": count.own.median(), "shuffled": count.shuffled.median()}
+    about = {**about, "correction": correction, "samples": count.samples, "unreadable": dict(count.unreadable)}
+    return {**about, "medians": medians, "meaningless": meaningless, "ways": rows}
 
 
 def format_count(results: dict[str, Any]) -> str:
@@ -34,11 +40,19 @@ def format_count(results: dict[str, Any]) -> str:
     threshold = results["ways"][0]["false_negatives"][0]["threshold"]
     corrected = f", times {results['correction']:g} (human correction)" if results["correction"] != 1.0 else ""
     lines = [f"False negatives among the hardest negatives of {results['samples']:,} pairs: Con-D says p > {threshold:g}{corrected}"]
-    lines.append(f"  {'sampling':9s} {'B':>6s} {'M':>7s} {'FN w.r.t. image':>24s} {'FN w.r.t. text':>24s}")
+    if results["meaningless"]:
+        lines = [f"MEANINGLESS, since {results['meaningless']}: this Con-D cannot judge these data.", *lines]
+    lines.append(f"  {'sampling':9s} {'B':>6s} {'M':>7s} {'FN w.r.t. image':>22s} {'FN w.r.t. text':>22s} {'median p':>9s}")
     for row in results["ways"]:
         cells = [_cell(row["false_negatives"][0], side) for side in ("wrt_image", "wrt_text")]
         space = "-" if row["search_space"] is None else f"{row['search_space']:,}"
-        lines.append(f"  {row['sampling']:9s} {row['batch_size']:6,d} {space:>7s} {cells[0]:>24s} {cells[1]:>24s}")
+        line = f"  {row['sampling']:9s} {row['batch_size']:6,d} {space:>7s} {cells[0]:>22s} {cells[1]:>22s}"
+        lines.append(f"{line} {_p(row['medians']['hardest']):>9s}{'  meaningless' if row['meaningless'] else ''}")
+    own, shuffled = (_p(results["medians"][name]) for name in ("own", "shuffled"))
+    lines.append(f"  Con-D's median p: own pairs {own}, shuffled pairs {shuffled}; of the hardest negatives in the last column.")
+    shares = [row["false_negatives"][0][f"wrt_{side}_share"] or 0.0 for row in results["ways"] for side in ("image", "text")]
+    if max(shares) > UNHEARD_OF and not results["meaningless"]:
+        lines.append("  Above a third, which no paper counts (MAFA Table 9: at most 31.7 %): look before you believe it (`mine`).")
     lonely = max(max(row["without_negative"].values()) for row in results["ways"])
     if lonely:
         lines.append(f"  (up to {lonely:,} anchors have no negative: their batch shows nothing but their own image, or them alone)")
@@ -65,6 +79,10 @@ def _truth_lines(ways: list[dict[str, Any]]) -> list[str]:
 
 def _cell(found: dict[str, Any], side: str) -> str:
     return f"{found[side]:,.0f} ({_share(found[side + '_share'])})"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _share(value: float | None) -> str:

@@ -11,10 +11,21 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.analysis.connections.blocks import Block, Encoder, encoded_blocks
-from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.connections.candidates import (
+    SAME_IMAGE,
+    Known,
+    batches_of,
+    grouped_order,
+    hardest_negatives,
+    match_probabilities,
+    shuffled_pairs,
+)
 from lavis_mafa.analysis.connections.reading import ReadableRows
 from lavis_mafa.analysis.connections.tally import Tally
 from lavis_mafa.common.distributed import gather_objects, rank, world_size
+from lavis_mafa.discriminators.trust import Histogram, Medians
+
+ENOUGH = 20_000  # own and shuffled pairs of a rank: a median needs no more
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Sampling:
         return "random" if self.search_space is None else "GRIT"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Count:
     """What was found: a tally for each way to sample, samples that were read, and why others were not."""
 
@@ -37,6 +48,12 @@ class Count:
     samples: int
     unreadable: Counter[str]
     truth_known: bool
+    own: Histogram  # Con-D's probabilities of own pairs, and of images with some other text
+    shuffled: Histogram
+
+    def medians(self, way: Sampling) -> Medians:
+        """What Con-D says of own pairs, shuffled ones, and the hardest negatives of one way to sample."""
+        return Medians(self.own.median(), self.shuffled.median(), self.tallies[way].scores.median())
 
 
 def samplings(batch_sizes: Sequence[int], search_spaces: Sequence[int]) -> list[Sampling]:
@@ -60,11 +77,14 @@ def count_false_negatives(
     batch_size: int = 64,
     workers: int = 0,
     progress: Callable[[int], object] = lambda _: None,
+    known: Known = SAME_IMAGE,
+    look: Callable[[Count], object] = lambda _: None,
 ) -> Count:
     """Go through the data once and count for every way to sample: each anchor's hardest negative in its batch, if p > threshold.
 
     Blocks have the size of the largest M. Their samples are shuffled, so random batches are cut from a block as it is. All ways'
-    candidates of a block are scored together, each distinct pair once. Ranks share the blocks.
+    candidates of a block are scored together, each distinct pair once. Ranks share the blocks. Beside them Con-D is asked about the own
+    pairs and shuffled pairs of the first 20,000 samples of each rank.
 
     Args:
         encoder: Con-D.
@@ -76,37 +96,58 @@ def count_false_negatives(
         batch_size: of the encoders.
         workers: that read images.
         progress: told how many samples were taken.
+        known: what is no negative.
+        look: given what was found in the first block of each rank, so that a hopeless pass can end there; on all ranks.
     """
     size = max(way.search_space or way.batch_size for way in ways)
-    tallies = {way: Tally(tuple(thresholds)) for way in ways}
-    unreadable: Counter[str] = Counter()
     truth = getattr(rows.dataset, "truth", None)
-    samples, known = 0, truth is not None
-    for block in encoded_blocks(encoder, rows, blocks_of(order, size)[rank() :: world_size()], batch_size, workers, progress):
-        samples += len(block)
-        unreadable.update(reason_of(bad) for bad in block.bad_samples)
-        known = known and (bool(block.truth) or not len(block))
-        _count_block(encoder, block, tallies, truth if block.truth else None, seed)
-    for other, (others, more, bad, theirs) in enumerate(gather_objects((tallies, samples, unreadable, known))):
-        if other == rank():
-            continue
-        for way, tally in others.items():
-            tallies[way].merge(tally)
-        samples, known = samples + more, known and theirs
-        unreadable.update(bad)
-    return Count(tallies, samples, unreadable, known)
+    found = Count({way: Tally(tuple(thresholds)) for way in ways}, 0, Counter(), truth is not None, Histogram(), Histogram())
+    mine = blocks_of(order, size)[rank() :: world_size()]
+    for number, block in enumerate(encoded_blocks(encoder, rows, mine, batch_size, workers, progress)):
+        found.samples += len(block)
+        found.unreadable.update(reason_of(bad) for bad in block.bad_samples)
+        found.truth_known = found.truth_known and (bool(block.truth) or not len(block))
+        _count_block(encoder, block, found, truth if block.truth else None, seed, known)
+        if number == 0:
+            look(_of_all_ranks(found))
+    if not mine:
+        look(_of_all_ranks(found))
+    return _of_all_ranks(found)
 
 
-def _count_block(encoder: Encoder, block: Block, tallies: dict[Sampling, Tally], truth: Any, seed: int) -> None:
+def _of_all_ranks(own: Count) -> Count:
+    parts = gather_objects(own)
+    total = Count(
+        {way: Tally(tally.thresholds) for way, tally in own.tallies.items()},
+        sum(part.samples for part in parts),
+        sum((part.unreadable for part in parts), Counter()),
+        all(part.truth_known for part in parts),
+        Histogram(),
+        Histogram(),
+    )
+    for part in parts:
+        for way, tally in part.tallies.items():
+            total.tallies[way].merge(tally)
+        total.own.merge(part.own)
+        total.shuffled.merge(part.shuffled)
+    return total
+
+
+def _count_block(encoder: Encoder, block: Block, count: Count, truth: Any, seed: int, known: Known) -> None:
     orders: dict[int | None, Tensor] = {None: torch.arange(len(block))}
-    found = []
+    found, tallies = [], count.tallies
     for way in tallies:
         if way.search_space not in orders:
             orders[way.search_space] = grouped_order(block, way.search_space or len(block), seed)
-        found.append(hardest_negatives(block, batches_of(orders[way.search_space], way.batch_size, way.search_space)))
-    image, text = torch.cat([c.image for c in found]), torch.cat([c.text for c in found])
-    probability = match_probabilities(encoder, block, image, text)
-    for tally, one, scores in zip(tallies.values(), found, probability.split([len(c) for c in found]), strict=True):
+        found.append(hardest_negatives(block, batches_of(orders[way.search_space], way.batch_size, way.search_space), known))
+    own = torch.arange(len(block) if int(count.own.counts.sum()) < ENOUGH else 0)
+    other_image, other_text = shuffled_pairs(block) if len(own) else (own, own)
+    image = torch.cat([*(c.image for c in found), own, other_image])
+    text = torch.cat([*(c.text for c in found), own, other_text])
+    parts = match_probabilities(encoder, block, image, text).split([*(len(c) for c in found), len(own), len(other_image)])
+    count.own.add(parts[-2])
+    count.shuffled.add(parts[-1])
+    for tally, one, scores in zip(tallies.values(), found, parts[:-2], strict=True):
         true = truth.matches(block.truth["concept"][one.image], block.truth["text_key"][one.text]) if truth is not None else None
         tally.add(scores, one.exists, true)
 

@@ -13,6 +13,7 @@ from lavis_mafa.analysis.connections.choosing import OUTCOMES
 from lavis_mafa.analysis.connections.counting import reason_of
 from lavis_mafa.analysis.connections.pairs_file import own_scores
 from lavis_mafa.analysis.connections.tally import ratio
+from lavis_mafa.discriminators.trust import Medians
 
 QUARTILES = ("minimum", "25 %", "median", "75 %", "maximum")
 
@@ -33,6 +34,9 @@ def mine_results(
     mined = np.flatnonzero(outcome == 0)
     probability = judged["probability"].to_numpy()
     own = own_scores(judged, len(image_keys)).drop_null().to_numpy()
+    shuffled = judged["shuffled_probability"].to_numpy()
+    scores = {"own pairs": own, "shuffled pairs": shuffled, "candidates": probability, "mined": probability[mined]}
+    medians = medians_of(judged, len(image_keys))
     new = judged.take(mined)
     results: dict[str, Any] = {
         "mined": len(mined),
@@ -40,12 +44,21 @@ def mine_results(
         "samples": judged.num_rows // 2,
         "unreadable": dict(Counter(map(reason_of, bad))),
         "outcomes": {name: int((outcome == number).sum()) for number, name in enumerate(OUTCOMES)},
-        "scores": {"own pairs": quartiles(own), "candidates": quartiles(probability), "mined": quartiles(probability[mined])},
+        "scores": {name: quartiles(of) for name, of in scores.items()},
+        "medians": medians.as_json(),
+        "meaningless": medians.why_not(),
     }
     if truth is not None and concepts is not None:
         true = truth.matches(concepts[new["image"].to_numpy().copy()], truth.texts.find_all(new["caption"]))
         results["mined_truly_match"] = ratio(int(true.sum()), len(mined))
     return results
+
+
+def medians_of(judged: pa.Table, count: int) -> Medians:
+    """What Con-D says of own pairs, shuffled ones and candidates, of whatever was judged so far of N = ``count`` samples."""
+    own = own_scores(judged, count).drop_null().to_numpy()
+    columns = own, judged["shuffled_probability"].to_numpy(), judged["probability"].to_numpy()
+    return Medians(*(None if np.isnan(c).all() else float(np.nanmedian(c)) for c in columns))
 
 
 def quartiles(scores: np.ndarray) -> dict[str, float | int | None]:
@@ -63,6 +76,8 @@ def format_mined(results: dict[str, Any]) -> str:
     rules += f", at most {settings['per_image']} an image" if settings["per_image"] is not None else ""
     images = f"{results['images_with_new_captions']:,} images"
     lines = [f"{results['mined']:,} new pairs for {images}, from {results['samples']:,} pairs ({rules})"]
+    if results["meaningless"]:
+        lines = [f"MEANINGLESS, since {results['meaningless']}: this Con-D cannot judge these data.", *lines]
     if not results["mined"]:
         lines.append("Nothing was mined: pairs.parquet holds the original pairs alone.")
     if results.get("mined_truly_match") is not None:

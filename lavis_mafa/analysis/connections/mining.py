@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.analysis.connections.blocks import Block, Encoder, encoded_blocks
-from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
+from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities, shuffled_pairs
 from lavis_mafa.analysis.connections.reading import ReadableRows
 from lavis_mafa.analysis.connections.source_rows import SourceRows
 from lavis_mafa.common.distributed import rank, world_size
@@ -62,13 +62,17 @@ def judged(encoder: Encoder, block: Block, source: SourceRows, batch_size: int, 
     """A row an anchor: its candidate, Con-D's probability for it and for the anchor's own pair.
 
     Columns: ``block``, ``direction``, ``image`` and ``text`` (data set rows, -1 for none), ``caption`` of the text as it was written,
-    ``similarity`` (cosine), ``probability``, ``own_probability``. What could not be read is listed in the metadata.
+    ``similarity`` (cosine), ``probability``, ``own_probability``, ``shuffled_probability`` (of an anchor image with the text of the
+    block's next sample; null for anchor texts, and where that is the same image or text). What could not be read is listed in the
+    metadata.
     """
     count, own = len(block), torch.arange(len(block))
     order = grouped_order(block, max(count, 1), seed)
     found = hardest_negatives(block, batches_of(order, batch_size))
-    scores = match_probabilities(encoder, block, torch.cat([found.image, own]), torch.cat([found.text, own]))
-    probability, own_probability = scores[: 2 * count], scores[2 * count :]
+    other_image, other_text = shuffled_pairs(block)
+    images, texts = torch.cat([found.image, own, other_image]), torch.cat([found.text, own, other_text])
+    probability, own_probability, other = match_probabilities(encoder, block, images, texts).split([2 * count, count, len(other_image)])
+    shuffled = torch.full((2 * count,), float("nan")).index_copy(0, other_image, other)
     anchor_of_text, here = torch.arange(2 * count) >= count, found.exists
     image = torch.where(here | ~anchor_of_text, block.index[found.image], NOBODY)
     text = torch.where(here | anchor_of_text, block.index[found.text], NOBODY)
@@ -84,6 +88,7 @@ def judged(encoder: Encoder, block: Block, source: SourceRows, batch_size: int, 
             "similarity": pa.array(torch.where(here, found.similarity, nothing).numpy(), pa.float32()),
             "probability": pa.array(torch.where(here, probability, nothing).numpy(), pa.float32()),
             "own_probability": pa.array(own_probability.repeat(2).numpy(), pa.float32()),
+            "shuffled_probability": pa.array(shuffled.numpy(), pa.float32(), from_pandas=True),
         }
     )
     return table.replace_schema_metadata({"bad_samples": json.dumps(block.bad_samples)})

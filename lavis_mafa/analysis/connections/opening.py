@@ -29,6 +29,7 @@ class Opened:
     """What an offline pass works with."""
 
     con_d: Any  # a RetrievalModel
+    miner: Any  # another one, or None
     dataset: Any  # map-style, the training split of all data sets
     run: RunBlock
     device: torch.device
@@ -36,7 +37,7 @@ class Opened:
     data_settings: str
 
 
-def checked_config(name: str, options: list[str], con_d: str) -> Any:
+def checked_config(name: str, options: list[str], con_d: str, miner: str | None = None) -> Any:
     """The YAML, checked as far as this needs no LAVIS: what only training asks for (its own Con-D, a start) is not asked for.
 
     Raises:
@@ -46,13 +47,17 @@ def checked_config(name: str, options: list[str], con_d: str) -> Any:
     if config.model.arch not in WITH_MATCHING:
         allowed = ", ".join(WITH_MATCHING)
         raise UserError(f"model.arch is {config.model.arch}, but Con-D needs a matching head; allowed: {allowed}. ({find_yaml(name)})")
-    if not os.path.exists(con_d):
-        raise UserError(f"--con-d is {con_d!r}, but there is no such file.")
+    for flag, path in (("--con-d", con_d), ("--miner", miner)):
+        if path is not None and not os.path.exists(path):
+            raise UserError(f"{flag} is {path!r}, but there is no such file.")
     return config
 
 
-def open_pass(config: Any, name: str, options: list[str], con_d: str) -> Opened:
+def open_pass(config: Any, name: str, options: list[str], con_d: str, miner: str | None = None) -> Opened:
     """Build data and Con-D; under torchrun, join the process group.
+
+    The ``model`` block is Con-D's. With a ``miner`` it is the miner's, and Con-D is what ``model.discriminator`` describes, where there
+    is such a block: any of the three families.
 
     Images are seen whole, by ``vis_processor.eval`` where there is one: a random crop may cut off what a caption speaks of.
 
@@ -63,6 +68,7 @@ def open_pass(config: Any, name: str, options: list[str], con_d: str) -> Opened:
     from lavis.common.registry import registry
 
     from lavis_mafa.analysis.connections.con_d import load_con_d
+    from lavis_mafa.common.check import con_d_block
     from lavis_mafa.common.typed import typed_block
     from lavis_mafa.runners.run_block import run_settings
 
@@ -73,8 +79,11 @@ def open_pass(config: Any, name: str, options: list[str], con_d: str) -> Opened:
     if not on_gpu and run.precision == "fp16":
         raise UserError("run.precision is fp16, but the pass runs on a CPU; allowed there: fp32, bf16.")
     dataset = _training_data(cfg.datasets_cfg, registry)
-    model = load_con_d(typed_block("model", config.model), con_d, device)
-    return Opened(model, dataset, run, device, _digest(dataclasses.asdict(model.settings)), _digest(_plain(cfg.datasets_cfg)))
+    block: Any = typed_block("model", config.model)
+    judges = miner is not None and block.discriminator is not None and block.discriminator.arch != "ground_truth"
+    model = load_con_d(con_d_block(block) if judges else block, con_d, device, mines=miner is None)
+    mines = None if miner is None else load_con_d(block, miner, device, "--miner")
+    return Opened(model, mines, dataset, run, device, _digest(dataclasses.asdict(model.settings)), _digest(_plain(cfg.datasets_cfg)))
 
 
 def _plain(config: Any) -> Any:

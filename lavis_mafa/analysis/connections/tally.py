@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_mafa.discriminators.trust import Histogram
+
 SIDES = ("image", "text")  # whose negatives: with respect to images, with respect to texts
 BINS = 10
 
@@ -30,6 +32,7 @@ class Tally:
     judged_true: Tensor = field(default_factory=lambda: _long(BINS))
     judged_sum: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
     squared_error: float = 0.0
+    scores: Histogram = field(default_factory=Histogram)  # of the hardest negatives
 
     def __post_init__(self) -> None:
         self.false, self.both = _long(2, len(self.thresholds)), _long(2, len(self.thresholds))
@@ -48,6 +51,7 @@ class Tally:
         self.negatives += exists.sum(dim=1)
         self.lonely += (~exists).sum(dim=1)
         self.false += above.sum(dim=1)
+        self.scores.add(probability[exists.flatten()])
         if true is None:
             return
         match = true.view(2, -1) & exists
@@ -65,6 +69,7 @@ class Tally:
         for name in ("negatives", "lonely", "false", "true", "both", "judged", "judged_true", "judged_sum"):
             getattr(self, name).add_(getattr(other, name))
         self.squared_error += other.squared_error
+        self.scores.merge(other.scores)
 
     def counts(self, correction: float = 1.0) -> list[dict[str, Any]]:
         """Per threshold: count and share of false negatives for each side, times ``correction``."""
