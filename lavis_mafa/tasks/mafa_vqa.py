@@ -136,7 +136,9 @@ class MafaVqaTask(MafaTask):
             return official_accuracy({a.question_id: a.answer for a in answered}, known_ids([a.question_id for a in answered], people))
         known = [a for a in answered if a.truth]
         if known and len(known) < len(answered):
-            logger.warning("%d of %d questions have no right answers: the accuracy is of the others.", len(answered) - len(known), len(answered))
+            logger.warning(
+                "%d of %d questions have no right answers: the accuracy is of the others.", len(answered) - len(known), len(answered)
+            )
         direct = not hasattr(dataset, "answers")
         return {"accuracy": accuracy([a.answer for a in known], [a.truth for a in known], not direct)} if known else None
 
