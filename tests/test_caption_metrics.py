@@ -6,6 +6,7 @@ import logging
 import random
 import shutil
 import subprocess
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +52,77 @@ PERFECT: dict[Any, str] = {image: texts[0] for image, texts in REFERENCES.items(
 SHUFFLED: dict[Any, str] = {image: PERFECT[image % 4 + 1] for image in PERFECT}
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="needs Java, to ask Stanford's tokeniser itself")
-def test_tokens_are_those_of_stanfords_tokeniser() -> None:
+# In the scripts of photo captions that are not English: words, as people write them, and what the sentence ends with.
+SCRIPTS = {
+    "Hindi": ("एक कुत्ता हरी घास पर दौड़ रहा है दो बिल्लियाँ बिस्तर हैं हिन्दी अंग्रेज़ी कि", "।"),
+    "Bengali": ("একটি কুকুর সবুজ ঘাসে দৌড়াচ্ছে ক্ষ দুটি বিড়াল", "।"),
+    "Tamil": ("ஒரு நாய் பச்சை புல்லில் ஓடுகிறது பூனை", "."),
+    "Telugu and Gujarati": ("తెలుగు కుక్క ગુજરાતી કૂતરો", "."),
+    "what is cut up": ("ಕನ್ನಡ ನಾಯಿ മലയാളം നായ မြန်မာ བོད་ཡིག ខ្មែរ සිංහල ਪੰਜਾਬੀ ଓଡ଼ିଆ", "."),
+    "Thai": ("สุนัขวิ่งบนสนามหญ้า แมว กำ น้ำ", ""),
+    "Arabic": ("كَلْبٌ يَجْرِي عَلَى العُشْبِ كلب قِطّ", "؟"),
+    "Hebrew": ("אָדָם הָלַךְ כלב חתול", "."),
+    "accents apart": ("cafe\u0301 nai\u0308ve e\u0301te\u0301 n\u0303andu\u0301 и\u0306", "."),
+    "accents": ("café naïve été ñandú đường việt ärgert", "!"),
+    "others": ("кот пёс γάτα σκύλος 犬が草の上を走る 개가 달린다 አማርኛ ውሻ", "。"),
+}
+PATTERNS = [
+    "{a} {b}",
+    "{a}, {b}!",
+    "({a}) {b}",
+    "{a}-{b}",
+    "{a}/{b}",
+    "{a}.{b}",
+    "{a}'s {b}",
+    "{a}3 {b}",
+    "{a} & {b}",
+    '"{a}"',
+    "{a}_{b}",
+]
+PATTERNS += ["3-{a} {b}", "{a}:{b}", "{a}--{b}", "{a}… {b}", "#{a} {b}", "{a}\u200d{b}", "{a}m² {b}①", "l'{a} d'{b} n'{a}"]
+
+
+def by_stanford(captions: list[str]) -> list[list[str]]:
     from pycocoevalcap.tokenizer import ptbtokenizer
 
+    jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
+    program = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    command = ["java", "-Dfile.encoding=UTF-8", *program]
+    said = subprocess.run(command, input="\n".join(captions) + "\n", capture_output=True, encoding="utf-8", check=True).stdout
+    lines = said.split("\n")[: len(captions)]
+    return [[word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS] for line in lines]
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="needs Java, to ask Stanford's tokeniser itself")
+def test_tokens_are_those_of_stanfords_tokeniser() -> None:
     captions = [" ".join(parts) for parts in itertools.product(SUBJECTS, VERBS, OBJECTS, ENDS)]
     captions = random.Random(0).sample(captions, 400)
-    jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
-    command = [
-        "java",
-        "-Dfile.encoding=UTF-8",
-        "-cp",
-        str(jar),
-        "edu.stanford.nlp.process.PTBTokenizer",
-        "-preserveLines",
-        "-lowerCase",
-    ]
-    lines = subprocess.run(command, input="\n".join(captions) + "\n", capture_output=True, encoding="utf-8", check=True).stdout.split(
-        "\n"
-    )
-    for caption, line in zip(captions, lines, strict=False):
-        assert caption_tokens(caption) == [word for word in line.split() if word not in ptbtokenizer.PUNCTUATIONS], caption
+    for words, end in SCRIPTS.values():
+        pairs = itertools.pairwise([*words.split(), words.split()[0]])
+        captions += [pattern.format(a=a, b=b) + end for a, b in pairs for pattern in PATTERNS]
+    # every mark, symbol and piece of punctuation of the basic plane, within a word
+    kinds = [chr(c) for c in range(0xA0, 0x10000) if unicodedata.category(chr(c))[0] in "MSP" or unicodedata.category(chr(c)) == "Cf"]
+    captions += [f"dog cat{one}cow man" for one in kinds]
+    for caption, tokens in zip(captions, by_stanford(captions), strict=True):
+        assert caption_tokens(caption) == tokens, caption
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("एक कुत्ता हरी घास पर दौड़ रहा है।", ["एक", "कुत्ता", "हरी", "घास", "पर", "दौड़", "रहा", "है", "।"]),
+        ("हिन्दी-अंग्रेज़ी", ["हिन्दी", "अंग्रेज़ी"]),  # hyphens join plain letters alone
+        ("দৌড়াচ্ছে।", ["দৌড়াচ্ছে", "।"]),
+        ("புல்லில் ஓடுகிறது", ["புல்லில்", "ஓடுகிறது"]),
+        ("สุนัขวิ่งบนสนามหญ้า", ["สุนัขวิ่งบนสนามหญ้า"]),
+        ("كَلْبٌ يَجْرِي", ["كَلْبٌ", "يَجْرِي"]),
+        ("Un cafe\u0301 de l'e\u0301te\u0301, l'hiver.", ["un", "cafe\u0301", "de", "l'", "e\u0301te\u0301", "l'hiver"]),
+        ("ខ្មែរ", ["ខ", "ម", "រ"]),  # Stanford's knows none of its marks, and ends words there
+    ],
+)
+def test_marks_belong_to_their_words(caption: str, tokens: list[str]) -> None:
+    """What Stanford's tokeniser says, for a machine without Java."""
+    assert caption_tokens(caption) == tokens
 
 
 def test_perfect_captions_score_full_and_wrong_ones_less() -> None:

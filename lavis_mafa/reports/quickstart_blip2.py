@@ -56,15 +56,16 @@ def format_results(results: dict[str, Any]) -> str:
 def _examples(captions: Any, answers: Any, split: str) -> list[dict[str, Any]]:
     """The first few images of a split: their caption, the answer, and what would be right."""
     gallery, questions = captions.datasets[split], answers.datasets[split]
-    written = {row["image_id"]: row["caption"] for row in _read(captions.output_dir, f"{split}_epoch*.json")}
+    written = {row["image"]: row["caption"] for row in _read(captions.output_dir, f"{split}_epoch*.json")}
     said = {row["question_id"]: row["answer"] for row in _read(answers.output_dir, f"{split}_vqa_result.json")}
     first = list(written)[:: max(1, len(written) // EXAMPLES)][:EXAMPLES]
+    place = {path: number for number, path in enumerate(gallery.image)}
     by_path = {str(questions.vis_root / path): questions.question_ids[row] for row, path in enumerate(questions.image)}
     return [
         {
             "caption": written[image],
-            "answer": said.get(by_path.get(gallery.image[image], -1), ""),
-            "right": [gallery.raw_text[text] for text in gallery.img2txt[image]],
+            "answer": said.get(by_path.get(image, -1), ""),
+            "right": [gallery.raw_text[text] for text in gallery.img2txt[place[image]]],
         }
         for image in first
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,10 +56,21 @@ def joined_on_rank_0(made: dict[Hashable, Made]) -> dict[Hashable, Made] | None:
 
 
 def known_ids(ids: Iterable[int | str], known: dict[int | str, Made]) -> dict[int | str, Made]:
-    """What a file knows, by the ids that the data set has: there 7 may be "7", or the other way round."""
-    by_text = {str(name): name for name in known}
-    own = {by_text[str(name)]: name for name in ids if name not in known and str(name) in by_text}
+    """What a file knows, by the ids that the data set has: there 7 may be "7", or "007" where no other id is that number."""
+    names = list(dict.fromkeys(ids))
+    of_text, of_number = {str(name): name for name in known}, {int(name): name for name in known if _is_number(name)}
+    same = Counter(int(name) for name in names if _is_number(name))
+    own: dict[int | str, int | str] = {}
+    for name in names:
+        alone = _is_number(name) and same[int(name)] == 1
+        found = of_text.get(str(name), of_number.get(int(name)) if alone else None)
+        if found is not None and found not in names:
+            own[found] = name
     return {own.get(name, name): value for name, value in known.items()}
+
+
+def _is_number(name: int | str) -> bool:
+    return str(name).isdecimal()
 
 
 def write_result(name: str, records: list[dict[str, Any]]) -> Path:

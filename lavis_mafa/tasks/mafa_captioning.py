@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
 
 from lavis_mafa.common.caption_metrics import Id, metrics_by_domain, runnable
 from lavis_mafa.common.caption_references import read_references
-from lavis_mafa.tasks.generating import as_id, batches, joined_on_rank_0, write_result
+from lavis_mafa.models.blip2_mafa import Blip2Mafa
+from lavis_mafa.tasks.generating import as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
 from lavis_mafa.tasks.mafa_task import MafaTask
 
 logger = logging.getLogger(__name__)
+
+
+class Captioned(NamedTuple):
+    """A row of an evaluation set: its image, how the data set calls that, the caption made, and the data set's own."""
+
+    image: str | None  # its path, where the data set lists it
+    image_id: Id
+    caption: str
+    own: list[str]
 
 
 class MafaCaptioningTask(MafaTask):
     """Generates a caption for each image of a split, writes them down, and scores them where there are references.
 
     References come from ``run.caption_references`` (COCO's format; also NoCaps with its domains), else from the evaluation data
-    set: the texts of a gallery, or the captions in the annotations of LAVIS's data sets.
+    set: the texts of a gallery, or the captions in the annotations of LAVIS's data sets, those of all rows of an image.
 
     Raises:
         UserError: at construction, an unknown name in ``run.caption_metrics`` or a wrong ``run.caption_references``.
@@ -33,29 +45,26 @@ class MafaCaptioningTask(MafaTask):
         self.references: dict[Id, list[str]] | None = None
         self.domains: dict[Id, str] = {}
         if run.caption_references is not None:
-            references, domains = read_references(run.caption_references, "run.caption_references")
-            self.references = {as_id(image): texts for image, texts in references.items()}
-            self.domains = {as_id(image): domain for image, domain in domains.items()}
+            self.references, self.domains = read_references(run.caption_references, "run.caption_references")
 
     def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any] | None:
         """The captions by image id, and the data set's own references of these images; None except on rank 0."""
         settings = self._settings(model)
-        made: dict[Id, tuple[str, list[str], str | None]] = {}
+        dataset = data_loader.dataset
+        made: dict[Hashable, Captioned] = {}
         for samples in batches(data_loader, "captions", cuda_enabled):
             captions = model.generate(samples, **settings)
-            # Which row of the data set a sample is: our data sets give an index, LAVIS's an instance_id.
-            rows = samples["index"] if "index" in samples else samples.get("instance_id", [None] * len(captions))
-            for image, row, caption in zip(samples["image_id"], rows, captions, strict=True):
-                own = [] if row is None or self.references is not None else own_references(data_loader.dataset, int(row))
-                made[as_id(image)] = (caption.strip(), own, None if row is None else own_path(data_loader.dataset, int(row)))
+            for given, row, caption in zip(samples["image_id"], rows_of(samples, len(captions)), captions, strict=True):
+                if row is None:
+                    made[as_id(given)] = Captioned(None, as_id(given), caption.strip(), [])
+                else:
+                    made[row] = Captioned(
+                        own_path(dataset, row), own_id(dataset, row, given), caption.strip(), own_references(dataset, row)
+                    )
         joined = joined_on_rank_0(made)
-        if joined is None:
-            return None
-        return {
-            "captions": {image: caption for image, (caption, _, _) in joined.items()},
-            "references": self.references or {image: own for image, (_, own, _) in joined.items() if own},
-            "paths": {image: path for image, (_, _, path) in joined.items() if path is not None},
-        }
+        return (
+            None if joined is None else _by_image(list(joined.values())) | {"listed": isinstance(getattr(dataset, "image", None), list)}
+        )
 
     def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, float] | None:
         """Writes ``result/<split>_epoch<epoch>.json``.
@@ -64,22 +73,24 @@ class MafaCaptioningTask(MafaTask):
             The metrics, and ``agg_metrics``: CIDEr plus BLEU-4, whichever of them were asked for. None without references.
         """
         captions = val_result["captions"]
-        paths = val_result.get("paths", {})
+        paths = val_result["paths"] if val_result["listed"] else {}
         rows = [{"image_id": i, "caption": text} | ({"image": paths[i]} if i in paths else {}) for i, text in captions.items()]
         write_result(f"{split_name}_epoch{epoch}", rows)
-        if not val_result["references"]:
+        references = val_result["references"] if self.references is None else known_ids(captions, self.references)
+        if not references:
             logger.info("%s has no reference captions: no metrics.", split_name)
             return None
-        metrics = metrics_by_domain(val_result["references"], captions, self.domains, self.metric_names)
+        metrics = metrics_by_domain(references, captions, known_ids(captions, self.domains), self.metric_names)
         chosen = [metrics[name] for name in ("cider", "bleu_4") if name in metrics]
         return {**metrics, "agg_metrics": sum(chosen)} if chosen else metrics
 
     def _settings(self, model: Any) -> dict[str, Any]:
         run = self.run
+        before = 1 if isinstance(model, Blip2Mafa) else 0  # its lengths count [DEC], as LAVIS's
         settings = {
             "num_beams": run.num_beams,
-            "max_length": run.max_len,
-            "min_length": run.min_len,
+            "max_length": run.max_len + before,
+            "min_length": run.min_len + before,
             "use_nucleus_sampling": False,
         }
         if "length_penalty" in inspect.signature(model.generate).parameters:
@@ -89,15 +100,53 @@ class MafaCaptioningTask(MafaTask):
         return settings
 
 
+def _by_image(rows: list[Captioned]) -> dict[str, Any]:
+    """Rows of one image joined: its first caption, all references; by its id or, where another image has that too, its path."""
+    images: dict[Hashable, list[Captioned]] = {}
+    for row in rows:
+        images.setdefault(row.image_id if row.image is None else f"path {row.image}", []).append(row)
+    same_id = {name: count for name, count in Counter(of_image[0].image_id for of_image in images.values()).items() if count > 1}
+    if same_id:
+        first = next(iter(same_id))
+        logger.warning(
+            "%d images have an image_id that another has too, the first is %r: they are written down by their paths.",
+            sum(same_id.values()),
+            first,
+        )
+    named = {_name(of_image[0], same_id): of_image for of_image in images.values()}
+    own = {name: list(dict.fromkeys(text for row in of_image for text in row.own)) for name, of_image in named.items()}
+    return {
+        "captions": {name: of_image[0].caption for name, of_image in named.items()},
+        "references": {name: texts for name, texts in own.items() if texts},
+        "paths": {name: of_image[0].image for name, of_image in named.items() if of_image[0].image is not None},
+    }
+
+
+def _name(row: Captioned, same_id: Mapping[Id, int]) -> Id:
+    return row.image if row.image is not None and row.image_id in same_id else row.image_id
+
+
 def own_references(dataset: Any, row: int) -> list[str]:
     """The captions that the evaluation data set itself has for its row's image; empty where it has none."""
     if hasattr(dataset, "img2txt") and hasattr(dataset, "raw_text"):
         return [dataset.raw_text[text] for text in dataset.img2txt[row]]
-    captions = dataset.annotation[row].get("caption", []) if hasattr(dataset, "annotation") else []
+    captions = _annotation(dataset, row).get("caption", [])
     return [captions] if isinstance(captions, str) else list(captions)
 
 
 def own_path(dataset: Any, row: int) -> str | None:
-    """Where the image of a row is, for a data set that lists its images."""
+    """Where the image of a row is, for a data set that says it."""
     images = getattr(dataset, "image", None)
-    return str(images[row]) if isinstance(images, list) else None
+    path = images[row] if isinstance(images, list) else _annotation(dataset, row).get("image")
+    return None if path is None else str(path)
+
+
+def own_id(dataset: Any, row: int, given: Any) -> Id:
+    """The id of a row's image as it is, but for COCO's, which LAVIS makes of the file's name: 000000391895 is a number."""
+    name, annotation = as_id(given), _annotation(dataset, row)
+    written = {str(annotation.get(key)) for key in ("image_id", "img_id")}
+    return int(name) if isinstance(name, str) and name.isdecimal() and annotation and name not in written else name
+
+
+def _annotation(dataset: Any, row: int) -> dict[str, Any]:
+    return dataset.annotation[row] if hasattr(dataset, "annotation") else {}

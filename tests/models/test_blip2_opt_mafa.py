@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lavis.datasets.datasets.base_dataset import ConcatDataset
+from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset
 from lavis.models.base_model import BaseModel
 from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.blip2_t5 import Blip2T5
 from omegaconf import OmegaConf
+from PIL import Image
 
 from lavis_mafa.common.check import MODEL_DEFAULTS
 from lavis_mafa.common.checkpoint_kinds import check_kinds
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.settings import VqaRun
 from lavis_mafa.common.typed import typed_block
+from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
 from lavis_mafa.models.blip2_mafa import Blip2Mafa
 from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
 from lavis_mafa.models.language_model import byte_tokenizer
 from lavis_mafa.runners.checkpoints import load_model, model_state
+from lavis_mafa.tasks.mafa_vqa import MafaVqaTask
 
 VIT: dict[str, Any] = {"image_size": 24, "patch_size": 12, "width": 32, "depth": 2, "heads": 2}
 QFORMER: dict[str, Any] = {"init": None, "width": 32, "layers": 2, "heads": 2, "queries": 3}
@@ -372,6 +379,28 @@ def test_answers_are_trained_after_their_questions():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     other = model({**samples, "answer": ["xyzzy"] * 3})
     assert float(other.loss) != pytest.approx(float(output.loss), rel=1e-3)
+
+
+def test_mafa_vqa_trains_on_the_answers_of_lavis_sets(tmp_path):
+    """COCO VQA's rows, through the loader's collating: other answers give another loss, the same answers the same."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "0.jpg")
+    processors: Any = (lambda image: images(1)[0], str.lower)
+
+    def loss(*answers: list[str]) -> float:
+        rows = [
+            {"image": "0.jpg", "question": q, "question_id": i, "answer": a}
+            for i, (q, a) in enumerate(zip(QUESTIONS[:2], answers, strict=True))
+        ]
+        (tmp_path / "vqa.json").write_text(json.dumps(rows))
+        data = IndexedDataset(ConcatDataset([COCOVQADataset(*processors, str(tmp_path), [str(tmp_path / "vqa.json")])]))
+        batch = data.collate(data.__getitems__([0, 1]))
+        return float(MafaVqaTask(VqaRun()).step_output(model, batch)["loss"])
+
+    model = stage_2()
+    wanted = loss(["Dog"] * 3 + ["cat"], ["red"])
+    assert wanted == loss(["Dog", "cat", "Dog", "Dog"], ["red"])
+    for others in ((["Dog"] * 2 + ["cat"] * 2, ["red"]), (["Dog"] * 3 + ["cow"], ["red"]), (["Dog"] * 3 + ["cat"], ["blue"])):
+        assert loss(*others) != pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_whole_prompt_is_read_however_long_the_question():

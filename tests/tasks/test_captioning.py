@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lavis_mafa.common.caption_metrics import caption_metrics
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.tasks.generating import as_id
+from lavis_mafa.tasks.generating import as_id, known_ids
 from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
 
 TEXTS = ["a dog runs on the grass", "two cats sleep on a bed", "a man rides a bike"]
@@ -129,4 +129,82 @@ def test_mistakes_are_found_at_the_start(tmp_path: Path) -> None:
 
 
 def test_ids_as_plain_python() -> None:
-    assert [as_id(value) for value in (torch.tensor(5), "000391", "n01_5", 7)] == [5, 391, "n01_5", 7]
+    assert [as_id(value) for value in (torch.tensor(5), "000391", "n01_5", 7, 2**70)] == [5, "000391", "n01_5", 7, 2**70]
+
+
+class Listed(OfLavis):
+    """LAVIS's COCO layout: the id is the file's name without an end, and without the letters of ``.jpg`` around it."""
+
+    def __init__(self, *rows: tuple[str, Any, int]) -> None:
+        self.annotation = [{"image": image, "caption": caption} for image, caption, _ in rows]
+        self.says = [text for _, _, text in rows]
+
+    def __len__(self) -> int:
+        return len(self.annotation)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = self.annotation[index]["image"].split("/")[-1].strip(".jpg").split("_")[-1]
+        return {"image": torch.tensor([float(self.says[index])]), "image_id": name, "instance_id": str(index)}
+
+
+def test_images_whose_ids_are_the_same_are_not_lost(results: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """dog.jpg and do.jpg are both "do" to LAVIS, 7.jpg and 007.jpg both the number 7."""
+    names = ["dog.jpg", "a/do.jpg", "7.jpg", "COCO_007.jpg", "8.jpg"]
+    data = Listed(*((name, [TEXTS[n % 3]], n % 3) for n, name in enumerate(names)))
+    metrics = evaluate(data, Model())
+    assert metrics["bleu_4"] == pytest.approx(100)
+    written = json.loads((results / "val_epoch4.json").read_text())
+    assert written == [{"image_id": i, "caption": TEXTS[n % 3]} for n, i in enumerate([*names[:4], 8])]
+    assert "4 images have an image_id that another has too, the first is 'do'" in caplog.text
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
+def test_all_rows_of_an_image_are_its_references(results: Path, order: list[int]) -> None:
+    """As a file of one row a caption has them, a caption as a text or a list."""
+    rows = [("dog.jpg", TEXTS[0], 0), ("dog.jpg", ["x y z", "p q"], 0), ("cat.jpg", [TEXTS[1]], 1), ("cat.jpg", TEXTS[2], 1)]
+    metrics = evaluate(Listed(*(rows[n] for n in order)), Model())
+    expected = caption_metrics({1: [TEXTS[0], "x y z", "p q"], 2: [TEXTS[1], TEXTS[2]]}, {1: TEXTS[0], 2: TEXTS[1]}, ["bleu", "cider"])
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert len(json.loads((results / "val_epoch4.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("ids", [["007", "7", "x"], [2**70, 2**70 + 1, 5], ["a/1", "a/2", "3"]])
+def test_ids_stay_what_they_are(results: Path, tmp_path: Path, ids: list[Any]) -> None:
+    """In the result file, and where a file of references has numbers in their place or texts."""
+
+    class Own(Gallery):
+        def ids(self, index: int) -> dict[str, Any]:
+            return {"index": index, "image_id": ids[index]}
+
+    def as_lists(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    for kind in (str, lambda name: int(name) if str(name).isdecimal() and str(int(name)) == str(name) else name):
+        images = [{"id": kind(name), "domain": "in-domain"} for name in ids]  # type: ignore[operator]
+        annotations = [{"image_id": image["id"], "caption": text} for image, text in zip(images, TEXTS, strict=True)]
+        (tmp_path / "references.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+        task = MafaCaptioningTask(run_block(caption_references=str(tmp_path / "references.json")))
+        loader: Any = DataLoader(Own(), batch_size=2, collate_fn=as_lists)
+        found = task.evaluation(Model(), loader, cuda_enabled=False)
+        metrics = task.after_evaluation(found or {}, "val", 0)
+        assert metrics is not None and metrics["bleu_4"] == metrics["in_domain_bleu_4"] == pytest.approx(100)
+    written = json.loads((results / "val_epoch0.json").read_text())
+    assert [row["image_id"] for row in written] == ids
+
+
+def test_an_id_is_looked_up_as_it_is_then_as_a_text_then_as_a_number() -> None:
+    known: dict[Any, str] = {"007": "a", 7: "b", "8": "c", 9: "d", 10: "e", "x": "f"}
+    assert known_ids(["007", 7, 8, "0009", "10", "010"], known) == {"007": "a", 7: "b", 8: "c", "0009": "d", "10": "e", "x": "f"}
+    assert known_ids(["7"], known)["7"] == "b" and known_ids(["11", "xy"], known) == known
+    assert known_ids(["09", "009"], known) == known, "which of them is meant?"
+
+
+def test_rows_of_several_ranks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that the sampler gave out twice counts once, equal ids of different rows do not, and the order is the rows'."""
+    from lavis_mafa.tasks import generating
+
+    parts: list[Any] = [{0: "a", 2: "c"}, {1: "b", 0: "a"}]
+    monkeypatch.setattr(generating, "gather_objects", lambda made: parts)
+    assert list(generating.joined_on_rank_0({}).items()) == [(0, "a"), (1, "b"), (2, "c")]  # type: ignore[union-attr]
+    monkeypatch.setattr(generating, "rank", lambda: 1)
+    assert generating.joined_on_rank_0({}) is None

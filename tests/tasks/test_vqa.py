@@ -172,7 +172,12 @@ def test_the_official_accuracy_is_lavis_vqa_eval() -> None:
     said = {n: draw.choice(words) or "none" for n in people}
     truth, answers = VQA(), VQA()
     truth.qa = {
-        n: {"question_id": n, "question_type": "", "answer_type": "x", "answers": [{"answer_id": i, "answer": a} for i, a in enumerate(of)]}
+        n: {
+            "question_id": n,
+            "question_type": "",
+            "answer_type": "x",
+            "answers": [{"answer_id": i, "answer": a} for i, a in enumerate(of)],
+        }
         for n, of in people.items()
     }
     truth.dataset = {"annotations": list(truth.qa.values())}
@@ -253,7 +258,10 @@ def test_mafa_gqa_takes_other_sets_as_they_are(results: Path) -> None:
 
 
 def test_training_is_for_sets_and_models_with_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts: dict[str, Any] = {"coco_vqa": {"train": [{"text_input": "?", "answers": ["a"], "weights": [1]}]}, "pairs": {"train": [{"image": 1}]}}
+    parts: dict[str, Any] = {
+        "coco_vqa": {"train": [{"text_input": "?", "answers": ["a"], "weights": [1]}]},
+        "pairs": {"train": [{"image": 1}]},
+    }
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: parts)
     run = {"train_splits": ["train"], "evaluate": False, "task": "mafa_vqa"}
     with pytest.raises(UserError, match="datasets.pairs has no answers in its split 'train', but mafa_vqa trains on them"):
