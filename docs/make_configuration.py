@@ -179,7 +179,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "run.keep_checkpoints": ("the newest so many stay, and the best", ""),
     "run.record_connections": ("verdicts of Con-D kept per epoch and process, in `connections/*.parquet`; 0 is off", ""),
     "run.evaluate": ("evaluate the splits, do not train (`lavis-mafa evaluate` sets it)", ""),
-    "run.train_splits": ("as in LAVIS", ""),
+    "run.train_splits": ("all rows of these splits are trained on", ""),
     "run.valid_splits": (
         "evaluated after each epoch; `val` decides which checkpoint is the best (mean recall, CIDEr + BLEU-4, or accuracy)",
         "",
