@@ -74,9 +74,8 @@ PURE = [
     ("objectives/connections.py", "(match_probability >= 0) & (match_probability <= 1)", "(match_probability >= 0)"),
     ("objectives/itm.py", "texts = negatives.text_for_image_2nd if second", "texts = negatives.text_for_image if second"),
     ("objectives/itm.py", "images = negatives.image_for_text_2nd if second", "images = negatives.image_for_text if second"),
-    ("objectives/itm.py", "swap = connections.ambiguous & first.exists", "swap = connections.positive & first.exists"),
+    ("objectives/itm.py", "swap = connections.ambiguous", "swap = connections.positive"),
     ("objectives/itm.py", "keep = torch.where(swap, second.exists, keep)", "pass"),
-    ("objectives/itm.py", "positive = connections.positive & first.exists", "positive = connections.positive"),
     ("objectives/itm.py", "keep = keep & ~positive", "keep = keep & positive"),
     ("objectives/itm.py", "            label = positive.long()", "            pass"),
     ("objectives/itm.py", "if resample_ambiguous:", "if True:"),
@@ -144,7 +143,6 @@ PURE = [
         "ecm.false_negatives)\n        logits",
     ),
     ("objectives/pretraining.py", "counted = torch.where(pairs.exists, probability, 0.0)", "counted = probability"),
-    ("objectives/pretraining.py", "Connections(verdicts.positive & pairs.exists,", "Connections(verdicts.positive,"),
     (
         "objectives/pretraining.py",
         "itc_targets(batch.known_positive, images, found_t2i, smoothing, excluded_t2i)",
