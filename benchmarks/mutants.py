@@ -186,7 +186,8 @@ HOSTS = [
     ("models/mafa_model.py", '(when == "grouped" and bool(samples.get("grouped", False)))', 'when == "grouped"'),
     ("models/mafa_model.py", "self.temp.clamp_(0.001, 0.5)", "self.temp.clamp_(min=0.001)"),
     ("models/mafa_model.py", "text_key(text) if ecm.same_text else UNKNOWN", "text_key(text)"),
-    ("models/mafa_model.py", "0.0 in loss_weights", "0.0 not in loss_weights"),
+    ("models/mafa_model.py", "if not losses & on]", "if losses.isdisjoint({'itc'})]"),
+    ("models/mafa_model.py", "        self._freeze_what_no_loss_trains()\n", ""),
     ("models/dual_encoder.py", "image_feature.detach(), text_feature.detach(), 0.0", "image_feature.detach(), text_feature, 0.0"),
     ("models/dual_encoder.py", "image_feature.detach(), text_feature.detach(), 0.0", "image_feature, text_feature.detach(), 0.0"),
     ("models/blip2_mafa.py", "keys, image_feature.detach(), text_feature.detach()", "keys, image_feature.detach(), text_feature"),
@@ -228,7 +229,6 @@ HOSTS = [
         'step = samples.get("epoch", 0) * steps_per_epoch + samples.get("iters", 0)',
         'step = samples.get("epoch", 0) * steps_per_epoch',
     ),
-    ("runners/runner_mafa.py", ' or getattr(self._model, "leaves_weights_unused", False)', ""),
     ("runners/checkpoints.py", '(*may_miss, "text_queue_keys")', "may_miss"),
 ]
 RANKS = [

@@ -14,7 +14,7 @@ from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_enc
 from lavis_mafa.models.albef_pairs import AlbefPairs, fuse
 from lavis_mafa.models.bert import build_tokenizer
 from lavis_mafa.models.dual_encoder import DualEncoder
-from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.models.mafa_model import CONFIGS, PROJECTIONS
 from lavis_mafa.objectives import EncodedBatch
 
 
@@ -44,6 +44,13 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
         self.text_proj = nn.Linear(settings.text_encoder.width, settings.embed_dim)
         self.itm_head = nn.Linear(settings.text_encoder.width, 2)
         self.temp = nn.Parameter(torch.tensor(settings.temperature))
+        fusion = range(settings.text_encoder.fusion_layer, settings.text_encoder.layers)
+        self.trained_by = {
+            PROJECTIONS: {"itc"},
+            r"itm_head\.": {"itm"},
+            r"text_encoder\.cls\.": {"lm"},
+            rf"text_encoder\.bert\.encoder\.layer\.({'|'.join(map(str, fusion))})\.": {"itm", "lm"},
+        }
         self._prepare_mafa()
         distillation = settings.itc.momentum_distillation
         if distillation is not None:

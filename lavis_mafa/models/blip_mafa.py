@@ -14,7 +14,7 @@ from lavis_mafa.models.albef_encoders import build_image_encoder
 from lavis_mafa.models.blip_encoders import build_blip_text, build_blip_tokenizer
 from lavis_mafa.models.blip_pairs import BlipPairs, match
 from lavis_mafa.models.dual_encoder import DualEncoder
-from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.models.mafa_model import CONFIGS, PROJECTIONS
 from lavis_mafa.objectives import EncodedBatch
 
 
@@ -29,6 +29,13 @@ class BlipMafa(DualEncoder[BlipBlock], BaseModel):
         >>> model = load_model("blip_mafa", "tiny")
     """
 
+    trained_by = {
+        PROJECTIONS: {"itc"},
+        r"itm_head\.": {"itm"},
+        r"text_decoder\.": {"lm"},  # what it does not share with the text encoder
+        r"text_encoder\..*\.attention\.": {"itc", "itm"},
+        r"text_encoder\..*\.crossattention\.": {"itm", "lm"},
+    }
     ramp_up_epochs = 2  # as in LAVIS; and only ITC is distilled
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": str(CONFIGS / "blip_mafa_base.yaml"),

@@ -70,7 +70,7 @@ def gradients(name: str, start: int, end: int) -> dict[str, Tensor]:
     model = build(name)
     wrapped: Any = model
     if dist.is_initialized():
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=model.leaves_weights_unused)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     for _ in range(2):  # DDP complains in the second step of weights that had no gradient in the first
         model.zero_grad(set_to_none=True)
         wrapped(samples(start, end)).loss.backward()
