@@ -208,10 +208,14 @@ HOSTS = [
     ),
     (
         "models/albef_mafa.py",
-        "if distillation is not None and not (distillation.mlm and self.settings.mlm.weight):",
+        'if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):',
         "if distillation is not None and not distillation.mlm:",
     ),
-    ("models/albef_mafa.py", "if distillation is not None and not (distillation.mlm and self.settings.mlm.weight):", "if False:"),
+    (
+        "models/albef_mafa.py",
+        'if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):',
+        "if False:",
+    ),
     ("models/momentum_teacher.py", "if not self.training or size == 0:", "if not self.training:"),
     (
         "models/momentum_teacher.py",

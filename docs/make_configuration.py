@@ -129,7 +129,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "model.itm.negatives": ("`hardest` (GRIT-VLP, MAFA), `sampled` by similarity (ALBEF), `random` (ITM_rand)", "GRIT-VLP Table 4"),
     "model.mlm": ("masked language modelling", "ALBEF eq. 3"),
     "model.mlm.weight": ("of the loss in the sum; 0: off, not computed and not logged", ""),
-    "model.mlm.mask_probability": ("share of the words that is masked: 0.5, or BERT's 0.15", "GRIT-VLP Table 4"),
+    "model.mlm.mask_probability": ("share of the words that is masked: 0.5, or BERT's 0.15; 0 is `weight: 0`", "GRIT-VLP Table 4"),
     "model.lm": ("language modelling, autoregressive", "BLIP sec. 3.2"),
     "model.lm.weight": ("of the loss in the sum; 0: off, not computed and not logged", ""),
     "model.discriminator": ("Con-D; needed while `ecm.enabled`; of any family for any model", "MAFA sec. 4.1"),

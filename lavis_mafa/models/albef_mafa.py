@@ -9,7 +9,7 @@ from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 
 from lavis_mafa.common.distributed import gather_own_first
-from lavis_mafa.common.model_settings import AlbefBlock
+from lavis_mafa.common.model_settings import AlbefBlock, loss_weights
 from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_encoder
 from lavis_mafa.models.albef_pairs import AlbefPairs, fuse
 from lavis_mafa.models.bert import build_tokenizer
@@ -63,7 +63,7 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
         image_feature, text_feature = self.image_feature(image_embeds), self.text_feature(text_embeds)
         batch, teacher_images = self._contrast(samples, image_feature, text_feature, ids, mask)
         distillation = self.settings.itc.momentum_distillation
-        if distillation is not None and not (distillation.mlm and self.settings.mlm.weight):
+        if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):
             teacher_images = None  # nobody asks it about words
         if gathered:
             image_embeds = gather_own_first(image_embeds, with_gradient=True)

@@ -37,6 +37,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "blip": (blip_mafa, reduced_blip.ours, {"ecm": {"enabled": True, "use_in": ["itc", "itm"]}}),
     "itc alone": (albef_mafa, reduced.ours, {"itm": {"weight": 0}, "mlm": {"weight": 0}, "ecm": {"enabled": True}}),
     "itm alone": (albef_mafa, reduced.ours, {"itc": {"weight": 0}, "mlm": {"weight": 0}, "ecm": {"enabled": True}}),
+    "itc alone, checkpointed": (
+        albef_mafa,
+        reduced.ours,
+        {"itm": {"weight": 0}, "mlm": {"mask_probability": 0}, "image_encoder": {"gradient_checkpointing": True}},
+    ),
     "lm alone": (blip_mafa, reduced_blip.ours, {"itc": {"weight": 0}, "itm": {"weight": 0}}),
     "teacher": (albef_mafa, reduced.ours, {"mlm": {"mask_probability": 0}, "itc": {"momentum_distillation": {"queue_size": 12}}}),
     "no queue": (blip_mafa, reduced_blip.ours, {"itc": {"momentum_distillation": {"queue_size": 0}}}),

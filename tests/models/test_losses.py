@@ -183,6 +183,10 @@ def test_the_teacher_reads_no_words_in_vain(mlm, weight, asked):
     assert (pairs.teacher_image_embeds is not None) == asked
 
 
+def test_masking_nothing_is_no_masked_lm():
+    assert loss_weights(build(ALBEF, mlm={"mask_probability": 0}).settings) == {"itc": 1.0, "itm": 1.0, "mlm": 0.0}
+
+
 def test_every_word_can_be_masked_and_nothing_else(monkeypatch):
     asked = []
     loss = albef_pairs.masked_lm_loss
