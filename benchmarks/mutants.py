@@ -74,9 +74,8 @@ PURE = [
     ("objectives/connections.py", "(match_probability >= 0) & (match_probability <= 1)", "(match_probability >= 0)"),
     ("objectives/itm.py", "texts = negatives.text_for_image_2nd if second", "texts = negatives.text_for_image if second"),
     ("objectives/itm.py", "images = negatives.image_for_text_2nd if second", "images = negatives.image_for_text if second"),
-    ("objectives/itm.py", "swap = connections.ambiguous & first.exists", "swap = connections.positive & first.exists"),
+    ("objectives/itm.py", "swap = connections.ambiguous", "swap = connections.positive"),
     ("objectives/itm.py", "keep = torch.where(swap, second.exists, keep)", "pass"),
-    ("objectives/itm.py", "positive = connections.positive & first.exists", "positive = connections.positive"),
     ("objectives/itm.py", "keep = keep & ~positive", "keep = keep & positive"),
     ("objectives/itm.py", "            label = positive.long()", "            pass"),
     ("objectives/itm.py", "if resample_ambiguous:", "if True:"),
@@ -144,7 +143,6 @@ PURE = [
         "ecm.false_negatives)\n        logits",
     ),
     ("objectives/pretraining.py", "counted = torch.where(pairs.exists, probability, 0.0)", "counted = probability"),
-    ("objectives/pretraining.py", "Connections(verdicts.positive & pairs.exists,", "Connections(verdicts.positive,"),
     (
         "objectives/pretraining.py",
         "itc_targets(batch.known_positive, images, found_t2i, smoothing, excluded_t2i)",
@@ -188,7 +186,8 @@ HOSTS = [
     ("models/mafa_model.py", '(when == "grouped" and bool(samples.get("grouped", False)))', 'when == "grouped"'),
     ("models/mafa_model.py", "self.temp.clamp_(0.001, 0.5)", "self.temp.clamp_(min=0.001)"),
     ("models/mafa_model.py", "text_key(text) if ecm.same_text else UNKNOWN", "text_key(text)"),
-    ("models/mafa_model.py", "0.0 in loss_weights", "0.0 not in loss_weights"),
+    ("models/mafa_model.py", "if not losses & on]", "if losses.isdisjoint({'itc'})]"),
+    ("models/mafa_model.py", "        self._freeze_what_no_loss_trains()\n", ""),
     ("models/dual_encoder.py", "image_feature.detach(), text_feature.detach(), 0.0", "image_feature.detach(), text_feature, 0.0"),
     ("models/dual_encoder.py", "image_feature.detach(), text_feature.detach(), 0.0", "image_feature, text_feature.detach(), 0.0"),
     ("models/blip2_mafa.py", "keys, image_feature.detach(), text_feature.detach()", "keys, image_feature.detach(), text_feature"),
@@ -209,10 +208,14 @@ HOSTS = [
     ),
     (
         "models/albef_mafa.py",
-        "if distillation is not None and not (distillation.mlm and self.settings.mlm.weight):",
+        'if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):',
         "if distillation is not None and not distillation.mlm:",
     ),
-    ("models/albef_mafa.py", "if distillation is not None and not (distillation.mlm and self.settings.mlm.weight):", "if False:"),
+    (
+        "models/albef_mafa.py",
+        'if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):',
+        "if False:",
+    ),
     ("models/momentum_teacher.py", "if not self.training or size == 0:", "if not self.training:"),
     (
         "models/momentum_teacher.py",
@@ -230,7 +233,6 @@ HOSTS = [
         'step = samples.get("epoch", 0) * steps_per_epoch + samples.get("iters", 0)',
         'step = samples.get("epoch", 0) * steps_per_epoch',
     ),
-    ("runners/runner_mafa.py", ' or getattr(self._model, "leaves_weights_unused", False)', ""),
     ("runners/checkpoints.py", '(*may_miss, "text_queue_keys")', "may_miss"),
 ]
 RANKS = [

@@ -88,12 +88,20 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "model.text_encoder.heads": ("attention heads", ""),
     "model.text_encoder.dropout": ("of states and attention", ""),
     "model.itc": ("contrastive loss", "MAFA eq. 1"),
+    "model.itc.weight": ("of the loss in the sum; 0: off, not computed and not logged", "ALBEF Table 1; GRIT-VLP Table 1"),
     "model.itc.smoothing": ("alpha of S-ITC; 0 is off", "MAFA Tables 4, 6, 18, eq. 5"),
     "model.itc.consistency": ("lambda of GRIT-VLP's consistency loss; 0 is off", "MAFA Table 6; GRIT-VLP Table 4, eq. 6"),
     "model.itc.smooth_when": ("which epochs are smoothed: those that GRIT grouped, all, or none", "MAFA Table 6"),
     "model.itc.momentum_distillation": ("ALBEF's and BLIP's teacher and queue; null is off; BLIP-2 has none", "MAFA Tables 6, 17"),
-    "model.itc.momentum_distillation.queue_size": ("past features to contrast with", "ALBEF sec. 3.2"),
+    "model.itc.momentum_distillation.queue_size": (
+        "past features to contrast with; 0: no queue, the teacher's features of the batch alone (MD_NQ)",
+        "ALBEF sec. 3.2; MAFA Table 17",
+    ),
     "model.itc.momentum_distillation.momentum": ("of the teacher's moving average", "ALBEF sec. 3.5"),
+    "model.itc.momentum_distillation.mlm": (
+        "its word predictions are targets too; false: ITC alone is distilled",
+        "ALBEF Table 1, eq. 7",
+    ),
     "model.itc.momentum_distillation.alpha": (
         "weight of the teacher's targets, ramped up in the first epoch (BLIP: the first two)",
         "ALBEF eq. 6, 7",
@@ -112,10 +120,18 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "MAFA sec. 4.1",
     ),
     "model.ecm.same_image": ("captions of one image are known positives, never negatives; false: as the authors' code", ""),
+    "model.ecm.same_text": (
+        "images of one and the same caption are its known positives, never negatives; false: as the authors' code",
+        "",
+    ),
     "model.itm": ("matching loss", "MAFA eq. 3"),
+    "model.itm.weight": ("of the loss in the sum; 0: off, not computed and not logged", "GRIT-VLP Table 5"),
     "model.itm.negatives": ("`hardest` (GRIT-VLP, MAFA), `sampled` by similarity (ALBEF), `random` (ITM_rand)", "GRIT-VLP Table 4"),
     "model.mlm": ("masked language modelling", "ALBEF eq. 3"),
-    "model.mlm.mask_probability": ("share of the words that is masked: 0.5, or BERT's 0.15", "GRIT-VLP Table 4"),
+    "model.mlm.weight": ("of the loss in the sum; 0: off, not computed and not logged", ""),
+    "model.mlm.mask_probability": ("share of the words that is masked: 0.5, or BERT's 0.15; 0 is `weight: 0`", "GRIT-VLP Table 4"),
+    "model.lm": ("language modelling, autoregressive", "BLIP sec. 3.2"),
+    "model.lm.weight": ("of the loss in the sum; 0: off, not computed and not logged", ""),
     "model.discriminator": ("Con-D; needed while `ecm.enabled`; of any family for any model", "MAFA sec. 4.1"),
     "model.discriminator.arch": (
         "whose checkpoint it is, ours or LAVIS's; `ground_truth` knows the answer (data with `concept`): an upper bound, in the spirit "

@@ -141,8 +141,10 @@ def check_losses(model: MafaBlock, where: str = "") -> None:
     """A loss that is left to train with, and something to do for what is asked of the others; raises UserError."""
     end, weights = in_file(where), loss_weights(model)
     keys = [f"model.{name}.weight" for name in weights]
+    if isinstance(model, AlbefBlock) and model.mlm.weight and not model.mlm.mask_probability:
+        keys[2] = "model.mlm.mask_probability"
     if not any(weights.values()):
-        raise UserError(f"{', '.join(keys)} are all 0, so there is nothing to train; give one of them a weight above 0.{end}")
+        raise UserError(f"{', '.join(keys)} are all 0, so there is nothing to train; set one of them above 0.{end}")
     ecm, idle = model.ecm, []
     for loss in ecm.use_in:
         key = keys[("itc", "itm", "lm").index(loss)]
@@ -156,11 +158,11 @@ def check_losses(model: MafaBlock, where: str = "") -> None:
             f"is on, or set ecm.enabled: false.{end}"
         )
     teacher = model.itc.momentum_distillation
-    taught = bool(weights["itc"]) or (isinstance(model, AlbefBlock) and teacher is not None and teacher.mlm and model.mlm.weight > 0)
+    taught = bool(weights["itc"]) or (isinstance(model, AlbefBlock) and teacher is not None and teacher.mlm and weights["mlm"] > 0)
     if teacher is not None and model.arch != "blip2_mafa" and not taught:
-        what = "itc.weight and mlm.weight are" if isinstance(model, AlbefBlock) and teacher.mlm else "itc.weight is"
+        what = f"{keys[0]} and {keys[2]} are" if isinstance(model, AlbefBlock) and teacher.mlm else f"{keys[0]} is"
         raise UserError(
-            f"model.itc.momentum_distillation is set, but model.{what} 0, so its teacher would teach nothing; allowed here: null.{end}"
+            f"model.itc.momentum_distillation is set, but {what} 0, so its teacher would teach nothing; allowed here: null.{end}"
         )
 
 

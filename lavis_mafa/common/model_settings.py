@@ -194,10 +194,13 @@ class Blip2OptBlock:
 
 
 def loss_weights(model: MafaBlock) -> dict[str, float]:
-    """Block -> weight of the three losses; 0 is off.
+    """Block -> weight of the three losses; 0 is off, as is masked language modelling that masks nothing.
 
     Example:
         >>> loss_weights(BlipBlock())
         {'itc': 1.0, 'itm': 1.0, 'lm': 1.0}
     """
-    return {name: getattr(model, name).weight for name in ("itc", "itm", "mlm" if hasattr(model, "mlm") else "lm")}
+    weights = {name: getattr(model, name).weight for name in ("itc", "itm", "mlm" if isinstance(model, AlbefBlock) else "lm")}
+    if isinstance(model, AlbefBlock) and model.mlm.mask_probability == 0:
+        weights["mlm"] = 0.0
+    return weights

@@ -10,12 +10,12 @@ from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 
 from lavis_mafa.common.distributed import gather_own_first
-from lavis_mafa.common.model_settings import AlbefBlock
+from lavis_mafa.common.model_settings import AlbefBlock, loss_weights
 from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_encoder
 from lavis_mafa.models.albef_pairs import AlbefPairs, fuse
 from lavis_mafa.models.bert import build_tokenizer, with_bert
 from lavis_mafa.models.dual_encoder import DualEncoder
-from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.models.mafa_model import CONFIGS, PROJECTIONS
 from lavis_mafa.models.retrieval_scoring import in_fp32
 from lavis_mafa.objectives import EncodedBatch
 
@@ -49,6 +49,13 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
         self.text_proj = nn.Linear(settings.text_encoder.width, settings.embed_dim)
         self.itm_head = nn.Linear(settings.text_encoder.width, 2)
         self.temp = nn.Parameter(torch.tensor(settings.temperature))
+        fusion = range(settings.text_encoder.fusion_layer, settings.text_encoder.layers)
+        self.trained_by = {
+            PROJECTIONS: {"itc"},
+            r"itm_head\.": {"itm"},
+            r"text_encoder\.cls\.": {"lm"},
+            rf"text_encoder\.bert\.encoder\.layer\.({'|'.join(map(str, fusion))})\.": {"itm", "lm"},
+        }
         self._prepare_mafa()
         distillation = settings.itc.momentum_distillation
         if distillation is not None:
@@ -61,7 +68,7 @@ class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
         image_feature, text_feature = self.image_feature(image_embeds), self.text_feature(text_embeds)
         batch, teacher_images = self._contrast(samples, image_feature, text_feature, ids, mask)
         distillation = self.settings.itc.momentum_distillation
-        if distillation is not None and not (distillation.mlm and self.settings.mlm.weight):
+        if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):
             teacher_images = None  # nobody asks it about words
         if gathered:
             image_embeds = gather_own_first(image_embeds, with_gradient=True)

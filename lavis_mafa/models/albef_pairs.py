@@ -45,8 +45,6 @@ class AlbefPairs:
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: masked tokens of each text predicted with its image; the head runs on masked positions only."""
         model = self.model
-        if model.settings.mlm.mask_probability == 0:  # switched off: no pass, but every weight of the head keeps its gradient
-            return sum((p.sum() * 0.0 for p in model.text_encoder.cls.parameters()), torch.zeros((), device=text_index.device))
         tokenizer = model.tokenizer
         ids, labels = mask_tokens(
             self.text_ids.index_select(0, text_index),

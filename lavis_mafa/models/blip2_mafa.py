@@ -26,7 +26,7 @@ from lavis_mafa.models.blip2_encoders import (
     without_vit,
 )
 from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
-from lavis_mafa.models.mafa_model import CONFIGS, MafaModel, may_lack
+from lavis_mafa.models.mafa_model import CONFIGS, PROJECTIONS, MafaModel, may_lack
 from lavis_mafa.models.retrieval_scoring import best_query, in_fp32
 from lavis_mafa.models.tokenizing import tokenize
 from lavis_mafa.objectives import EncodedBatch, known_positives
@@ -67,6 +67,13 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
             max_txt_len=settings.max_text_length,
         )
         nn.init.constant_(self.temp, settings.temperature)
+        last = rf"Qformer\.bert\.encoder\.layer\.{settings.qformer.layers - 1}\."
+        self.trained_by = {
+            PROJECTIONS: {"itc"},
+            r"itm_head\.": {"itm"},
+            r"Qformer\.cls\.": {"lm"},
+            last + r"(crossattention|intermediate_query|output_query)\.": {"itc", "itm"},  # LM reads the keys and values before them
+        }
         self._prepare_mafa()
 
     # --- where LAVIS would download at fixed sizes -----------------------------------------------------------------

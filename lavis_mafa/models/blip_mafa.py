@@ -15,7 +15,7 @@ from lavis_mafa.models.albef_encoders import build_image_encoder
 from lavis_mafa.models.blip_encoders import build_blip_text, build_blip_tokenizer
 from lavis_mafa.models.blip_pairs import BlipPairs, match, match_states
 from lavis_mafa.models.dual_encoder import DualEncoder
-from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.models.mafa_model import CONFIGS, PROJECTIONS
 from lavis_mafa.models.retrieval_scoring import in_fp32
 from lavis_mafa.objectives import EncodedBatch
 
@@ -33,6 +33,13 @@ class BlipMafa(DualEncoder[BlipBlock], BaseModel):
 
     feature_output = BlipOutputFeatures
     of_multimodal = ("image_embeds", "multimodal_embeds")
+    trained_by = {
+        PROJECTIONS: {"itc"},
+        r"itm_head\.": {"itm"},
+        r"text_decoder\.": {"lm"},  # what it does not share with the text encoder
+        r"text_encoder\..*\.attention\.": {"itc", "itm"},
+        r"text_encoder\..*\.crossattention\.": {"itm", "lm"},
+    }
     ramp_up_epochs = 2  # as in LAVIS; and only ITC is distilled
     PRETRAINED_MODEL_CONFIG_DICT = {
         "base": str(CONFIGS / "blip_mafa_base.yaml"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,6 +29,7 @@ from lavis_mafa.objectives.pretraining import ItcSettings, PairModel, StepOutput
 
 logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
+PROJECTIONS = r"(vision_proj|text_proj)\.|temp$"
 Block = TypeVar("Block", bound=MafaBlock)
 
 
@@ -46,6 +48,8 @@ class MafaModel(nn.Module, Generic[Block]):
 
     lm_loss_name = "loss_lm"
     rank_by = "itm+itc"  # what its papers' code ranks retrieval by; run.rank_by overrides it
+    # names of weights (regular expressions) that some losses alone train; all others are trained by each of the three
+    trained_by: dict[str, set[str]] = {}
     settings: Block
     temp: nn.Parameter
     device: Any
@@ -55,6 +59,7 @@ class MafaModel(nn.Module, Generic[Block]):
 
     def _prepare_mafa(self) -> None:
         """To be called at the end of a host's ``__init__``."""
+        self._freeze_what_no_loss_trains()
         self.batch_scope = "local"  # set from run.grit.batch_scope: whose candidates an anchor sees
         # the discriminator is no part of the module tree: not trained, not saved, not broadcast
         self.__dict__["discriminator"] = None
@@ -89,10 +94,14 @@ class MafaModel(nn.Module, Generic[Block]):
         name = type(discriminator).__name__ if block is None else block.checkpoint or block.arch
         self.con_d_check = None if discriminator is None else SanityCheck(name, self.settings.ecm.threshold)
 
-    @property
-    def leaves_weights_unused(self) -> bool:
-        """Is a loss switched off? The weights that it alone trains get no gradient then, and DDP has to look for them."""
-        return 0.0 in loss_weights(self.settings).values()
+    def _freeze_what_no_loss_trains(self) -> None:
+        """DDP waits for a gradient of every weight that wants one; and what no loss moves should not decay either."""
+        weights = zip(("itc", "itm", "lm"), loss_weights(self.settings).values(), strict=True)
+        on = {loss for loss, weight in weights if weight}
+        idle = [names for names, losses in self.trained_by.items() if not losses & on]
+        for name, parameter in self.named_parameters():
+            if any(re.match(names, name) for names in idle):
+                parameter.requires_grad_(False)
 
     # --- what a host defines ---------------------------------------------------------------------------------------
 

@@ -65,9 +65,9 @@ def itm_pairs(
     image_index, text_index, keep = first.image_index, first.text_index, first.exists
     label = torch.zeros_like(image_index)
     if connections is not None:
-        positive = connections.positive & first.exists
+        positive = connections.positive
         if resample_ambiguous:
-            swap = connections.ambiguous & first.exists
+            swap = connections.ambiguous
             image_index = torch.where(swap, second.image_index, image_index)
             text_index = torch.where(swap, second.text_index, text_index)
             keep = torch.where(swap, second.exists, keep)

@@ -184,8 +184,7 @@ def _ask(discriminator: Discriminator, samples: dict[str, Any], pairs: Candidate
     probability = discriminator.match_probability(samples, pairs.image_index, pairs.text_index)
     # an anchor without a candidate was asked about its own pair: no verdict on it counts
     counted = torch.where(pairs.exists, probability, 0.0)
-    verdicts = judge_connections(counted, ecm.threshold, ecm.ambiguous_from)
-    return Mined(pairs, probability, Connections(verdicts.positive & pairs.exists, verdicts.ambiguous & pairs.exists))
+    return Mined(pairs, probability, judge_connections(counted, ecm.threshold, ecm.ambiguous_from))
 
 
 def _with_similarity(pairs: CandidatePairs, batch: EncodedBatch) -> CandidatePairs:

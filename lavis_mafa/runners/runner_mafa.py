@@ -104,7 +104,7 @@ class RunnerMafa(TrainingLoop, RunnerBase):
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
                     device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                    find_unused_parameters=self.settings.find_unused_parameters or getattr(self._model, "leaves_weights_unused", False),
+                    find_unused_parameters=self.settings.find_unused_parameters,
                     # our queues are kept equal by gathering; sending them from rank 0 at every step would cost 67 MB
                     broadcast_buffers=not isinstance(self.task, MafaTask),
                 )

@@ -23,7 +23,14 @@ BATCH, LENGTH = 6, 12
 JUDGED = {"ecm": {"enabled": True, "threshold": 1.0, "ambiguous_from": 1.0}}  # nothing found, so nothing added to the LM
 BLOCKS = {
     "albef with a teacher": {"arch": "albef_mafa", "itc": {"momentum_distillation": {"queue_size": 24}}},
+    "albef, ITC alone, taught": {
+        "arch": "albef_mafa",
+        "itc": {"momentum_distillation": {"queue_size": 24, "mlm": False}},
+        "itm": {"weight": 0},
+        "mlm": {"weight": 0},
+    },
     "blip": {"arch": "blip_mafa"},
+    "blip2 without words": {"arch": "blip2_mafa", "lm": {"weight": 0}},
     "blip2, frozen": {"arch": "blip2_mafa", "image_encoder": {"freeze": True}},
     "stage 2": {"arch": "blip2_opt_mafa"},
 }
@@ -35,7 +42,8 @@ def tiny(name: str) -> Any:
     if arch != "blip2_opt_mafa":
         changes |= {**JUDGED, "discriminator": {"arch": arch, "precision": "fp32"}, "max_text_length": LENGTH}
         changes |= {"mlm": {"mask_probability": 1.0}} if arch == "albef_mafa" else {}
-    config: Any = OmegaConf.merge(OmegaConf.load(CONFIGS / f"{arch}_tiny.yaml").model, {**changes, "model_type": "tiny"})
+    own = OmegaConf.load(CONFIGS / f"{arch}_tiny.yaml").model
+    config: Any = OmegaConf.merge(own, changes, BLOCKS[name], {"model_type": "tiny"})
     return typed_block("model", config)
 
 

@@ -296,6 +296,18 @@ WRONG: list[tuple[str, str, Edit, tuple[str, ...]]] = [
     ("blip", "patches", (VIT, VIT.replace("patch_size: 8", "patch_size: 7")), ("image_encoder.image_size is 16", "patch_size (7)")),
     ("albef", "a fusion layer", ("fusion_layer: 1", "fusion_layer: 2"), ("model.text_encoder.fusion_layer is 2", "layers - 1 (1)")),
     ("stage 1", "a teacher", ("smooth_when: grouped", "momentum_distillation: {alpha: 0.4}"), ("blip2_mafa has no momentum teacher",)),
+    (
+        "blip",
+        "a teacher of words",
+        ("smooth_when: grouped", "momentum_distillation: {mlm: true}"),
+        ("model.itc.momentum_distillation.mlm is not a setting", "Allowed: alpha, momentum, queue_size"),
+    ),
+    (
+        "blip",
+        "a teacher of nothing",
+        ("smooth_when: grouped", "weight: 0, momentum_distillation: {alpha: 0.4}"),
+        ("model.itc.weight is 0", "teach nothing"),
+    ),
     ("albef", "evaluation rows shared twice", added("  use_dist_eval_sampler: true\n"), ("use_dist_eval_sampler is true", "false")),
 ]
 WRONG_TO_TRAIN: list[tuple[str, str, Edit, tuple[str, ...]]] = [

@@ -37,6 +37,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "blip": (blip_mafa, reduced_blip.ours, {"ecm": {"enabled": True, "use_in": ["itc", "itm"]}}),
     "itc alone": (albef_mafa, reduced.ours, {"itm": {"weight": 0}, "mlm": {"weight": 0}, "ecm": {"enabled": True}}),
     "itm alone": (albef_mafa, reduced.ours, {"itc": {"weight": 0}, "mlm": {"weight": 0}, "ecm": {"enabled": True}}),
+    "itc alone, checkpointed": (
+        albef_mafa,
+        reduced.ours,
+        {"itm": {"weight": 0}, "mlm": {"mask_probability": 0}, "image_encoder": {"gradient_checkpointing": True}},
+    ),
     "lm alone": (blip_mafa, reduced_blip.ours, {"itc": {"weight": 0}, "itm": {"weight": 0}}),
     "teacher": (albef_mafa, reduced.ours, {"mlm": {"mask_probability": 0}, "itc": {"momentum_distillation": {"queue_size": 12}}}),
     "no queue": (blip_mafa, reduced_blip.ours, {"itc": {"momentum_distillation": {"queue_size": 0}}}),
@@ -70,7 +75,7 @@ def gradients(name: str, start: int, end: int) -> dict[str, Tensor]:
     model = build(name)
     wrapped: Any = model
     if dist.is_initialized():
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=model.leaves_weights_unused)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     for _ in range(2):  # DDP complains in the second step of weights that had no gradient in the first
         model.zero_grad(set_to_none=True)
         wrapped(samples(start, end)).loss.backward()

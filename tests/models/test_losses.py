@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import torch
 from lavis_mafa.common.model_settings import loss_weights
 from lavis_mafa.models import albef_pairs, mafa_model
 from lavis_mafa.objectives import ItcSettings, mafa_step
-from lavis_mafa.runners import runner_mafa
 from lavis_mafa.runners.checkpoints import load_model
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
@@ -83,23 +81,16 @@ def test_a_loss_that_is_off_is_neither_computed_nor_logged(family, on, monkeypat
     assert {name for name in output.stats if name.startswith("loss_")} == {f"loss_{name}" for name, yes in names.items() if yes}
     torch.testing.assert_close(output.loss, sum(0.5 * output[f"loss_{name}"] for name, yes in names.items() if yes))
     assert ("itm_accuracy_positive" in output.stats) == ("itm_logits" in output.ranges) == names["itm"]
-    # a weight that no loss trains has no gradient at all: the optimizer leaves it as it is, without decay
+    # DDP waits for the gradient of every weight that wants one; the others stay as they are, without decay
     assert ("vision_proj.weight" in gradients) == ("temp" in gradients) == names["itc"]
     assert ("itm_head.weight" in gradients) == names["itm"]
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert model.leaves_weights_unused == (gradients.keys() != trained) == (not all(on))
-
-
-@pytest.mark.parametrize(("weight", "flag", "told"), [(1.0, False, False), (0.0, False, True), (1.0, True, True)])
-def test_ddp_is_told_of_weights_without_gradients(weight, flag, told, monkeypatch):
-    found = {}
-    monkeypatch.setattr(runner_mafa, "is_distributed", lambda: True)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: None)
-    monkeypatch.setattr(runner_mafa, "DistributedDataParallel", lambda model, **arguments: found.update(arguments))
-    runner = object.__new__(runner_mafa.RunnerMafa)
-    runner._device, runner._wrapped_model, runner.task = torch.device("cpu"), None, None
-    runner._model, runner.settings = build(ALBEF, itm={"weight": weight}), SimpleNamespace(find_unused_parameters=flag)
-    assert runner.model is None and found["find_unused_parameters"] is told
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == wanted
+    # and no weight that moves a loss was frozen
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    _, gradients = step(model, batch(family))
+    assert gradients.keys() == wanted
 
 
 @every_family
@@ -190,6 +181,10 @@ def test_the_teacher_reads_no_words_in_vain(mlm, weight, asked):
     itc = {"momentum_distillation": {**families.TEACHER["momentum_distillation"], "mlm": mlm}}
     pairs, _, _ = build(ALBEF, itc=itc, mlm={"weight": weight}).encode({**batch(ALBEF), "gathered": False})
     assert (pairs.teacher_image_embeds is not None) == asked
+
+
+def test_masking_nothing_is_no_masked_lm():
+    assert loss_weights(build(ALBEF, mlm={"mask_probability": 0}).settings) == {"itc": 1.0, "itm": 1.0, "mlm": 0.0}
 
 
 def test_every_word_can_be_masked_and_nothing_else(monkeypatch):

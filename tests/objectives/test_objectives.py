@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lavis_mafa.objectives import (
+    Connections,
     candidate_pairs,
     consistency_loss,
     distilled_targets,
@@ -30,6 +31,7 @@ from lavis_mafa.objectives import (
     update_teacher,
     value_range,
 )
+from lavis_mafa.objectives.itm import itm_accuracy
 
 spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(spec)
@@ -252,10 +254,17 @@ def test_itm_pairs_and_loss_equal_the_loop(rows, extra, seed, convert, resample)
     assert itm_loss(logits, pairs).item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_an_anchor_without_candidate_gives_no_negative_pair():
-    pairs = itm_pairs(mine_hard_negatives(torch.ones(1, 1), torch.ones(1, 1)))
+@pytest.mark.parametrize("verdict", [None, "positive", "ambiguous"])
+@pytest.mark.parametrize("false_negatives", ["convert", "eliminate"])
+def test_an_anchor_without_candidate_gives_no_pair_whatever_con_d_says_of_it(verdict, false_negatives):
+    yes = torch.ones(2, dtype=torch.bool)
+    verdicts = None if verdict is None else Connections(yes if verdict == "positive" else ~yes, yes if verdict == "ambiguous" else ~yes)
+    pairs = itm_pairs(mine_hard_negatives(torch.ones(1, 1), torch.ones(1, 1)), verdicts, false_negatives)
     assert pairs.weight.tolist() == [1.0, 0.0, 0.0]
-    assert torch.isfinite(itm_loss(torch.randn(3, 2), pairs))
+    logits = torch.tensor([[0.0, 1.0], [3.0, 0.0], [3.0, 0.0]])
+    assert itm_loss(logits, pairs).item() == pytest.approx(oracles.cross_entropy([[0.0, 1.0]], [1]))
+    right, wrong = itm_accuracy(logits, pairs)
+    assert right == 1 and wrong.isnan()
 
 
 def test_candidates_are_listed_as_text_for_image_then_image_for_text():

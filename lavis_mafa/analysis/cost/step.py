@@ -70,6 +70,8 @@ def leaf(output: Any) -> Any:
 def run_step(model: Any, con_d: Any, size: StepSize, device: str, record: Record) -> None:
     """Every part of one step, in the order of :func:`lavis_mafa.objectives.mafa_step`, on one batch of empty images.
 
+    A loss that is off is no part. An encoder's backward pass counts all the same where no other loss asks for it.
+
     Args:
         model: one of ours, in training mode, on ``device``.
         con_d: its discriminator, or None.
