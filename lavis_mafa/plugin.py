@@ -1,7 +1,8 @@
 """Everything we register with LAVIS, and the hook that does it. At import this needs the standard library alone.
 
-``install_hook`` is called by torch at the end of ``import torch`` (entry-point group ``torch.backends``), in every program of the
-environment. It must therefore be tiny, never raise, and do nothing until LAVIS is imported.
+``install_hook`` is called by torch at the end of ``import torch`` (entry-point group ``torch.backends``, by way of
+``lavis_mafa_autoload``), in every program of the environment. It must therefore be tiny, never raise, and do nothing until LAVIS is
+imported.
 """
 
 from __future__ import annotations
@@ -115,19 +116,28 @@ class _ThenRegister(importlib.abc.Loader):
         except ImportError as error:
             if any(_is_being_imported(name) for name in list(sys.modules)):
                 _register_on_use()
-            else:  # an incomplete install must not break programs that only use LAVIS
-                import logging
-
-                logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
+            else:
+                _warn(error)
 
 
 def _is_being_imported(name: str) -> bool:
+    """Is it LAVIS itself or one of our own modules, and not complete yet?"""
     spec = getattr(sys.modules.get(name), "__spec__", None)
-    return name.startswith("lavis_mafa.") and bool(getattr(spec, "_initializing", False))
+    return (name == "lavis" or name.startswith("lavis_mafa.")) and bool(getattr(spec, "_initializing", False))
+
+
+def _warn(error: ImportError) -> None:
+    """An incomplete install must not break programs that only use LAVIS."""
+    import logging
+
+    logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
 
 
 def _register_on_use() -> None:
-    """One of our own modules is importing LAVIS and is not complete yet: register when LAVIS's registry is first asked."""
+    """What we need is not complete yet: register when LAVIS's registry is first asked afterwards.
+
+    One of our own modules may be importing LAVIS; or LAVIS's models import its tasks midway (LAVIS later than 1.0.2).
+    """
     from lavis.common.registry import registry
 
     for kind, entries in registry.mapping.items():
@@ -146,7 +156,10 @@ class _RegistersOnUse(dict):
         if mine is None or any(_is_being_imported(name) for name in list(sys.modules)):
             return dict(self)
         registry.mapping.update({kind: dict(entries) for kind, entries in waiting.items()})
-        register()
+        try:
+            register()
+        except ImportError as error:
+            _warn(error)
         return registry.mapping[mine]
 
     def get(self, key: Any, default: Any = None) -> Any:

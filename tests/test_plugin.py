@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# nothing of lavis_mafa is to be found, as where an editable install's clone was deleted
+GONE = (
+    "import sys\n"
+    "class Hide:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name.split('.')[0] == 'lavis_mafa': raise ModuleNotFoundError(name)\n"
+    "sys.meta_path.insert(0, Hide())\n"
+)
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -54,3 +68,39 @@ def test_torch_without_lavis_is_left_alone():
 def test_importing_the_package_is_light():
     done = python("import sys, lavis_mafa; print([m for m in ('torch', 'lavis', 'transformers') if m in sys.modules])")
     assert done.stdout.strip() == "[]"
+
+
+def test_an_editable_install_whose_clone_is_gone_leaves_torch_alone(tmp_path):
+    """pip's own step, without the isolated environment: what it puts into site-packages, then the clone is deleted."""
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    (clone / "lavis_mafa").mkdir(parents=True)
+    (clone / "projects").mkdir()
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "lavis_mafa_autoload.py", "lavis_mafa/__init__.py"):
+        shutil.copy(ROOT / file, clone / file)
+    build = f"import os; os.chdir({str(clone)!r}); from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    done = python(build)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    shutil.rmtree(clone)
+    done = python(GONE + f"sys.path.insert(0, {str(site)!r})\nimport torch\nprint(torch.ones(1).item())")
+    assert done.stdout.split() == ["1.0"], done.stderr
+    assert "lavis-mafa is installed, but cannot be imported" in done.stderr and len(done.stderr.splitlines()) == 1
+    (entries,) = site.glob("*.dist-info/entry_points.txt")
+    entries.write_text(entries.read_text().replace("lavis_mafa_autoload:", "lavis_mafa.plugin:"))  # what the file is for
+    assert "Failed to load the backend extension" in python(GONE + f"sys.path.insert(0, {str(site)!r})\nimport torch").stderr
+
+
+def test_a_lavis_that_imports_its_tasks_midway(tmp_path):
+    """As LAVIS later than 1.0.2, whose models import its tasks: at that moment our modules cannot import those models yet."""
+    origin = Path(importlib.util.find_spec("lavis").origin)
+    (tmp_path / "lavis").mkdir()
+    midway = f"__path__ = [{str(origin.parent)!r}]\nimport sys, torch\n"
+    midway += "sys.modules['lavis.models.base_model'] = None\nimport lavis.tasks\n"
+    rest = "del sys.modules['lavis.models.base_model']\n" + origin.read_text().replace("__file__", repr(str(origin)))
+    (tmp_path / "lavis" / "__init__.py").write_text(midway + rest)
+    done = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import lavis; from lavis.common.registry import registry as r;"
+        "print(r.get_model_class('albef_mafa'), r.get_task_class('mafa_pretrain'), 'coco_caption' in r.list_datasets())"
+    )
+    assert "AlbefMafa" in done.stdout and "MafaPretrainTask" in done.stdout and "True" in done.stdout, done.stderr

@@ -34,6 +34,8 @@ def check_start(config: Any) -> None:
     key, path = source
     if config.arch == "albef_nlvr":
         raise UserError(f"{key} is {path}, but LAVIS 1.0.2's albef_nlvr fails at every such file; give it as model.finetuned.")
+    if config.arch == "albef_vqa" and not config.get("use_distill", True):
+        raise UserError(f"model.use_distill is false, but LAVIS 1.0.2's albef_vqa then fails at every {key}; allowed: true.")
     if config.arch in READ_THEIR_TEACHER and OF_TEACHER not in shapes_of(path, key):
         raise UserError(
             f"{key}: {path} has no momentum teacher ({OF_TEACHER}), which LAVIS's {config.arch} reads from it; give a checkpoint of a "

@@ -23,7 +23,8 @@ from lavis_mafa.objectives import EncodedBatch
 class AlbefMafa(DualEncoder[AlbefBlock], BaseModel):
     """ALBEF with MAFA (MAFA sections 4.1, 4.2).
 
-    Parameter names are LAVIS's, so a checkpoint loads into ``albef_retrieval``, ``albef_vqa``, ``albef_nlvr`` and back.
+    Parameter names are LAVIS's, so a checkpoint loads into ``albef_retrieval`` and ``albef_classification``, with a momentum teacher
+    into ``albef_vqa`` too, and LAVIS's ALBEF checkpoints load here. LAVIS's ``albef_nlvr`` has other text layers.
 
     Example:
         >>> from lavis.models import load_model

@@ -23,8 +23,8 @@ from lavis_mafa.objectives import EncodedBatch
 class BlipMafa(DualEncoder[BlipBlock], BaseModel):
     """BLIP with MAFA (MAFA sections 4.1, 4.2). With momentum distillation it is LAVIS's ``blip_pretrain``.
 
-    Parameter names are LAVIS's, so a checkpoint loads into ``blip_pretrain``, ``blip_retrieval``, ``blip_image_text_matching``,
-    ``blip_caption`` and back.
+    Parameter names are LAVIS's, so a checkpoint loads into ``blip_pretrain``, ``blip_image_text_matching`` and ``blip_caption``, with a
+    momentum teacher into ``blip_retrieval`` too, and LAVIS's BLIP checkpoints load here.
 
     Example:
         >>> from lavis.models import load_model

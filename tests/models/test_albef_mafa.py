@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.model_settings import TextEncoder
-from lavis_mafa.models import albef_pairs
+from lavis_mafa.models import albef_pairs, momentum_teacher
 from lavis_mafa.models.albef_encoders import build_text_encoder
 from lavis_mafa.models.albef_mafa import AlbefMafa
 from lavis_mafa.models.bert import fold_token_type
@@ -127,6 +127,18 @@ def test_without_momentum_itc_is_lavis_itc_of_the_batch():
     own = torch.arange(4)
     wanted = (F.cross_entropy(sims.sim_i2t[:, :4], own) + F.cross_entropy(sims.sim_t2i[:, :4], own)) / 2
     torch.testing.assert_close(mine(samples).loss_itc, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_every_word_may_be_masked_and_nothing_else(monkeypatch):
+    model, seen = ours(mlm={"mask_probability": 1.0}), []
+    original = albef_pairs.mask_tokens
+    monkeypatch.setattr(albef_pairs, "mask_tokens", lambda *given: seen.append(original(*given)) or seen[-1])
+    samples = batch(3)
+    model(samples)
+    ids, mask = model.tokenize(samples["text_input"])
+    own = seen[0][1][:3]
+    words = mask.bool() & (ids != model.tokenizer.cls_token_id) & (ids != model.tokenizer.sep_token_id)
+    assert torch.equal(own, torch.where(words, ids, -100)) and (~words).sum() > 6
 
 
 # --- first weights -----------------------------------------------------------------------------------------------------
@@ -320,6 +332,16 @@ def test_the_queue_takes_the_teachers_features_in_turn():
     model.settings.ecm.same_text = False
     _, encoded, _ = model.encode(batch(2, **STEP, image_key=torch.tensor([4, 9])))
     assert encoded.known_positive[:, 2:].nonzero().tolist() == [[0, 3]]
+
+
+def test_the_queue_takes_the_features_of_all_ranks_in_their_order(monkeypatch):
+    """Else the ranks' queues would differ."""
+    monkeypatch.setattr(momentum_teacher, "gather_in_rank_order", lambda own: torch.cat([own, own.flip(0)]))  # the other rank's
+    model = ours(itc={"momentum_distillation": {"queue_size": 6, "momentum": 0.995}}).train()
+    model(batch(2, **STEP, image_key=torch.tensor([7, 9])))
+    assert model.idx_queue.tolist() == [[7, 9, 9, 7, -100, -100]] and int(model.queue_ptr) == 4
+    for queue in (model.image_queue, model.text_queue):
+        assert torch.equal(queue[:, :2], queue[:, [3, 2]]) and not torch.isclose(queue[:, 0], queue[:, 1]).all()
 
 
 def test_a_queue_smaller_than_the_batch_is_refused():
