@@ -161,10 +161,10 @@ def _data(config: DictConfig, where: str) -> DictConfig:
             raise UserError(f"datasets.{dataset} is no name of a data set; it is a word, such as grit_pairs or grit_emoji. ({where})")
         _must_be_block(config, f"datasets.{dataset}", where)
         block = config.datasets[dataset]
-        check_block(dataset, block)
         for part in ("build_info", "vis_processor", "text_processor"):
             if part in block:
                 _must_be_block(config, f"datasets.{dataset}.{part}", where)
+        check_block(dataset, block)
         for part in ("vis_processor", "text_processor"):
             for split in block.get(part, {}):
                 _must_be_block(config, f"datasets.{dataset}.{part}.{split}", where)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lavis.datasets.builders import load_dataset  # noqa: F401 - fills the registry
 from lavis.common.registry import registry
+from lavis.datasets.builders import load_dataset  # noqa: F401 - fills the registry
 from omegaconf import OmegaConf
 from PIL import Image
 
