@@ -161,8 +161,8 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
     for row, first in zip(*(rows[:1].tolist() for rows in ids_of_other_images(table)), strict=True):
         one, image, other = (table[name][place].as_py() for name, place in (("image_id", row), ("image", row), ("image", first)))
         raise UserError(
-            f"{path}, row {row + 1}: image_id {one!r} is that of {image!r} here, but of {other!r} in row {first + 1}; allowed: one image "
-            "an id, or no image_id: without it, rows of the same path are one image."
+            f"{path}, row {row + 1}: image_id {one!r} is that of {image!r} here, but of {other!r} in row {first + 1}; allowed: one "
+            "image an id, or no image_id: without it, rows of the same path are one image."
         )
 
 
