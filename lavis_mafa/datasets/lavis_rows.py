@@ -91,7 +91,7 @@ def _needed(dataset: Any) -> dict[str, type]:
     return {"image": str, "question": str} if isinstance(dataset, VQADataset | VQAEvalDataset) else {}
 
 
-FORMS = {str: "a text", list: "a list of texts"}
+FORMS: dict[type, str] = {str: "a text", list: "a list of texts"}
 
 
 def _check_row(where: str, row: Any, needed: dict[str, type]) -> None:
