@@ -175,10 +175,17 @@ def _check_annotations(datasets: DictConfig) -> None:
     """LAVIS's builders answer an annotation file that is neither there nor anywhere to download with a traceback."""
     from lavis.common.utils import get_cache_path
 
-    for name in map(str, datasets):
+    from lavis_mafa.datasets.build_info import SPLITS
+
+    for name in (name for name in map(str, datasets) if name not in SPLITS):
         for split, info in (OmegaConf.select(datasets[name], "build_info.annotations") or {}).items():
             urls, files = ([v] if isinstance(v, str) else list(v or []) for v in (info.get("url"), info.get("storage")))
-            for url, file in zip(urls, files, strict=False):
+            if len(urls) != len(files):
+                key = f"datasets.{name}.build_info.annotations.{split}"
+                raise UserError(
+                    f"{key} has {len(urls)} url and {len(files)} storage; allowed: as many of both, where url may be the local file."
+                )
+            for url, file in zip(urls, files, strict=True):
                 if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():
                     key = f"datasets.{name}.build_info.annotations.{split}.storage"
                     raise UserError(f"{key} is {file!r}, but there is no file {get_cache_path(file)}, and {url!r} is no address.")

@@ -156,8 +156,7 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
     if not allow_absolute_paths:
         check_image_paths(path, table["image"])
     _check_no_empty_list(path, columns.several, table[columns.several])
-    if columns is PAIRS:
-        _check_captions(path, table["caption"])
+    _check_texts(path, columns.several, table[columns.several])
     for row, first in zip(*(rows[:1].tolist() for rows in ids_of_other_images(table)), strict=True):
         one, image, other = (table[name][place].as_py() for name, place in (("image_id", row), ("image", row), ("image", first)))
         raise UserError(
@@ -189,17 +188,19 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _check_captions(path: Path, captions: pa.ChunkedArray) -> None:
-    """No caption is what programs write for a caption that is not there, or for a list of several."""
-    for what, wrong in (("how a missing caption is written", is_missing), ("a printed list", is_printed_list)):
+def _check_texts(path: Path, name: str, lists: pa.ChunkedArray) -> None:
+    """No text is a printed list of several, and no caption what programs write for one that is not there (an answer may be `none`)."""
+    checks = [("a printed list", is_printed_list, f"one text a row, or a list of {name}s in .json, .jsonl or .parquet")]
+    if name == "caption":
+        checks.append(("how a missing caption is written", is_missing, "a text"))
+    for what, wrong, allowed in checks:
         before = 0
-        for chunk in captions.chunks:
+        for chunk in lists.chunks:
             texts = chunk.flatten()
             place = pc.index(wrong(texts), True).as_py()
             if place >= 0:
                 row = before + chunk.value_parent_indices()[place].as_py()
-                allowed = "one text a row, or a list in .json, .jsonl or .parquet" if "list" in what else "a text"
-                raise UserError(f"{path}, row {row + 1}: the caption {texts[place].as_py()[:60]!r} is {what}; allowed: {allowed}.")
+                raise UserError(f"{path}, row {row + 1}: the {name} {texts[place].as_py()[:60]!r} is {what}; allowed: {allowed}.")
             before += len(chunk)
 
 

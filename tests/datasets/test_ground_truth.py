@@ -3,7 +3,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavis_mafa.datasets import ground_truth
@@ -12,6 +12,7 @@ from lavis_mafa.datasets.ground_truth import GroundTruth, SortedStrings
 NAMES = st.text("abü🐶 ", max_size=3)
 
 
+@settings(deadline=None)
 @given(pairs=st.lists(st.tuples(NAMES, NAMES), max_size=20), asked=st.lists(st.tuples(NAMES, NAMES), min_size=1, max_size=20))
 def test_matches_and_matrix_against_a_set(pairs: list[tuple[str, str]], asked: list[tuple[str, str]]) -> None:
     truth = GroundTruth.from_pairs(pairs)
