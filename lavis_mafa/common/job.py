@@ -281,6 +281,11 @@ def _check_lavis_files(datasets: DictConfig) -> None:
         info = datasets[name].get("build_info") or {}
         for split, files_of in (info.get("annotations") or {}).items():
             urls, files = ([v] if isinstance(v, str) else list(v or []) for v in (files_of.get("url"), files_of.get("storage")))
+            if len(urls) != len(files):
+                found.add(
+                    f"datasets.{name}.build_info.annotations.{split} has {len(urls)} url and {len(files)} storage; allowed: as many of "
+                    "both, where url may be the local file."
+                )
             for url, file in zip(urls, files, strict=False):
                 if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():
                     key = f"datasets.{name}.build_info.annotations.{split}.storage"

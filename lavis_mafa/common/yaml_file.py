@@ -230,11 +230,11 @@ def _data(config: DictConfig, where: str) -> DictConfig:
 def _data_set(config: DictConfig, dataset: str, where: str) -> DictConfig:
     _must_be_block(config, f"datasets.{dataset}", where)
     block, found = config.datasets[dataset], Mistakes()
-    found(check_block, dataset, block)
     for part in ("build_info", "vis_processor", "text_processor"):
         if part in block:
             found(_must_be_block, config, f"datasets.{dataset}.{part}", where)
     found.end()
+    found(check_block, dataset, block)
     for part in ("vis_processor", "text_processor"):
         for split in block.get(part, {}):
             _must_be_block(config, f"datasets.{dataset}.{part}.{split}", where)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lavis_mafa.common.errors import UserError, did_you_mean
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-FORMS = "a path, a folder, a pattern such as shards/*.parquet, or {annotations: PATH, images: FOLDER}, or a list of these"
+FORMS = "a path or a list of paths, also of folders and patterns (shards/*.parquet), or {annotations: PATH, images: FOLDER} in it"
 BLOCK = ("annotations", "images")
 
 
@@ -32,16 +32,12 @@ class AnnotationFile(NamedTuple):
 def check_storage(key: str, storage: Any) -> None:
     """The form alone, not whether the files are there; raises UserError."""
     for entry in _entries(storage):
-        if isinstance(entry, DictConfig | dict):
-            for name in map(str, entry):
-                if name not in BLOCK:
-                    raise UserError(f"{key}.{name} is not a key; allowed: {', '.join(BLOCK)}.{did_you_mean(name, BLOCK)}")
-            texts = [entry.get(name) for name in BLOCK]
-        else:
-            texts = [entry]
-        if not all(isinstance(text, str) and text for text in texts):
+        block = isinstance(entry, DictConfig | dict)
+        texts = [entry.get(name) for name in BLOCK] if block else [entry]
+        unknown = [str(name) for name in entry if name not in BLOCK] if block else []
+        if unknown or not all(isinstance(text, str) and text for text in texts):
             shown = OmegaConf.to_container(storage) if OmegaConf.is_config(storage) else storage
-            raise UserError(f"{key} is {shown!r}; allowed: {FORMS}.")
+            raise UserError(f"{key} is {shown!r}; allowed: {FORMS}.{did_you_mean(unknown[0], BLOCK) if unknown else ''}")
 
 
 def storage_files(key: str, storage: Any) -> list[AnnotationFile]:

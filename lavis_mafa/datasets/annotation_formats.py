@@ -58,7 +58,7 @@ def one_message(path: Path) -> Iterator[None]:
 def open_text(path: Path, newline: str | None = None) -> TextIO:
     """A text file, or a compressed one that ends in ``.gz``."""
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)  # type: ignore[return-value]
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
     return path.open(encoding="utf-8-sig", newline=newline)
 
 

@@ -90,14 +90,14 @@ def image_keys(table: pa.Table) -> torch.LongTensor:
     return torch.from_numpy(_numbered(column))  # type: ignore[return-value]
 
 
-def ids_of_other_images(table: pa.Table) -> np.ndarray:
-    """Rows of one file whose ``image_id`` an earlier row gives to another image; none without such a column.
+def ids_of_other_images(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of one file whose ``image_id`` an earlier row gives to another image, and those earlier rows; none without such a column.
 
     Returns:
-        [K] rows, ascending.
+        [K] rows, ascending, and [K] the first row of the same id.
     """
     if "image_id" not in table.column_names:
-        return np.zeros(0, dtype=np.int64)
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     ids, images = _numbered(table["image_id"]), _numbered(table["image"])
     with_id = np.flatnonzero(table["image_id"].is_valid().to_numpy())
     first = np.zeros(ids.max(initial=0) + 1, dtype=np.int64)
@@ -107,7 +107,8 @@ def ids_of_other_images(table: pa.Table) -> np.ndarray:
     def path(row: int) -> str:
         return os.path.normpath(table["image"][int(row)].as_py() or "")  # one image may be a.jpg and ./a.jpg
 
-    return np.array([row for row in others if path(row) != path(first[ids[row]])], dtype=np.int64)
+    rows = np.array([row for row in others if path(row) != path(first[ids[row]])], dtype=np.int64)
+    return rows, first[ids[rows]]
 
 
 def _numbered(column: pa.ChunkedArray) -> np.ndarray:
@@ -155,14 +156,12 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
     if not allow_absolute_paths:
         check_image_paths(path, table["image"])
     _check_no_empty_list(path, columns.several, table[columns.several])
-    if columns is PAIRS:
-        _check_captions(path, table["caption"])
-    for row in ids_of_other_images(table)[:1]:
-        first = pc.index(table["image_id"], table["image_id"][int(row)]).as_py()
+    _check_texts(path, columns.several, table[columns.several])
+    for row, first in zip(*(rows[:1].tolist() for rows in ids_of_other_images(table)), strict=True):
+        one, image, other = (table[name][place].as_py() for name, place in (("image_id", row), ("image", row), ("image", first)))
         raise UserError(
-            f"{path}, row {row + 1}: image_id {table['image_id'][int(row)].as_py()!r} is that of {table['image'][int(row)].as_py()!r} "
-            f"here, but of {table['image'][first].as_py()!r} in row {first + 1}; allowed: one image an id, or no image_id: "
-            "rows of the same path are one image without it."
+            f"{path}, row {row + 1}: image_id {one!r} is that of {image!r} here, but of {other!r} in row {first + 1}; allowed: one "
+            "image an id, or no image_id: without it, rows of the same path are one image."
         )
 
 
@@ -189,17 +188,19 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _check_captions(path: Path, captions: pa.ChunkedArray) -> None:
-    """No caption is what programs write for a caption that is not there, or for a list of several."""
-    for what, wrong in (("how a missing caption is written", is_missing), ("a printed list", is_printed_list)):
+def _check_texts(path: Path, name: str, lists: pa.ChunkedArray) -> None:
+    """No text is a printed list of several, and no caption what programs write for one that is not there (an answer may be `none`)."""
+    checks = [("a printed list", is_printed_list, f"one text a row, or a list of {name}s in .json, .jsonl or .parquet")]
+    if name == "caption":
+        checks.append(("how a missing caption is written", is_missing, "a text"))
+    for what, wrong, allowed in checks:
         before = 0
-        for chunk in captions.chunks:
+        for chunk in lists.chunks:
             texts = chunk.flatten()
             place = pc.index(wrong(texts), True).as_py()
             if place >= 0:
                 row = before + chunk.value_parent_indices()[place].as_py()
-                allowed = "one text a row, or a list in .json, .jsonl or .parquet" if "list" in what else "a text"
-                raise UserError(f"{path}, row {row + 1}: the caption {texts[place].as_py()[:60]!r} is {what}; allowed: {allowed}.")
+                raise UserError(f"{path}, row {row + 1}: the {name} {texts[place].as_py()[:60]!r} is {what}; allowed: {allowed}.")
             before += len(chunk)
 
 

@@ -83,6 +83,8 @@ class GroundTruth:
     def from_table(cls, table: pa.Table) -> GroundTruth | None:
         """From annotations (see ``read_annotations``): a caption describes the concepts of all rows that carry it.
 
+        A caption that only rows without a concept carry is unknown, as is what they show.
+
         Returns:
             None if the table has no ``concept`` column.
         """
@@ -90,8 +92,9 @@ class GroundTruth:
             return None
         texts, concepts = [], []
         for batch in table.select(["caption", "concept"]).to_batches():
-            texts.append(batch["caption"].flatten())
-            concepts.append(batch["concept"].take(batch["caption"].value_parent_indices()))
+            concept = batch["concept"].take(batch["caption"].value_parent_indices())
+            texts.append(batch["caption"].flatten().filter(concept.is_valid()))
+            concepts.append(concept.drop_null())
         return cls(pa.chunked_array(texts, pa.string()), pa.chunked_array(concepts, pa.string()))
 
     def concept_id(self, name: str) -> int:
@@ -125,13 +128,18 @@ class GroundTruth:
             Bool, of the broadcast shape.
         """
         concept, text_key = torch.broadcast_tensors(concept, text_key)
-        known = (concept >= 0) & (text_key >= 0)
+        known = self.knows(concept, text_key)
         if len(self.codes) == 0:
             return torch.zeros_like(known)
         codes = self.codes.to(concept.device)
         asked = concept * len(self.texts) + text_key
         position = torch.searchsorted(codes, asked).clamp(max=len(codes) - 1)
         return known & (codes[position] == asked)
+
+    @staticmethod
+    def knows(concept: torch.Tensor, text_key: torch.Tensor) -> torch.Tensor:
+        """Whether :meth:`matches` says anything about these pairs: no part is unknown (-1). Bool, of the broadcast shape."""
+        return (concept >= 0) & (text_key >= 0)
 
     def matrix(self, concepts: torch.Tensor, text_keys: torch.Tensor) -> torch.Tensor:
         """Every image against every text: [N] concepts, [T] text keys -> Bool [N, T]."""

@@ -86,6 +86,7 @@ def load_rgb(path: str | PathLike[str]) -> Image.Image:
                 raise ImageError("neither a file nor a link to one")
             with Image.open(name, formats=_formats()) as image:
                 _check_size(name, image.size)
+                _scale_transparency(image)
                 image.load()
                 return upright(on_white(image), _orientation(image))
         except (ImageError, UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -144,7 +145,21 @@ def _of_sixteen_bits(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError("its pixels are 32-bit numbers; save it with 8 or 16 bits")
     bits = 0 if image.mode == "I" and values.max() <= 0xFF else 8
-    return Image.fromarray((values >> bits).astype(np.uint8)).convert("RGB")
+    grey = (values >> bits).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 0xFF
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """A PNG names its transparent colour in its own number of bits, but PIL compares it with pixels of eight."""
+    clear, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    bits = tiles[0][3] if image.format == "PNG" and tiles else ""
+    if isinstance(clear, int) and bits in ("L;2", "L;4"):
+        image.info["transparency"] = clear * (85 if bits == "L;2" else 17) & 0xFF
+    elif isinstance(clear, tuple) and bits == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -91,12 +91,12 @@ def _needed(dataset: Any) -> dict[str, type]:
     return {"image": str, "question": str} if isinstance(dataset, VQADataset | VQAEvalDataset) else {}
 
 
-FORMS = {str: "a text", list: "a list of texts"}
+FORMS: dict[type, str] = {str: "a text", list: "a list of texts"}
 
 
 def _check_row(where: str, row: Any, needed: dict[str, type]) -> None:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: {_shown(row)} is not an object; allowed: {{{', '.join(f'{key}: ...' for key in needed)}}}.")
+        raise UserError(f"{where}: {row!r:.60} is not an object; allowed: {{{', '.join(f'{key}: ...' for key in needed)}}}.")
     for key, form in needed.items():
         value = row.get(key)
         texts = value if isinstance(value, list) else [value]
@@ -132,7 +132,7 @@ def _check_file(path: Path, error: Exception) -> None:
     missing = str(error.args[0]) if isinstance(error, KeyError) and error.args else None
     for row, value in enumerate(rows, 1):
         if not isinstance(value, dict):
-            raise UserError(f"{path}, row {row}: {_shown(value)} is not an object; allowed: {{image: ..., caption: ...}}.") from error
+            raise UserError(f"{path}, row {row}: {value!r:.60} is not an object; allowed: {{image: ..., caption: ...}}.") from error
         _id(f"{path}, row {row}", value)
         captions = value.get("caption", "")
         if not all(isinstance(text, str) for text in (captions if isinstance(captions, list) else [captions])):

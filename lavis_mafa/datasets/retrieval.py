@@ -90,7 +90,7 @@ class RetrievalPairs(BaseDataset):
 
         # what captioning names its captions by: the annotations' own ids where they are numbers, as COCO's are
         ids = typed_ids(self.table.take(first_rows), "image_id") if "image_id" in self.table.column_names else []
-        given = [one for one in ids if str(one).isdecimal()]
+        given = [one for one in ids if one is not None and str(one).isdecimal()]
         self.image_ids: list[Id] = given if len(set(given)) == len(self.image) else list(range(len(self.image)))
 
     def __len__(self) -> int:

@@ -71,11 +71,12 @@ class MafaPretrainTask(MafaTask):
         if self.run.grit.batch_scope == "global":
             concept, text_key = gather_own_first(concept), gather_own_first(text_key)
         image, text = verdicts["image_position"].cpu(), verdicts["text_position"].cpu()
-        match = self.truth.matches(concept.cpu()[image], text_key.cpu()[text]).to(verdicts["exists"].device)
-        match = match & verdicts["exists"]
-        counts = {"asked": verdicts["exists"].sum(), "asked_true": match.sum()}
+        pairs = concept.cpu()[image], text_key.cpu()[text]
+        asked = verdicts["exists"] & self.truth.knows(*pairs).to(verdicts["exists"].device)
+        match = self.truth.matches(*pairs).to(asked.device) & asked
+        counts = {"asked": asked.sum(), "asked_true": match.sum()}
         if "positive" in verdicts:
-            counts["found"] = verdicts["positive"].sum()
+            counts["found"] = (verdicts["positive"] & asked).sum()
             counts["found_true"] = (verdicts["positive"] & match).sum()
         return {f"count_{name}": value.float() for name, value in counts.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import random
@@ -370,6 +371,72 @@ def test_a_larger_min_side(three):
     write(three / "pairs.jsonl", [{"image": "a.png", "caption": "a"}])
     assert check(three, "--min-side", 64) == 1
     assert problems()[0]["reason"] == "32x24 pixels, but a side needs at least 64"
+
+
+def test_what_tables_of_other_programs_hold_is_named_row_by_row(three):
+    rows = [
+        "image,caption,image_id",
+        "a.png,a dog,1",
+        "b.png,nan,2",
+        "c.png,\"['a', 'b']\",3",
+        "c.png,a cat,1",
+        "sub\\a.png,x,",
+        "a.png,y,",
+    ]
+    (three / "pairs.csv").write_text("\n".join(rows))
+    assert check(three, "--clean", "clean.jsonl", name="pairs.csv") == 1
+    found = {problem["row"]: (problem["kind"], problem["reason"]) for problem in problems() if problem["kind"] != "duplicate_image"}
+    assert found.pop(2) == (EMPTY, "The caption 'nan' is how a missing caption is written.")
+    assert found.pop(3) == ("list_of_captions", "The caption \"['a', 'b']\" is a printed list.")
+    assert found.pop(4) == ("id_of_another", "'1' is the image_id of another image in row 1")
+    assert found[5][0] == MISSING and found.pop(5)[1].endswith("; the path holds a backslash.")
+    assert not found and [json.loads(line)["caption"] for line in Path("clean.jsonl").read_text().splitlines()] == ["a dog", "y"]
+
+
+def test_an_id_of_two_files_is_fine_until_they_become_one(three, refused):
+    for name in "ab":
+        (three / f"{name}.csv").write_text(f"image,caption,image_id\n{name}.png,text {name},0\n")
+    files = ["--annotations", three / "a.csv", three / "b.csv", "--images", three / "images", "--workers", 0]
+    assert "image_id '0' of" in refused("check-data", *files, "--clean", "clean.json")
+    assert main(["check-data", *map(str, files)]) == 0
+    (three / "shards").mkdir()
+    (three / "a.csv").rename(three / "shards/a.csv")
+    assert check(three, "--output", "second", name="shards") == 0
+
+
+@pytest.mark.parametrize("options", [["run.valid_splits=[val]"], ["run.test_splits=[test]"], []])
+def test_every_split_that_the_run_names_is_looked_at(three, options):
+    """Needs no model, so a machine without a GPU will do for half precision."""
+    for name, image in (("train", "a"), ("val", "torn"), ("test", "gone")):
+        write(three / f"{name}.jsonl", [{"image": "c.png", "caption": "a dog"}, {"image": f"{image}.png", "caption": "a cat"}])
+    (three / "images/torn.png").write_bytes((three / "images/a.png").read_bytes()[:900])
+    text = RUN.replace("DATA", str(three)).replace("{train: {storage", "{val: {storage: %s}, test: {storage: %s}, train: {storage")
+    text = text.replace("pairs.jsonl", "train.jsonl") % (three / "val.jsonl", three / "test.jsonl")
+    model = "model: {arch: blip2_mafa, model_type: base, ecm: {enabled: false}}\n"
+    (three / "run.yaml").write_text(model + text[text.index("datasets:") :].replace("image_size: 16", "image_size: 224"))
+    code = main(["check-data", "--cfg-path", str(three / "run.yaml"), "--workers", "0", "--options", "run.num_workers=0", *options])
+    found = {(Path(problem["file"]).name, problem["kind"]) for problem in problems(kinds=BAD)}
+    expected = {"val": {("val.jsonl", UNREADABLE)}, "test": {("test.jsonl", MISSING)}}
+    assert found == next((bad for split, bad in expected.items() if options and split in options[0]), set())
+    assert code == bool(options)
+
+
+def test_questions_have_images_too(three):
+    rows = [{"image": f"{image}.png", "question": "what?", "answer": "x"} for image in ("a", "gone", "c")]
+    write(three / "q.jsonl", rows)
+    block = f"annotations: {{test: {{storage: {three}/q.jsonl}}}}\n      images: {{storage: {three}/images}}"
+    text = RUN[: RUN.index("datasets:")] + f"datasets:\n  grit_vqa:\n    build_info:\n      {block}\n" + RUN[RUN.index("run:") :]
+    (three / "run.yaml").write_text(text + "  evaluate: true\n  test_splits: [test]\n")
+    assert main(["check-data", "--cfg-path", str(three / "run.yaml"), "--workers", "0"]) == 1
+    assert [(problem["row"], problem["kind"]) for problem in problems()] == [(2, MISSING)]
+
+
+def test_a_terminal_without_the_letters_of_a_caption_shows_their_codes(three, monkeypatch):
+    write(three / "pairs.jsonl", [{"image": "a.png", "caption": "…"}, {"image": "c.png", "caption": "ein Hündchen"}] * 2)
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", errors="strict"))
+    assert check(three) == 1
+    assert b"\\xfcndchen" in written.getvalue() and json.loads(Path("output/check-data/check.json").read_text())["bad_rows"] == 2
 
 
 def test_nothing_is_overwritten(three, refused):

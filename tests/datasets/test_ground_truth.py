@@ -3,7 +3,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavis_mafa.datasets import ground_truth
@@ -12,6 +12,7 @@ from lavis_mafa.datasets.ground_truth import GroundTruth, SortedStrings
 NAMES = st.text("abü🐶 ", max_size=3)
 
 
+@settings(deadline=None)
 @given(pairs=st.lists(st.tuples(NAMES, NAMES), max_size=20), asked=st.lists(st.tuples(NAMES, NAMES), min_size=1, max_size=20))
 def test_matches_and_matrix_against_a_set(pairs: list[tuple[str, str]], asked: list[tuple[str, str]]) -> None:
     truth = GroundTruth.from_pairs(pairs)
@@ -74,3 +75,17 @@ def test_matrix_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(truth.matrix(torch.arange(7), torch.arange(9)), whole)
     assert truth.matrix(torch.arange(0), torch.arange(9)).shape == (0, 9)
     assert truth.matrix(torch.arange(3), torch.arange(0)).shape == (3, 0)
+
+
+def test_the_figures_of_a_step_leave_out_what_the_truth_does_not_know() -> None:
+    from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+
+    task = MafaPretrainTask()
+    task.truth = GroundTruth.from_pairs([("a dog", "dog"), ("a cat", "cat")])
+    samples = {"concept": torch.tensor([1, 0, -1]), "text_key": torch.tensor([1, 0, -1])}
+    image, text = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
+    verdicts = {"image_position": image, "text_position": text, "exists": image != text, "positive": torch.ones(9, dtype=torch.bool)}
+    counts = {name: int(value) for name, value in task._true_counts(verdicts, samples).items()}
+    assert counts == {"count_asked": 2, "count_asked_true": 0, "count_found": 2, "count_found_true": 0}
+    samples["concept"][1] = 1
+    assert int(task._true_counts(verdicts, samples)["count_found_true"]) == 1

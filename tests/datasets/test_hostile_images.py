@@ -125,6 +125,24 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, kind: str) -> None:
     assert (found == (values >> 8)[..., None]).all() and found.max() == 255
 
 
+@pytest.mark.parametrize(
+    ("bits", "colour", "row", "clear"),  # the first pixel's colour is the transparent one; the second one's is black
+    [(2, 0, b"\x40\0", b"\0\1"), (4, 0, b"\x30\0\0\0", b"\0\3"), (16, 0, b"\x12\x34" + bytes(14), b"\x12\x34")]
+    + [(16, 2, b"\x12\x34" * 3 + bytes(42), b"\x12\x34" * 3), (8, 0, b"\x11" + bytes(7), b"\0\x11")],
+)
+def test_the_transparent_colour_of_a_png_is_white_in_every_depth(
+    tmp_path: Path, bits: int, colour: int, row: bytes, clear: bytes
+) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0))
+    rest = chunk(b"IDAT", zlib.compress((b"\0" + row) * 8)) + chunk(b"IEND", b"")
+    image = load(tmp_path, b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", clear) + rest)
+    assert (image.getpixel((0, 0)), image.getpixel((1, 0))) == ((255, 255, 255), (0, 0, 0))
+    assert load(tmp_path, b"\x89PNG\r\n\x1a\n" + header + rest).getpixel((0, 0)) != (255, 255, 255)
+
+
 def test_modes_are_what_they_look_like(tmp_path: Path) -> None:
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     assert load(tmp_path, encode(red.convert("CMYK"), "TIFF")).getpixel((0, 0)) == (255, 0, 0)

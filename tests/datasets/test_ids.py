@@ -127,14 +127,16 @@ def test_an_id_counts_within_its_file_and_is_one_image_there(tmp_path: Path) -> 
     assert expected in str(error.value)
 
 
-def test_a_row_without_a_concept_matches_nothing_that_its_caption_does_not(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("image,caption,concept\na.jpg,x,dog\nb.jpg,y,\nc.jpg,z,\n")
+def test_what_a_row_without_a_concept_shows_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption,concept\na.jpg,x,dog\nb.jpg,y,\nc.jpg,z,\nd.jpg,x,\n")
     table = read_annotations([tmp_path / "a.csv"])
     truth = GroundTruth.from_table(table)
     assert truth is not None
     concepts = truth.concepts.find_all(table["concept"])
     texts = torch.tensor([truth.text_key(text) for text in "xyz"])
-    assert concepts.tolist() == [0, -1, -1] and truth.matrix(concepts, texts).sum() == 1
+    assert (concepts.tolist(), texts.tolist()) == ([0, -1, -1, -1], [0, -1, -1])
+    matches, known = truth.matrix(concepts, texts), truth.knows(concepts[:, None], texts)
+    assert matches.sum() == known.sum() == 1 and matches[0, 0]
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lavis.datasets.builders import load_dataset  # noqa: F401 - fills the registry
 from lavis.common.registry import registry
+from lavis.datasets.builders import load_dataset  # noqa: F401 - fills the registry
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -63,7 +63,7 @@ def test_ids_may_be_missing_where_lavis_does_not_ask_for_them(tmp_path: Path) ->
         ("vg_caption", changed(2, image_id=[1]), r"row 3 of its annotations: image_id is \[1\]; allowed: text or a whole number"),
         ("vg_caption", changed(2, image_id={"a": 1}), "row 3 of its annotations: image_id is"),
         ("vg_caption", changed(3, image_id=0), "row 4 .*: image_id '0' is that of '1.png' here, but of '0.png' in row 1"),
-        ("vg_caption", [ROWS[0], None], "a.json, row 2: missing is not an object|a.json, row 2: None is not an object"),
+        ("vg_caption", [ROWS[0], None], "a.json, row 2: None is not an object"),
         ("vg_caption", {"annotations": ROWS}, "a.json holds {'annotations'.*; allowed: a list of objects"),
         ("vg_caption", "[{", "a.json: not valid JSON"),
         ("vg_caption", changed(1, image="ABSENT"), "split 'train', row 2 of its annotations: image is missing; allowed: a text"),

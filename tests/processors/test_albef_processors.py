@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lavis.common.registry import registry
 from lavis.processors.blip_processors import BlipImageEvalProcessor
 from omegaconf import OmegaConf
 from PIL import Image
@@ -87,6 +89,37 @@ def test_the_settings_are_the_arguments() -> None:
         assert list(SETTINGS[name]) and set(SETTINGS[name]) == set(inspect.signature(processor).parameters)
         defaults = {key: parameter.default for key, parameter in inspect.signature(processor).parameters.items()}
         processor.from_config(OmegaConf.create(defaults))
+
+
+def test_the_settings_of_lavis_processors_are_what_they_read() -> None:
+    """Their ``from_config`` passes a key over that it does not know."""
+    for name in set(SETTINGS) - set(PROCESSORS):
+        processor = registry.get_processor_class(name)
+        read = Reading()
+        processor.from_config(read)
+        assert read.keys_read == set(SETTINGS[name])
+
+
+class Reading(dict):
+    """An empty block that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys_read: set[str] = set()
+
+    def get(self, key: str, default: object = None) -> object:
+        self.keys_read.add(key)
+        return default
+
+
+def test_processors_can_be_sent_to_a_worker_that_was_spawned() -> None:
+    image = Image.new("RGB", (32, 32), "red")
+    for name, processor in PROCESSORS.items():
+        made = processor.from_config()
+        sent = pickle.loads(pickle.dumps(made))
+        if "train" not in name:
+            given = "A dog!" if "caption" in name else image
+            assert str(sent(given)) == str(made(given))
 
 
 @pytest.mark.parametrize(

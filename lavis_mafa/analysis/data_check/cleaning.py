@@ -47,8 +47,8 @@ def check_ids(rows: Rows) -> None:
         UserError: two files give the same one to different images.
     """
     table = pa.table({"image": pa.chunked_array([np.char.mod("%d", rows.image_of)]), "image_id": rows.image_id})
-    for row in ids_of_other_images(table):
-        if not rows.id_of_another[row] and rows.image_of[row] >= 0:
+    for row in ids_of_other_images(table)[0]:
+        if rows.id_of_another[row] < 0 and rows.image_of[row] >= 0:
             file, number = rows.where(int(row))
             raise UserError(
                 f"--clean writes one file, but the image_id {rows.image_id[int(row)].as_py()!r} of {file}, row {number} is that of "
@@ -85,7 +85,7 @@ def write_clean(path: Path, rows: Rows, verdicts: Verdicts) -> int:
     try:
         # half a character, which JSON can escape, is escaped again
         with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            good = _good_records(rows, bad_image | rows.lists | rows.id_of_another, verdicts.caption)
+            good = _good_records(rows, bad_image | rows.lists | (rows.id_of_another >= 0), verdicts.caption)
             for record in tqdm(good, desc="clean", unit="row", file=sys.stderr):
                 text = _as_json(record)
                 if path.suffix == ".json":

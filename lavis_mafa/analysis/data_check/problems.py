@@ -12,7 +12,6 @@ import numpy as np
 from lavis_mafa.analysis.data_check.duplicates import duplicate_captions, duplicate_images
 from lavis_mafa.analysis.data_check.judging import IMAGE_KINDS, Verdicts
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
-from lavis_mafa.datasets.arrow_compute import pc
 from lavis_mafa.datasets.captions import shortened
 from lavis_mafa.datasets.image_paths import path_hint, shown
 
@@ -71,7 +70,7 @@ def find(rows: Rows, verdicts: Verdicts) -> Found:
     texts = np.array([text is not None for text in rows.text], dtype=bool)
     add("empty_caption", every[texts & (rows.captions == 0)])
     add("list_of_captions", every[rows.lists])
-    add("id_of_another", every[rows.id_of_another])
+    add("id_of_another", every[rows.id_of_another >= 0])
     for kind, of_kind in (("empty_caption", ~verdicts.printed), ("list_of_captions", verdicts.printed)):
         bad = np.flatnonzero(verdicts.caption & of_kind)
         add(kind, rows.row_of[bad], bad)
@@ -100,9 +99,7 @@ def _reason(rows: Rows, verdicts: Verdicts, kind: str, row: int, about: int, fir
     if kind == "leaves_folder":
         return "the path is absolute or holds '..'"
     if kind == "id_of_another":
-        same = np.flatnonzero((rows.file_of == rows.file_of[row]) & pc.equal(rows.image_id, rows.image_id[row]).to_numpy())
-        first = int(same[0])
-        return f"{rows.image_id[row].as_py()!r} is the image_id of {rows.image[first].as_py()!r} in row {rows.where(first)[1]}"
+        return f"{rows.image_id[row].as_py()!r} is the image_id of another image in row {rows.id_of_another[row] + 1}"
     if kind in ("empty_caption", "list_of_captions") and about >= 0:
         return verdicts.caption_reason[about]
     if kind == "empty_caption":

@@ -28,7 +28,7 @@ SCHEMA = pa.schema(
         "path": pa.large_string(),
         "leaves": pa.bool_(),
         "list": pa.bool_(),
-        "id_of_another": pa.bool_(),
+        "id_of_another": pa.int64(),
         "file": pa.int32(),
         "number": pa.int64(),
     }
@@ -50,7 +50,7 @@ class Rows:
     captions: Numbers  # [N] how many captions a row has
     text: list[str | None]  # [N], what kind of text the captions are, by source
     lists: Numbers  # Bool [N], a list of captions where the data set takes none
-    id_of_another: Numbers  # Bool [N], an earlier row of the file gives the image_id to another image
+    id_of_another: Numbers  # [N] the earlier row of the file that gives the image_id to another image, from 0; -1 for none
     files: list[AnnotationFile]  # with the folder that their image paths start from
     file_of: Numbers  # [N] into `files`
     number: Numbers  # [N] of the row in its file, from 0
@@ -110,8 +110,9 @@ def _rows_of(source: Source, file: AnnotationFile, number: int) -> pa.Table:
     count = len(table)
     leaves = pc.fill_null(leaves_folder(table["image"]), False)
     leaves = pc.and_(leaves, False) if source.allow_absolute_paths else leaves
-    others = np.zeros(count, dtype=bool)
-    others[ids_of_other_images(table)] = True
+    others = np.full(count, -1)
+    again, first = ids_of_other_images(table)
+    others[again] = first
     assert file.images is not None
     columns = {
         "image": table["image"],
