@@ -24,7 +24,9 @@ HEAD = """# Configuration
 
 A YAML has three blocks. `model:` and `run:` are checked against the tables below before anything slow starts: an unknown key, a wrong
 type, a value out of its choices or range and an impossible combination are one message and exit code 2. `lavis-mafa validate X.yaml`
-checks without running. `datasets:` names LAVIS builders; ours are described in [data.md](data.md). Which keys `model:` has depends on
+tells all of them at once, and looks at the files that the YAML names: annotations (their rows too), image folders, checkpoints (kind and
+size), tokenizers, the output folder. `--no-files` looks at the YAML alone, where data and checkpoints are another machine's or not set yet.
+`datasets:` names LAVIS builders; ours are described in [data.md](data.md). Which keys `model:` has depends on
 `model.arch`, and those of `run:` on `run.task`; what is the same everywhere comes first.
 
 What a file may hold: up to 1 MB of texts, numbers, true, false, null, lists and blocks, nested at most 50 deep, and at most 100,000
@@ -33,7 +35,11 @@ values once its aliases are followed. Tags (`!!python/...`) are refused. A whole
 `cuda` or `cuda:N`; no other device is supported. `run.train_splits`, `valid_splits` and `test_splits` name splits that the data sets
 have, and a processor's `image_size` is that of the model. A processor's block may leave out `name` where the data set has a default.
 
-Order of precedence: `--options key=value`, the YAML, the model type's defaults (`lavis_mafa/configs/models/`), the defaults below.
+A path may begin with `~` and hold variables of the environment (`$DATA/pairs.csv`), in every setting and flag; one that is not set is an
+error. Elsewhere a variable is `${oc.env:NAME}`. `${...}` cannot be escaped. LAVIS's and the authors' names of settings (`run.amp`,
+`model.queue_size`, ...) are refused with the name here.
+
+Order of precedence: `--options key=value` (the last where a key is there twice; `--options` may be repeated), the YAML, the model type's defaults (`lavis_mafa/configs/models/`), the defaults below.
 The column *paper* names the table a setting switches rows of (all rows as ready options: `lavis-mafa ablate --list --table mafa-4`;
 BLIP-2's rows are the files of `projects/mafa/blip2/train/`), or the section that defines it.
 
@@ -51,12 +57,15 @@ Combinations that are refused:
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
 - **Tasks**: captions from `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with
   `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without `{}`; evaluating without
-  `model.pretrained`; stage 2 without `stage_1` or `pretrained`.
+  `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's `runner_base` and `runner_iter`;
+  `coco_captions` for anything but retrieval.
+- **Splits** that no data set has, or that have no file; `train` in `valid_splits` or `test_splits`.
+- **Schedules**: `linear_warmup_step_lr` without `lr_decay_rate` or with `lr_horizon_epochs`; `lr_decay_rate` with another one of these.
 - **Precision**: `run.precision: fp16` on a CPU; fp16 weights on a CPU, also where `cuda` falls back to it; weights that are trained
   (`freeze: false`) in anything but fp32; training stage 2 on an OPT in fp16 without `run.precision: fp16`, whose loss scaling it needs.
 - **Sizes** that do not divide (width by heads, image by patch); `fusion_layer` not below `layers`.
 - **Checkpoints of the wrong kind**, read from their names and shapes when a job starts: a stage 1 as `pretrained` of stage 2 or the
-  other way round, an ALBEF, BLIP or BLIP-2 with T5 where another is needed, a Con-D whose Q-Former has other sizes than are set.
+  other way round, an ALBEF, BLIP or BLIP-2 with T5 where another is needed, one whose ViT, text encoder or Q-Former has other sizes than are set.
 """
 
 # key -> (meaning, paper)
@@ -155,6 +164,10 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "run.min_lr": ("end of the cosine", ""),
     "run.warmup_lr": ("start of the warm-up", ""),
     "run.warmup_steps": ("linear warm-up, in steps", ""),
+    "run.lr_decay_rate": (
+        "of `linear_warmup_step_lr`, which needs it: the rate's factor of an epoch (LAVIS's ALBEF and BLIP: 0.9)",
+        "",
+    ),
     "run.lr_horizon_epochs": ("length of the cosine; null: `max_epoch`. The authors stop one of 30 after 20", ""),
     "run.weight_decay": ("of all weights but biases and norms", "ALBEF sec. 3.5"),
     "run.beta2": ("of AdamW", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lavis_mafa.common.errors import Mistakes, UserError, did_you_mean
 from lavis_mafa.common.model_settings import AlbefBlock, Blip2OptBlock, MafaBlock, loss_weights
 from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
 from lavis_mafa.common.typed import RUN_BLOCKS, in_file, typed_block
+from lavis_mafa.common.yaml_text import at
 from lavis_mafa.datasets.build_info import SPLITS, own_splits
 
 MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
@@ -314,7 +316,7 @@ def check_splits(config: DictConfig, where: str = "", splits: Mapping[str, Seque
     for key, wanted in used.items():
         for split in wanted:
             if split not in known:
-                hint = did_you_mean(split, known) or _how_to_set(split, splits)
+                hint = _how_to_set(split, splits)
                 found.add(f"run.{key} is {split!r}, but {', '.join(splits)} has: {', '.join(known)}.{hint}{end}")
             elif split == "train" and key != "train_splits" and (ours or run.get("runner", "runner_mafa") == "runner_mafa"):
                 found.add(f"{evaluates_training(f'run.{key}')}{end}")
@@ -322,10 +324,13 @@ def check_splits(config: DictConfig, where: str = "", splits: Mapping[str, Seque
 
 
 def _how_to_set(split: str, splits: Mapping[str, Sequence[str]]) -> str:
+    """The nearest name, and where its file is set if a data set of ours could have that split."""
+    possible = {other: name for name in splits for other in (*SPLITS.get(name, ()), *splits[name])}
+    hint, nearest = did_you_mean(split, possible), difflib.get_close_matches(split, possible, n=1)
     for name in splits:
-        if split in SPLITS.get(name, ()):
-            return f" Its file is datasets.{name}.build_info.annotations.{split}.storage."
-    return ""
+        if nearest and nearest[0] in SPLITS.get(name, ()) and nearest[0] not in splits[name]:
+            return f"{hint if nearest[0] != split else ''} Its file is datasets.{name}.build_info.annotations.{nearest[0]}.storage."
+    return hint
 
 
 def evaluates_training(key: str) -> str:
@@ -346,7 +351,7 @@ def check_image_sizes(model: Any, data: DictConfig, run: DictConfig, where: str 
     for name in map(str, data):
         for mode in modes if name in SPLITS else []:
             key = f"{name}.vis_processor.{mode}.image_size"
-            given = OmegaConf.select(data, key)
+            given = at(data, key)
             if given is not None and given != size:
                 found.add(f"datasets.{key} is {given}, but must be model.image_encoder.image_size ({size}).{in_file(where)}")
     found.end()

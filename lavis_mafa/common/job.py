@@ -23,6 +23,7 @@ from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.common.yaml_file import check_processor_name, examine
 from lavis_mafa.common.yaml_file import check_yaml as check_yaml
+from lavis_mafa.common.yaml_text import at
 from lavis_mafa.datasets.build_info import SPLITS, check_lavis_info, own_splits
 from lavis_mafa.processors.settings import SETTINGS
 
@@ -54,14 +55,14 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
         files: False looks at the YAML alone, whose data, checkpoints and GPUs may be another machine's.
     """
     try:
-        checked, found = examine(name, options, files)
+        checked, readable, found = examine(name, options, files)
     except UserError as error:
         return list(error.messages)
     found(check_evaluates, checked.run, str(find_yaml(name)))
     ours = _all_ours(checked)
     if not ours and not found(_check_names, checked, _lavis_registry()):
         return found.messages
-    if files and not (ours and found.messages):  # LAVIS takes seconds to import, and then knows where its data are
+    if files and readable and not (ours and found.messages):  # LAVIS takes seconds to import, and then knows where its data are
         cfg = found(_config, name, checked)
         if cfg is not None and not found.messages:
             found(_check_rows, cfg)
@@ -70,13 +71,13 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
 
 def _all_ours(config: DictConfig) -> bool:
     """Nothing that only LAVIS knows: its names, or the defaults of its data sets."""
-    processors = [OmegaConf.select(config, f"datasets.{name}.{which}.name") for name in config.datasets for which in PROCESSORS]
+    processors = [at(config, f"datasets.{name}.{which}.name") for name in config.datasets for which in PROCESSORS]
     return (
         config.model.arch in MODEL_BLOCKS
         and config.run.task in RUN_BLOCKS
         and config.run.get("runner", "runner_mafa") == "runner_mafa"
         and config.run.get("lr_sched", OURS) == OURS
-        and all(name in SPLITS for name in config.datasets)
+        and all(name in SPLITS or not isinstance(name, str) for name in config.datasets)
         and all(not isinstance(name, str) or name in SETTINGS for name in processors)
     )
 
@@ -125,7 +126,7 @@ def _check_rows(cfg: Any) -> None:
     from lavis.common.utils import get_cache_path
 
     for name, data in cfg.datasets_cfg.items():
-        storages = [info.get("storage") for info in (OmegaConf.select(data, "build_info.annotations") or {}).values() if info]
+        storages = [info.get("storage") for info in (at(data, "build_info.annotations") or {}).values() if info]
         files = [file for storage in storages for file in ([storage] if isinstance(storage, str) else storage or [])]
         if name not in SPLITS and not all(Path(get_cache_path(file)).is_file() for file in files):
             return
@@ -234,12 +235,17 @@ def _check_names(config: DictConfig, registry: Any) -> bool:
     for dataset in config.datasets:
         for which in PROCESSORS:
             key = f"datasets.{dataset}.{which}.name"
-            if (processor := OmegaConf.select(config, key)) is not None:
+            if (processor := at(config, key)) is not None:
                 wanted.append((key, processor, processors))
     found = Mistakes()
     for key, value, known in wanted:
         if value not in known:
             found.add(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
+    for dataset in config.datasets:
+        types = getattr(registry.get_builder_class(dataset), "DATASET_CONFIG_DICT", {})
+        kind = at(config, f"datasets.{dataset}.type")
+        if isinstance(kind, str) and types and kind not in types:
+            found.add(f"datasets.{dataset}.type is {kind!r}.{did_you_mean(kind, types)} Known: {', '.join(types)}.")
     found.end()
     return True
 
@@ -251,10 +257,7 @@ def _check_lavis_blocks(datasets: DictConfig, registry: Any) -> None:
         builder, info = registry.get_builder_class(name), datasets[name].get("build_info")
         if not builder.__module__.startswith("lavis.") or not isinstance(info, DictConfig):
             continue
-        kind, known = datasets[name].get("type", "default"), getattr(builder, "DATASET_CONFIG_DICT", {})
-        if kind not in known:
-            found.add(f"datasets.{name}.type is {kind!r}; allowed: {', '.join(known)}.{did_you_mean(str(kind), known)}")
-            continue
+        kind = datasets[name].get("type", "default")
         defaults = OmegaConf.load(builder.default_config_path(kind)).datasets
         found(check_lavis_info, name, info, next(iter(defaults.values())).build_info)
     found.end()
@@ -266,7 +269,7 @@ def _splits(datasets: DictConfig) -> dict[str, tuple[str, ...]]:
     for name, data in datasets.items():
         if name in SPLITS:
             splits[name] = own_splits(name, data)
-        elif annotations := OmegaConf.select(data, "build_info.annotations"):
+        elif annotations := at(data, "build_info.annotations"):
             splits[name] = tuple(map(str, annotations))
     return splits
 
@@ -302,7 +305,7 @@ def _check_processor_names(datasets: DictConfig) -> None:
     found = Mistakes()
     for dataset in map(str, datasets):
         for which in PROCESSORS:
-            processor = OmegaConf.select(datasets, f"{dataset}.{which}")
+            processor = at(datasets, f"{dataset}.{which}")
             if isinstance(processor, DictConfig):
                 found(check_processor_name, f"datasets.{dataset}.{which}", processor)
     found.end()

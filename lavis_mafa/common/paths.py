@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from lavis_mafa.common.errors import Mistakes, UserError
+from lavis_mafa.common.yaml_text import at
 
 # settings that are a path, or may be one; every path below a data set's build_info comes in addition
 PATHS = (
@@ -65,12 +66,12 @@ def expand_settings(config: DictConfig) -> None:
     found = Mistakes()
     for key in PATHS:
         parent, _, last = key.rpartition(".")
-        block = OmegaConf.select(config, parent)
+        block = at(config, parent)
         if isinstance(block, DictConfig) and isinstance(block.get(last), str):
             block[last] = found(expanded, block[last], key) or block[last]
     datasets = config.get("datasets")
     for name in datasets if isinstance(datasets, DictConfig) else ():
-        _expand_all(OmegaConf.select(datasets, f"{name}.build_info"), f"datasets.{name}.build_info", found)
+        _expand_all(at(datasets, f"{name}.build_info"), f"datasets.{name}.build_info", found)
     found.end()
 
 

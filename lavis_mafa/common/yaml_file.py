@@ -27,7 +27,7 @@ from lavis_mafa.common.projects import find_yaml
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, in_file, typed_block, without_wrong_keys
 from lavis_mafa.common.words import check_words
-from lavis_mafa.common.yaml_text import read_yaml
+from lavis_mafa.common.yaml_text import at, read_yaml
 from lavis_mafa.datasets.build_info import SPLITS, check_block, check_info, missing_files, own_files
 from lavis_mafa.processors.settings import SETTINGS, check_settings
 
@@ -63,13 +63,15 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
     Raises:
         UserError: a mistake; its ``messages`` are all of them.
     """
-    config, found = examine(name, options, files)
+    config, _, found = examine(name, options, files)
     found.end()
     return config
 
 
-def examine(name: str, options: list[str], files: bool = True) -> tuple[DictConfig, Mistakes]:
-    """The same, with all mistakes; where a block has some, its right settings are in the configuration.
+def examine(name: str, options: list[str], files: bool = True) -> tuple[DictConfig, bool, Mistakes]:
+    """The same, with all mistakes: the configuration, whether its data sets have the right form, and what is wrong.
+
+    Where the model's block has mistakes, its right settings are in the configuration.
 
     Raises:
         UserError: there is no such file, or it has not the form of a configuration.
@@ -85,6 +87,9 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[DictConf
         if key not in ("model", "datasets", "run", "preprocess"):
             hint = did_you_mean(key, ("model", "datasets", "run"))
             found.add(f"{key} is not a block.{hint} Allowed: model, datasets, run. ({path})")
+    if not isinstance(config.get("preprocess", {}), DictConfig | dict):
+        found(_must_be_block, config, "preprocess", where)
+        del config["preprocess"]
     config, model = _model(config, where, found)
     run, before = None, len(found.messages)
     if config.run.get("task") in RUN_BLOCKS:
@@ -109,14 +114,13 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[DictConf
         absent = _check_files(config, where, found)
         if model is not None:
             found(check_words, model)
-        if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS if key not in absent):
+        if model is not None and any(at(config, key) for key in CHECKPOINTS if key not in absent):
             from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
 
             found(check_kinds, model, absent, config.run.get("evaluate") is True)
         found(_check_loadable, config, where, absent)
-        if data is not None:
-            _check_data_files(config, found)
-    return config, found
+        _check_data_files(config, found)
+    return config, data is not None, found
 
 
 def _check_form(config: DictConfig, where: str) -> None:
@@ -208,11 +212,11 @@ def _no_references(node: Any, key: str, path: Path) -> None:
         raise UserError(f"{key} is {node!r}, but a setting cannot hold ${{...}} as text. ({path})")
 
 
-def _must_be_block(config: DictConfig, key: str, where: str) -> None:
-    value = OmegaConf.select(config, key)
+def _must_be_block(config: DictConfig, key: str, where: str, parent: str = "") -> None:
+    value = at(config, key)
     if not isinstance(value, DictConfig):
         shown = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        raise UserError(f"{key} is {shown!r}, but must be a block of settings. ({where})")
+        raise UserError(f"{parent}{key} is {shown!r}, but must be a block of settings. ({where})")
 
 
 def _data(config: DictConfig, where: str) -> DictConfig:
@@ -249,8 +253,32 @@ def _data_set(config: DictConfig, dataset: str, where: str) -> DictConfig:
         found.end()
         block = _merged(OmegaConf.load(DATA_DEFAULTS / dataset / "defaults.yaml").datasets[dataset], block)
         _check_processors(f"datasets.{dataset}", block, where)
+    else:
+        _check_lavis_info(f"datasets.{dataset}", block, where)
     found.end()
     return block
+
+
+def _check_lavis_info(name: str, block: DictConfig, where: str) -> None:
+    """The form of what LAVIS's builders read; raises UserError."""
+    found = Mistakes()
+    if not isinstance(block.get("type", "default"), str):
+        found.add(f"{name}.type is {block.type!r}, but must be a text: which of its default configurations.{in_file(where)}")
+    info = block.get("build_info", {})
+    for part in info:
+        key = f"build_info.{part}"
+        if part in ("annotations", "images"):
+            found(_must_be_block, block, key, where, f"{name}.")
+        annotations = at(block, key) if part == "annotations" else None
+        splits = [f"{key}.{split}" for split in annotations] if isinstance(annotations, DictConfig) else []
+        for split in [key] if part == "images" else splits:
+            found(_must_be_block, block, split, where, f"{name}.")
+            for kind in ("url", "storage"):
+                value = at(block, f"{split}.{kind}")
+                texts = list(value) if isinstance(value, ListConfig) else [value]
+                if value is not None and not all(isinstance(text, str) for text in texts):
+                    found.add(f"{name}.{split}.{kind} is {value!r}, but must be a path or a list of paths.{in_file(where)}")
+    found.end()
 
 
 def _check_processors(dataset: str, block: DictConfig, where: str) -> None:
@@ -284,7 +312,7 @@ def _check_loadable(config: DictConfig, where: str, absent: set[str]) -> None:
     if config.model.arch not in MODEL_BLOCKS:
         wanted.append("model.finetuned" if config.model.get("load_finetuned", True) else "model.pretrained")
     for key in wanted:
-        value = OmegaConf.select(config, key)
+        value = at(config, key)
         if not isinstance(value, str) or "://" in value or (key, value) == ("run.resume_ckpt_path", "auto") or key in absent:
             continue
         if value.endswith(".safetensors"):
@@ -310,7 +338,7 @@ def _check_files(config: DictConfig, where: str, found: Mistakes) -> set[str]:
     downloads = config.model.get("arch") not in MODEL_BLOCKS  # LAVIS's own models take URLs, ours local files alone
     absent = set()
     for key in FILES:
-        value = OmegaConf.select(config, key)
+        value = at(config, key)
         if value is not None and not isinstance(value, str):
             found.add(f"{key} is {value}, but must be the path of a file. ({where})")
             absent.add(key)
@@ -322,7 +350,7 @@ def _check_files(config: DictConfig, where: str, found: Mistakes) -> set[str]:
             found.add(f"{key} is {value!r}, but there is no such file.{hint} ({where})")
             absent.add(key)
     for key in FOLDERS:
-        value = OmegaConf.select(config, key)
+        value = at(config, key)
         if isinstance(value, str) and is_path(value) and not Path(value).exists():
             found.add(f"{key} is {value!r}, but there is no such file or folder. ({where})")
     return absent
@@ -331,9 +359,12 @@ def _check_files(config: DictConfig, where: str, found: Mistakes) -> set[str]:
 def _check_data_files(config: DictConfig, found: Mistakes) -> None:
     """Annotation files and image folders of our data sets; of LAVIS's, whose defaults name theirs, see ``job``."""
     for name in map(str, config.datasets):
-        if name in SPLITS:
+        info, wrong = at(config, f"datasets.{name}.build_info") or OmegaConf.create({}), Mistakes()
+        if name in SPLITS and isinstance(info, DictConfig):
+            wrong(check_info, name, info)  # which was told before
             default = OmegaConf.load(DATA_DEFAULTS / name / "defaults.yaml").datasets[name]
-            for message in found(data_files_missing, name, _merged(default, config.datasets[name])) or ():
+            block = _merged({"build_info": default.build_info}, {"build_info": info}) if not wrong.messages else None
+            for message in [] if block is None else found(data_files_missing, name, block) or ():
                 found.add(message)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_mafa.common.errors import UserError
@@ -38,6 +38,13 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         reason = " ".join(str(error).replace('"<file>", ', "").replace('"<unicode string>", ', "").split())
         raise UserError(f"{path} is not readable as YAML: {reason}.") from error
+
+
+def at(config: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none, also where something on the way is no block."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, DictConfig) else None
+    return config
 
 
 def _check_events(text: str, path: Path) -> None:

@@ -352,7 +352,8 @@ def test_a_checkpoint_of_another_model(refused, run_yaml, trained, key):
     sizes = "model.image_encoder={width: 32, heads: 2}"
     said = refused(*train(run_yaml, sizes, KEYS[key].format(file)))
     assert key in said and "does not fit the model" in said
-    assert "an image encoder of 1 layers of width 16, but 1 layers of width 32 is set" in said or "wanted [" in said
+    if key != "run.resume_ckpt_path":
+        assert "an image encoder of 1 layers of width 16, but 1 layers of width 32 is set" in said
     other = file.with_name("other.pth")
     torch.save({"model": {"linear.weight": torch.zeros(1)}, "optimizer": {}, "epoch": 0}, other)
     said = refused(*train(run_yaml, KEYS[key].format(other)))

@@ -48,7 +48,7 @@ def test_cp_into_a_folder_and_to_a_name(tmp_path, capsys):
 def test_validate_names_each_file(tmp_path, capsys):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("model: {}\n")
-    assert main(["validate", "mafa/quickstart/train/grit.yaml", str(wrong)]) == 2
+    assert main(["validate", "--no-files", "mafa/quickstart/train/grit.yaml", str(wrong)]) == 2
     said = capsys.readouterr()
     assert said.out == "mafa/quickstart/train/grit.yaml: fine\n"
     assert said.err.startswith(f"{wrong}: ") and len(said.err.splitlines()) == 1
