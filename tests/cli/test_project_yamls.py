@@ -228,6 +228,7 @@ def test_paper_settings():
         model, run = of(name)
         assert (run.init_lr, run.min_lr, run.weight_decay, model.image_encoder.image_size) == (1e-4, 1e-5, 0.02, 256)
         assert (model.ecm.same_image, model.max_text_length, run.precision) == (False, 25, "fp32")  # as the authors' code
+        assert model.ecm.same_text is False
         assert model.discriminator is None or model.discriminator.precision == "fp32"
 
 
@@ -236,7 +237,7 @@ def test_paper_settings_of_fine_tuning(name, epochs, k):
     """MAFA section F: total batch 256, 1e-5, 384 px, keys of the momentum encoder but no distillation."""
     model, run = blocks(f"mafa/albef/train/{name}.yaml")
     assert (4 * run.batch_size_train, run.max_epoch, run.init_lr, run.min_lr, run.k_test) == (256, epochs, 1e-5, 1e-6, k)
-    assert (run.precision, model.ecm.same_image) == ("fp32", True)
+    assert (run.precision, model.ecm.same_image, model.ecm.same_text) == ("fp32", True, False)
     distillation = model.itc.momentum_distillation
     assert (distillation.queue_size, distillation.momentum, distillation.alpha) == (65536, 0.995, 0.0)
     assert (model.image_encoder.image_size, model.itm.negatives, model.mlm.mask_probability, run.grit.enabled) == (
