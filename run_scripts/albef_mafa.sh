@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# ALBEF with MAFA on 4 GPUs: Con-D in two halves, MAFA, and its figures on COCO (MAFA Tables 3 and 4), each stage from the newest
-# checkpoint of the one before.
+# ALBEF with MAFA on 4 GPUs: Con-D in two halves, MAFA, and its figures on COCO and Flickr30K (MAFA Tables 3 and 4), each stage from the
+# newest checkpoint of the one before. In fp32, multiplied in TF32, as the authors' PyTorch did.
 #
 #   bash run_scripts/albef_mafa.sh      everything, below ./output/albef
 #   bash run_scripts/albef_mafa.sh 3    from the third step on
 #
 # NPROC sets the number of GPUs. The same chain on emoji, in minutes on a CPU: run_scripts/emoji_mafa.sh.
 set -euo pipefail
+export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="${TORCH_ALLOW_TF32_CUBLAS_OVERRIDE:-1}"
 first=${1:-1} step=0 out=output/albef
 
 run() { # YAML [KEY=VALUE ...]
@@ -32,3 +33,4 @@ con_d=$(newest con_d)
 run mafa/albef/train/pretrain.yaml model.discriminator.checkpoint="$con_d"
 mafa=$(newest mafa)
 run mafa/albef/train/2_discriminator_finetune_coco.yaml model.pretrained="$mafa" run.output_dir=$out/mafa_coco # Table 4, row 4
+run mafa/albef/train/finetune_flickr.yaml model.pretrained="$mafa"

@@ -91,7 +91,7 @@ def _count(arguments: argparse.Namespace, opened: Opened, ecm: Any, sizes: list[
     rows = ReadableRows(opened.dataset, run.seed)
     order = shuffled(len(rows), seed, arguments.samples)
     about = {"cfg_path": arguments.cfg_path, "options": arguments.options, "con_d": arguments.con_d, "miner": arguments.miner}
-    known = Known(_excluded(arguments.same_image, ecm.same_image), _excluded(arguments.same_text, getattr(ecm, "same_text", False)))
+    known = Known(_excluded(arguments.same_image, ecm.same_image), _excluded(arguments.same_text, ecm.same_text))
     about |= {"data": len(rows), "seed": seed, "same_image": known.same_image, "same_text": known.same_text}
     encoder = Encoder(opened.con_d, opened.device, run.precision, opened.miner)
 

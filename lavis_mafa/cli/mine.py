@@ -91,13 +91,14 @@ def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) 
     waiting = sum(len(block) for number, block in blocks if not part_path(parts, number).exists())
     encoder = Encoder(opened.con_d, opened.device, run.precision)
     with progress_bar(waiting) as bar:
+        truth = getattr(opened.dataset, "truth", None), getattr(opened.dataset, "concepts", None)
         reading = run.batch_size_eval, run.num_workers, bar
         # a block of each rank first: a hopeless Con-D is found before hours of work
         for some in (blocks[: world_size()], blocks):
             mine_blocks(encoder, rows, source, some, parts, size, seed, *reading)
             barrier()
             judged, _ = read_parts(parts, len(some))
-            refuse_meaningless([medians_of(judged, len(rows))], arguments.force)
+            refuse_meaningless([medians_of(judged, len(rows), arguments.threshold, *truth)], arguments.force)
     if rank() == 0:
         _finish(arguments, opened.dataset, rows, source, len(blocks), settings)
 
@@ -119,7 +120,8 @@ def _finish(arguments: argparse.Namespace, dataset: Any, rows: Any, source: Any,
         raise UserError(f"none of {len(bad)} samples could be read, the first because of {bad[0]['reason']}.")
     keys = rows.image_keys.numpy()
     outcome = choose(judged, keys, source.table["caption"], Rules(arguments.threshold, arguments.margin, arguments.per_image))
-    results = mine_results(judged, outcome, keys, bad, getattr(dataset, "truth", None), getattr(dataset, "concepts", None))
+    truth = getattr(dataset, "truth", None), getattr(dataset, "concepts", None)
+    results = mine_results(judged, outcome, keys, bad, *truth, arguments.threshold)
     about = {"cfg_path": arguments.cfg_path, "options": arguments.options, "con_d": arguments.con_d, "data": len(rows)}
     results = {**about, "images": str(source.root) if source.root else None, "settings": settings, **results}
     words = pa.array(OUTCOMES).take(pa.array(outcome))

@@ -79,7 +79,10 @@ class SanityCheck:
         if reason is None and not is_sane(scores[0] - scores[1]):
             reason = "own pairs score hardly better than shuffled ones"
         if reason is None:
-            logger.info("Con-D (%s): %s.", self.name, found)
+            doubt = medians.doubt()
+            logger.log(
+                logging.INFO if doubt is None else logging.WARNING, "Con-D (%s): %s.%s", self.name, found, f" {doubt}" * bool(doubt)
+            )
             return
         logger.warning(
             "Con-D (%s) CANNOT JUDGE: %s. What it decides is noise. Found: %s. Is it a trained matching model of the architecture in "

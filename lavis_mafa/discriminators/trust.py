@@ -14,23 +14,28 @@ logger = logging.getLogger(__name__)
 UNHEARD_OF = 1 / 3
 # on the emoji a Con-D of minutes has a mean difference of 0.07 (ALBEF) or 0.27 (BLIP-2), initial weights one below 0.001
 MARGIN = 0.02
-NEARLY_OWN = 0.9
+NEARLY_OWN, BETTER = 0.9, 1.5
 
 
 @dataclass(frozen=True)
 class Medians:
-    """Con-D's median match probability of own pairs, of images with some other text, and of hardest negatives; None of nothing."""
+    """Con-D's median match probability of own pairs, of images with some other text, and of hardest negatives; None of nothing.
+
+    ``lift`` says, where the truth is known, how many times as precise as guessing Con-D is on the hardest negatives.
+    """
 
     own: float | None
     shuffled: float | None
     hardest: float | None
+    lift: float | None = None
 
     def why_not(self) -> str | None:
         """Why nothing that this Con-D decides can be trusted, or None where it can.
 
         - Own pairs must score above shuffled ones by more than 0.02: initial weights score everything alike.
-        - The hardest negatives must not score like own pairs: at most nine tenths of the way from shuffled to own. Beyond that Con-D
-          says yes to whatever is similar, or more than half of the hardest negatives do match, which no data of the papers come near.
+        - The hardest negatives must score below own pairs. Else Con-D says yes to whatever is similar, or more than half of the
+          hardest negatives do match, which no data of the papers come near. Where the truth is known, being half as precise again as
+          guessing is enough.
 
         Example:
             >>> Medians(own=0.9, shuffled=0.01, hardest=0.3).why_not() is None
@@ -42,17 +47,25 @@ class Medians:
             return None
         if self.shuffled is not None and self.own - self.shuffled <= MARGIN:
             return f"own pairs (median {self.own:.3f}) score hardly better than shuffled ones ({self.shuffled:.3f})"
-        floor = 0.0 if self.shuffled is None else self.shuffled
-        if self.hardest is not None and self.hardest >= floor + NEARLY_OWN * (self.own - floor):
+        if self.hardest is not None and self.hardest >= self.own and (self.lift is None or self.lift < BETTER):
             return f"hardest negatives (median {self.hardest:.3f}) score like own pairs ({self.own:.3f})"
         return None
+
+    def doubt(self) -> str | None:
+        """A word of caution where Con-D is of use, but its hardest negatives come close: nine tenths of the way up to own pairs."""
+        if self.own is None or self.hardest is None or self.why_not():
+            return None
+        floor = 0.0 if self.shuffled is None else self.shuffled
+        if self.hardest < floor + NEARLY_OWN * (self.own - floor):
+            return None
+        return f"Con-D hardly tells hardest negatives ({self.hardest:.3f}) from own pairs ({self.own:.3f}): look before you believe it."
 
     def __str__(self) -> str:
         shown = {"own pairs": self.own, "shuffled": self.shuffled, "hardest negatives": self.hardest}
         return ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in shown.items())
 
     def as_json(self) -> dict[str, Any]:
-        return {"own": self.own, "shuffled": self.shuffled, "hardest": self.hardest}
+        return {"own": self.own, "shuffled": self.shuffled, "hardest": self.hardest, "lift": self.lift}
 
 
 def median(scores: Tensor) -> float | None:

@@ -93,7 +93,9 @@ def test_count(work, tmp_path, arch, capsys):
         assert [t["threshold"] for t in way["truth"]["thresholds"]] == [0.3, 0.6]
     medians = results["medians"]
     for way in results["ways"]:
-        assert way["medians"] == {**medians, "hardest": way["medians"]["hardest"]}
+        assert {name: way["medians"][name] for name in medians} == medians
+        first, true = way["truth"]["thresholds"][0]["precision"] or 0.0, way["truth"]["true_share"]
+        assert way["medians"]["lift"] == pytest.approx(first / true)
         assert way["meaningless"] == Medians(**way["medians"]).why_not()
     assert f"own pairs {medians['own']:.3f}, shuffled pairs {medians['shuffled']:.3f}" in said
     assert said.count("  meaningless\n") == sum(way["meaningless"] is not None for way in results["ways"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,31 +31,44 @@ def options_on(base: str, table: str, number: int) -> list[str]:
 @pytest.mark.parametrize("key", load_tables())
 def test_a_row_is_a_switch_of_a_small_base_too(key):
     table = find_table(key)  # on the paper's base: test_project_yamls.py
-    trials = plan_trials(table.rows, [42], SMALL, None, [], Path("runs"), with_files=[])
-    assert len({trial.runs[0].folder for trial in trials}) == len(table.rows)  # no two rows are the same
+    oracle = ["model.discriminator.arch=ground_truth"]
+    trials = plan_trials(table.rows, [42], SMALL, None, [], Path("runs"), with_files=[], oracle=oracle)
+    here = [row for row in table.rows if not any(option.startswith("datasets.") for option in row.options)]
+    assert [trial.row for trial in trials] == here
+    # 448 samples in all leave no room for three search spaces; without fine-tuning ALBEF's last two rows are one
+    same = {"mafa-13": 2, "albef-1": 1}.get(key, 0)
+    assert len({trial.runs[0].folder for trial in trials}) == len(here) - same  # else no two rows are the same
 
 
 def test_equal_rows_of_two_tables_share_a_run():
     def folder(key: str, number: int) -> Path:
         table = find_table(key)
-        (trial,) = plan_trials([table.rows[number - 1]], [42], table.base, table.finetune, [], Path("runs"), with_files=[])
+        yaml = next(iter(table.finetune.values()))
+        (trial,) = plan_trials([table.rows[number - 1]], [42], table.base, yaml, [], Path("runs"), with_files=[])
         return trial.runs[0].folder
 
+    assert folder("mafa-4", 4) == folder("mafa-13", 5)
     assert folder("mafa-4", 1) == folder("mafa-5", 3) == folder("mafa-14", 1) != folder("mafa-4", 3)
 
 
 def test_sizes_of_the_paper_become_those_of_the_base():
     large, small = find_table("mafa-6").base, SMALL
     queue = "model.itc.momentum_distillation.queue_size"
-    assert options_on(large, "mafa-6", 5)[-1] == f"{queue}=48000" and options_on(small, "mafa-6", 5)[-1] == f"{queue}=448"
+    assert f"{queue}=48000" in options_on(large, "mafa-6", 5) and f"{queue}=448" in options_on(small, "mafa-6", 5)
     assert "run.max_epoch=10" in options_on(large, "mafa-18", 1) and "run.max_epoch=8" in options_on(small, "mafa-18", 1)
     assert options_on(large, "mafa-15", 1) == ["model.ecm.threshold=0.5"]
     assert options_on(small, "mafa-15", 1) == ["model.ecm.threshold=0.3"]
+    space = "run.grit.search_space"
+    assert [options_on(large, "mafa-13", n)[-1] for n in (4, 5, 6)] == [f"{space}=960", f"{space}=4800", f"{space}=48000"]
+    assert [options_on(small, "mafa-13", n)[-1] for n in (4, 5, 6)] == [f"{space}=64", f"{space}=64", f"{space}=448"]
+    grit_vlp = options_on(find_table("grit-vlp-3").base, "grit-vlp-3", 2)
+    assert grit_vlp[-2:] == ["run.batch_size_train=128", f"{space}=1920"]
+    assert options_on(small, "grit-vlp-3", 2)[-2:] == ["run.batch_size_train=85", f"{space}=112"]  # a divisor of 448 that holds 85
 
 
 def test_a_row_wins_over_the_users_options():
     table = find_table("mafa-18")
-    (trial,) = plan_trials(table.rows[:1], [7], table.base, table.finetune, ["run.max_epoch=4"], Path("runs"), with_files=[])
+    (trial,) = plan_trials(table.rows[:1], [7], table.base, table.finetune["coco"], ["run.max_epoch=4"], Path("runs"), with_files=[])
     config = check_yaml(table.base, trial.runs[0].options, files=False)
     assert (config.run.max_epoch, config.run.seed, config.model.itc.smoothing) == (2, 7, 0.1)
 
@@ -89,6 +104,7 @@ def test_two_rows_with_two_seeds_end_with_a_table_and_are_not_trained_again(base
     lines = {line[0]: line for line in said.splitlines() if line[:1].isdigit() and line[1:5] == "    "}
     assert lines["1"].split()[1] == "GRIT-VLP" and lines["1"].count("±") == lines["4"].count("±") == 3
     assert lines["4"].endswith("78.0          61.2               84.2") and "-" in lines["2"].split()
+    assert "5" not in lines  # 4M-Clean exchanges data sets that this base does not have
     assert "COCO's 5K test split" in said
     below = [line for line in said.splitlines() if line.strip().startswith("ranked by ITC alone")]
     assert len(below) == 2 and all(line.count("±") == 3 for line in below)
@@ -132,19 +148,101 @@ def test_fine_tuning_starts_from_the_rows_checkpoint_and_gives_its_figures(base,
     assert main([*call, "--output", "abl"]) == 0 and len(trained) == 3 and trained[2][:1] == trained[1][:1]
 
 
-def test_a_dry_run_prints_what_a_cluster_is_to_run(capsys):
-    assert main(["ablate", "--table", "mafa-4", "--rows", "4", "--seeds", "42", "43", "--dry-run"]) == 0
-    first, pretrain, finetune, *others = capsys.readouterr().out.splitlines()
-    assert first == "# row 4 (MAFA), seed 42" and len(others) == 3
+def test_a_dry_run_prints_what_a_cluster_is_to_run_con_d_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = ["ablate", "--table", "mafa-4", "--rows", "1", "4", "--dry-run", "--seeds"]
+    assert main([*call, "42", "43"]) == 0
+    about, first, second, *lines = capsys.readouterr().out.splitlines()
+    assert about.startswith("# Con-D") and lines[0] == "# row 1 (GRIT-VLP), seed 42" and len(lines) == 12
+    assert "1_discriminator_pretrain.yaml" in first and "2_discriminator_finetune_coco.yaml" in second
+    pretrain, finetune = lines[lines.index("# row 4 (MAFA), seed 42") + 1 :][:2]
     assert pretrain.startswith('torchrun --nproc_per_node="${NPROC:-4}" -m lavis_mafa train --cfg-path mafa/albef/train/pretrain.yaml')
     assert "2_discriminator_finetune_coco.yaml" in finetune and 'model.pretrained="$(ls -t output/ablate/runs/' in finetune
+    assert "discriminator.checkpoint" not in lines[1] and "discriminator.checkpoint" not in finetune
+
+    # the commands hand the checkpoints on: what each leaves is what the next one names
+    folder = re.compile(r"run.output_dir=(\S+)")
+    for command in (first, second):
+        run = tmp_path / folder.search(command)[1] / "20250101000000"
+        run.mkdir(parents=True)
+        for name in ("checkpoint_0.pth", "checkpoint_best.pth", "checkpoint_0.rank0.pth"):
+            (run / name).touch()
+    named = re.compile(r'model\.(pretrained|discriminator\.checkpoint)="\$\((.*?)\)"')
+    for command, before in ((second, first), (pretrain, second)):
+        found = subprocess.run(["bash", "-c", named.search(command)[2]], capture_output=True, text=True, check=True).stdout.strip()
+        assert found.startswith(folder.search(before)[1]) and Path(found).is_file() and "rank" not in found
+    assert named.search(pretrain)[1] == "discriminator.checkpoint"
+
+    # what is finished is printed no more
+    (tmp_path / folder.search(second)[1] / "20250101000000" / "config.yaml").touch()
+    scored = json.dumps({"split": "test", "epoch": "best", "tr_r1": 1.0})
+    (tmp_path / folder.search(second)[1] / "20250101000000" / "evaluation.jsonl").write_text(scored + "\n")
+    assert main([*call, "42", "--options", "run.num_workers=1"]) == 0 and "Con-D" not in capsys.readouterr().out
+    # a Con-D of one's own
+    (tmp_path / "con_d.pth").touch()
+    assert main([*call, "42", "--options", "model.discriminator.checkpoint=con_d.pth"]) == 0
+    said = capsys.readouterr().out
+    assert "Con-D" not in said and said.count("model.discriminator.checkpoint=con_d.pth") == 2
+
+
+def test_rows_that_differ_in_fine_tuning_alone_share_their_pre_training(capsys):
+    assert main(["ablate", "--table", "albef-6", "--seeds", "1", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tuned = [line for line in lines if "finetune_flickr.yaml" in line]
+    assert [re.findall(r"rank_by=\w+|run.k_test=\d+|negatives=\w+", line) for line in tuned] == [
+        ["rank_by=itc"],
+        ["run.k_test=16"],
+        ["run.k_test=128"],
+        ["run.k_test=256"],
+        ["run.k_test=128", "negatives=random"],
+    ]
+    assert len({line for line in lines if line.startswith("torchrun") and "albef.yaml" in line}) == 1
+    assert sum(line.startswith("# as above") for line in lines) == 4
+
+
+def test_another_benchmark_has_its_own_fine_tuning_and_figures(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ablate", "--table", "mafa-16", "--on", "flickr", "--seeds", "1", "--rows", "1", "--dry-run"]) == 0
+    assert "finetune_flickr.yaml" in capsys.readouterr().out
+    table = find_table("mafa-16")
+    text = format_terminal(collect(table, "flickr", table.base, [], []))
+    assert "Flickr30K's 1K test split" in text
+
+
+def test_an_oracle_is_given_by_name(capsys, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = ["ablate", "--table", "mafa-16", "--seeds", "1", "--dry-run"]
+    assert main(call) == 0 and "oracle" not in capsys.readouterr().out
+    assert "which needs --oracle CHECKPOINT" in refused(*call, "--rows", "3")
+    assert "--oracle is 'no.pth', but there is no such file" in refused(*call, "--oracle", "no.pth")
+    (tmp_path / "blip.pth").touch()
+    assert main([*call, "--rows", "3", "--oracle", "blip.pth"]) == 0
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if "pretrain.yaml" in line]
+    assert "model.discriminator.arch=blip_retrieval model.discriminator.checkpoint=blip.pth" in command
+
+
+def test_the_figure_over_the_search_space(base, trained, tmp_path):
+    """Figure 2: M, mean recall and the known share of false negatives, as the runs have them."""
+    call = ["ablate", "--table", "mafa-13", "--base", str(base), "--seeds", "1", "--rows", "4", "6"]
+    assert main([*call, "--options", "run.max_epoch=1", "run.max_steps=3"]) == 0 and len(trained) == 2
+    folder = tmp_path / "output/ablate/mafa-13"
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["search_space"] for row in rows] == [4, 4, 16] * 2
+    assert all(0 <= rows[n]["shares"]["1"]["false_negative_share"] <= 1 for n in (3, 5)) and rows[0]["shares"] == {}
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_wrong_calls_are_one_message(refused, base, monkeypatch, capsys):
     assert "'mafa-44', which is none. Did you mean 'mafa-4'?" in refused("ablate", "--table", "mafa-44")
     assert "--table is missing. Known: mafa-4, mafa-5" in refused("ablate")
-    assert "--rows has 5, but mafa-4 has the rows 1 to 4" in refused("ablate", "--table", "mafa-4", "--rows", "5")
-    assert "row 2 (ECM): model.discriminator.checkpoint is null" in refused("ablate", "--table", "mafa-4", "--rows", "2")
+    assert "--rows has 7, but mafa-4 has the rows 1 to 6" in refused("ablate", "--table", "mafa-4", "--rows", "7")
+    said = refused("ablate", "--table", "mafa-4", "--rows", "2")
+    assert "row 2 (ECM): model.discriminator.checkpoint is null" in said and "--dry-run prints the two steps" in said
+    assert "--rows has 5 (GRIT-VLP, 4M-Clean), which exchanges" in refused(
+        "ablate", "--table", "mafa-4", "--rows", "5", "--base", SMALL
+    )
+    assert "--on is flickr, but mafa-5 has: coco" in refused("ablate", "--table", "mafa-5", "--on", "flickr")
+    assert "give --options model.discriminator.checkpoint" in refused("ablate", "--table", "mafa-4", "--base", SMALL, "--dry-run")
     assert "none of ours" in refused("ablate", "--table", "mafa-4", "--base", str(lavis_yaml()))
     assert "neither with --dry-run" in refused("ablate", "--table", "mafa-4", "--emoji", "--dry-run")
     base.write_text(base.read_text().replace("test_splits: [test]", "test_splits: []"))
@@ -166,7 +264,7 @@ def lavis_yaml() -> Path:
 def test_the_list_shows_every_row_and_with_a_table_its_options(capsys):
     assert main(["ablate", "--list"]) == 0
     said = capsys.readouterr().out
-    assert all(row.name in said for row in ROWS) and "=" not in said
+    assert all(row.name in said for row in ROWS) and "model." not in said
     assert main(["ablate", "--list", "--table", "mafa-6", "--base", SMALL]) == 0
     assert "model.itc.momentum_distillation.queue_size=448" in capsys.readouterr().out
 
@@ -203,5 +301,5 @@ def test_on_emoji_con_d_is_trained_once(monkeypatch, tmp_path, capsys):
 
 def test_a_table_without_any_run_has_no_figures():
     table = find_table("mafa-15")
-    text = format_terminal(collect(table, table.base, [], []))
+    text = format_terminal(collect(table, "coco", table.base, [], []))
     assert text.splitlines()[0] == table.title and "±" not in text

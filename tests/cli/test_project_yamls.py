@@ -164,11 +164,26 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_all_tables_are_there():
-    counts = {"grit-vlp-4": 7, "mafa-4": 4, "mafa-5": 5, "mafa-6": 6, "mafa-14": 5, "mafa-15": 2, "mafa-18": 5}
-    assert {key: len(table.rows) for key, table in load_tables().items()} == counts and sum(counts.values()) == 34
+    counts = {"mafa-4": 6, "mafa-5": 5, "mafa-6": 6, "mafa-7": 3, "mafa-13": 6, "mafa-14": 5, "mafa-15": 2, "mafa-16": 3, "mafa-17": 8}
+    counts |= {"mafa-18": 5, "grit-vlp-1": 6, "grit-vlp-2": 4, "grit-vlp-3": 2, "grit-vlp-4": 7, "albef-1": 6, "albef-6": 5}
+    assert {key: len(table.rows) for key, table in load_tables().items()} == counts
     for key, table in load_tables().items():
         assert table.title.startswith(f"{key.rsplit('-', 1)[0].upper()} Table {key.rsplit('-', 1)[1]}")
-        assert f"--table {'grit-vlp-4' if key == 'grit-vlp-4' else 'mafa-4'} --list" in (projects_root() / table.base).read_text()
+        assert "--list`" in (projects_root() / table.base).read_text()
+        assert all(row.paper and set(row.paper) <= set(table.finetune) for row in table.rows)
+        assert {table.base, *table.finetune.values(), *table.con_d} <= set(YAMLS)
+        splits = [blocks(yaml)[1].test_splits for yaml in table.finetune.values()]
+        assert all(split == ["test"] for split in splits)
+
+
+def test_a_row_of_blip2_is_the_yaml_of_its_baseline():
+    table = load_tables()["mafa-7"]
+    for row, name in zip(table.rows, ("stage_1_blip2", "stage_1_grit", "stage_1"), strict=True):
+        of_row, own = (blocks(*call) for call in ((table.base, *row.options), (f"mafa/blip2/train/{name}.yaml",)))
+        assert dataclasses.replace(of_row[0], ecm=own[0].ecm, discriminator=own[0].discriminator) == own[0]
+        run = dataclasses.replace(of_row[1], output_dir=own[1].output_dir)
+        assert run == own[1] or (not own[1].grit.enabled and dataclasses.replace(run, grit=own[1].grit) == own[1])
+        assert of_row[0].ecm.enabled == own[0].ecm.enabled
 
 
 def test_a_row_of_an_ablation_is_a_switch():
@@ -180,11 +195,14 @@ def test_a_row_of_an_ablation_is_a_switch():
         if merged(name) == changed:
             unchanged.append(row.name)
         for option in row.options:
-            key, value = option.split("=")
+            key, value = option.split("=", 1)
             assert OmegaConf.select(changed, key) == OmegaConf.create(f"{{x: {value}}}").x
         if not model.ecm.enabled:
             check_yaml(name, row.options)  # no Con-D to be set: it runs as it is
-    assert unchanged == ["MAFA", "MAFA", "MAFA", "+ GRIT, consistency, 50 %"]
+    mafa = ["MAFA", "MAFA", "BLIP-2 + MAFA", "MAFA, M = 4800", "MAFA", "MAFA", "MAFA with an oracle"]
+    albef = ["ITC_MoD + MLM_MoD + ITM_hard", "and MoD in fine-tuning"]
+    albef += ["s_itc alone", "k = 16", "k = 128", "k = 256", "k = 128, random negatives"]  # rows of fine-tuning
+    assert unchanged == [*mafa, "ALBEF-Base", "15 %", "+ GRIT, consistency, 50 %", *albef]
 
 
 def test_paper_settings():
@@ -211,12 +229,17 @@ def test_paper_settings():
     for name in ("albef", "albef_base", "grit_vlp", "pretrain", "1_discriminator_pretrain"):
         model, run = of(name)
         assert (run.init_lr, run.min_lr, run.weight_decay, model.image_encoder.image_size) == (1e-4, 1e-5, 0.02, 256)
+        assert (model.ecm.same_image, model.max_text_length, run.precision) == (False, 25, "fp32")  # as the authors' code
+        assert model.ecm.same_text is False
+        assert model.discriminator is None or model.discriminator.precision == "fp32"
 
 
-def test_paper_settings_of_con_ds_fine_tuning():
-    """MAFA section F: total batch 256, 5 epochs, 1e-5, 384 px, k = 256, keys of the momentum encoder but no distillation."""
-    model, run = blocks("mafa/albef/train/2_discriminator_finetune_coco.yaml")
-    assert (4 * run.batch_size_train, run.max_epoch, run.init_lr, run.min_lr, run.k_test) == (256, 5, 1e-5, 1e-6, 256)
+@pytest.mark.parametrize(("name", "epochs", "k"), [("2_discriminator_finetune_coco", 5, 256), ("finetune_flickr", 10, 128)])
+def test_paper_settings_of_fine_tuning(name, epochs, k):
+    """MAFA section F: total batch 256, 1e-5, 384 px, keys of the momentum encoder but no distillation."""
+    model, run = blocks(f"mafa/albef/train/{name}.yaml")
+    assert (4 * run.batch_size_train, run.max_epoch, run.init_lr, run.min_lr, run.k_test) == (256, epochs, 1e-5, 1e-6, k)
+    assert (run.precision, model.ecm.same_image, model.ecm.same_text) == ("fp32", True, False)
     distillation = model.itc.momentum_distillation
     assert (distillation.queue_size, distillation.momentum, distillation.alpha) == (65536, 0.995, 0.0)
     assert (model.image_encoder.image_size, model.itm.negatives, model.mlm.mask_probability, run.grit.enabled) == (
@@ -533,11 +556,12 @@ def test_the_chain_of_blip2_hands_every_checkpoint_on(launch, tmp_path):
 
 def test_the_chain_of_albef_hands_every_checkpoint_on(launch):
     made = launch("albef_mafa.sh")
-    first, tuning, mafa, figures = (re.search(r"train/(\w+)\.yaml", call)[1] for call in made)
-    assert (first, tuning, mafa, figures) == ("1_discriminator_pretrain", "2_discriminator_finetune_coco", "pretrain", tuning)
+    tuning = "2_discriminator_finetune_coco"
+    names = [re.search(r"train/(\w+)\.yaml", call)[1] for call in made]
+    assert names == ["1_discriminator_pretrain", tuning, "pretrain", tuning, "finetune_flickr"]
     assert made[1].endswith(f"model.pretrained=output/albef/con_d_pretrain/{LAST}/checkpoint_9.pth")
     assert made[2].endswith(f"model.discriminator.checkpoint=output/albef/con_d/{LAST}/checkpoint_best.pth")
-    assert f"model.pretrained=output/albef/mafa/{LAST}/checkpoint_9.pth" in made[3]
+    assert all(f"model.pretrained=output/albef/mafa/{LAST}/checkpoint_9.pth" in call for call in made[3:])
     assert launch("albef_mafa.sh", "3") == made[2:]
 
 

@@ -17,8 +17,7 @@ from lavis_mafa.discriminators.trust import Histogram, Medians, ShareWatch, medi
         (0.9, 0.01, 0.8, None),  # many false negatives, and yet fewer than half
         (0.3, 0.01, 0.05, None),  # low, but apart
         (0.558, 0.171, 0.594, "hardest negatives (median 0.594) score like own pairs (0.558)"),
-        (0.558, 0.171, 0.55, "score like own pairs"),
-        (0.99, 0.01, 0.98, "score like own pairs"),
+        (0.382, 0.028, 0.365, None),  # the quickstart's: weak, of use, and cautioned of
         (0.5, 0.5, 0.5, "own pairs (median 0.500) score hardly better than shuffled ones (0.500)"),
         (0.1, 0.9, 0.1, "hardly better"),
         (0.52, 0.505, 0.3, "hardly better"),
@@ -32,12 +31,25 @@ def test_the_rule(own, shuffled, hardest, reason):
     assert said is None if reason is None else reason in said
 
 
+def test_where_the_truth_is_known_con_d_is_measured():
+    assert Medians(0.38, 0.03, 0.42, lift=2.7).why_not() is None and "hardly tells" in (
+        Medians(0.38, 0.03, 0.42, lift=2.7).doubt() or ""
+    )
+    assert "like own pairs" in (Medians(0.38, 0.03, 0.42, lift=1.1).why_not() or "")
+    assert "hardly better" in (Medians(0.5, 0.5, 0.5, lift=2.7).why_not() or "")
+
+
 def test_the_rule_holds_in_between():
     """Monotone: a harder negative never makes Con-D better, and at the own pairs' median it is always refused."""
     for own, shuffled in torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).tolist():
         refused = [Medians(own, shuffled, h / 50).why_not() is not None for h in range(51)]
         assert refused == sorted(refused)
         assert Medians(own, shuffled, own).why_not() is not None
+        cautions = [Medians(own, shuffled, h / 50).doubt() is not None for h in range(51)]
+        assert not any(no and careful for no, careful in zip(refused, cautions, strict=True))
+        if own - shuffled > 0.02:
+            near = [h / 50 for h in range(51) if shuffled + 0.9 * (own - shuffled) <= h / 50 < own]
+            assert [h / 50 for h, careful in enumerate(cautions) if careful] == near
         assert (Medians(own, shuffled, shuffled).why_not() is None) == (own - shuffled > 0.02)
 
 

@@ -61,12 +61,13 @@ class Known:
     """What else than its own pair an anchor is known to match, so that it is no negative: ``model.ecm.same_image``, ``same_text``."""
 
     same_image: bool = True  # samples of one image (``image_key``)
-    same_text: bool = False  # samples with the very same caption
+    same_text: bool = False  # samples with the very same caption, white space aside
 
     def keys(self, block: Block) -> list[Tensor]:
         """LongTensor[n] each: rows with an equal number are no negatives of each other."""
-        number = {caption: row for row, caption in enumerate(block.captions)}
-        text = torch.tensor([number[caption] for caption in block.captions], dtype=torch.long)
+        captions = [" ".join(caption.split()) for caption in block.captions]
+        number = {caption: row for row, caption in enumerate(captions)}
+        text = torch.tensor([number[caption] for caption in captions], dtype=torch.long)
         return [*([block.image_key] if self.same_image else []), *([text] if self.same_text else [])]
 
 

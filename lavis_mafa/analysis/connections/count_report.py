@@ -23,7 +23,7 @@ def count_results(count: Count, correction: float, about: dict[str, Any]) -> dic
         row["without_negative"] = dict(zip(("wrt_image", "wrt_text"), tally.lonely.tolist(), strict=True))
         row["false_negatives"] = tally.counts(correction)
         row["medians"] = count.medians(way).as_json()
-        row["meaningless"] = count.medians(way).why_not()
+        row["meaningless"], row["doubt"] = count.medians(way).why_not(), count.medians(way).doubt()
         if correction != 1.0:
             row["uncorrected"] = tally.counts()
         if count.truth_known:
@@ -50,6 +50,8 @@ def format_count(results: dict[str, Any]) -> str:
         lines.append(f"{line} {_p(row['medians']['hardest']):>9s}{'  meaningless' if row['meaningless'] else ''}")
     own, shuffled = (_p(results["medians"][name]) for name in ("own", "shuffled"))
     lines.append(f"  Con-D's median p: own pairs {own}, shuffled pairs {shuffled}; of the hardest negatives in the last column.")
+    doubtful = [row for row in results["ways"] if row["doubt"]]
+    lines += [f"  {max(doubtful, key=lambda row: row['medians']['hardest'])['doubt']}"] if doubtful else []
     shares = [row["false_negatives"][0][f"wrt_{side}_share"] or 0.0 for row in results["ways"] for side in ("image", "text")]
     if max(shares) > UNHEARD_OF and not results["meaningless"]:
         lines.append("  Above a third, which no paper counts (MAFA Table 9: at most 31.7 %): look before you believe it (`mine`).")

@@ -21,7 +21,7 @@ from lavis_mafa.analysis.connections.candidates import (
     shuffled_pairs,
 )
 from lavis_mafa.analysis.connections.reading import ReadableRows
-from lavis_mafa.analysis.connections.tally import Tally
+from lavis_mafa.analysis.connections.tally import Tally, ratio
 from lavis_mafa.common.distributed import gather_objects, rank, world_size
 from lavis_mafa.discriminators.trust import Histogram, Medians
 
@@ -53,7 +53,10 @@ class Count:
 
     def medians(self, way: Sampling) -> Medians:
         """What Con-D says of own pairs, shuffled ones, and the hardest negatives of one way to sample."""
-        return Medians(self.own.median(), self.shuffled.median(), self.tallies[way].scores.median())
+        tally = self.tallies[way]
+        truth = tally.against_truth() if self.truth_known else None
+        lift = None if truth is None else ratio(truth["thresholds"][0]["precision"] or 0.0, truth["true_share"] or 0.0)
+        return Medians(self.own.median(), self.shuffled.median(), tally.scores.median(), lift)
 
 
 def samplings(batch_sizes: Sequence[int], search_spaces: Sequence[int]) -> list[Sampling]:

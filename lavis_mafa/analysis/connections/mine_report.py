@@ -13,13 +13,20 @@ from lavis_mafa.analysis.connections.choosing import OUTCOMES
 from lavis_mafa.analysis.connections.counting import reason_of
 from lavis_mafa.analysis.connections.pairs_file import own_scores
 from lavis_mafa.analysis.connections.tally import ratio
+from lavis_mafa.datasets.arrow_compute import pc
 from lavis_mafa.discriminators.trust import Medians
 
 QUARTILES = ("minimum", "25 %", "median", "75 %", "maximum")
 
 
 def mine_results(
-    judged: pa.Table, outcome: np.ndarray, image_keys: np.ndarray, bad: list[dict[str, Any]], truth: Any, concepts: Tensor | None
+    judged: pa.Table,
+    outcome: np.ndarray,
+    image_keys: np.ndarray,
+    bad: list[dict[str, Any]],
+    truth: Any,
+    concepts: Tensor | None,
+    threshold: float,
 ) -> dict[str, Any]:
     """Every figure of the tables, ready for JSON.
 
@@ -30,13 +37,14 @@ def mine_results(
         bad: samples that could not be read.
         truth: the data's ``GroundTruth``, or None.
         concepts: [N] by it.
+        threshold: of what was mined.
     """
     mined = np.flatnonzero(outcome == 0)
     probability = judged["probability"].to_numpy()
     own = own_scores(judged, len(image_keys)).drop_null().to_numpy()
     shuffled = judged["shuffled_probability"].to_numpy()
     scores = {"own pairs": own, "shuffled pairs": shuffled, "candidates": probability, "mined": probability[mined]}
-    medians = medians_of(judged, len(image_keys))
+    medians = medians_of(judged, len(image_keys), threshold, truth, concepts)
     new = judged.take(mined)
     results: dict[str, Any] = {
         "mined": len(mined),
@@ -47,6 +55,7 @@ def mine_results(
         "scores": {name: quartiles(of) for name, of in scores.items()},
         "medians": medians.as_json(),
         "meaningless": medians.why_not(),
+        "doubt": medians.doubt(),
     }
     if truth is not None and concepts is not None:
         true = truth.matches(concepts[new["image"].to_numpy().copy()], truth.texts.find_all(new["caption"]))
@@ -54,11 +63,17 @@ def mine_results(
     return results
 
 
-def medians_of(judged: pa.Table, count: int) -> Medians:
+def medians_of(judged: pa.Table, count: int, threshold: float, truth: Any = None, concepts: Tensor | None = None) -> Medians:
     """What Con-D says of own pairs, shuffled ones and candidates, of whatever was judged so far of N = ``count`` samples."""
+    lift = None
+    if truth is not None and concepts is not None:
+        there = judged.filter(pc.and_(pc.greater_equal(judged["image"], 0), pc.greater_equal(judged["text"], 0)))
+        true = truth.matches(concepts[there["image"].to_numpy().copy()], truth.texts.find_all(there["caption"])).numpy()
+        above = there["probability"].to_numpy() > threshold
+        lift = ratio(ratio(int(true[above].sum()), int(above.sum())) or 0.0, ratio(int(true.sum()), len(true)) or 0.0)
     own = own_scores(judged, count).drop_null().to_numpy()
     columns = own, judged["shuffled_probability"].to_numpy(), judged["probability"].to_numpy()
-    return Medians(*(None if np.isnan(c).all() else float(np.nanmedian(c)) for c in columns))
+    return Medians(*(None if np.isnan(c).all() else float(np.nanmedian(c)) for c in columns), lift)
 
 
 def quartiles(scores: np.ndarray) -> dict[str, float | int | None]:
@@ -78,6 +93,8 @@ def format_mined(results: dict[str, Any]) -> str:
     lines = [f"{results['mined']:,} new pairs for {images}, from {results['samples']:,} pairs ({rules})"]
     if results["meaningless"]:
         lines = [f"MEANINGLESS, since {results['meaningless']}: this Con-D cannot judge these data.", *lines]
+    if results["doubt"]:
+        lines.append(results["doubt"])
     if not results["mined"]:
         lines.append("Nothing was mined: pairs.parquet holds the original pairs alone.")
     if results.get("mined_truly_match") is not None:
