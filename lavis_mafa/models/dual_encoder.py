@@ -93,7 +93,7 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
             found["text_embeds_proj"] = F.normalize(self.text_proj(found["text_embeds"]), dim=-1)
         if "multimodal" in modes:
             found["multimodal_embeds"] = self.fused(found["image_embeds"], found["text_embeds"], ids, mask)
-        asked = {"image": ("image_embeds", "image_embeds_proj"), "text": ("text_embeds", "text_embeds_proj")}
+        asked: dict[str, tuple[str, ...]] = {name: (f"{name}_embeds", f"{name}_embeds_proj") for name in ("image", "text")}
         asked["multimodal"] = self.of_multimodal
         return self.feature_output(**{name: found[name] for m in modes for name in asked[m]})
 
