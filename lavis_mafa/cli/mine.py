@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--margin", type=float, default=0.0, help="and of at least this share of the own pair's probability, e.g. 0.95 (default: 0)"
     )
     parser.add_argument("--per-image", type=int, metavar="K", help="at most so many new captions an image (default: all)")
+    parser.add_argument(
+        "--at-most",
+        type=int,
+        metavar="N",
+        help="at most so many new pairs, the most probable ones; 2000000 in the paper (default: all)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_share("--margin", arguments.margin)
     if arguments.per_image is not None and arguments.per_image < 1:
         raise UserError(f"--per-image is {arguments.per_image}, but must be at least 1.")
+    if arguments.at_most is not None and arguments.at_most < 1:
+        raise UserError(f"--at-most is {arguments.at_most}, but must be at least 1.")
     from lavis_mafa.analysis.connections.folder import check_unfinished
 
     check_unfinished(arguments.output, RESULT)
@@ -81,6 +89,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) 
         "threshold": arguments.threshold,
         "margin": arguments.margin,
         "per_image": arguments.per_image,
+        "at_most": arguments.at_most,
         "layout": 2,  # of the blocks' files
     }
     parts = arguments.output / "blocks"
@@ -119,7 +128,8 @@ def _finish(arguments: argparse.Namespace, dataset: Any, rows: Any, source: Any,
     if not judged.num_rows:
         raise UserError(f"none of {len(bad)} samples could be read, the first because of {bad[0]['reason']}.")
     keys = rows.image_keys.numpy()
-    outcome = choose(judged, keys, source.table["caption"], Rules(arguments.threshold, arguments.margin, arguments.per_image))
+    rules = Rules(arguments.threshold, arguments.margin, arguments.per_image, arguments.at_most)
+    outcome = choose(judged, keys, source.table["caption"], rules)
     truth = getattr(dataset, "truth", None), getattr(dataset, "concepts", None)
     results = mine_results(judged, outcome, keys, bad, *truth, arguments.threshold)
     about = {"cfg_path": arguments.cfg_path, "options": arguments.options, "con_d": arguments.con_d, "data": len(rows)}

@@ -100,7 +100,7 @@ def one_training_set(like: ImageTextPairs, parts: Sequence[ImageTextPairs | Retr
 
 
 def shared_keys(tables: Sequence[pa.Table]) -> Tensor:
-    """LongTensor[N] over all tables: their own image keys, an ``image_id`` meaning something within its table alone, except that images
+    """LongTensor[N] over all tables: their own image keys, which mean something within their table alone, except that images
     of one path are one.
 
     Example:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import pytest
 import torch
 
+from lavis_mafa.analysis.connections import counting
 from lavis_mafa.analysis.connections.blocks import encoded_blocks
 from lavis_mafa.analysis.connections.candidates import (
     Known,
@@ -23,6 +27,7 @@ from lavis_mafa.models.retrieval_scoring import best_query
 THRESHOLDS = (0.4, 0.6)
 
 
+@cache
 def encoded(model, data):
     """Images and texts one at a time: (states, features) each."""
     with torch.no_grad():
@@ -205,6 +210,78 @@ def test_tallies_of_two_ranks_are_the_tally_of_all():
     assert one.against_truth()["brier"] == pytest.approx(both.against_truth()["brier"])
     assert [b["pairs"] for b in one.against_truth()["calibration"]] == both.judged.tolist()
     assert one.counts(0.83)[0]["wrt_image"] == pytest.approx(0.83 * int(one.false[0, 0]))
+
+
+def test_a_threshold_itself_is_no_match():
+    tally = Tally((0.5, 0.75))
+    tally.add(torch.tensor([0.5, 0.75, 0.76, 0.9]), torch.tensor([True, True, True, False]))
+    assert tally.false.tolist() == [[1, 0], [1, 1]] and tally.negatives.tolist() == [2, 1] and tally.lonely.tolist() == [0, 1]
+
+
+def test_calibration_is_that_of_its_bins():
+    """Mean probability and share of true matches bin by bin, and the error that they add up to."""
+    generator = torch.Generator().manual_seed(0)
+    scores, true = torch.rand(200, generator=generator), torch.rand(200, generator=generator) > 0.4
+    exists = torch.rand(200, generator=generator) > 0.2
+    tally = Tally((0.5,))
+    tally.add(scores, exists, true)
+    bins = [
+        [(float(p), bool(t)) for p, t, e in zip(scores, true, exists, strict=True) if e and k <= 10 * float(p) < k + 1]
+        for k in range(10)
+    ]
+    found = tally.against_truth()
+    for pairs, one in zip(bins, found["calibration"], strict=True):
+        assert one["pairs"] == len(pairs)
+        assert one["mean_probability"] == pytest.approx(sum(p for p, _ in pairs) / len(pairs))
+        assert one["true_share"] == pytest.approx(sum(t for _, t in pairs) / len(pairs))
+    error = sum(abs(sum(p for p, _ in pairs) - sum(t for _, t in pairs)) for pairs in bins) / int(exists.sum())
+    assert found["calibration_error"] == pytest.approx(error)
+    assert found["true"] == {"image": int((true & exists)[:100].sum()), "text": int((true & exists)[100:].sum())}
+
+
+@pytest.mark.parametrize("arch", ["albef_mafa", "blip2_mafa"])
+def test_a_candidates_similarity_is_its_cosine(kit, models, arch):
+    (block,) = encoded_blocks(kit.encoder_of(models[arch]), kit.rows(14), blocks_of(torch.arange(14), 14))
+    found = hardest_negatives(block, batches_of(torch.randperm(14, generator=torch.Generator().manual_seed(0)), 7))
+    cosines = best_query(block.image_features, block.text_features)
+    assert found.exists.any() and len(found) == 28
+    torch.testing.assert_close(found.similarity[found.exists], cosines[found.image, found.text][found.exists])
+
+
+def test_ranks_share_the_blocks_and_add_up(kit, monkeypatch):
+    """Two and three ranks, one after the other in this process, count what one counts; each reads its own blocks alone."""
+
+    def run():
+        read: list[int] = []
+        rows = kit.rows(23, broken=(4,))
+        count = count_false_negatives(
+            kit.encoder, rows, shuffled(23, 5), samplings([4], [6]), (0.4,), 5, batch_size=4, progress=read.append
+        )
+        return count, sum(read)
+
+    def plain(count):
+        tallies = [(t.false.tolist(), t.negatives.tolist(), t.both.tolist(), t.scores.counts.tolist()) for t in count.tallies.values()]
+        return tallies, count.samples, count.unreadable, count.own.counts.tolist(), count.shuffled.counts.tolist()
+
+    alone, read_by_one = run()
+    for world in (2, 3):
+        monkeypatch.setattr(counting, "world_size", lambda world=world: world)
+        handed: list[list] = []
+        for me in range(world):  # first what each hands over, then what each makes of all
+            mine: list = []
+            monkeypatch.setattr(counting, "rank", lambda me=me: me)
+            monkeypatch.setattr(counting, "gather_objects", lambda own, mine=mine: (mine.append(copy.deepcopy(own)), [own])[1])
+            run()
+            handed.append(mine)
+        shares = []
+        for me in range(world):
+            turns = iter(zip(*handed, strict=True))
+            monkeypatch.setattr(counting, "rank", lambda me=me: me)
+            monkeypatch.setattr(counting, "gather_objects", lambda own, turns=turns: list(next(turns)))
+            count, read = run()
+            assert plain(count) == plain(alone)
+            shares.append(read)
+        assert sum(shares) == read_by_one == 23 and max(shares) < 23
 
 
 def test_the_order_of_ways():

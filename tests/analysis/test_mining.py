@@ -21,6 +21,7 @@ from lavis_mafa.analysis.connections.choosing import (
     NO_CANDIDATE,
     OUTCOMES,
     OVER,
+    OVER_ALL,
     TWICE,
     Rules,
     choose,
@@ -50,7 +51,12 @@ def random_case(seed):
         image, text = rng.randrange(-1, count), rng.randrange(count)
         p, own = rng.choice([0.1, 0.5, 0.8, 0.9, 0.95]), rng.choice([0.2, 0.9, 1.0])
         rows.append({"image": image, "text": text, "caption": rng.choice(captions[text]), "probability": p, "own_probability": own})
-    return rows, keys, captions, Rules(rng.choice([0.0, 0.5, 0.8]), rng.choice([0.0, 0.95]), rng.choice([None, 1, 2]))
+    return (
+        rows,
+        keys,
+        captions,
+        Rules(rng.choice([0.0, 0.5, 0.8]), rng.choice([0.0, 0.95]), rng.choice([None, 1, 2]), rng.choice([None, 1, 3])),
+    )
 
 
 def by_hand(rows, keys, captions, rules):
@@ -73,8 +79,9 @@ def by_hand(rows, keys, captions, rules):
             has.add(pair)
             by_hand.new.append((row["image"], pair[1]))
             over = rules.per_image is not None and taken.get(pair[0], 0) >= rules.per_image
-            outcome[at] = OVER if over else MINED
-            taken[pair[0]] = taken.get(pair[0], 0) + (not over)
+            full = rules.at_most is not None and sum(taken.values()) >= rules.at_most
+            outcome[at] = OVER if over else OVER_ALL if full else MINED
+            taken[pair[0]] = taken.get(pair[0], 0) + (not over and not full)
     return outcome
 
 
@@ -166,6 +173,31 @@ def test_a_pass_is_not_gone_on_with_when_a_caption_or_an_image_path_has_changed(
     for keys, settings in ((torch.tensor([0, 0]), ""), (torch.tensor([0, 1]), "other")):
         with pytest.raises(UserError, match="was begun with data"):
             begun(["a", "b"], [["one"], ["two"]], keys, settings)
+
+
+def test_ranks_share_the_blocks(kit, tmp_path, monkeypatch):
+    whole, write = judge(kit, tmp_path / "whole")[2], mining.write_parquet
+    written: list[list[str]] = []
+
+    def watched(table, path):
+        written[-1].append(path.name)
+        write(table, path)
+
+    monkeypatch.setattr(mining, "write_parquet", watched)
+    monkeypatch.setattr(mining, "world_size", lambda: 2)
+    (tmp_path / "shared").mkdir()
+    rows = kit.rows(30)
+    source = SourceRows(Written(rows.dataset, [[t.upper()] for t in rows.dataset.texts]))
+    for me in (0, 1):  # as if at once: neither sees what the other wrote
+        written.append([])
+        monkeypatch.setattr(mining, "rank", lambda me=me: me)
+        folder = tmp_path / f"rank_{me}"
+        folder.mkdir()
+        mining.mine_blocks(kit.encoder, rows, source, blocks_of(torch.arange(30), 12), folder, batch_size=4, seed=1, encode_batch=5)
+        for name in written[-1]:
+            (folder / name).rename(tmp_path / "shared" / name)
+    assert sorted(map(sorted, written)) == [["block_000000.parquet", "block_000002.parquet"], ["block_000001.parquet"]]
+    assert mining.read_parts(tmp_path / "shared", 3)[0].equals(whole)
 
 
 def test_the_pairs_are_read_back_with_images_that_keep_their_captions_together(kit, tmp_path):

@@ -145,6 +145,8 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("blip2/train/retrieval_coco", "STAGE_1.pth"),
         ("blip2/train/caption_coco", "STAGE_2.pth"),
         ("albef/train/2_discriminator_finetune_coco", "PRETRAINED.pth"),
+        ("albef/train/finetune_flickr", "PRETRAINED.pth"),
+        ("blip/train/finetune_coco", "PRETRAINED.pth"),
     ):  # fine-tuning from nothing is no mistake, so the YAML names a file
         with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
             check_yaml(f"mafa/{name}.yaml", [])

@@ -14,22 +14,23 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.annotations import SAME_IMAGE
 from lavis_mafa.datasets.image_text_pairs import ImageTextPairs
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.datasets.retrieval import RetrievalPairs
 from lavis_mafa.datasets.training_splits import shared_keys, with_training_splits
 
-ids = st.fixed_dictionaries({image: st.sampled_from([None, "1", "2"]) for image in "abcdef"})
+ids = st.fixed_dictionaries({image: st.sampled_from([image, "1", "2"]) for image in "abcdef"})
 split = st.tuples(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=8), ids)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(split, min_size=1, max_size=3))
-def test_images_are_one_by_their_id_within_a_split_and_by_their_path_across(splits):
-    """Connected by plain loops: an id means something within its split alone."""
-    tables = [pa.table({"image": images, "image_id": pa.array([own[i] for i in images], pa.string())}) for images, own in splits]
+def test_images_are_one_as_their_split_says_and_by_their_path_across(splits):
+    """Connected by plain loops: what a split says of its images holds within it alone."""
+    tables = [pa.table({"image": images, SAME_IMAGE: pa.array([own[i] for i in images], pa.string())}) for images, own in splits]
     keys = shared_keys(tables).tolist()
-    rows = [(number, image, own[image] or image) for number, (images, own) in enumerate(splits) for image in images]
+    rows = [(number, image, own[image]) for number, (images, own) in enumerate(splits) for image in images]
     assert len(keys) == len(rows)
     for key, (number, image, own) in zip(keys, rows, strict=True):
         for other_key, (other_number, other_image, other_own) in zip(keys, rows, strict=True):

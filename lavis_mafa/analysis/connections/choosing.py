@@ -16,7 +16,8 @@ MARGIN = "below the margin of the own pair"
 KNOWN = "the image has this caption already"
 TWICE = "found twice"
 OVER = "over the limit per image"
-OUTCOMES = (MINED, NO_CANDIDATE, BELOW, MARGIN, KNOWN, TWICE, OVER)
+OVER_ALL = "over the limit in all"
+OUTCOMES = (MINED, NO_CANDIDATE, BELOW, MARGIN, KNOWN, TWICE, OVER, OVER_ALL)
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Rules:
         threshold: Con-D's probability must be above it.
         margin: and at least this share of the probability of the anchor's own pair; 0 asks for nothing.
         per_image: keep so many captions an image, the most probable ones; None keeps all.
+        at_most: keep so many pairs of these, the most probable ones (2M in MAFA section G.8); None keeps all.
     """
 
     threshold: float = 0.8
     margin: float = 0.0
     per_image: int | None = None
+    at_most: int | None = None
 
 
 def choose(judged: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, rules: Rules) -> np.ndarray:
@@ -67,6 +70,9 @@ def choose(judged: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, 
     drop(~_is_among_first(pair, best_first[outcome[best_first] == 0], 1), TWICE)
     if rules.per_image is not None:
         drop(~_is_among_first(key, best_first[outcome[best_first] == 0], rules.per_image), OVER)
+    if rules.at_most is not None:
+        kept = best_first[outcome[best_first] == 0]
+        outcome[kept[rules.at_most :]] = OUTCOMES.index(OVER_ALL)
     return outcome
 
 

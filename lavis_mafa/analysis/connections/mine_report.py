@@ -89,6 +89,7 @@ def format_mined(results: dict[str, Any]) -> str:
     rules = f"p > {settings['threshold']:g}"
     rules += f", at least {settings['margin']:g} of the own pair's" if settings["margin"] else ""
     rules += f", at most {settings['per_image']} an image" if settings["per_image"] is not None else ""
+    rules += f", at most {settings['at_most']:,}" if settings.get("at_most") is not None else ""
     images = f"{results['images_with_new_captions']:,} images"
     lines = [f"{results['mined']:,} new pairs for {images}, from {results['samples']:,} pairs ({rules})"]
     if results["meaningless"]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from lavis_mafa.analysis.cost.build import can_share
 from lavis_mafa.analysis.cost.flops import Flops, grit_flops_of_pair, recomputed, step_flops
 from lavis_mafa.analysis.cost.memory import GpuMemory, HostMemory, Weights, gpu_memory, grit_memory, lm_logits, saved_bytes, weights_of
@@ -12,6 +14,7 @@ from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, IMAGE, TEXT, StepSiz
 from lavis_mafa.common.errors import UserError
 
 PEAKS = {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0}  # TFLOP/s of an A100 without TF32, as torch multiplies fp32 unless told
+TF32 = 156.0  # with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, as the authors' PyTorch did by itself
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ def make_plan(model: Any, run: Any, wanted: Wanted) -> Plan:
 def _speed(flops_of_pair: float, precision: str, wanted: Wanted) -> tuple[float, str]:
     if wanted.throughput is not None:
         return wanted.throughput, f"{wanted.throughput:,.1f} pairs a second, as given"
-    peak = wanted.peak or PEAKS[precision]
+    tf32 = precision == "fp32" and torch.backends.cuda.matmul.allow_tf32
+    peak = wanted.peak or (TF32 if tf32 else PEAKS[precision])
     whose = "as given" if wanted.peak else f"an A100 in {precision}, assumed"
     speed = wanted.gpus * peak * 1e12 * wanted.share / flops_of_pair
     return speed, f"{100 * wanted.share:g} % of {peak:g} TFLOP/s a GPU ({whose}): {speed:,.0f} pairs a second"
