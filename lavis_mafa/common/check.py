@@ -160,9 +160,9 @@ def check_losses(model: MafaBlock, where: str = "") -> None:
             f"is on, or set ecm.enabled: false.{end}"
         )
     teacher = model.itc.momentum_distillation
-    taught = bool(weights["itc"]) or (isinstance(model, AlbefBlock) and teacher is not None and teacher.mlm and weights["mlm"] > 0)
-    if teacher is not None and model.arch != "blip2_mafa" and not taught:
-        what = f"{keys[0]} and {keys[2]} are" if isinstance(model, AlbefBlock) and teacher.mlm else f"{keys[0]} is"
+    of_words = getattr(teacher, "mlm", False)  # ALBEF's alone has this switch
+    if teacher is not None and model.arch != "blip2_mafa" and not weights["itc"] and not (of_words and weights["mlm"]):
+        what = f"{keys[0]} and {keys[2]} are" if of_words else f"{keys[0]} is"
         raise UserError(
             f"model.itc.momentum_distillation is set, but {what} 0, so its teacher would teach nothing; allowed here: null.{end}"
         )

@@ -140,7 +140,12 @@ def test_a_teacher_without_a_queue(family, tmp_path):
     for _ in range(2):
         output, _ = step(model, batch(family))
         assert output.loss.isfinite()
-    assert not torch.equal(model.vision_proj_m.weight, before) and int(model.queue_ptr) == 0
+    after = model.vision_proj_m.weight.clone()
+    assert not torch.equal(after, before) and int(model.queue_ptr) == 0
+    step(model, batch(family, first_of_window=False))  # the student has not moved since, so the teacher does not
+    assert torch.equal(model.vision_proj_m.weight, after)
+    ramp = model._distillation({"epoch": 0, "iters": 5, "num_iters_per_epoch": 10})
+    assert ramp == pytest.approx(0.4 * 0.5 / model.ramp_up_epochs)
     torch.save({"model": model.state_dict()}, tmp_path / "file.pth")
     other = build(family, itc=itc)
     load_model(other, torch.load(tmp_path / "file.pth", weights_only=True)["model"], "file")
