@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lavis_mafa.common import retrieval_metrics as module
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.retrieval_metrics import retrieval_metrics
 
@@ -90,6 +91,13 @@ def test_ties_do_not_depend_on_the_gallerys_order():
     images, texts = torch.randperm(12), torch.randperm(30)
     again = retrieval_metrics(i2t[images][:, texts], t2i[texts][:, images], relevant[images][:, texts])
     assert again == pytest.approx(retrieval_metrics(i2t, t2i, relevant))
+
+
+def test_how_many_queries_are_ranked_at_once_changes_nothing(monkeypatch):
+    i2t, t2i, relevant = example(1)
+    wanted = retrieval_metrics(i2t, t2i, relevant)
+    monkeypatch.setattr(module, "AT_ONCE", 7)
+    assert retrieval_metrics(i2t, t2i, relevant) == pytest.approx(wanted)
 
 
 def test_a_model_that_tells_nothing_apart_finds_nothing(caplog):

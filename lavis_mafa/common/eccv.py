@@ -125,7 +125,7 @@ def _best(
 ) -> dict[int, list[int]]:
     """Query id -> the ids of its ``top`` highest scores, best first, and of equal ones those that do not match."""
     place = {number: j for j, number in enumerate(found)}
-    ids, best = torch.tensor(found), {}
+    ids, best = torch.tensor(found), dict[int, list[int]]()
     for start in range(0, len(queries), AT_ONCE):
         part = scores[start : start + AT_ONCE]
         part = part if columns is None else part[:, columns]

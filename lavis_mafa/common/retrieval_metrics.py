@@ -30,7 +30,7 @@ def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) 
     Raises:
         UserError: a score is NaN or infinite.
     """
-    results = {}
+    results: dict[str, float] = {}
     for side, query, scores, right in (("tr", "image", scores_i2t, relevant), ("ir", "text", scores_t2i, relevant.T)):
         check_scores(scores, query)
         equal = int((scores == scores[:, :1]).all(dim=1).sum())

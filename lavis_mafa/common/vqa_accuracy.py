@@ -113,7 +113,7 @@ def read_people(path: str | Path) -> dict[Id, Question]:
     for number, row in enumerate(rows):
         row = row if isinstance(row, dict) else {}
         given = row.get("answers")
-        answers = [one.get("answer") if isinstance(one, dict) else one for one in given] if isinstance(given, list) else []
+        answers: list[Any] = [one.get("answer") if isinstance(one, dict) else one for one in given] if isinstance(given, list) else []
         if not isinstance(row.get("question_id"), int | str) or not answers or not all(isinstance(one, str) for one in answers):
             raise UserError(f"{path}, annotations[{number}] has no question_id with a list of answers; {form}.")
         kind = row.get("answer_type")

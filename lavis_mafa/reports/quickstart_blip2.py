@@ -45,8 +45,8 @@ def format_results(results: dict[str, Any]) -> str:
         ["", f"Retrieval of {SPLITS['val']} by stage 1 (per cent){'TR R@1':>21}{'IR R@1':>8}{'mean recall':>13}"] if retrieval else []
     )
     for values in by_score(retrieval) if retrieval else ():
-        cells = zip(("tr_r1", "ir_r1", "agg_metrics"), (8, 8, 13), strict=True)
-        lines.append(f"  ranked by {values.get('rank_by', '-'):<59}" + "".join(f"{values[key]:>{width}.1f}" for key, width in cells))
+        shown = f"{values['tr_r1']:8.1f}{values['ir_r1']:8.1f}{values['agg_metrics']:13.1f}"
+        lines.append(f"  ranked by {values.get('rank_by', '-'):<59}{shown}")
     for split, name in SPLITS.items():
         lines += ["", f'{name}: caption | "what is this?" | right']
         lines += [f"  {e['caption']} | {e['answer']} | {', '.join(e['right'][:3])}" for e in results["examples"][split]]

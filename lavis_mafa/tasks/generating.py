@@ -52,7 +52,7 @@ def joined_on_rank_0(made: dict[Hashable, Made]) -> dict[Hashable, Made] | None:
     if rank() != 0:
         return None
     joined = {name: value for part in parts for name, value in part.items()}
-    return dict(sorted(joined.items())) if all(isinstance(name, int) for name in joined) else joined  # type: ignore[type-var]
+    return dict(sorted(joined.items())) if all(isinstance(name, int) for name in joined) else joined
 
 
 def known_ids(ids: Iterable[int | str], known: dict[int | str, Made]) -> dict[int | str, Made]:

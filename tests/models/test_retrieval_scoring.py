@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +24,10 @@ from lavis_mafa.models.mafa_model import MafaModel
 from lavis_mafa.models.retrieval_scoring import in_fp32, retrieval_scores
 from lavis_mafa.runners.evaluating import evaluate_split
 from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+
+spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
+families = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(families)
 
 IMAGES, TEXTS = 7, 9
 SCORES = ["itm", "itm+itc", "itc"]
@@ -117,6 +123,25 @@ def test_scores_that_are_not_finite_are_an_error_that_names_the_query(part, mess
     getattr(model, part)[2, 4:6] = torch.tensor([float("nan"), float("inf")])
     with pytest.raises(UserError, match=message):
         retrieval_scores(model, Gallery(), 50, "itm")
+
+
+def test_a_score_that_only_texts_ask_for_is_looked_at_too():
+    model = Model()
+    best_text, best_image = model.cosine.argmax(dim=1), model.cosine.argmax(dim=0)
+    text = next(t for t, image in enumerate(best_image.tolist()) if best_text[image] != t)
+    model.logits[best_image[text], text] = float("inf")
+    with pytest.raises(UserError, match=f"1 of 63 retrieval scores are NaN or infinite, those of 1 of 9 texts: text {text} "):
+        retrieval_scores(model, Gallery(), 1, "itm")
+
+
+@pytest.mark.parametrize("family", ["albef", "blip", "blip2"])
+def test_matching_logits_of_every_family_are_fp32(family):
+    model = families.build((family, False)).eval()
+    samples = families.batch((family, False), 2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        text, _ = model.text_rows(samples["text_input"])
+        logits = model.match_rows(model.image_rows(samples["image"])[0], text)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_matching_logits_are_fp32_under_autocast():

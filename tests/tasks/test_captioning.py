@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lavis_mafa.common.caption_metrics import caption_metrics
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.models.blip2_mafa import Blip2Mafa
 from lavis_mafa.tasks.generating import as_id, known_ids
 from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
 
@@ -119,6 +120,13 @@ def test_a_penalty_the_model_does_not_know_is_named(results: Path, caplog: pytes
     assert "length_penalty" not in caplog.text
     evaluate(Gallery(), ModelWithoutPenalty(), run_block(length_penalty=-1.0))
     assert "run.length_penalty is -1.0" in caplog.text
+
+
+def test_lengths_are_those_of_what_is_generated() -> None:
+    """LAVIS's Q-Former counts the token that begins a line."""
+    for model, more in ((Model(), 0), (Blip2Mafa.__new__(Blip2Mafa), 1)):
+        asked = MafaCaptioningTask(run_block())._settings(model)
+        assert (asked["max_length"], asked["min_length"]) == (30 + more, 8 + more)
 
 
 def test_mistakes_are_found_at_the_start(tmp_path: Path) -> None:
