@@ -66,6 +66,15 @@ def test_a_killed_worker_costs_no_step(train, tmp_path, capsys, window, in_step,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(("in_step", "saved"), [(3, "0_3"), (5, "0")])
+def test_a_signal_saves_where_no_checkpoint_was_due(train, tmp_path, in_step, saved):
+    options = ["run.num_workers=0", "run.save_every_epochs=5"]
+    assert train("run", *options, in_step=in_step, do=lambda: os.kill(os.getpid(), signal.SIGUSR1)) == 138
+    assert [path.name for path in the_run(tmp_path / "run").glob("checkpoint*.pth") if "rank" not in path.name] == [
+        f"checkpoint_{saved}.pth"
+    ]
+
+
 def test_a_worker_that_dies_elsewhere_is_one_message(capsys, monkeypatch):
     from lavis_mafa.cli import ls
 
