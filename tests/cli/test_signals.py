@@ -20,6 +20,14 @@ from lavis_mafa.common.errors import death_of_a_worker
 from lavis_mafa.runners.stepping import Stepper
 
 
+@pytest.fixture(autouse=True)
+def not_below_nohup():
+    """Else whoever tests below nohup would see SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def train(run_yaml, monkeypatch):
     """Five steps an epoch; in the step named, the function is called."""
