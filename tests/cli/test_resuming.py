@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.runners.resuming import same_runs
+from lavis_mafa.runners.resuming import rewind, same_runs
 
 NAME = "checkpoint_0_3"
 
@@ -134,3 +134,28 @@ def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
     config = {"run": {"seed": 1}}
     folders = [saved_run(tmp_path, name, config, when) for name, when in (("c", 20), ("a", 30), ("b", 10))]
     assert [*same_runs(tmp_path, config)] == [folders[1], folders[0], folders[2]]
+
+
+@pytest.mark.parametrize(("name", "steps", "evaluated"), [("1_3", 8, [0]), ("1", 10, [0]), ("0", 5, []), ("2_1", 11, [0, 1])])
+def test_a_folder_is_put_back_to_what_its_checkpoint_knows(tmp_path, name, steps, evaluated):
+    """Five steps an epoch, each logged; an epoch is evaluated after it was saved, so a resumed run evaluates it again."""
+    (tmp_path / "connections").mkdir()
+    records = [{"epoch": step // 5, "step": step % 5 + 1} for step in range(15)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"epoch": 2, "st')
+    lines = [{"split": "val", "epoch": epoch} for epoch in (0, 1, 2, "best")]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for epoch in range(3):
+        for part in ("", "_3"):
+            (tmp_path / f"connections/epoch_{epoch}{part}_rank_0.parquet").write_text("")
+    (tmp_path / f"checkpoint_{name}.pth").write_text("")
+    (tmp_path / "checkpoint_2.pth").write_text("damaged")
+    (tmp_path / ".checkpoint_7.pth.part").write_text("")
+    (tmp_path / "bad_samples.jsonl").write_text("")
+    rewind(tmp_path, tmp_path / f"checkpoint_{name}.pth")
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == records[:steps]
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "evaluation.jsonl").open()] == evaluated
+    kept = {path.name for path in (tmp_path / "connections").iterdir()}
+    begun = {f"epoch_{epoch}{part}_rank_0.parquet": 5 * epoch + (3 if part else 0) for epoch in range(3) for part in ("", "_3")}
+    assert kept == {file for file, first in begun.items() if first < steps}
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} == {f"checkpoint_{name}.pth", "checkpoint_2.damaged"}
+    assert not (tmp_path / "bad_samples.jsonl").exists()

@@ -20,6 +20,14 @@ from lavis_mafa.common.errors import death_of_a_worker
 from lavis_mafa.runners.stepping import Stepper
 
 
+@pytest.fixture(autouse=True)
+def not_below_nohup():
+    """Else whoever tests below nohup would see SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def train(run_yaml, monkeypatch):
     """Five steps an epoch; in the step named, the function is called."""
@@ -64,6 +72,15 @@ def test_a_killed_worker_costs_no_step(train, tmp_path, capsys, window, in_step,
     assert train("parts", *options) == 0 and train("whole", *options) == 0
     one, other = (torch.load(the_run(tmp_path / name) / "checkpoint_1.pth", weights_only=True)["model"] for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("in_step", "saved"), [(3, "0_3"), (5, "0")])
+def test_a_signal_saves_where_no_checkpoint_was_due(train, tmp_path, in_step, saved):
+    options = ["run.num_workers=0", "run.save_every_epochs=5"]
+    assert train("run", *options, in_step=in_step, do=lambda: os.kill(os.getpid(), signal.SIGUSR1)) == 138
+    assert [path.name for path in the_run(tmp_path / "run").glob("checkpoint*.pth") if "rank" not in path.name] == [
+        f"checkpoint_{saved}.pth"
+    ]
 
 
 def test_a_worker_that_dies_elsewhere_is_one_message(capsys, monkeypatch):

@@ -40,6 +40,7 @@ RUNS = {
 def train(tmp_path, emoji, tiny_yaml, monkeypatch):
     """Train into a folder below the test's own; a signal comes in the steps named, counted from the start of the process."""
     monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     plain = Stepper.__call__
 
     def start(kind: str, name: str, signal_in: int | None = None, resume: str | None = None, number: int = signal.SIGTERM) -> int:
@@ -59,7 +60,8 @@ def train(tmp_path, emoji, tiny_yaml, monkeypatch):
         arguments = ["train", "--cfg-path", str(yaml or tiny_yaml), "--options", *common, *options]
         return main([*arguments, "--resume", resume] if resume else arguments)
 
-    return start
+    yield start
+    signal.signal(signal.SIGHUP, before)
 
 
 def the_run(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.common.settings import Grit, RunBlock
 from lavis_mafa.runners import vote as vote_module
+from lavis_mafa.runners.grit_feed import GritFeed
+from lavis_mafa.runners.runner_mafa import RunnerMafa
+from lavis_mafa.runners.saving import Saving
 from lavis_mafa.runners.training_loop import TrainingLoop
 from lavis_mafa.runners.vote import Vote
 
@@ -73,3 +77,36 @@ def test_the_teacher_is_moved_once_a_window(window):
     assert [sample["first_of_window"] for sample in prepared] == [step in range(0, 7, window) for step in range(7)]
     assert [(s["epoch"], s["iters"], s["num_iters_per_epoch"], s["grouped"]) for s in prepared] == [(3, n, 7, True) for n in range(7)]
     assert seen.seen == 28
+
+
+# --- from settings to what acts on them --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scope", "seeds"), [("local", [7, 8]), ("global", [7, 7])])
+def test_the_queue_is_as_the_settings_say(scope, seeds):
+    """In local scope each rank shuffles in its own way; in global scope all must group the same."""
+    for rank, seed in enumerate(seeds):
+        grit = Grit(queue_size=12, search_space=6, batch_scope=scope, example_shuffle=False, memory="rows")
+        queue = GritFeed(grit, 24, 3, rank, 2, seed=7).queue
+        assert (queue.queue_size, queue.search_space, queue.example_shuffle, queue.memory) == (12, 6, False, "rows")
+        assert queue.seed == seed
+    assert GritFeed(Grit(enabled=False), 24, 3, 0, 2, seed=7).queue is None and GritFeed(None, 24, 3, 0, 2, seed=7).queue is None
+
+
+@pytest.mark.parametrize(("horizon", "end"), [(None, 20), (30, 30)])
+def test_the_learning_rate_falls_over_the_horizon(horizon, end):
+    settings = RunBlock(max_epoch=20, lr_horizon_epochs=horizon, init_lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=10)
+    runner = SimpleNamespace(_lr_sched=None, settings=settings, max_epoch=20, steps_per_epoch=50)
+    runner.config = SimpleNamespace(run_cfg={})
+    runner.optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    schedule = RunnerMafa.lr_scheduler.fget(runner)
+    assert [schedule.at(step) for step in (0, 10, end * 50)] == pytest.approx([1e-6, 1e-3, 1e-5])
+    assert schedule.at(20 * 50 - 1) == pytest.approx(1e-5, rel=0.01) if horizon is None else schedule.at(20 * 50) > 2e-4
+
+
+@pytest.mark.parametrize(("scope", "queue", "fits"), [("local", "one", False), ("global", "one", True), ("local", None, True)])
+def test_parts_of_an_order_on_several_ranks_need_all_of_them(scope, queue, fits):
+    runner = SimpleNamespace(settings=RunBlock(grit=Grit(batch_scope=scope)), feed=SimpleNamespace(queue=queue))
+    Saving._check_ranks(runner, 1)
+    with pytest.raises(ValueError, match="saved by 2 processes and is resumed by 1") if not fits else contextlib.nullcontext():
+        Saving._check_ranks(runner, 2)
