@@ -99,7 +99,7 @@ def test_counts_equal_a_loop_over_pairs(kit, models, arch, miner, known):
     rows, encoder = kit.rows(23), kit.encoder_of(models[arch])
     encoder.miner = models.get(miner)
     data, order, seed = rows.dataset, shuffled(23, 5), 5
-    ways = samplings([4, 8], [8, 12])
+    ways = samplings([3, 8], [8, 12])  # a batch of 3 would cross the parts of M = 8
     thresholds = dividing(encoder, rows)
     seen = []
     count = count_false_negatives(encoder, rows, order, ways, thresholds, seed, batch_size=5, known=known, look=seen.append)
