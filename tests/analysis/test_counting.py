@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import cache
 
 import pytest
@@ -16,6 +17,7 @@ from lavis_mafa.analysis.connections.candidates import (
     grouped_order,
     hardest_negatives,
     match_probabilities,
+    shuffled_pairs,
 )
 from lavis_mafa.analysis.connections.counting import Sampling, blocks_of, count_false_negatives, samplings
 from lavis_mafa.analysis.connections.reading import shuffled
@@ -99,7 +101,7 @@ def test_counts_equal_a_loop_over_pairs(kit, models, arch, miner, known):
     rows, encoder = kit.rows(23), kit.encoder_of(models[arch])
     encoder.miner = models.get(miner)
     data, order, seed = rows.dataset, shuffled(23, 5), 5
-    ways = samplings([4, 8], [8, 12])
+    ways = samplings([3, 8], [8, 12])  # a batch of 3 would cross the parts of M = 8
     thresholds = dividing(encoder, rows)
     seen = []
     count = count_false_negatives(encoder, rows, order, ways, thresholds, seed, batch_size=5, known=known, look=seen.append)
@@ -210,6 +212,19 @@ def test_tallies_of_two_ranks_are_the_tally_of_all():
     assert one.against_truth()["brier"] == pytest.approx(both.against_truth()["brier"])
     assert [b["pairs"] for b in one.against_truth()["calibration"]] == both.judged.tolist()
     assert one.counts(0.83)[0]["wrt_image"] == pytest.approx(0.83 * int(one.false[0, 0]))
+
+
+def test_what_is_known_to_match(kit):
+    """By image, by text (white space aside), and which texts a shuffle leaves out."""
+    (block,) = encoded_blocks(kit.encoder, kit.rows(5), blocks_of(torch.arange(5), 5))
+    keys, texts = torch.tensor([0, 1, 2, 2, 0]), ["a dog", "a cat", "a cat", "a  dog", "a cow"]
+    block = dataclasses.replace(block, image_key=keys, captions=texts)
+    by_image, by_text = Known(same_image=True).keys(block), Known(same_image=False, same_text=True).keys(block)
+    assert torch.equal(by_image[0], keys) and len(by_image) == len(by_text) == 1 and len(Known(True, True).keys(block)) == 2
+    same = (by_text[0][:, None] == by_text[0]).int().tolist()
+    assert same == [[1, 0, 0, 1, 0], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    image, text = shuffled_pairs(block)  # not 1 -> 2 (same text), not 2 -> 3 (same image), not 4 -> 0 (same image)
+    assert image.tolist() == [0, 3] and text.tolist() == [1, 4]
 
 
 def test_a_threshold_itself_is_no_match():

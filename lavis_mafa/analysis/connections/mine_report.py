@@ -73,7 +73,8 @@ def medians_of(judged: pa.Table, count: int, threshold: float, truth: Any = None
         lift = ratio(ratio(int(true[above].sum()), int(above.sum())) or 0.0, ratio(int(true.sum()), len(true)) or 0.0)
     own = own_scores(judged, count).drop_null().to_numpy()
     columns = own, judged["shuffled_probability"].to_numpy(), judged["probability"].to_numpy()
-    return Medians(*(None if np.isnan(c).all() else float(np.nanmedian(c)) for c in columns), lift)
+    first, second, third = (None if np.isnan(c).all() else float(np.nanmedian(c)) for c in columns)
+    return Medians(first, second, third, lift)
 
 
 def quartiles(scores: np.ndarray) -> dict[str, float | int | None]:
