@@ -97,7 +97,7 @@ def check_kinds(block: Any, evaluate: bool = False) -> None:
     """The checkpoints that a typed ``model:`` block names are of the right kind and size, and have what the job needs.
 
     Args:
-        evaluate: nothing is trained, so that no language model is asked.
+        evaluate: nothing is trained and no caption written, so that no language head is asked.
 
     Raises:
         UserError: a mix-up; the message says what the file is and where it belongs.

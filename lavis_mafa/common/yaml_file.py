@@ -108,7 +108,7 @@ def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
         if model is not None and any(OmegaConf.select(config, key) for key in CHECKPOINTS):
             from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
 
-            check_kinds(model, evaluate=config.run.get("evaluate") is True)
+            check_kinds(model, evaluate=config.run.get("evaluate") is True and config.run.task != "mafa_captioning")
         _check_loadable(config, str(path))
     return config
 
@@ -228,7 +228,8 @@ def _check_files(config: DictConfig, where: str) -> None:
             raise UserError(f"{key} is {value}, but must be the path of a file. ({where})")
         if (key, value) == ("run.resume_ckpt_path", "auto"):
             continue  # the newest checkpoint of the same run, if there is one
-        there = Path.exists if key in CHECKPOINTS else Path.is_file  # weights may lie in a folder, as Hugging Face's do
+        # weights may lie in a folder, as Hugging Face's do
+        there = Path.exists if key in CHECKPOINTS and not downloads else Path.is_file
         if isinstance(value, str) and not (downloads and "://" in value) and not there(Path(value)):
             hint = " Download it first." if "://" in value else ""
             raise UserError(f"{key} is {value!r}, but there is no such file.{hint} ({where})")
