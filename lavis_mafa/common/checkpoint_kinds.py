@@ -88,7 +88,7 @@ def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False
 
     Args:
         absent: keys of checkpoints that are known not to be there.
-        evaluate: nothing is trained, so that no language model is asked.
+        evaluate: nothing is trained and no caption written, so that no language head is asked.
 
     Raises:
         UserError: a mix-up; the message says what the file is and where it belongs.

@@ -117,7 +117,8 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[DictConf
         if model is not None and any(at(config, key) for key in CHECKPOINTS if key not in absent):
             from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
 
-            found(check_kinds, model, absent, config.run.get("evaluate") is True)
+            silent = config.run.get("evaluate") is True and config.run.task != "mafa_captioning"  # asks no language head
+            found(check_kinds, model, absent, silent)
         found(_check_loadable, config, where, absent)
         _check_data_files(config, found)
     return config, data is not None, found
@@ -344,7 +345,8 @@ def _check_files(config: DictConfig, where: str, found: Mistakes) -> set[str]:
             absent.add(key)
         if (key, value) == ("run.resume_ckpt_path", "auto"):
             continue  # the newest checkpoint of the same run, if there is one
-        there = Path.exists if key in CHECKPOINTS else Path.is_file  # weights may lie in a folder, as Hugging Face's do
+        # weights may lie in a folder, as Hugging Face's do
+        there = Path.exists if key in CHECKPOINTS and not downloads else Path.is_file
         if isinstance(value, str) and not (downloads and "://" in value) and not there(Path(value)):
             hint = " Download it first." if "://" in value else ""
             found.add(f"{key} is {value!r}, but there is no such file.{hint} ({where})")

@@ -41,7 +41,7 @@ class MafaTask(BaseTask):
         model = typed_block("model", cfg.model_cfg) if cfg.model_cfg.arch in MODEL_BLOCKS else None
         check_combinations(model, run)  # again: LAVIS's own train.py comes here without our command line
         if model is not None:
-            check_kinds(model, evaluate=run.evaluate)
+            check_kinds(model, evaluate=run.evaluate and run.task != "mafa_captioning")
             check_device(model, run.device if torch.cuda.is_available() else "cpu", run.precision)
             for text in doubtful(model, run) if rank() == 0 else ():
                 logger.warning(text)

@@ -70,7 +70,7 @@ LAYOUTS = {
     "sharded safetensors": lambda state, folder: sharded(state, folder, "safetensors"),
     "sharded bin": lambda state, folder: sharded(state, folder, "bin"),
     "a folder": folder_of,
-    "a folder of parts": lambda state, folder: sharded(prefixed("model.", state), folder, "safetensors").parent,
+    "a folder of parts": lambda state, folder: sharded(prefixed("model.module.", state), folder, "safetensors").parent,
     "safetensors by another name": lambda state, folder: (
         folder_of(state, folder) and (folder / "model.safetensors").rename(folder / "a.bin")
     ),
