@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lavis_mafa.common.check import FAMILIES, con_d_block
-from lavis_mafa.common.errors import Mistakes, UserError
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.weights import read_weights
 
 logger = logging.getLogger(__name__)
@@ -41,26 +40,22 @@ def kind_of(shapes: Shapes) -> str | None:
     return ALBEF if any(name.startswith("text_encoder.") for name in shapes) else None
 
 
-def check_kinds(block: Any, absent: Collection[str] = ()) -> None:
-    """The checkpoints that a typed ``model:`` block names are of the right kind and of the sizes that are set.
-
-    Args:
-        absent: keys of checkpoints that are known not to be there.
+def check_kinds(block: Any) -> None:
+    """The checkpoints that a typed ``model:`` block names are of the right kind, and Con-D's Q-Former of the right size.
 
     Raises:
         UserError: a mix-up; the message says what the file is and where it belongs.
     """
-    found = Mistakes()
-    named = [("model.pretrained", block.pretrained, OF_MODEL[block.arch], block.arch, block)]
-    named.append(("model.stage_1", getattr(block, "stage_1", None), STAGE_1, block.arch, block))
+    if block.pretrained is not None:
+        _expect(OF_MODEL[block.arch], block.pretrained, "model.pretrained", block.arch)
+    if getattr(block, "stage_1", None) is not None:
+        _expect(STAGE_1, block.stage_1, "model.stage_1", block.arch)
     con_d = getattr(block, "discriminator", None)
-    if con_d is not None and block.ecm.enabled and con_d.arch != "ground_truth":
+    if con_d is not None and con_d.checkpoint and block.ecm.enabled and con_d.arch != "ground_truth":
         family = OF_MODEL[FAMILIES[con_d.arch]]
-        named.append(("model.discriminator.checkpoint", con_d.checkpoint, family, con_d.arch, con_d_block(block)))
-    for key, path, kind, arch, settings in named:
-        if path is not None and key not in absent and (shapes := found(_expect, kind, path, key, arch)) is not None:
-            found(_check_size, settings, shapes, path, key)
-    found.end()
+        shapes = _expect(family, con_d.checkpoint, "model.discriminator.checkpoint", con_d.arch)
+        if family == STAGE_1:
+            _check_qformer(con_d_block(block).qformer, shapes, con_d.checkpoint)
 
 
 def report_keys(model: torch.nn.Module, config: Any) -> None:
@@ -102,52 +97,13 @@ def _expect(wanted: str, path: str, key: str, arch: str) -> Shapes:
     return shapes
 
 
-def _check_size(settings: Any, shapes: Shapes, path: str, key: str) -> None:
-    """The parts have the sizes that are set, as far as the file has them."""
-    names = {"image_encoder": "a ViT", "text_encoder": "a text encoder", "qformer": "a Q-Former"}
-    for part, found in sizes_of(shapes).items():
-        block = getattr(settings, part, None)
-        wanted = {name: getattr(block, name, None) for name in found}
-        if block is not None and found != wanted:
-            parent = "model.discriminator" if key == "model.discriminator.checkpoint" else "model"
-            raise UserError(
-                f"{key}: {path} does not fit the model: it has {names[part]} of {_size(found)}, but {_size(wanted)} is set; "
-                f"give its sizes in {parent}.{part}."
-            )
-
-
-def _size(sizes: dict[str, Any]) -> str:
-    """``12 layers of width 768 with 32 queries``"""
-    words = {"queries": " with {} queries", "fusion_layer": ", {} of them for texts alone", "patch_size": " with patches of {} pixels"}
-    more = "".join(text.format(sizes[name]) for name, text in words.items() if name in sizes)
-    return f"{sizes.get('layers', sizes.get('depth'))} layers of width {sizes['width']}{more}"
-
-
-def sizes_of(shapes: Shapes) -> dict[str, dict[str, int]]:
-    """The sizes that names and shapes tell, by the part's block in a YAML.
-
-    Example:
-        >>> sizes_of(shapes_of("albef.pth", "model.pretrained"))["text_encoder"]
-        {'layers': 12, 'width': 768, 'fusion_layer': 6}
-    """
-    shapes = {name.replace("text_encoder.bert.", "text_encoder."): shape for name, shape in shapes.items()}
-    sizes: dict[str, dict[str, int]] = {}
-    if "visual_encoder.patch_embed.proj.weight" in shapes:
-        width, _, patch, _ = shapes["visual_encoder.patch_embed.proj.weight"]
-        sizes["image_encoder"] = {"depth": _count("visual_encoder.blocks.", shapes), "width": width, "patch_size": patch}
-    if "query_tokens" in shapes:
-        queries, width = shapes["query_tokens"][1:]
-        sizes["qformer"] = {"layers": _count("Qformer.bert.encoder.layer.", shapes), "width": width, "queries": queries}
-    word_embeddings = "text_encoder.embeddings.word_embeddings.weight"
-    if word_embeddings in shapes:
-        encoder = "text_encoder.encoder.layer."
-        sizes["text_encoder"] = {"layers": _count(encoder, shapes), "width": shapes[word_embeddings][1]}
-        if f"{encoder}0.crossattention.self.query.weight" not in shapes:
-            crossing = [int(n.split(".")[3]) for n in shapes if n.startswith(encoder) and ".crossattention." in n]
-            sizes["text_encoder"]["fusion_layer"] = min(crossing, default=sizes["text_encoder"]["layers"])
-    return sizes
-
-
-def _count(prefix: str, shapes: Shapes) -> int:
-    """``N`` where the names go on with 0. to N - 1."""
-    return 1 + max((int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)), default=-1)
+def _check_qformer(settings: Any, shapes: Shapes, path: str) -> None:
+    queries, width = shapes["query_tokens"][1:]
+    layers = 1 + max((int(n.split(".")[4]) for n in shapes if n.startswith("Qformer.bert.encoder.layer.")), default=-1)
+    found, wanted = (layers, width, queries), (settings.layers, settings.width, settings.queries)
+    if found != wanted:
+        size = "{} layers of width {} with {} queries"
+        raise UserError(
+            f"model.discriminator.checkpoint: {path} has a Q-Former of {size.format(*found)}, but {size.format(*wanted)} is set; "
+            "give its sizes in model.discriminator.qformer."
+        )

@@ -29,17 +29,18 @@ from lavis_mafa.processors.settings import SETTINGS
 PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval")
 
 
-def prepare(name: str, options: list[str], files: bool = True) -> tuple[DictConfig, Any]:
+def prepare(name: str, options: list[str], files: bool = True, device: bool = True) -> tuple[DictConfig, Any]:
     """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
 
     Args:
         name, options, files: as for :func:`check_yaml`.
+        device: False where no model will be built, so that it does not matter what this machine can compute.
 
     Raises:
         UserError: the first mistake found.
     """
     checked = check_yaml(name, options, files)
-    return checked, _config(name, checked)
+    return checked, _config(name, checked, device)
 
 
 def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]:
@@ -77,14 +78,14 @@ def _all_ours(config: DictConfig) -> bool:
     )
 
 
-def _config(name: str, checked: DictConfig) -> Any:
+def _config(name: str, checked: DictConfig, device: bool = True) -> Any:
     """LAVIS's ``Config`` of what was checked, with its data sets' defaults.
 
     Raises:
         UserError: a name that nobody registered, a device that cannot do it, or data that are not there.
     """
     found = Mistakes()
-    if checked.model.arch in MODEL_BLOCKS:
+    if device and checked.model.arch in MODEL_BLOCKS:
         import torch
 
         found(_check_device, checked, torch.cuda.is_available())
@@ -262,6 +263,11 @@ def _check_lavis_files(datasets: DictConfig) -> None:
         info = datasets[name].get("build_info") or {}
         for split, files_of in (info.get("annotations") or {}).items():
             urls, files = ([v] if isinstance(v, str) else list(v or []) for v in (files_of.get("url"), files_of.get("storage")))
+            if len(urls) != len(files):
+                key = f"datasets.{name}.build_info.annotations.{split}"
+                found.add(
+                    f"{key} has {len(urls)} url and {len(files)} storage; allowed: as many of both, where url may be the local file."
+                )
             for url, file in zip(urls, files, strict=False):
                 if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():
                     key = f"datasets.{name}.build_info.annotations.{split}.storage"

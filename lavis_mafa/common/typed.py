@@ -166,7 +166,7 @@ def _check_values(block: Any, path: str, shown: str, where: str, found: Mistakes
         value, key, name = getattr(block, f.name), f"{path}.{f.name}", f"{shown}.{f.name}"
         if dataclasses.is_dataclass(value):
             _check_values(value, key, name, where, found)
-        elif key in CHOICES:
+        elif value is not None and key in CHOICES:
             for word in value if isinstance(value, list) else [value]:
                 if word not in CHOICES[key]:
                     allowed = ", ".join(CHOICES[key])

@@ -111,10 +111,11 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[DictConf
     if files:
         found(_check_folder, config, where)
         absent = _check_files(config, where, found)
-        if model is not None and any(at(config, key) for key in CHECKPOINTS if key not in absent):
-            from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
+        for key in CHECKPOINTS if model is not None else ():
+            if at(config, key) and key not in absent:
+                from lavis_mafa.common.checkpoint_kinds import check_kinds  # imports torch, which costs seconds
 
-            found(check_kinds, model, absent)
+                found(check_kinds, _with_one_checkpoint(model, key))
         found(_check_loadable, config, where, absent)
         _check_data_files(config, found)
     return config, data is not None, found
@@ -157,6 +158,15 @@ def _model(config: DictConfig, where: str, found: Mistakes) -> tuple[DictConfig,
         config.model.ecm = {**config.model.ecm, "enabled": False}  # evaluating needs no Con-D
     model = found(typed_block, "model", config.model, where)
     return config, model if len(found.messages) == before else None
+
+
+def _with_one_checkpoint(model: Any, key: str) -> Any:
+    """The block as if it named no checkpoint but that of ``key``: each is looked at alone, so that one does not hide another."""
+    con_d = getattr(model, "discriminator", None)
+    if con_d is not None and key != "model.discriminator.checkpoint":
+        con_d = dataclasses.replace(con_d, checkpoint=None)
+    others = {name: None for name in ("pretrained", "stage_1") if hasattr(model, name) and key != f"model.{name}"}
+    return dataclasses.replace(model, **others, **({"discriminator": con_d} if hasattr(model, "discriminator") else {}))
 
 
 def _check_environment() -> None:

@@ -44,11 +44,11 @@ def own_splits(name: str, block: Any) -> tuple[str, ...]:
     return tuple(with_files) or SPLITS[name]
 
 
-def missing_files(where: str, files: dict[str, list[Path]], root: Path) -> list[str]:
+def missing_files(where: str, files: dict[str, list[Any]], root: Path) -> list[str]:
     """A message for each annotation file, and for the image folder, that is not there. A folder or a pattern may be several files."""
     messages = []
     for split, paths in files.items():
-        for path in paths:
+        for path in (Path(getattr(file, "path", file)) for file in paths):
             if not path.exists() and not (set("*?[") & set(str(path)) and glob.glob(str(path))):
                 messages.append(f"{where}.annotations.{split}.storage: {path}: no such annotation file.")
     if not root.is_dir():

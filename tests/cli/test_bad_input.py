@@ -328,9 +328,7 @@ def test_a_checkpoint_of_another_model(refused, run_yaml, trained, key):
     file = trained / "checkpoint_0_3.pth"
     sizes = "model.image_encoder={width: 32, heads: 2}"
     said = refused(*train(run_yaml, sizes, KEYS[key].format(file)))
-    assert key in said and "does not fit the model" in said
-    if key != "run.resume_ckpt_path":
-        assert "a ViT of 1 layers of width 16 with patches of 8 pixels, but 1 layers of width 32 with patches of 8 pixels is set" in said
+    assert key in said and "does not fit the model" in said and "wanted [" in said
     other = file.with_name("other.pth")
     torch.save({"model": {"linear.weight": torch.zeros(1)}, "optimizer": {}, "epoch": 0}, other)
     said = refused(*train(run_yaml, KEYS[key].format(other)))
