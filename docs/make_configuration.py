@@ -26,8 +26,8 @@ A YAML has three blocks. `model:` and `run:` are checked against the tables belo
 type, a value out of its choices or range and an impossible combination are one message and exit code 2. `lavis-mafa validate X.yaml`
 tells all of them at once, and looks at the files that the YAML names: annotations (their rows too), image folders, checkpoints,
 tokenizers, the output folder. `--no-files` looks at the YAML alone, where the files are another machine's or not set yet.
-`datasets:` names LAVIS builders; ours are described in [data.md](data.md). Which keys `model:` has depends on `model.arch`, and those of
-`run:` on `run.task`; what is the same everywhere comes first.
+`datasets:` names LAVIS builders; ours are described in [data.md](data.md). Which keys `model:` has depends on `model.arch`, and those
+of `run:` on `run.task`; what is the same everywhere comes first.
 
 What a file may hold: up to 1 MB of texts, numbers, true, false, null, lists and blocks, nested at most 50 deep, and at most 100,000
 values once its aliases are followed. Tags (`!!python/...`) are refused. A whole number is at most 2147483647, `run.seed` at most
