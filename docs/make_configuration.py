@@ -24,10 +24,10 @@ HEAD = """# Configuration
 
 A YAML has three blocks. `model:` and `run:` are checked against the tables below before anything slow starts: an unknown key, a wrong
 type, a value out of its choices or range and an impossible combination are one message and exit code 2. `lavis-mafa validate X.yaml`
-tells all of them at once, and looks at the files that the YAML names: annotations (their rows too), image folders, checkpoints (kind and
-size), tokenizers, the output folder. `--no-files` looks at the YAML alone, where data and checkpoints are another machine's or not set yet.
-`datasets:` names LAVIS builders; ours are described in [data.md](data.md). Which keys `model:` has depends on
-`model.arch`, and those of `run:` on `run.task`; what is the same everywhere comes first.
+tells all of them at once, and looks at the files that the YAML names: annotations (their rows too), image folders, checkpoints,
+tokenizers, the output folder. `--no-files` looks at the YAML alone, where the files are another machine's or not set yet.
+`datasets:` names LAVIS builders; ours are described in [data.md](data.md). Which keys `model:` has depends on `model.arch`, and those
+of `run:` on `run.task`; what is the same everywhere comes first.
 
 What a file may hold: up to 1 MB of texts, numbers, true, false, null, lists and blocks, nested at most 50 deep, and at most 100,000
 values once its aliases are followed. Tags (`!!python/...`) are refused. A whole number is at most 2147483647, `run.seed` at most
@@ -35,13 +35,14 @@ values once its aliases are followed. Tags (`!!python/...`) are refused. A whole
 `cuda` or `cuda:N`; no other device is supported. `run.train_splits`, `valid_splits` and `test_splits` name splits that the data sets
 have, and a processor's `image_size` is that of the model. A processor's block may leave out `name` where the data set has a default.
 
-A path may begin with `~` and hold variables of the environment (`$DATA/pairs.csv`), in every setting and flag; one that is not set is an
-error. Elsewhere a variable is `${oc.env:NAME}`. `${...}` cannot be escaped. LAVIS's and the authors' names of settings (`run.amp`,
-`model.queue_size`, ...) are refused with the name here.
+A path may begin with `~` and hold variables of the environment (`$DATA/pairs.csv`), in every setting and flag; one that is not set is
+an error. Elsewhere a variable is `${oc.env:NAME}`. `${...}` cannot be escaped. LAVIS's and the authors' names of settings (`run.amp`,
+`model.queue_size`, ...) are refused with the name that they have here.
 
-Order of precedence: `--options key=value` (the last where a key is there twice; `--options` may be repeated), the YAML, the model type's defaults (`lavis_mafa/configs/models/`), the defaults below.
-The column *paper* names the table a setting switches rows of (all rows as ready options: `lavis-mafa ablate --list --table mafa-4`;
-BLIP-2's rows are the files of `projects/mafa/blip2/train/`), or the section that defines it.
+Order of precedence: `--options key=value` (it may be repeated; of a key that is there twice the last), the YAML, the model type's
+defaults (`lavis_mafa/configs/models/`), the defaults below. The column *paper* names the table a setting switches rows of (all rows as
+ready options: `lavis-mafa ablate --list --table mafa-4`; BLIP-2's rows are the files of `projects/mafa/blip2/train/`), or the section
+that defines it.
 
 `lavis-mafa ablate --table mafa-4 --base X.yaml` runs a table's rows on a YAML of yours, with three seeds, and prints mean and spread
 beside the paper's figures; what is finished is not run again, and `--dry-run` prints command lines for a cluster. With `--emoji` it
@@ -65,7 +66,7 @@ Combinations that are refused:
   (`freeze: false`) in anything but fp32; training stage 2 on an OPT in fp16 without `run.precision: fp16`, whose loss scaling it needs.
 - **Sizes** that do not divide (width by heads, image by patch); `fusion_layer` not below `layers`.
 - **Checkpoints of the wrong kind**, read from their names and shapes when a job starts: a stage 1 as `pretrained` of stage 2 or the
-  other way round, an ALBEF, BLIP or BLIP-2 with T5 where another is needed, one whose ViT, text encoder or Q-Former has other sizes than are set.
+  other way round, an ALBEF, BLIP or BLIP-2 with T5 where another is needed, a Con-D whose Q-Former has other sizes than are set.
 """
 
 # key -> (meaning, paper)

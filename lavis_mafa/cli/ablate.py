@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lavis_mafa.common.errors import UserError
 
@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/ablate"), help="for runs and tables (default: output/ablate)")
     parser.add_argument("--dry-run", action="store_true", help="print the command lines of what is not finished, for a cluster")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of the base in all rows")
+
+
+def run_job(name: str, options: list[str]) -> Any:
+    """As :func:`lavis_mafa.common.job.run_job`, for whose imports `--help` does not wait."""
+    from lavis_mafa.common import job
+
+    return job.run_job(name, options)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -107,7 +114,6 @@ def _check_rows(rows: list[Row], base: str, options: list[str], oracle: list[str
 
 def _train(table: Table, benchmark: str, base: str, options: list[str], trials: list[Trial], chosen: list[Trial], folder: Path) -> None:
     from lavis_mafa.analysis.ablation.results import collect, format_terminal, write_results
-    from lavis_mafa.common.job import run_job
 
     started, trained = time.perf_counter(), 0
     for number, trial in enumerate(chosen, start=1):
@@ -129,7 +135,6 @@ def _train(table: Table, benchmark: str, base: str, options: list[str], trials: 
 def _emoji_start(output: Path, options: list[str]) -> list[str]:
     """Data and Con-D, made once; the options by which a run starts from them."""
     from lavis_mafa.analysis.ablation.runs import plan_run
-    from lavis_mafa.common.job import run_job
     from lavis_mafa.datasets.emoji import build_emoji
     from lavis_mafa.reports.run_files import last_checkpoint
 

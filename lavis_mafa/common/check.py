@@ -302,10 +302,14 @@ def check_splits(config: DictConfig, where: str = "", splits: Mapping[str, Seque
         splits: data set -> its splits, of all; default: of ours, and nothing is said where LAVIS's are among them.
     """
     run, end, found = config.run, in_file(where), Mistakes()
+    for key in ("valid_splits", "test_splits"):
+        if "train" in (run.get(key) or []) and run.get("runner", "runner_mafa") == "runner_mafa":
+            found.add(f"{evaluates_training(f'run.{key}')}{end}")
     ours, evaluates = run.get("task") in RUN_BLOCKS, run.get("evaluate") is True
     if splits is None:
         splits = {name: own_splits(name, config.datasets[name]) for name in map(str, config.datasets) if name in SPLITS}
     if len(splits) < len(config.datasets):
+        found.end()
         return
     known = list(dict.fromkeys(split for of_one in splits.values() for split in of_one))
     trained = run.get("train_splits", ["train"] if ours else []) or []
@@ -315,12 +319,20 @@ def check_splits(config: DictConfig, where: str = "", splits: Mapping[str, Seque
     used |= {key: run.get(key) or [] for key in ("valid_splits", "test_splits")}
     for key, wanted in used.items():
         for split in wanted:
+            if split == "train" and key != "train_splits":
+                continue
             if split not in known:
                 hint = _how_to_set(split, splits)
                 found.add(f"run.{key} is {split!r}, but {', '.join(splits)} has: {', '.join(known)}.{hint}{end}")
-            elif split == "train" and key != "train_splits" and (ours or run.get("runner", "runner_mafa") == "runner_mafa"):
-                found.add(f"{evaluates_training(f'run.{key}')}{end}")
     found.end()
+
+
+def evaluates_training(key: str) -> str:
+    """The message about a split that has no gallery."""
+    return (
+        f"{key} names 'train', whose samples are pairs to train on and no gallery to evaluate; give its file a second name, as "
+        "annotations.val.storage, and evaluate val."
+    )
 
 
 def _how_to_set(split: str, splits: Mapping[str, Sequence[str]]) -> str:
@@ -331,14 +343,6 @@ def _how_to_set(split: str, splits: Mapping[str, Sequence[str]]) -> str:
         if nearest and nearest[0] in SPLITS.get(name, ()) and nearest[0] not in splits[name]:
             return f"{hint if nearest[0] != split else ''} Its file is datasets.{name}.build_info.annotations.{nearest[0]}.storage."
     return hint
-
-
-def evaluates_training(key: str) -> str:
-    """The message about a split that has no gallery."""
-    return (
-        f"{key} names 'train', whose samples are pairs to train on and no gallery to evaluate; give its file a second name, as "
-        "annotations.val.storage, and evaluate val."
-    )
 
 
 def check_image_sizes(model: Any, data: DictConfig, run: DictConfig, where: str = "") -> None:

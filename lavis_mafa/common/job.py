@@ -266,7 +266,7 @@ def _check_lavis_blocks(datasets: DictConfig, registry: Any) -> None:
 def _splits(datasets: DictConfig) -> dict[str, tuple[str, ...]]:
     """What each data set will have; LAVIS's builders go by the annotations that are named, and a few by something else."""
     splits = {}
-    for name, data in datasets.items():
+    for name, data in ((str(name), data) for name, data in datasets.items()):
         if name in SPLITS:
             splits[name] = own_splits(name, data)
         elif annotations := at(data, "build_info.annotations"):
@@ -293,7 +293,7 @@ def _check_lavis_files(datasets: DictConfig) -> None:
                 if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():
                     key = f"datasets.{name}.build_info.annotations.{split}.storage"
                     found.add(f"{key} is {file!r}, but there is no file {get_cache_path(file)}, and {url!r} is no address.")
-        folder = OmegaConf.select(info, "images.storage") if info else None
+        folder = at(info, "images.storage")
         if isinstance(folder, str) and not Path(get_cache_path(folder)).is_dir():
             key = f"datasets.{name}.build_info.images.storage"
             found.add(f"{key} is {folder!r}, but there is no folder {get_cache_path(folder)}.")

@@ -70,7 +70,7 @@ def expand_settings(config: DictConfig) -> None:
         if isinstance(block, DictConfig) and isinstance(block.get(last), str):
             block[last] = found(expanded, block[last], key) or block[last]
     datasets = config.get("datasets")
-    for name in datasets if isinstance(datasets, DictConfig) else ():
+    for name in map(str, datasets if isinstance(datasets, DictConfig) else ()):
         _expand_all(at(datasets, f"{name}.build_info"), f"datasets.{name}.build_info", found)
     found.end()
 

@@ -208,7 +208,7 @@ def _no_references(node: Any, key: str, path: Path) -> None:
     if isinstance(node, DictConfig | ListConfig):
         items = enumerate(node._iter_ex(resolve=False)) if isinstance(node, ListConfig) else node.items_ex(resolve=False)
         for name, child in items:
-            _no_references(child, f"{key}.{name}".lstrip("."), path)
+            _no_references(child, f"{key}.{name!s}".lstrip("."), path)
     elif isinstance(node, str) and "${" in node:
         raise UserError(f"{key} is {node!r}, but a setting cannot hold ${{...}} as text. ({path})")
 
@@ -271,7 +271,7 @@ def _check_lavis_info(name: str, block: DictConfig, where: str) -> None:
         if part in ("annotations", "images"):
             found(_must_be_block, block, key, where, f"{name}.")
         annotations = at(block, key) if part == "annotations" else None
-        splits = [f"{key}.{split}" for split in annotations] if isinstance(annotations, DictConfig) else []
+        splits = [f"{key}.{split}" for split in map(str, annotations)] if isinstance(annotations, DictConfig) else []
         for split in [key] if part == "images" else splits:
             found(_must_be_block, block, split, where, f"{name}.")
             for kind in ("url", "storage"):

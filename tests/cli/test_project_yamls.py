@@ -150,9 +150,10 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
     ):  # fine-tuning from nothing is no mistake, so the YAML names a file
         with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
             check_yaml(f"mafa/{name}.yaml", [])
-    assert main(["validate", "mafa/albef/train/pretrain.yaml", "mafa/albef/train/grit_vlp.yaml"]) == 2
-    output = capsys.readouterr()
-    assert "grit_vlp.yaml: fine" in output.out and "pretrain.yaml: model.discriminator.checkpoint is null" in output.err
+    assert main(["validate", "mafa/albef/train/pretrain.yaml"]) == 2
+    said = capsys.readouterr().err
+    for words in ("model.discriminator.checkpoint is null", "coco_caption.build_info.images.storage is", "cc3m.json' is no address"):
+        assert words in said
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -567,7 +568,9 @@ def test_the_chain_of_albef_hands_every_checkpoint_on(launch):
     assert launch("albef_mafa.sh", "3") == made[2:]
 
 
-def test_the_same_chain_on_emoji(launch):
+def test_the_same_chain_on_emoji(launch, tmp_path):
+    (tmp_path / "data/emoji").mkdir(parents=True)
+    (tmp_path / "data/emoji/truth.parquet").touch()
     build, first, second, mafa = launch("emoji_mafa.sh", "run.seed=43")
     assert build == "build-emoji data/emoji" and first.endswith("con_d_1.yaml --options run.seed=43")
     half = f"model.pretrained=output/quickstart/con_d_1/{LAST}/checkpoint_9.pth"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 import lavis_mafa
@@ -73,7 +72,7 @@ NOT_TRAINED = [  # options, words of the message
     (["datasets.grit_pairs.build_info.images.storage=none"], "The image folder none does not exist"),
     (["run.valid_splits=[val]"], "run.valid_splits is 'val', but grit_pairs has: train. Its file is"),
     (["run.test_splits=[tset]"], "Did you mean 'test'? Its file is datasets.grit_pairs.build_info.annotations.test.storage"),
-    (["run.test_splits=[train]"], "run.test_splits is 'train', which is read for training alone"),
+    (["run.test_splits=[train]"], "run.test_splits names 'train', whose samples are pairs to train on"),
     (["run.valid_splits=[val]", "datasets.grit_pairs.build_info.annotations.val.storage=none.csv"], "val.storage: none.csv: no such"),
     (["run.train_splits=[train, vla]"], "run.train_splits is 'vla'"),
     (["run.runner=runner_iter"], "run.runner is runner_iter, which cannot run mafa_pretrain; allowed: runner_mafa"),
@@ -128,40 +127,6 @@ def test_evaluating_without_a_split(refused_early, run_yaml, trained, told):
     assert "there is nothing to evaluate on" in said and "run.test_splits=[test]" in said
     (line,) = told(run_yaml, *options, "run.evaluate=true")
     assert line in said
-
-
-# names and shapes of checkpoints whose sizes are others than those of BASE: (block of Con-D, weights, words)
-VIT = {"visual_encoder.patch_embed.proj.weight": (16, 3, 8, 8), "visual_encoder.blocks.0.norm1.weight": (16,)}
-TEXT = {
-    "text_encoder.embeddings.word_embeddings.weight": (9, 16),
-    "text_encoder.encoder.layer.1.crossattention.self.query.weight": (16, 16),
-}
-BLIP_TEXT = {f"text_encoder.encoder.layer.{n}.crossattention.self.query.weight": (16, 16) for n in (0, 1)}
-OTHER_SIZES = [
-    ("albef_mafa", {**TEXT, **VIT, "visual_encoder.blocks.1.norm1.weight": (16,)}, "a ViT of 2 layers of width 16"),
-    ("albef_retrieval", {**TEXT, "visual_encoder.patch_embed.proj.weight": (96, 3, 8, 8)}, "of width 96 with patches of 8"),
-    (
-        "albef_mafa",
-        {**VIT, **{n.replace("encoder.", "encoder.bert.", 1): s for n, s in TEXT.items()}, "text_encoder.encoder.layer.2.x": (1,)},
-        "3",
-    ),
-    (
-        "blip_mafa",
-        {**VIT, **BLIP_TEXT, "text_encoder.embeddings.word_embeddings.weight": (9, 24)},
-        "a text encoder of 2 layers of width 24",
-    ),
-]
-
-
-@pytest.mark.parametrize(("arch", "shapes", "words"), OTHER_SIZES)
-def test_a_con_d_of_another_size(told, run_yaml, tmp_path, arch, shapes, words):
-    torch.save({"model": {name: torch.zeros(shape) for name, shape in shapes.items()}}, tmp_path / "c.pth")
-    fusion = ", fusion_layer: 1" if arch.startswith("albef") else ""
-    sizes = (
-        "image_encoder: {width: 16, depth: 1, heads: 1, patch_size: 8}, text_encoder: {width: 16, layers: 2, heads: 1" + fusion + "}"
-    )
-    (said,) = told(run_yaml, f"model.discriminator={{arch: {arch}, checkpoint: c.pth, model_type: tiny, {sizes}}}")
-    assert "model.discriminator.checkpoint: c.pth does not fit the model: it has" in said and words in said
 
 
 # --- settings that are accepted are applied ----------------------------------------------------------------------------
