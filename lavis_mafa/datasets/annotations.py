@@ -58,7 +58,7 @@ def read_annotations(
     """
     if not files:
         raise UserError("No annotation file is given; allowed: one path or a list of paths.")
-    tables = []
+    tables: list[pa.Table] = []
     for file in map(annotation_file, files):
         table = read_rows(file.path, columns)
         _check(file.path, table, columns, allow_absolute_paths)
@@ -204,10 +204,9 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _check_texts(path: Path, name: str, lists: pa.ChunkedArray) -> None:
     """No text is a printed list of several, and no caption what programs write for one that is not there (an answer may be `none`)."""
-    checks = [("a printed list", is_printed_list, f"one text a row, or a list of {name}s in .json, .jsonl or .parquet")]
-    if name == "caption":
-        checks.append(("how a missing caption is written", is_missing, "a text"))
-    for what, wrong, allowed in checks:
+    printed = ("a printed list", is_printed_list, f"one text a row, or a list of {name}s in .json, .jsonl or .parquet")
+    missing = ("how a missing caption is written", is_missing, "a text")
+    for what, wrong, allowed in (printed, missing) if name == "caption" else (printed,):
         before = 0
         for chunk in lists.chunks:
             texts = chunk.flatten()
