@@ -107,8 +107,8 @@ def _count_block(encoder: Encoder, block: Block, tallies: dict[Sampling, Tally],
     image, text = torch.cat([c.image for c in found]), torch.cat([c.text for c in found])
     probability = match_probabilities(encoder, block, image, text)
     for tally, one, scores in zip(tallies.values(), found, probability.split([len(c) for c in found]), strict=True):
-        true = truth.matches(block.truth["concept"][one.image], block.truth["text_key"][one.text]) if truth is not None else None
-        tally.add(scores, one.exists, true)
+        pairs = (block.truth["concept"][one.image], block.truth["text_key"][one.text]) if truth is not None else None
+        tally.add(scores, one.exists, *((truth.matches(*pairs), truth.knows(*pairs)) if pairs else ()))
 
 
 def reason_of(bad: dict[str, Any]) -> str:
