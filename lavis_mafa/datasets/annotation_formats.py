@@ -42,7 +42,8 @@ class Columns:
         return (*self.single, self.several)
 
 
-PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept"))
+SAME_IMAGE = "same_image"
+PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept", SAME_IMAGE))
 QUESTIONS = Columns(single=("image", "question"), several="answer", optional=("question_id",))
 
 

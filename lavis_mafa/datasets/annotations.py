@@ -16,7 +16,7 @@ import torch
 
 from lavis_mafa.common.errors import UserError, did_you_mean
 from lavis_mafa.datasets.annotation_files import AnnotationFile, annotation_file, ending
-from lavis_mafa.datasets.annotation_formats import FORMATS, PAIRS, Columns, one_message
+from lavis_mafa.datasets.annotation_formats import FORMATS, PAIRS, SAME_IMAGE, Columns, one_message
 from lavis_mafa.datasets.arrow_compute import pc
 from lavis_mafa.datasets.ids import id_texts, is_missing, is_text, number_columns, with_numbers
 from lavis_mafa.datasets.image_paths import check_image_paths
@@ -24,7 +24,6 @@ from lavis_mafa.datasets.image_paths import check_image_paths
 TEXTS = pa.list_(pa.string())
 # how Python and numpy print a list of texts: what a table of lists holds after it went through CSV
 PRINTED_LIST = r"""(?s)^\s*\[\s*(['"].*['"])?\s*\]\s*$"""
-SAME_IMAGE = "same_image"  # a data set may say with this column which rows show one image, whatever their paths
 
 
 def read_annotations(
@@ -33,7 +32,8 @@ def read_annotations(
     """Read annotation files (.json, .jsonl, .ndjson, .csv, .tsv, .parquet) into one table, in the order given.
 
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
-    ``image_id`` (what results call the image) and ``concept`` (what it shows: ground truth for reports). Others are ignored.
+    ``image_id`` (what results call the image), ``concept`` (what it shows: ground truth for reports) and ``same_image`` (equal for
+    rows whose paths count as one image). Others are ignored.
     With ``QUESTIONS`` for ``columns``, rows have ``image``, ``question`` and ``answer`` (text or list), optionally ``question_id``.
 
     Args:
@@ -42,7 +42,8 @@ def read_annotations(
         allow_absolute_paths: image paths may leave the image folder (see ``image_paths``).
 
     Returns:
-        Columns ``image`` string, ``caption`` list<string> and, where a file has them, ``image_id`` and ``concept`` string.
+        Columns ``image`` string, ``caption`` list<string> and, where a file has them, the optional ones as string; those of
+        ``same_image`` differ from file to file.
         In general: ``columns.single`` string, ``columns.several`` list<string>, ``columns.optional`` string (see ``ids``).
 
     Raises:
@@ -57,10 +58,13 @@ def read_annotations(
     """
     if not files:
         raise UserError("No annotation file is given; allowed: one path or a list of paths.")
-    tables = []
+    tables: list[pa.Table] = []
     for file in map(annotation_file, files):
         table = read_rows(file.path, columns)
         _check(file.path, table, columns, allow_absolute_paths)
+        if SAME_IMAGE in table.column_names:  # which counts within its file
+            groups = pc.binary_join_element_wise(str(len(tables)), table[SAME_IMAGE], "/")
+            table = table.set_column(table.schema.get_field_index(SAME_IMAGE), SAME_IMAGE, groups)
         tables.append(in_folder(table, file.images))
     table = pa.concat_tables(tables, promote_options="default")
     numbers = [name for name in columns.optional if all(name in number_columns(t) for t in tables if name in t.column_names)]
@@ -81,13 +85,23 @@ def in_folder(table: pa.Table, images: Path | None) -> pa.Table:
 
 
 def image_keys(table: pa.Table) -> torch.LongTensor:
-    """One integer per image: rows with the same ``image`` path share a key, or with the same ``SAME_IMAGE`` where there is one.
+    """One integer per image: rows of the same ``image`` path share a key, as do paths of the same ``same_image``, where there is one.
 
     Returns:
         [N], numbered from 0 in the order of first appearance.
     """
-    column = table[SAME_IMAGE] if SAME_IMAGE in table.column_names else table["image"]
-    return torch.from_numpy(_numbered(column))  # type: ignore[return-value]
+    return torch.from_numpy(_keys(table))  # type: ignore[return-value]
+
+
+def _keys(table: pa.Table) -> np.ndarray:
+    images = _numbered(table["image"])
+    if SAME_IMAGE not in table.column_names:
+        return images
+    groups, grouped = _numbered(table[SAME_IMAGE]), np.flatnonzero(table[SAME_IMAGE].is_valid().to_numpy())
+    group_of = -1 - np.arange(images.max(initial=0) + 1)  # of each path: itself, or its first group
+    group_of[images[grouped[::-1]]] = groups[grouped[::-1]]
+    _, first, which = np.unique(group_of[images], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[which]
 
 
 def ids_of_other_images(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +112,7 @@ def ids_of_other_images(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """
     if "image_id" not in table.column_names:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    ids, images = _numbered(table["image_id"]), _numbered(table["image"])
+    ids, images = _numbered(table["image_id"]), _keys(table)
     with_id = np.flatnonzero(table["image_id"].is_valid().to_numpy())
     first = np.zeros(ids.max(initial=0) + 1, dtype=np.int64)
     first[ids[with_id[::-1]]] = with_id[::-1]  # the first row of each id is written last
@@ -161,7 +175,7 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
         one, image, other = (table[name][place].as_py() for name, place in (("image_id", row), ("image", row), ("image", first)))
         raise UserError(
             f"{path}, row {row + 1}: image_id {one!r} is that of {image!r} here, but of {other!r} in row {first + 1}; allowed: one "
-            "image an id, or no image_id: without it, rows of the same path are one image."
+            "image an id, or a column same_image for paths that count as one."
         )
 
 
@@ -190,10 +204,9 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _check_texts(path: Path, name: str, lists: pa.ChunkedArray) -> None:
     """No text is a printed list of several, and no caption what programs write for one that is not there (an answer may be `none`)."""
-    checks = [("a printed list", is_printed_list, f"one text a row, or a list of {name}s in .json, .jsonl or .parquet")]
-    if name == "caption":
-        checks.append(("how a missing caption is written", is_missing, "a text"))
-    for what, wrong, allowed in checks:
+    printed = ("a printed list", is_printed_list, f"one text a row, or a list of {name}s in .json, .jsonl or .parquet")
+    missing = ("how a missing caption is written", is_missing, "a text")
+    for what, wrong, allowed in (printed, missing) if name == "caption" else (printed,):
         before = 0
         for chunk in lists.chunks:
             texts = chunk.flatten()

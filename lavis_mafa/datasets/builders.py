@@ -16,8 +16,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotation_files import AnnotationFile
-from lavis_mafa.datasets.annotation_formats import QUESTIONS
-from lavis_mafa.datasets.annotations import SAME_IMAGE
+from lavis_mafa.datasets.annotation_formats import QUESTIONS, SAME_IMAGE
 from lavis_mafa.datasets.arrow_compute import pc
 from lavis_mafa.datasets.build_info import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth

@@ -89,3 +89,15 @@ def test_the_figures_of_a_step_leave_out_what_the_truth_does_not_know() -> None:
     assert counts == {"count_asked": 2, "count_asked_true": 0, "count_found": 2, "count_found_true": 0}
     samples["concept"][1] = 1
     assert int(task._true_counts(verdicts, samples)["count_found_true"]) == 1
+
+
+def test_a_count_against_a_partial_truth_is_that_of_the_pairs_it_knows() -> None:
+    from lavis_mafa.analysis.connections.tally import Tally
+
+    draw = torch.Generator().manual_seed(0)
+    scores, exists, true, known = (torch.rand(40, generator=draw) if n == 0 else torch.rand(40, generator=draw) > 0.4 for n in range(4))
+    partial, alone = Tally((0.5, 0.8)), Tally((0.5, 0.8))
+    partial.add(scores, exists, true, known)
+    alone.add(scores, exists & known, true)
+    assert partial.against_truth() == alone.against_truth()
+    assert int(partial.negatives.sum()) == int(exists.sum()) > int(partial.asked.sum()) > 0

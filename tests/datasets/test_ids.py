@@ -127,6 +127,14 @@ def test_an_id_counts_within_its_file_and_is_one_image_there(tmp_path: Path) -> 
     assert expected in str(error.value)
 
 
+def test_paths_count_as_one_image_where_the_file_says_so(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("image,caption,image_id,same_image\na.jpg,x,1,0\nc.jpg,x,2,\nb.jpg,y,1,0\na.jpg,z,,\n")
+    assert image_keys(read_annotations([tmp_path / "a.csv"])).tolist() == [0, 1, 0, 0]
+    (tmp_path / "b.csv").write_text("image,caption,same_image\nd.jpg,x,0\nc.jpg,y,0\n")
+    assert image_keys(read_annotations([tmp_path / "a.csv", tmp_path / "b.csv"])).tolist() == [0, 1, 0, 0, 1, 1]
+
+
 def test_what_a_row_without_a_concept_shows_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,caption,concept\na.jpg,x,dog\nb.jpg,y,\nc.jpg,z,\nd.jpg,x,\n")
     table = read_annotations([tmp_path / "a.csv"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -113,11 +114,13 @@ def test_texts_of_several_lines_may_hold_separators_and_names_of_pictures(tmp_pa
     assert captions(tmp_path / "b.csv", swapped) == ["a\nb", "c, d\ne, f"]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_a_row_of_any_length_is_read(tmp_path: Path, suffix: str) -> None:
     """Arrow's reader stops at a row of more than its block of a megabyte."""
     text = "very long words " * 200_000
     content = f"image,caption\n0.jpg,{text}\n1.jpg,a cat\n".replace(",", "\t" if suffix == ".tsv" else ",")
+    if suffix == ".jsonl":
+        content = "".join(json.dumps({"image": f"{n}.jpg", "caption": one}) + "\n" for n, one in enumerate((text, "a cat")))
     assert captions(tmp_path / f"a{suffix}", content) == [text, "a cat"]
 
 

@@ -151,8 +151,8 @@ def _count_block(encoder: Encoder, block: Block, count: Count, truth: Any, seed:
     count.own.add(parts[-2])
     count.shuffled.add(parts[-1])
     for tally, one, scores in zip(tallies.values(), found, parts[:-2], strict=True):
-        true = truth.matches(block.truth["concept"][one.image], block.truth["text_key"][one.text]) if truth is not None else None
-        tally.add(scores, one.exists, true)
+        pairs = (block.truth["concept"][one.image], block.truth["text_key"][one.text]) if truth is not None else None
+        tally.add(scores, one.exists, *((truth.matches(*pairs), truth.knows(*pairs)) if pairs else ()))
 
 
 def reason_of(bad: dict[str, Any]) -> str:

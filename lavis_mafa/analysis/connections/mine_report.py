@@ -58,8 +58,8 @@ def mine_results(
         "doubt": medians.doubt(),
     }
     if truth is not None and concepts is not None:
-        true = truth.matches(concepts[new["image"].to_numpy().copy()], truth.texts.find_all(new["caption"]))
-        results["mined_truly_match"] = ratio(int(true.sum()), len(mined))
+        pairs = concepts[new["image"].to_numpy().copy()], truth.texts.find_all(new["caption"])
+        results["mined_truly_match"] = ratio(int(truth.matches(*pairs).sum()), int(truth.knows(*pairs).sum()))
     return results
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from lavis_mafa.analysis.connections.source_rows import SourceRows
+from lavis_mafa.datasets.annotation_formats import SAME_IMAGE
 from lavis_mafa.datasets.arrow_compute import pc
 
 ORIGINAL, MINED = "original", "mined"
@@ -15,9 +16,10 @@ def pairs_table(source: SourceRows, image_keys: np.ndarray, judged: pa.Table, mi
     """N original rows, then the mined ones, best first.
 
     Columns: ``image``; ``caption`` (text, or a list of texts where a row of the data has several); ``image_id``, equal for all rows of
-    one image, so that its captions are never each other's negatives; ``concept`` where the data have it, never for a mined pair, whose
-    truth is not known; ``source`` (original, mined); ``score``, Con-D's probability (of the caption that was drawn, where there are
-    several; null where an image could not be read); ``image_sample`` and ``text_sample``, data set rows.
+    one image, and where the data count several paths as one, ``same_image``, which tells ``grit_pairs``; ``concept`` where the data
+    have it, never for a mined pair, whose truth is not known; ``source`` (original, mined); ``score``, Con-D's probability (of the
+    caption that was drawn, where there are several; null where an image could not be read); ``image_sample`` and ``text_sample``,
+    data set rows.
 
     Args:
         source: annotations of the data.
@@ -51,6 +53,9 @@ def pairs_table(source: SourceRows, image_keys: np.ndarray, judged: pa.Table, mi
         "image_sample": new["image"],
         "text_sample": new["text"],
     }
+    paths = pc.index_in(source.table["image"], value_set=pc.unique(source.table["image"])).to_numpy().astype(np.int64)
+    if len(np.unique(np.stack([image_keys, paths]), axis=1).T) > len(np.unique(image_keys)):
+        originals[SAME_IMAGE], additions[SAME_IMAGE] = originals["image_id"], additions["image_id"]
     schema = {name: pa.int64() for name in originals} | {"image": pa.string(), "caption": kind, "source": pa.string()}
     schema["score"] = pa.float32()
     if "concept" in source.table.column_names:

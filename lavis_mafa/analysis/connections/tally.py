@@ -28,6 +28,8 @@ class Tally:
     false: Tensor = field(init=False)  # [2, K], of which Con-D says p > threshold
     true: Tensor = field(default_factory=lambda: _long(2))  # of which the truth says that they match
     both: Tensor = field(init=False)  # [2, K]
+    asked: Tensor = field(default_factory=lambda: _long(2))  # negatives of which the truth says whether they match
+    said: Tensor = field(init=False)  # [2, K], of which Con-D says p > threshold
     judged: Tensor = field(default_factory=lambda: _long(BINS))  # by probability, in bins of equal width
     judged_true: Tensor = field(default_factory=lambda: _long(BINS))
     judged_sum: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
@@ -35,15 +37,16 @@ class Tally:
     scores: Histogram = field(default_factory=Histogram)  # of the hardest negatives
 
     def __post_init__(self) -> None:
-        self.false, self.both = _long(2, len(self.thresholds)), _long(2, len(self.thresholds))
+        self.false, self.both, self.said = (_long(2, len(self.thresholds)) for _ in range(3))
 
-    def add(self, probability: Tensor, exists: Tensor, true: Tensor | None = None) -> None:
+    def add(self, probability: Tensor, exists: Tensor, true: Tensor | None = None, known: Tensor | None = None) -> None:
         """Take in 2n candidates: n of image anchors, then n of text anchors.
 
         Args:
             probability: [2n] of Con-D.
             exists: BoolTensor[2n].
-            true: BoolTensor[2n], where the truth is known.
+            true: BoolTensor[2n], where there is a truth.
+            known: BoolTensor[2n], of which pairs it says anything (``GroundTruth.knows``); by default of all.
         """
         exists = exists.view(2, -1)
         above = probability.view(2, -1, 1) > torch.tensor(self.thresholds, dtype=probability.dtype)
@@ -54,10 +57,13 @@ class Tally:
         self.scores.add(probability[exists.flatten()])
         if true is None:
             return
-        match = true.view(2, -1) & exists
+        known = exists if known is None else exists & known.view(2, -1)
+        match = true.view(2, -1) & known
+        self.asked += known.sum(dim=1)
+        self.said += (above & known[..., None]).sum(dim=1)
         self.true += match.sum(dim=1)
         self.both += (above & match[..., None]).sum(dim=1)
-        asked, right = probability[exists.flatten()].double(), match[exists].double()
+        asked, right = probability[known.flatten()].double(), match[known].double()
         place = (asked * BINS).long().clamp(max=BINS - 1)
         self.judged += torch.bincount(place, minlength=BINS)
         self.judged_true += torch.bincount(place, weights=right, minlength=BINS).long()
@@ -66,7 +72,7 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add what another rank found."""
-        for name in ("negatives", "lonely", "false", "true", "both", "judged", "judged_true", "judged_sum"):
+        for name in ("negatives", "lonely", "false", "true", "both", "asked", "said", "judged", "judged_true", "judged_sum"):
             getattr(self, name).add_(getattr(other, name))
         self.squared_error += other.squared_error
         self.scores.merge(other.scores)
@@ -85,8 +91,8 @@ class Tally:
 
     def against_truth(self) -> dict[str, Any]:
         """How many hardest negatives truly match, and how well Con-D says so: precision, recall, calibration."""
-        total, true = int(self.negatives.sum()), int(self.true.sum())
-        said, both = self.false.sum(dim=0).tolist(), self.both.sum(dim=0).tolist()
+        total, true = int(self.asked.sum()), int(self.true.sum())
+        said, both = self.said.sum(dim=0).tolist(), self.both.sum(dim=0).tolist()
         filled = self.judged > 0
         gap = (self.judged_sum - self.judged_true.double()).abs()[filled].sum().item()
         return {
