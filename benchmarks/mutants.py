@@ -244,13 +244,13 @@ RANKS = [
     (
         "models/momentum_teacher.py",
         "        keys = gather_in_rank_order(keys)\n",
-        "        keys = gather_in_rank_order(keys).flip(0)\n",
+        "        keys = keys.repeat(len(image_feature) // len(keys), 1)\n",
     ),
     ("models/dual_encoder.py", "all_keys = gather_own_first(keys)", "all_keys = torch.cat([keys, keys - 1])"),
     (
         "models/dual_encoder.py",
         "keys_image, keys_text = gather_own_first(keys_image), gather_own_first(keys_text)",
-        "keys_image, keys_text = gather_own_first(keys_image), gather_own_first(keys_text).roll(1, 0)",
+        "keys_image, keys_text = gather_own_first(keys_image), keys_text.repeat(len(all_keys) // len(keys), 1)",
     ),
     (
         "models/albef_mafa.py",
