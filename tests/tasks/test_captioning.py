@@ -15,7 +15,7 @@ from lavis_mafa.common.caption_metrics import caption_metrics
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.models.blip2_mafa import Blip2Mafa
 from lavis_mafa.tasks.generating import as_id, known_ids
-from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
+from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask, own_id
 
 TEXTS = ["a dog runs on the grass", "two cats sleep on a bed", "a man rides a bike"]
 
@@ -198,6 +198,17 @@ def test_ids_stay_what_they_are(results: Path, tmp_path: Path, ids: list[Any]) -
         assert metrics is not None and metrics["bleu_4"] == metrics["in_domain_bleu_4"] == pytest.approx(100)
     written = json.loads((results / "val_epoch0.json").read_text())
     assert [row["image_id"] for row in written] == ids
+
+
+def test_ids_of_annotations_stay_and_those_of_file_names_are_numbers() -> None:
+    for annotation, wanted in (
+        ({"image_id": "007"}, "007"),
+        ({"img_id": "007"}, "007"),
+        ({"image": "007.jpg"}, 7),
+        ({"image_id": 7}, 7),
+    ):
+        assert own_id(SimpleNamespace(annotation=[annotation]), 0, "007") == wanted
+    assert own_id(SimpleNamespace(), 0, "007") == "007"
 
 
 def test_an_id_is_looked_up_as_it_is_then_as_a_text_then_as_a_number() -> None:
