@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lavis_mafa import plugin
 from lavis_mafa.common.settings import Grit, RunBlock
 from lavis_mafa.runners import vote as vote_module
 from lavis_mafa.runners.grit_feed import GritFeed
@@ -95,6 +96,7 @@ def test_the_queue_is_as_the_settings_say(scope, seeds):
 
 @pytest.mark.parametrize(("horizon", "end"), [(None, 20), (30, 30)])
 def test_the_learning_rate_falls_over_the_horizon(horizon, end):
+    plugin.register()
     settings = RunBlock(max_epoch=20, lr_horizon_epochs=horizon, init_lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=10)
     runner = SimpleNamespace(_lr_sched=None, settings=settings, max_epoch=20, steps_per_epoch=50)
     runner.config = SimpleNamespace(run_cfg={})
