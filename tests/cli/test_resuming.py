@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.runners.resuming import rewind, same_runs
 
 NAME = "checkpoint_0_3"
@@ -159,3 +160,15 @@ def test_a_folder_is_put_back_to_what_its_checkpoint_knows(tmp_path, name, steps
     assert kept == {file for file, first in begun.items() if first < steps}
     assert {path.name for path in tmp_path.glob("*checkpoint*")} == {f"checkpoint_{name}.pth", "checkpoint_2.damaged"}
     assert not (tmp_path / "bad_samples.jsonl").exists()
+
+
+def test_another_batch_size_counts_other_steps(go_on, trained, tmp_path, monkeypatch):
+    """12 of 20 samples are done: with batches of 6 two steps of three, and the third serves the next 6 of the order."""
+    served: list[int] = []
+    read = IndexedDataset.__getitem__
+    monkeypatch.setattr(IndexedDataset, "__getitem__", lambda self, index: served.append(index) or read(self, index))
+    assert main(go_on("run.batch_size_train=6", "run.max_steps=3")) == 0
+    (run,) = (tmp_path / "output").iterdir()
+    assert [(r["epoch"], r["step"]) for r in map(json.loads, (run / "metrics.jsonl").open())] == [(0, 3)]
+    order = torch.load(trained / f"{NAME}.rank0.pth", weights_only=True)["feed"]["sampler"]["order"]
+    assert served == order[12:18].tolist()

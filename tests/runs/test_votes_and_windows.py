@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lavis_mafa import plugin
 from lavis_mafa.common.settings import Grit, RunBlock
+from lavis_mafa.runners import grit_feed
 from lavis_mafa.runners import vote as vote_module
 from lavis_mafa.runners.grit_feed import GritFeed
 from lavis_mafa.runners.runner_mafa import RunnerMafa
@@ -95,6 +97,7 @@ def test_the_queue_is_as_the_settings_say(scope, seeds):
 
 @pytest.mark.parametrize(("horizon", "end"), [(None, 20), (30, 30)])
 def test_the_learning_rate_falls_over_the_horizon(horizon, end):
+    plugin.register()
     settings = RunBlock(max_epoch=20, lr_horizon_epochs=horizon, init_lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=10)
     runner = SimpleNamespace(_lr_sched=None, settings=settings, max_epoch=20, steps_per_epoch=50)
     runner.config = SimpleNamespace(run_cfg={})
@@ -110,3 +113,13 @@ def test_parts_of_an_order_on_several_ranks_need_all_of_them(scope, queue, fits)
     Saving._check_ranks(runner, 1)
     with pytest.raises(ValueError, match="saved by 2 processes and is resumed by 1") if not fits else contextlib.nullcontext():
         Saving._check_ranks(runner, 2)
+
+
+def test_batches_are_shuffled_anew_each_epoch_and_by_the_runs_seed(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(grit_feed, "next_epoch_order", lambda *given: seeds.append(given[4]) or torch.arange(24))
+    for run in (7, 8):
+        feed = GritFeed(Grit(queue_size=12, search_space=6), 24, 3, 0, 1, seed=run)
+        for epoch in range(3):
+            feed.end_epoch(epoch)
+    assert len(set(seeds)) == 6
