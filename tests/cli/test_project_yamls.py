@@ -334,7 +334,9 @@ def test_the_model_has_the_papers_size(name):
         return
     assert vit == pytest.approx(85.8e6, rel=0.01)
     # ViT-B/16 85.8M and BERT 123.7M (ALBEF section 3.5); BLIP's encoder and decoder share all but self-attention (its Table 3)
-    assert learned == pytest.approx(210e6 if arch == "albef_mafa" else 252e6, rel=0.025)
+    # where LM is off (fine-tuning BLIP), what it alone trains, the decoder's self-attention, is frozen
+    expected = 210e6 if arch == "albef_mafa" else 252e6 if settings.lm.weight > 0 else 224e6
+    assert learned == pytest.approx(expected, rel=0.025)
     if settings.itc.momentum_distillation is not None:
         assert whole > (1.99 if arch == "albef_mafa" else 1.88) * learned - 1e5  # BLIP's decoder has no teacher
 
