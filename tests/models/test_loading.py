@@ -266,7 +266,7 @@ def by_names_of_transformers(state: State, language: str | None = None) -> State
 
 
 def test_blip_2_of_transformers(tmp_path, caplog):
-    state = BLIP2.ours(2).state_dict()
+    state = {n: torch.randn_like(v) if n.endswith(("q_bias", "v_bias")) else v for n, v in BLIP2.ours(2).state_dict().items()}
     theirs = {n: v for n, v in by_names_of_transformers(state).items() if not n.startswith("Qformer.cls.") and n != "temp"}
     assert len(theirs) > 60 and not any(n.startswith(("visual_encoder.", "Qformer.")) for n in theirs)
     path = str(folder_of({n: v for n, v in theirs.items() if "position_ids" not in n}, tmp_path))
