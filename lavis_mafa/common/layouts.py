@@ -88,7 +88,7 @@ def state_dict_in(content: dict[Any, Any], source: str) -> dict[Any, Any]:
 def _inner(content: dict[Any, Any], source: str) -> dict[Any, Any] | None:
     for key in NESTED:
         value = content.get(key)
-        if value is None or isinstance(value, Tensor):
+        if value is None or (isinstance(value, Tensor) and key not in NESTED[:3]):  # a weight may be named `weights`
             continue
         if not isinstance(value, dict):
             raise UserError(f"{source} holds a {type(value).__name__} as its {key}, not a dictionary of weights.")

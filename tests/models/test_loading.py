@@ -234,6 +234,17 @@ def test_a_vit_of_transformers_as_image_encoder(tmp_path):
         torch.testing.assert_close(mine.forward_features(image), theirs(image).last_hidden_state, atol=1e-5, rtol=1e-4)
 
 
+def test_an_image_encoder_of_more_layers_is_not_cut_down(tmp_path):
+    sizes = ALBEF.SIZES["image_encoder"]
+    deeper = build_image_encoder(ImageEncoder(**{**sizes, "depth": 3})).state_dict()
+    with pytest.raises(UserError, match="left over: blocks.2.norm1.weight"):
+        build_image_encoder(ImageEncoder(**{**sizes, "init": str(as_file(deeper, tmp_path))}))
+    with_head = {**{n: v for n, v in deeper.items() if not n.startswith("blocks.2.")}, "head.weight": torch.zeros(5, 32)}
+    assert same(
+        build_image_encoder(ImageEncoder(**{**sizes, "init": str(as_file(with_head, tmp_path))})), {"norm.bias": deeper["norm.bias"]}
+    )
+
+
 def by_names_of_transformers(state: State, language: str | None = None) -> State:
     """LAVIS's BLIP-2 as transformers' conversion renames it."""
     pairs = [
@@ -266,7 +277,7 @@ def by_names_of_transformers(state: State, language: str | None = None) -> State
 
 
 def test_blip_2_of_transformers(tmp_path, caplog):
-    state = BLIP2.ours(2).state_dict()
+    state = {n: torch.randn_like(v) if n.endswith(("q_bias", "v_bias")) else v for n, v in BLIP2.ours(2).state_dict().items()}
     theirs = {n: v for n, v in by_names_of_transformers(state).items() if not n.startswith("Qformer.cls.") and n != "temp"}
     assert len(theirs) > 60 and not any(n.startswith(("visual_encoder.", "Qformer.")) for n in theirs)
     path = str(folder_of({n: v for n, v in theirs.items() if "position_ids" not in n}, tmp_path))
