@@ -144,6 +144,9 @@ def test_what_cannot_be_planned_is_one_line(tmp_path, capsys):
         ([str(yaml)], "model.arch is 'albef_pretrain'"),
         (["mafa/albef/eval/retrieval_coco.yaml"], "run.evaluate is true"),
         (["mafa/albef/train/pretrain.yaml", "--text-length", "99"], "--text-length is 99"),
+        (["mafa/albef/train/pretrain.yaml", "--json", "none/x.json"], "--json is 'none/x.json', but there is no folder none"),
+        (["mafa/albef/train/pretrain.yaml", "--samples", "1.5"], "'1.5' is not a whole number of at least 1"),
+        (["mafa/albef/train/pretrain.yaml", "--samples", "1e6", "--gpus", "20000"], "but an epoch has 1,000,000 (as given)"),
         (["mafa/albef/train/pretrain.yaml", "--batch-size", "0"], "'0' is not a whole number of at least 1"),
         (
             ["mafa/blip2/train/stage_2.yaml", "--options", "model.language_model.init=facebook/opt-350m"],

@@ -324,6 +324,14 @@ def test_a_run_block_of_lavis_is_refused_where_its_runner_would_fail(told, run_y
     assert [line.split(" is ")[0] for line in said] == ["run.lr_sched", "run.max_iters", "run.iters_per_inner_epoch"]
 
 
+def test_plan_takes_the_rows_of_the_yamls_own_data(run_yaml, pairs, capsys):
+    assert main(["plan", str(run_yaml)]) == 0
+    assert "20 pairs an epoch, those of the YAML's data." in capsys.readouterr().out
+    (pairs / "pairs.jsonl").unlink()
+    assert main(["plan", str(run_yaml)]) == 0
+    assert "5,000,000 pairs an epoch, 4M-Noisy's, assumed" in capsys.readouterr().out
+
+
 def test_what_a_message_is_made_of():
     error = UserError("first", "second")
     assert str(error) == "first" and error.messages == ("first", "second")
