@@ -66,7 +66,8 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:
 
     def lines() -> Iterator[str]:
         for line in file:
-            if taken and header and _looks_like_a_row(line, header, example or _image_of(taken, header)) and not _ends_a_text(taken, line, header):
+            example_or_own = example or _image_of(taken, header)
+            if taken and header and _looks_like_a_row(line, header, example_or_own) and not _ends_a_text(taken, line, header):
                 raise UserError(
                     f"{path}, row {row}: a quotation mark in {_shown(taken[0])} is not closed before the next row, {_shown(line)}; "
                     'close it, or write "" for one that belongs to a quoted text.'
@@ -99,7 +100,7 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:
 
 
 def _image_of(taken: list[str], header: list[str]) -> str:
-    """The picture's path in a row of which the lines ``taken`` are read, or nothing if it is in the text that they open or behind it."""
+    """The picture's path in a row of which the lines ``taken`` are read; nothing if it is in the text that they open, or behind it."""
     place, values = header.index("image") if "image" in header else len(header), next(csv.reader(taken), [])
     return values[place] if place < len(values) - 1 else ""
 

@@ -148,7 +148,11 @@ def test_image_keys_against_a_loop(paths: list[str], cut: int, grouped: bool) ->
         ("a.jsonl", '{"image": "a", "caption": "b", "x": ' + "7" * 5_000 + "}", "row 1: not valid JSON (Exceeds the limit"),
         ("a.json", '[{"image": "a", "caption": "b", "x": ' + "7" * 5_000 + "}]", "row 1: not valid JSON (Exceeds the limit"),
         ("a.json", '[{"image": "a", "caption": "b"}]\n[{"image"', "'[{\"image\"' after the end of the list"),
-        ("a.jsonl", '{"image": "a", "caption": "b"}\n{"image": "a", "caption": "b", "caption": "c"}', "row 2: not valid JSON ('caption' is"),
+        (
+            "a.jsonl",
+            '{"image": "a", "caption": "b"}\n{"image": "a", "caption": "b", "caption": "c"}',
+            "row 2: not valid JSON ('caption'",
+        ),
         ("a.json", '[{"image": "a", "caption": "b", "image": "c"}]', "row 1: not valid JSON ('image' is there twice)"),
         ("a.json", "[]", "no rows"),
         ("a.jsonl", "\n", "no rows"),
