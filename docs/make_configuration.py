@@ -59,7 +59,7 @@ Combinations that are refused:
 - **Tasks**: captions from `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with
   `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without `{}`; evaluating without
   `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's `runner_base` and `runner_iter`;
-  `coco_captions` for anything but retrieval.
+  `k_test`, `rank_by`, `coco_captions`, `record_connections` and GRIT for the tasks of captions and of questions.
 - **Splits** that no data set has, or that have no file; `train` in `valid_splits` or `test_splits`.
 - **Schedules**: `linear_warmup_step_lr` without `lr_decay_rate` or with `lr_horizon_epochs`; `lr_decay_rate` with another one of these.
 - **Precision**: `run.precision: fp16` on a CPU; fp16 weights on a CPU, also where `cuda` falls back to it; weights that are trained

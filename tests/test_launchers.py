@@ -8,7 +8,7 @@ import pytest
 
 from lavis_mafa.common.distributed import own_gpu
 from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.launchers import first_node, is_one_of_several
+from lavis_mafa.common.launchers import first_node, is_one_of_several, rank_and_size
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2"}
 SLURM |= {"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "gpu[03,07-09]-ib"}
@@ -52,8 +52,11 @@ def joined(monkeypatch):
         (MPICH, ("1", "2", "1", "127.0.0.1", "29500")),
     ],
 )
-def test_a_process_finds_its_place(joined, environment, wanted):
+def test_a_process_finds_its_place(joined, environment, wanted, monkeypatch):
     assert joined(environment) == wanted
+    monkeypatch.setattr(os, "environ", dict(environment))
+    assert rank_and_size() == tuple(map(int, wanted[:2]))
+    assert os.environ == environment, "looking alone writes nothing"
 
 
 @pytest.mark.parametrize(

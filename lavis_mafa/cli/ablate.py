@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.launchers import rank_and_size
 
 if TYPE_CHECKING:
     from lavis_mafa.analysis.ablation.runs import Trial
@@ -54,12 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.table is None:
         raise UserError(f"--table is missing. Known: {', '.join(load_tables())}.")
-    table, processes = find_table(arguments.table), int(os.environ.get("WORLD_SIZE", 1))
+    table, (rank, processes) = find_table(arguments.table), rank_and_size()
     wanted = arguments.rows or [row.number for row in table.rows]
     for number in wanted:
         if not 1 <= number <= len(table.rows):
             raise UserError(f"--rows has {number}, but {table.key} has the rows 1 to {len(table.rows)}.")
-    if processes > 1 and int(os.environ.get("RANK", 0)) > 0:
+    if processes > 1 and rank > 0:
         return 2  # one process speaks
     commands_only = arguments.dry_run or processes > 1
     if arguments.emoji and commands_only:

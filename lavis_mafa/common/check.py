@@ -21,6 +21,7 @@ from lavis_mafa.datasets.build_info import SPLITS, own_splits
 MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
 OURS, STEPWISE = "warmup_cosine_per_step", "linear_warmup_step_lr"
+PRETRAINING_ALONE = ("record_connections", "k_test", "rank_by", "coco_captions")
 # whose sizes and parameter names a Con-D has
 FAMILIES = {
     "albef_mafa": "albef_mafa",
@@ -54,6 +55,7 @@ def check_combinations(model: Any, run: RunBlock | None, where: str = "", files:
         return
     found(check_device, model, run.device, run.precision, where)
     found(check_runner, run, where)
+    found(check_used, run, where)
     if model is not None:
         found(check_task, model, run, where)
     if model is not None and files:
@@ -84,8 +86,18 @@ def check_runner(run: RunBlock, where: str = "") -> None:
         found.add(f"run.lr_decay_rate is {run.lr_decay_rate:g}, but {run.lr_sched} has no use for it; allowed: null.{end}")
     if run.lr_sched == STEPWISE and run.lr_horizon_epochs is not None:
         found.add(f"run.lr_horizon_epochs is {run.lr_horizon_epochs}, but {run.lr_sched} has no use for it; allowed: null.{end}")
-    if run.coco_captions is not None and run.task != "mafa_pretrain":
-        found.add(f"run.coco_captions is {run.coco_captions!r}, but {run.task} has no use for it; allowed: null.{end}")
+    found.end()
+
+
+def check_used(run: RunBlock, where: str = "") -> None:
+    """Settings of pre-training and of retrieval in the runs of other tasks, which never look at them; raises UserError."""
+    found, unset = Mistakes(), dataclasses.asdict(type(run)())
+    for name in PRETRAINING_ALONE if run.task != "mafa_pretrain" else ():
+        if (value := getattr(run, name)) != unset[name]:
+            allowed = "null" if unset[name] is None else unset[name]
+            found.add(f"run.{name} is {value!r}, but {run.task} has no use for it; allowed: {allowed}.{in_file(where)}")
+    if run.grit.enabled and run.task != "mafa_pretrain":
+        found.add(f"run.grit.enabled is true, but {run.task} has no use for it; allowed: false.{in_file(where)}")
     found.end()
 
 
@@ -258,7 +270,7 @@ def check_task(model: Any, run: RunBlock, where: str = "") -> None:
         found.add(f"run.task is {run.task}, which trains stage 2 alone; {model.arch} is trained by mafa_pretrain.{end}")
     if run.task == "mafa_pretrain" and run.use_dist_eval_sampler:
         found.add(f"run.use_dist_eval_sampler is true, but {run.task} shares the rows itself; allowed: false.{end}")
-    if stage_2 and run.grit.enabled:
+    if stage_2 and run.grit.enabled and run.task == "mafa_pretrain":
         found.add(f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1.{end}")
     if stage_2 and not run.evaluate and model.language_model.precision == "fp16" and run.precision != "fp16":
         found.add(

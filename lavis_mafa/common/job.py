@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError
 
 from lavis_mafa.common.check import OURS, check_device, check_evaluates, check_splits
 from lavis_mafa.common.errors import Mistakes, RankLost, UserError, did_you_mean
@@ -130,17 +131,28 @@ def _check_rows(cfg: Any) -> None:
         files = [file for storage in storages for file in ([storage] if isinstance(storage, str) else storage or [])]
         if name not in SPLITS and not all(Path(get_cache_path(file)).is_file() for file in files):
             return
-    import lavis.tasks as tasks
     from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 
+    from lavis_mafa.datasets.lavis_rows import explained
     from lavis_mafa.runners.loaders import train_loader
     from lavis_mafa.runners.run_block import run_settings
 
     ours = cfg.run_cfg.task in RUN_BLOCKS
-    datasets = concat_datasets(reorg_datasets_by_split(tasks.setup_task(cfg).build_datasets(cfg)))
+    with explained(cfg.datasets_cfg):
+        datasets = concat_datasets(reorg_datasets_by_split(_task(cfg).build_datasets(cfg)))
     if cfg.run_cfg.get("runner", "runner_mafa") == "runner_mafa" and not cfg.run_cfg.get("evaluate", False) and "train" in datasets:
         settings = run_settings(cfg.run_cfg, ours)
         train_loader(datasets["train"], settings.batch_size_train, settings.grit if ours else None, settings, pin=False)
+
+
+def _task(cfg: Any) -> Any:
+    """The task; LAVIS's own look for their settings without a default. Raises UserError."""
+    import lavis.tasks as tasks
+
+    try:
+        return tasks.setup_task(cfg)
+    except ConfigAttributeError as error:
+        raise UserError(f"{error.full_key} is missing, but {cfg.run_cfg.task} needs it.") from error
 
 
 def run_job(name: str, options: list[str]) -> Any:
@@ -154,7 +166,6 @@ def run_job(name: str, options: list[str]) -> Any:
     check_evaluates(checked.run, str(find_yaml(name)))
     is_one_of_several(checked.run.get("dist_url", "env://"))
     cfg = _config(name, checked)
-    import lavis.tasks as tasks
     import numpy as np
     import torch
     from lavis.common.registry import registry
@@ -176,7 +187,7 @@ def run_job(name: str, options: list[str]) -> Any:
     try:
         with rank_watch(rank_timeout_minutes(cfg.run_cfg), url=cfg.run_cfg.get("dist_url", "env://")):
             check_ranks_agree(cfg)  # the runner does so again, with data and model
-            task = tasks.setup_task(cfg)
+            task = _task(cfg)
             mark("reading the data sets")
             with explained(cfg.datasets_cfg):
                 datasets = task.build_datasets(cfg)

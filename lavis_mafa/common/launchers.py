@@ -44,7 +44,7 @@ def is_one_of_several(url: str = "env://") -> bool:
         UserError: numbers that are none or do not fit, or nobody knows where rank 0 is.
     """
     environment, by_name = os.environ, url == "env://"
-    launcher = next((one for one in LAUNCHERS if one.rank in environment and _size(one) > 1), None)
+    launcher = _launcher()
     asked = {name: _number(name, least) for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
     rank, size, local = asked.values()
     of_launcher = launcher is not None and (rank is None or size is None)
@@ -79,6 +79,23 @@ def is_one_of_several(url: str = "env://") -> bool:
             file=sys.stderr,
         )
     return True
+
+
+def rank_and_size() -> tuple[int, int]:
+    """The same two numbers for a command that runs in one process alone, which writes nothing and waits for nobody.
+
+    Raises:
+        UserError: one is none.
+    """
+    launcher, rank, size = _launcher(), _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if launcher is not None and (rank is None or size is None):
+        rank, size = _number(launcher.rank, 0), _size(launcher)
+    return rank or 0, size or 1
+
+
+def _launcher() -> Launcher | None:
+    """What started this process beside others, if it is none of PyTorch's."""
+    return next((one for one in LAUNCHERS if one.rank in os.environ and _size(one) > 1), None)
 
 
 def _number(name: str, least: int) -> int | None:

@@ -41,12 +41,14 @@ def expanded(text: str, key: str) -> str:
         key: the setting or flag, for the message.
 
     Raises:
-        UserError: there is no such variable, or no such user.
+        UserError: there is no such variable, no such user, or a NUL, which no path can hold.
 
     Example:
         >>> expanded("~/runs", "run.output_dir"), expanded("$HOME/runs", "run.output_dir")
         ('/home/me/runs', '/home/me/runs')
     """
+    if "\0" in text:
+        raise UserError(f"{key} is {text!r}; allowed: a path, which holds no NUL.")
     if not ("$" in text or text.startswith("~")) or "://" in text or os.path.lexists(text):
         return text
     path = os.path.expanduser(os.path.expandvars(text))

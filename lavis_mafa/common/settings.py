@@ -157,7 +157,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.lr_horizon_epochs": (1, INFINITE),
     "run.lr_decay_rate": (0.0, 1.0),
     "run.weight_decay": (0.0, INFINITE),
-    "run.beta2": (0.0, 1.0),
+    "run.beta2": (0.0, 0.999999),  # AdamW divides by what is left to 1
     "run.max_epoch": (1, INFINITE),
     "run.max_steps": (1, INFINITE),
     "run.batch_size_train": (1, INFINITE),

@@ -52,7 +52,9 @@ def one_message(path: Path) -> Iterator[None]:
     """What reading a broken file raises becomes a UserError of one line that names it."""
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as {ending(path)}: its texts are not UTF-8 ({error}); save it as UTF-8.") from error
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as {ending(path)}: {' '.join(str(error).split())}") from error
 
 
@@ -64,17 +66,23 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
 
 
 def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[str]:
-    """Which of ``columns`` are among ``found``; a missing required one is a UserError."""
+    """Which of ``columns`` are among ``found``; a missing required one, or one that is there twice, is a UserError."""
     found = list(found)
+    for name in columns.optional + columns.required:
+        if found.count(name) > 1:
+            raise UserError(f"{path}: column '{name}' is there {found.count(name)} times; allowed: once.")
     for name in columns.required:
         if name not in found:
-            raise UserError(f"{path}: no column '{name}'; its columns are {', '.join(found)}.{did_you_mean(name, found)}")
+            shown = [" ".join(other.split()) for other in found]
+            raise UserError(f"{path}: no column '{name}'; its columns are {', '.join(shown)}.{did_you_mean(name, shown)}")
     return [name for name in (*columns.required, *columns.optional) if name in found]
 
 
 def read_parquet(path: Path, columns: Columns) -> pa.Table:
     names = pyarrow.parquet.read_schema(path).names
-    return pyarrow.parquet.read_table(path, columns=known_columns(path, columns, names))
+    table = pyarrow.parquet.read_table(path, columns=known_columns(path, columns, names))
+    table.validate(full=True)  # of what some writers take for text, for which nothing else looks until it is used
+    return table
 
 
 def read_separated(path: Path, columns: Columns) -> pa.Table:
@@ -105,6 +113,8 @@ def separated_values(path: Path, columns: Columns) -> Iterator[list[str]]:
 
 def _check_header(path: Path, columns: Columns, header: list[str], own: str) -> None:
     """A required column that is missing may mean another separator, or that the file begins with its first row."""
+    if own == "\t" and any("\r" in name for name in header):
+        raise UserError(f"{path}: its header holds \\r, which ends lines in files of old programs; allowed: \\n or \\r\\n.")
     names = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
     other = other_separator(own.join(header), own, columns.required)
     if other is not None:
@@ -115,9 +125,6 @@ def _check_header(path: Path, columns: Columns, header: list[str], own: str) -> 
             f"{path}: no column {' or '.join(map(repr, columns.required))} in its first line, {own.join(header)[:60]!r}; "
             f"the first line must be a header that names them."
         )
-    for name in columns.optional + columns.required:
-        if header.count(name) > 1:
-            raise UserError(f"{path}: column '{name}' is there {header.count(name)} times; allowed: once.")
 
 
 def read_json_lines(path: Path, columns: Columns) -> pa.Table:
@@ -134,7 +141,9 @@ def read_json_lines(path: Path, columns: Columns) -> pa.Table:
     fields |= {name: pa.int64() if type(first.get(name)) is int else pa.string() for name in columns.optional}
     options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
     try:
-        return pyarrow.json.read_json(path, parse_options=options)
+        table = pyarrow.json.read_json(path, parse_options=options)
+        table.validate(full=True)  # the parser takes any bytes for text
+        return table
     except pa.ArrowInvalid:
         with open_text(path) as file:
             return _table_of(path, columns, objects_in_lines(path, columns, file))
@@ -156,12 +165,12 @@ FORMATS: dict[str, Callable[[Path, Columns], pa.Table]] = {
 
 def objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The objects of JSON lines, empty lines left out; a line that is none is a UserError naming its row."""
-    row = 0
+    row, decode = 0, json.JSONDecoder(object_pairs_hook=_each_once(columns)).decode
     for line in lines:
         if line.strip():
             row += 1
             try:
-                value = json.loads(line)
+                value = decode(line)
             except (ValueError, RecursionError) as error:
                 raise _no_json(path, row, error) from error
             yield _object(path, columns, row, value)
@@ -169,7 +178,7 @@ def objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iter
 
 def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     """The objects of a JSON list, one at a time: ``json.load`` would hold millions of dicts at once."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=_each_once(columns)).raw_decode
     with open_text(path) as file:
         text = file.read(CHARACTERS_AT_ONCE).lstrip()
         if not text.startswith("["):
@@ -194,6 +203,21 @@ def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
                 raise _no_json(path, row + 1, error) from error
             row += 1
             yield _object(path, columns, row, value)
+
+
+def _each_once(columns: Columns) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Objects as ``json`` makes them, where the last of two equal keys wins; but a caption must not be lost so."""
+    names = {*columns.required, *columns.optional}
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = [name for name in names if sum(key == name for key, _ in pairs) > 1]
+            if twice:
+                raise ValueError(f"'{twice[0]}' is there twice")
+        return value
+
+    return made
 
 
 def _no_json(path: Path, row: int, error: ValueError | RecursionError) -> UserError:

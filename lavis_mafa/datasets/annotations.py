@@ -181,7 +181,7 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
 
 def _strings(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table[name]
-    if not is_text(column.type.value_type if pa.types.is_dictionary(column.type) else column.type):
+    if not is_text(_plain(column.type)):
         raise UserError(f"{path}: column '{name}' holds {column.type}; allowed: text.")
     return column.cast(pa.string())
 
@@ -189,13 +189,18 @@ def _strings(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
 def _text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table[name]
     kind = column.type
-    if _is_list(kind) and is_text(kind.value_type):
+    if _is_list(kind) and is_text(_plain(kind.value_type)):
         return column.cast(pa.list_(kind.value_type)).cast(TEXTS)
-    if not is_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
+    if not is_text(_plain(kind)):
         raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text or lists of text.")
     # The texts stay where they are; only the boundaries of the one-text lists are new.
     lists = [pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk) for chunk in column.cast(pa.string()).chunks]
     return pa.chunked_array(lists, TEXTS)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Of a dictionary (categories in pandas and Polars) what it holds."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -51,6 +51,7 @@ def newline_of(tabs: bool) -> str:
 
 def other_separator(line: str, own: str, wanted: tuple[str, ...]) -> str | None:
     """The separator by which a header does have the columns ``wanted``, if it is not its own; None if there is none."""
+    line = " ".join(line.splitlines())  # a name may hold a line break
     for separator in ",\t;|":
         if separator != own and set(wanted) <= set(next(csv.reader([line], delimiter=separator), [])):
             return separator
@@ -65,7 +66,8 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:
 
     def lines() -> Iterator[str]:
         for line in file:
-            if taken and header and _looks_like_a_row(line, header, example) and not _ends_a_text(taken, line, header):
+            example_or_own = example or _image_of(taken, header)
+            if taken and header and _looks_like_a_row(line, header, example_or_own) and not _ends_a_text(taken, line, header):
                 raise UserError(
                     f"{path}, row {row}: a quotation mark in {_shown(taken[0])} is not closed before the next row, {_shown(line)}; "
                     'close it, or write "" for one that belongs to a quoted text.'
@@ -97,8 +99,14 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:
         yield values
 
 
+def _image_of(taken: list[str], header: list[str]) -> str:
+    """The picture's path in a row of which the lines ``taken`` are read; nothing if it is in the text that they open, or behind it."""
+    place, values = header.index("image") if "image" in header else len(header), next(csv.reader(taken), [])
+    return values[place] if place < len(values) - 1 else ""
+
+
 def _looks_like_a_row(line: str, header: list[str], example: str) -> bool:
-    """Whether a line within a quoted text may be a row of the file: as many values, and a picture's path in the right place."""
+    """Whether a line within a quoted text may be a row of the file: as many values, and a path like ``example`` in the right place."""
     if "image" not in header:
         return False
     values = next(csv.reader([line]), [])

@@ -72,9 +72,14 @@ def check_settings(name: str, settings: Mapping[str, Any], where: str = "") -> N
         where: the block's key, for the message; by default the processor's name.
 
     Raises:
-        UserError: an unknown key or a wrong value.
+        UserError: an unknown key, a wrong value, or a processor of images for texts or the other way round.
     """
     rules, where = SETTINGS[name], where or name
+    for part, of_images in ((".vis_processor.", True), (".text_processor.", False)):
+        if part in where and ("image_size" in rules) != of_images:
+            takes = "images" if "image_size" in rules else "texts"
+            known = ", ".join(other for other, of_other in SETTINGS.items() if ("image_size" in of_other) == of_images)
+            raise UserError(f"{where}.name is {name!r}, which is of {takes}; allowed here: {known}, or another of LAVIS's.")
     for key, value in settings.items():
         if key == "name":
             continue

@@ -33,6 +33,8 @@ class MafaPretrainTask(MafaTask):
         known = [d["train"].truth for d in datasets.values() if getattr(d.get("train"), "truth", None) is not None]
         if len(known) == 1 and len(datasets) == 1:
             self.truth = known[0]
+        if self.truth is None and (cfg.model_cfg.get("discriminator") or {}).get("arch") == "ground_truth":
+            raise UserError("model.discriminator.arch is ground_truth, but the training data has no `concept` to know the truth from.")
         if self.run.coco_captions is not None:  # now, so that a wrong file is found before hours of scoring
             tests = [d["test"] for d in datasets.values() if hasattr(d.get("test"), "img2txt")]
             if len(tests) != 1:
@@ -49,10 +51,6 @@ class MafaPretrainTask(MafaTask):
         if con_d is not None and con_d.get("arch") == "ground_truth":
             from lavis_mafa.discriminators.ground_truth import GroundTruthDiscriminator
 
-            if self.truth is None:
-                raise UserError(
-                    "model.discriminator.arch is ground_truth, but the training data has no `concept` to know the truth from."
-                )
             model.set_discriminator(GroundTruthDiscriminator(self.truth))
         return model
 

@@ -15,6 +15,7 @@ from lavis_mafa.common.check import check_combinations, check_device, doubtful
 from lavis_mafa.common.checkpoint_kinds import check_kinds
 from lavis_mafa.common.distributed import rank
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.common.paths import expand_settings
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, typed_block
 from lavis_mafa.datasets.lavis_rows import check_rows, explained
@@ -35,11 +36,12 @@ class MafaTask(BaseTask):
 
     @classmethod
     def setup_task(cls: type[Task], cfg: Any = None, **kwargs: Any) -> Task:
+        expand_settings(cfg.config)  # here and below once more: LAVIS's own train.py comes here without our command line
         run = typed_block("run", cfg.run_cfg)
         # LAVIS's own evaluate.py takes RunnerBase whatever run.runner says, and that knows no defaults
         cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(run)), cfg.run_cfg)
         model = typed_block("model", cfg.model_cfg) if cfg.model_cfg.arch in MODEL_BLOCKS else None
-        check_combinations(model, run)  # again: LAVIS's own train.py comes here without our command line
+        check_combinations(model, run)
         if model is not None:
             check_kinds(model, evaluate=run.evaluate and run.task != "mafa_captioning")
             check_device(model, run.device if torch.cuda.is_available() else "cpu", run.precision)

@@ -248,6 +248,8 @@ def test_wrong_calls_are_one_message(refused, base, monkeypatch, capsys):
     assert "neither with --dry-run" in refused("ablate", "--table", "mafa-4", "--emoji", "--dry-run")
     base.write_text(base.read_text().replace("test_splits: [test]", "test_splits: []"))
     assert "run.test_splits is empty" in refused("ablate", "--table", "mafa-4", "--base", str(base))
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert "WORLD_SIZE is 'abc' in the environment" in refused("ablate", "--table", "mafa-4")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["ablate", "--table", "mafa-18", "--rows", "1", "--seeds", "1"]) == 2
     said = capsys.readouterr()

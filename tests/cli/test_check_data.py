@@ -11,6 +11,7 @@ import random
 import struct
 import zlib
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.datasets.annotations import read_annotations
+from lavis_mafa.datasets.annotations import image_keys, read_annotations
 from lavis_mafa.datasets.image_text_pairs import ImageTextPairs
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.processors.albef_processors import AlbefCaptionProcessor
@@ -281,6 +282,25 @@ def test_cleaning_keeps_every_column_and_the_good_captions(three, suffix, target
     empty = [(1, EMPTY)] * 3 + [(2, MISSING), (3, EMPTY), (4, "leaves_folder"), (5, EMPTY), (5, EMPTY), (6, EMPTY)]
     assert kinds == [*empty, (7, "no_image"), (8, "no_image")]
     assert read_annotations([target]).num_rows == 2
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_cleaned_rows_are_those_that_training_reads(three, name):
+    """Numbers that a format writes as texts or with a point stay the same ids, and ``same_image`` counts within its file."""
+    ids = [Decimal("7.00"), Decimal("8.00"), None]
+    table = pa.table(
+        {"image": ["a.png", "b.png", "c.png"], "caption": ["x", "y", "z"], "image_id": pa.array(ids, pa.decimal128(20, 2))}
+    )
+    pyarrow.parquet.write_table(table, three / "a.parquet")
+    (three / "a.csv").write_text("image,caption,image_id\na.png,x,7.0\nb.png,y,8.0\nc.png,z,\n")
+    (three / "b.csv").write_text("image,caption,same_image\na.png,x,1\nb.png,y,1\n")
+    (three / "c.jsonl").write_text('{"image": "c.png", "caption": "x", "same_image": 1}\n')
+    assert check(three, "--clean", "clean.jsonl", name=name) == 0
+    clean, own = read_annotations(["clean.jsonl"]), read_annotations([three / name])
+    assert clean.equals(own, check_metadata=True) and clean["image_id"].to_pylist() == ["7", "8", None]
+    files = ["--annotations", three / "b.csv", three / "c.jsonl", "--images", three / "images", "--output", "o", "--clean", "d.json"]
+    assert main(["check-data", *map(str, files)]) == 0
+    assert image_keys(read_annotations(["d.json"])).tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("depth", [900, 980, 200_000])

@@ -91,12 +91,25 @@ NOT_TRAINED = [  # options, words of the message
         "run.test_splits is 'dev', but grit_pairs, coco_caption has: train, val, test",
     ),
     (["datasets={coco_caption: {type: large}}"], "datasets.coco_caption.type is 'large'. Known: default"),
+    ([f"{TRAIN}=DATA/plain.csv"], "discriminator.arch is ground_truth, but the training data has no `concept`"),
+    (["run.task=captioning"], "run.num_beams is missing, but captioning needs it."),
+    (
+        ["datasets.grit_pairs.text_processor.train.name=albef_image_eval"],
+        "text_processor.train.name is 'albef_image_eval', which is of images",
+    ),
+    (
+        ["datasets.grit_pairs.vis_processor.eval={name: blip_question}"],
+        "eval.name is 'blip_question', which is of texts; allowed here: albef",
+    ),
+    (["run.beta2=1"], "run.beta2 is 1.0, but must be between 0 and 0.999999"),
+    (['run.output_dir="a\\0b"'], "run.output_dir is 'a\\x00b'; allowed: a path, which holds no NUL"),
     (["datasets={coco_caption: {build_info: {annotations: {train: [1]}}}}"], "annotations.train is [1], but must be a block"),
 ]
 
 
 @pytest.mark.parametrize(("options", "words"), NOT_TRAINED, ids=[" ".join(row[0])[-60:] for row in NOT_TRAINED])
 def test_validate_says_what_train_says(refused, told, run_yaml, pairs, options, words):
+    (pairs / "plain.csv").write_text("image,caption\n" + "".join(f"{n}.png,square {n}\n" for n in range(20)))
     size = "{train: {image_size: 16}, eval: {image_size: 16}}"
     options = [option.replace("DATA", str(pairs)).replace("SIZE", size) for option in options]
     said = refused("train", "--cfg-path", run_yaml, "--options", *options).strip().removeprefix("lavis-mafa train: ")

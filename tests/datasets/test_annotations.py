@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -86,6 +87,9 @@ def test_large_and_dictionary_columns_of_parquet(tmp_path: Path) -> None:
     )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert read_annotations([tmp_path / "a.parquet"])["caption"].to_pylist() == [["x"], ["y", "z"]]
+    categories = table["caption"].cast(pa.list_(pa.dictionary(pa.int32(), pa.string())))  # as Polars writes them
+    pyarrow.parquet.write_table(table.set_column(1, "caption", categories), tmp_path / "b.parquet")
+    assert read_annotations([tmp_path / "b.parquet"])["caption"].to_pylist() == [["x"], ["y", "z"]]
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1).filter(lambda text: text.strip())
@@ -144,6 +148,12 @@ def test_image_keys_against_a_loop(paths: list[str], cut: int, grouped: bool) ->
         ("a.jsonl", '{"image": "a", "caption": "b", "x": ' + "7" * 5_000 + "}", "row 1: not valid JSON (Exceeds the limit"),
         ("a.json", '[{"image": "a", "caption": "b", "x": ' + "7" * 5_000 + "}]", "row 1: not valid JSON (Exceeds the limit"),
         ("a.json", '[{"image": "a", "caption": "b"}]\n[{"image"', "'[{\"image\"' after the end of the list"),
+        (
+            "a.jsonl",
+            '{"image": "a", "caption": "b"}\n{"image": "a", "caption": "b", "caption": "c"}',
+            "row 2: not valid JSON ('caption'",
+        ),
+        ("a.json", '[{"image": "a", "caption": "b", "image": "c"}]', "row 1: not valid JSON ('image' is there twice)"),
         ("a.json", "[]", "no rows"),
         ("a.jsonl", "\n", "no rows"),
         ("a.csv", "", "no rows"),
@@ -179,8 +189,20 @@ def test_missing_file_wrong_types_and_nothing_given(tmp_path: Path) -> None:
         read_annotations([torn])
     latin = tmp_path / "latin.csv"
     latin.write_bytes("image,caption\na,Hündchen\n".encode("latin-1"))
-    with pytest.raises(UserError, match="cannot be read as .csv"):
+    with pytest.raises(UserError, match="cannot be read as .csv.*save it as UTF-8"):
         read_annotations([latin])
+    latin = tmp_path / "latin.jsonl"  # far behind what is read of it first
+    latin.write_bytes(b'{"image": "a", "caption": "b"}\n' * 1000 + '{"image": "a", "caption": "caf\xe9"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        read_annotations([latin])
+    no_text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 1], dtype=np.int32)), pa.py_buffer(b"\xe9")])
+    pyarrow.parquet.write_table(pa.table({"image": ["a"], "caption": no_text}), tmp_path / "latin.parquet")
+    with pytest.raises(UserError, match="Invalid UTF8"):
+        read_annotations([tmp_path / "latin.parquet"])
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["image", "caption", "caption"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="column 'caption' is there 2 times"):
+        read_annotations([tmp_path / "twice.parquet"])
 
 
 def test_a_corrupt_page_of_parquet_is_one_line(tmp_path: Path) -> None:

@@ -298,5 +298,7 @@ def test_lavis_evaluate_finds_the_settings_that_our_yaml_leaves_to_their_default
     config = OmegaConf.create(
         {"model": {"arch": "albef_pretrain"}, "run": {"task": "mafa_pretrain", "evaluate": True, "batch_size_eval": 5}}
     )
+    config.run.output_dir = "~/runs"
     MafaPretrainTask.setup_task(SimpleNamespace(config=config, run_cfg=config.run, model_cfg=config.model))
     assert (config.run.batch_size_train, config.run.batch_size_eval, config.run.num_workers) == (96, 5, 4)
+    assert config.run.output_dir == os.path.expanduser("~/runs"), "LAVIS's train.py knows no tilde"

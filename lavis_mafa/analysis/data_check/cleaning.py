@@ -1,4 +1,4 @@
-"""The annotations without what training would refuse or replace; every column of the other rows stays as it is."""
+"""The annotations without what training would refuse or replace; every column of the other rows means what it did."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from lavis_mafa.analysis.data_check.judging import Verdicts
 from lavis_mafa.analysis.data_check.records import read_records
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
 from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.datasets.annotation_formats import one_message
-from lavis_mafa.datasets.annotations import ids_of_other_images
+from lavis_mafa.datasets.annotation_files import ending
+from lavis_mafa.datasets.annotation_formats import PAIRS, SAME_IMAGE, one_message
+from lavis_mafa.datasets.annotations import ids_of_other_images, read_rows
+from lavis_mafa.datasets.ids import Id, typed_ids
 
 SUFFIXES = (".jsonl", ".json")
 
@@ -126,12 +128,24 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return binary or any(_holds_bytes(kind.field(number).type) for number in range(kind.num_fields))
 
 
+def _ids(rows: Rows, number: int) -> dict[str, list[Id | None]]:
+    """What training takes for ids, where a record does not say it: the 7.0 of a .csv may be a number; ``same_image`` is a file's."""
+    several = len(rows.files) > 1
+    if not several and ending(rows.files[number].path) not in (".csv", ".tsv", ".parquet"):
+        return {}
+    table = read_rows(rows.files[number].path)
+    ids = {name: typed_ids(table, name) for name in PAIRS.optional if name in table.column_names}
+    if several and SAME_IMAGE in ids:
+        ids[SAME_IMAGE] = [None if one is None else f"{number}/{one}" for one in ids[SAME_IMAGE]]
+    return ids
+
+
 def _good_records(rows: Rows, bad_image: Numbers, bad_caption: Numbers) -> Iterator[dict[str, Any]]:
     """Each good record once; ``rows`` may hold only some of a file."""
     after = np.cumsum(rows.captions)
     row = 0
     for number, file in enumerate(rows.files):
-        end = int(np.searchsorted(rows.file_of, number, side="right"))
+        end, ids = int(np.searchsorted(rows.file_of, number, side="right")), _ids(rows, number)
         for at, record in enumerate(read_records(file.path)):
             if row == end:
                 break
@@ -141,7 +155,7 @@ def _good_records(rows: Rows, bad_image: Numbers, bad_caption: Numbers) -> Itera
             if not bad_image[row] and not bad.all():
                 if bad.any():
                     record["caption"] = [text for text, is_bad in zip(record["caption"], bad, strict=True) if not is_bad]
-                yield record
+                yield record | {name: values[at] for name, values in ids.items()}
             row += 1
         if row != end:
             raise UserError(f"{file} has fewer rows than when it was checked; check it again.")
