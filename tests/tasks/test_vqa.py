@@ -22,6 +22,7 @@ from lavis_mafa.tasks.mafa_vqa import MafaGqaTask, MafaVqaTask
 
 ANSWERS = [["dog", "puppy"], ["2"], ["yes"]]
 SAID = ["A dog.", "two", "no"]
+CONFIG = SimpleNamespace(datasets_cfg={})
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_annotations_that_do_not_fit_are_found_at_the_start(tmp_path: Path, monk
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_vqa": {"val": data}})
     task = MafaVqaTask(run_block(valid_splits=["val"]))
     with pytest.raises(UserError, match="datasets.coco_vqa, split 'val': .* have no answers to 2 of 3 questions, the first 5"):
-        task.build_datasets(None)
+        task.build_datasets(CONFIG)
     for content, message in (
         ("{", "is not JSON"),
         ("[]", "has no list 'annotations'"),
@@ -158,10 +159,10 @@ def test_annotations_that_do_not_fit_are_found_at_the_start(tmp_path: Path, monk
     ):
         Path(data.coco_fmt_anno_file).write_text(content)
         with pytest.raises(UserError, match=message):
-            MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(None)
+            MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(CONFIG)
     data.coco_fmt_anno_file = str(tmp_path / "gone.json")
     with pytest.raises(UserError, match="gone.json cannot be read"):
-        MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(None)
+        MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(CONFIG)
 
 
 def test_the_official_accuracy_is_lavis_vqa_eval() -> None:
@@ -266,9 +267,9 @@ def test_training_is_for_sets_and_models_with_answers(monkeypatch: pytest.Monkey
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: parts)
     run = {"train_splits": ["train"], "evaluate": False, "task": "mafa_vqa"}
     with pytest.raises(UserError, match="datasets.pairs has no answers in its split 'train', but mafa_vqa trains on them"):
-        MafaVqaTask(run_block(**run)).build_datasets(None)
+        MafaVqaTask(run_block(**run)).build_datasets(CONFIG)
     del parts["pairs"]
-    MafaVqaTask(run_block(**run)).build_datasets(None)
+    MafaVqaTask(run_block(**run)).build_datasets(CONFIG)
     monkeypatch.setattr(BaseTask, "build_model", lambda self, cfg: torch.nn.Linear(1, 1))
     cfg: Any = SimpleNamespace(model_cfg=SimpleNamespace(arch="blip2_t5"))
     with pytest.raises(UserError, match="which trains on answers, but blip2_t5 does not read them; allowed: blip2_opt_mafa, albef_vqa"):
