@@ -121,5 +121,7 @@ def test_scores_that_are_not_finite_are_refused(value):
     spoilt[1, 2:4], spoilt[2, 0] = value, value
     with pytest.raises(UserError, match=r"3 of 15 retrieval scores are NaN or infinite, those of 2 of 3 images: image 1 .* has 2 of 5"):
         retrieval_metrics(spoilt, scores.T, relevant)
+    with pytest.raises(UserError, match="no image of the evaluation set has a text that matches it"):
+        retrieval_metrics(torch.rand(3, 5), torch.rand(5, 3), torch.zeros(3, 5, dtype=torch.bool))
     with pytest.raises(UserError, match=r"those of 3 of 5 texts: text 0 .* has 1 of 3"):
         retrieval_metrics(scores, spoilt.T, relevant)

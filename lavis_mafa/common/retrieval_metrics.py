@@ -28,8 +28,10 @@ def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) 
         r1, r5, r10, r_precision, map_at_r per direction, and ``agg_metrics``, the mean of the six recalls.
 
     Raises:
-        UserError: a score is NaN or infinite.
+        UserError: a score is NaN or infinite, or nothing matches.
     """
+    if not bool(relevant.any()):
+        raise UserError("no image of the evaluation set has a text that matches it: there is nothing to find.")
     results: dict[str, float] = {}
     for side, query, scores, right in (("tr", "image", scores_i2t, relevant), ("ir", "text", scores_t2i, relevant.T)):
         check_scores(scores, query)

@@ -12,8 +12,10 @@ from typing import Any
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 
 from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.ids import id_of_json
 
 PEOPLE = 10
+FEWEST = 4  # people, of whom the official script can find three others that agree
 Id = int | str
 
 
@@ -64,7 +66,7 @@ def official_accuracy(predictions: Mapping[Id, str], people: Mapping[Id, Questio
     """VQA accuracy as the official script has it (``VQAEval``), over the questions that have a prediction.
 
     Unlike :func:`accuracy` it takes articles and numbers in the people's answers as they are, and an answer that is nothing but
-    an article is wrong.
+    an article is wrong. Of fewer than four answers, with which the script gives nobody full marks (of one: none), any is right.
 
     Args:
         predictions: question id -> answer.
@@ -83,7 +85,8 @@ def official_accuracy(predictions: Mapping[Id, str], people: Mapping[Id, Questio
         found = people[question]
         alike = len(set(found.answers)) == 1  # then they are not normalised, in the official script
         right = found.answers if alike else [_tools().processPunctuation(answer) for answer in found.answers]
-        scores.append(_agreement(_without_articles(prediction), right))
+        said = _without_articles(prediction)
+        scores.append(_agreement(said, right) if len(right) >= FEWEST else float(bool(said) and said in right))
         if found.kind is not None:
             by_kind.setdefault(found.kind.replace("/", "_").replace(" ", "_"), []).append(scores[-1])
     means = {f"accuracy_{kind}": 100 * sum(of_kind) / len(of_kind) for kind, of_kind in by_kind.items()}
@@ -97,7 +100,7 @@ def read_people(path: str | Path) -> dict[Id, Question]:
     be absent.
 
     Raises:
-        UserError: the file is not of that form.
+        UserError: the file is not of that form, or has a question twice with other answers.
     """
     form = "allowed: {annotations: [{question_id: 1, answers: [{answer: dog}, ...]}, ...]}"
     try:
@@ -114,10 +117,15 @@ def read_people(path: str | Path) -> dict[Id, Question]:
         row = row if isinstance(row, dict) else {}
         given = row.get("answers")
         answers: list[Any] = [one.get("answer") if isinstance(one, dict) else one for one in given] if isinstance(given, list) else []
-        if not isinstance(row.get("question_id"), int | str) or not answers or not all(isinstance(one, str) for one in answers):
+        if not isinstance(row.get("question_id"), int | float | str) or not answers or not all(isinstance(one, str) for one in answers):
             raise UserError(f"{path}, annotations[{number}] has no question_id with a list of answers; {form}.")
-        kind = row.get("answer_type")
-        people[row["question_id"]] = Question(answers, kind if isinstance(kind, str) and kind else None)
+        text, is_number = id_of_json(f"{path}, annotations[{number}].question_id", row["question_id"])
+        if text is None:
+            raise UserError(f"{path}, annotations[{number}].question_id is NaN; {form}.")
+        name, kind = int(text) if is_number else text, row.get("answer_type")
+        question = Question(answers, kind if isinstance(kind, str) and kind else None)
+        if people.setdefault(name, question) != question:
+            raise UserError(f"{path}, annotations[{number}] has other answers to question {name!r} than a row before it.")
     return people
 
 

@@ -28,6 +28,7 @@ from lavis_mafa.models.blip2_encoders import (
 from lavis_mafa.models.blip2_pairs import Blip2Pairs, match_queries, query_pass
 from lavis_mafa.models.mafa_model import CONFIGS, PROJECTIONS, MafaModel, may_lack
 from lavis_mafa.models.retrieval_scoring import best_query, in_fp32
+from lavis_mafa.models.samples import check_lengths
 from lavis_mafa.models.tokenizing import tokenize
 from lavis_mafa.objectives import EncodedBatch, known_positives
 
@@ -156,9 +157,15 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
             UserError: another mode than image, text, multimodal, or samples that lack what it needs.
         """
         needs = {"image": ("image",), "text": ("text_input",), "multimodal": ("image", "text_input")}
-        if mode not in needs:
+        if not isinstance(mode, str) or mode not in needs:
             raise UserError(f"mode is {mode!r}; allowed: {', '.join(needs)}.")
         samples = self.checked(samples, *needs[mode])
+        positions = self.Qformer.config.max_position_embeddings  # LAVIS cuts no text here
+        longest = max((len(self.tokenizer(text).input_ids) for text in samples.get("text_input", ()) if mode != "image"), default=0)
+        if longest > positions:
+            raise UserError(
+                f"samples['text_input'] has a text of {longest} tokens; allowed: at most the model's {positions} positions."
+            )
         return super().extract_features({k: v.to(self.device) if k == "image" else v for k, v in samples.items()}, mode)
 
     @torch.no_grad()
@@ -186,11 +193,10 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
             B x ``num_captions`` captions, those of an image one after another.
 
         Raises:
-            UserError: no images of the model's size, or more captions than beams.
+            UserError: no images of the model's size, or lengths, beams or numbers of captions that do not go together.
         """
         samples = self.checked(samples, "image")
-        if num_captions > num_beams and not use_nucleus_sampling:
-            raise UserError(f"num_captions is {num_captions}, but num_beams is {num_beams}; allowed: at most as many.")
+        check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)
         images = self.ln_vision(self.visual_encoder(samples["image"].to(self.device)))
         # transformers expands the ids alone to beams and samples
         images = images.repeat_interleave(num_captions if use_nucleus_sampling else num_beams, dim=0)

@@ -25,7 +25,7 @@ from lavis_mafa.models.blip2_pairs import query_pass
 from lavis_mafa.models.language_model import build_opt, check_opt
 from lavis_mafa.models.mafa_model import CONFIGS
 from lavis_mafa.models.outputs import PretrainOutput
-from lavis_mafa.models.samples import checked
+from lavis_mafa.models.samples import check_lengths, checked
 from lavis_mafa.objectives import value_range
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ class Blip2OptMafa(Blip2OPT):
 
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions. Or B questions, ``prompt`` with ``{}`` for the
-                question, and as LAVIS's VQA sets have them: ``n_answers`` [B], ``answer`` the list of them all, ``weight`` of each.
+                question, and as LAVIS's VQA sets have them: ``n_answers`` [B] (default: one each), ``answer`` the list of them all,
+                ``weight`` of each (default: 1).
 
         Raises:
             UserError: samples that do not go together.
@@ -167,8 +168,17 @@ class Blip2OptMafa(Blip2OPT):
 
     def _answer_loss(self, samples: dict[str, Any]) -> Tensor:
         """The mean over the tokens of all answers and their line ends, by the answers' weights; prompt and question give none."""
-        ends = [self._asked(question, samples.get("prompt", ""), self.max_txt_len) for question in samples["text_input"]]
-        row = torch.arange(len(ends)).repeat_interleave(torch.as_tensor(samples["n_answers"]).cpu())
+        questions = samples["text_input"]
+        prompts = _one_each(samples.get("prompt", ""), len(questions))
+        ends = [self._asked(question, prompt, self.max_txt_len) for question, prompt in zip(questions, prompts, strict=True)]
+        counts = torch.as_tensor(samples.get("n_answers", [1] * len(ends))).cpu()
+        weights = torch.as_tensor(samples.get("weight", [1.0] * len(samples["answer"]))).to(self.device)
+        if len(counts) != len(ends) or int(counts.sum()) != len(samples["answer"]) or len(weights) != len(samples["answer"]):
+            raise UserError(
+                f"samples has {len(ends)} questions, n_answers {counts.tolist()}, {len(samples['answer'])} answers and {len(weights)} "
+                "weights (answer, weight); needed: n_answers for each question, and as many answers and weights as these add up to."
+            )
+        row = torch.arange(len(ends)).repeat_interleave(counts)
         ids, labels = [], []
         for question, answer in zip(row.tolist(), samples["answer"], strict=True):
             before = self.opt_tokenizer(ends[question]).input_ids
@@ -187,7 +197,7 @@ class Blip2OptMafa(Blip2OPT):
             states = self.opt_model(inputs_embeds=embeds, attention_mask=torch.cat([seen, mask], dim=1), return_dict=True)
         logits = states.logits[:, queries.shape[1] : -1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), targets[:, 1:], ignore_index=-100, reduction="none")
-        weight = torch.as_tensor(samples["weight"]).to(self.device)[:, None] * (targets[:, 1:] != -100)
+        weight = weights[:, None] * (targets[:, 1:] != -100)
         return (losses * weight).sum() / weight.sum()
 
     @torch.no_grad()
@@ -213,10 +223,9 @@ class Blip2OptMafa(Blip2OPT):
             B x ``num_captions`` captions, those of an image one after another.
 
         Raises:
-            UserError: no images of the model's size, or more captions than beams.
+            UserError: no images of the model's size, or lengths, beams or numbers of captions that do not go together.
         """
-        if num_captions > num_beams and not use_nucleus_sampling:
-            raise UserError(f"num_captions is {num_captions}, but num_beams is {num_beams}; allowed: at most as many.")
+        check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)
         samples = self.checked(samples, "image")
         count = len(samples["image"])
         return self._spoken(
@@ -262,12 +271,13 @@ class Blip2OptMafa(Blip2OPT):
             B answers.
 
         Raises:
-            UserError: another ``inference_method``, or no room for question and answer.
+            UserError: another ``inference_method``, lengths that do not go together, or no room for question and answer.
         """
         if inference_method != "generate":
             raise UserError(
                 f"inference_method is {inference_method!r}, but blip2_opt_mafa ranks no given answers; allowed: 'generate'."
             )
+        check_lengths(min_len, max_len, num_beams)
         samples = self.checked(samples, "image", "text_input")
         questions = samples["text_input"]
         prompts = _one_each(prompt, len(questions))
@@ -309,11 +319,13 @@ class Blip2OptMafa(Blip2OPT):
         """The prompt with the question in it, the question cut where the language model's positions would not suffice."""
         text = (prompt or "{}").replace("{}", question)
         room = self.opt_model.config.max_position_embeddings - self.query_tokens.shape[1] - max_len
-        too_many = len(self.opt_tokenizer(text).input_ids) - room
-        if too_many <= 0 or not question:
-            return text
         words = self.opt_tokenizer(question, add_special_tokens=False).input_ids
-        return self._asked(self.opt_tokenizer.decode(words[: max(0, len(words) - too_many - 1)]), prompt, max_len)
+        kept = len(words)
+        while kept and (too_many := len(self.opt_tokenizer(text).input_ids) - room) > 0:
+            kept = max(0, kept - too_many)
+            # a character may be of several tokens, and half of one is read as another, of more tokens
+            text = (prompt or "{}").replace("{}", self.opt_tokenizer.decode(words[:kept]).rstrip("\ufffd"))
+        return text
 
 
 def _one_each(prompt: Any, count: int) -> list[str]:

@@ -77,7 +77,7 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
         Raises:
             UserError: another mode, or samples that lack what it needs.
         """
-        modes, found = [mode] if isinstance(mode, str) else list(mode), dict[str, Tensor]()
+        modes, found = [mode] if isinstance(mode, str) else list(mode or []), dict[str, Tensor]()
         wrong = [m for m in modes if m not in ("image", "text", "multimodal")]
         if wrong or not modes:
             raise UserError(f"mode is {mode!r}; allowed: image, text, multimodal.")

@@ -170,7 +170,10 @@ class MafaModel(nn.Module, Generic[Block]):
         rank_by, allowed = getattr(run, "rank_by", None) or self.rank_by, CHOICES["run.rank_by"]
         if rank_by not in allowed:  # LAVIS's tasks check nothing
             raise UserError(f"run.rank_by is {rank_by!r}, but must be one of {', '.join(allowed)}, or null.")
-        return retrieval_scores(self, data_loader, int(run.k_test), rank_by)
+        top_k = getattr(run, "k_test", None)
+        if rank_by != "itc" and (not isinstance(top_k, int) or top_k < 1):
+            raise UserError(f"run.k_test is {top_k!r}, but must be a whole number, 1 or more.")
+        return retrieval_scores(self, data_loader, top_k or 0, rank_by)
 
     def compute_sim_matrix(self, data_loader: Any, task_cfg: Any) -> tuple[Any, Any]:
         """The same for LAVIS's ``retrieval`` task: numpy [I, T], [T, I]."""

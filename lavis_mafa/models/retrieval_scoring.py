@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_mafa.common.distributed import is_distributed, rank, world_size
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.retrieval_metrics import check_scores
 
 NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
@@ -61,9 +62,13 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
         the score inside the top k and -100 outside, or less where a query's own scores are as low: nothing outside comes first.
 
     Raises:
-        UserError: scores are not finite.
+        UserError: scores are not finite, or there is nothing to score.
     """
     texts = list(data_loader.dataset.text)
+    if not texts or not len(data_loader.dataset.image):
+        raise UserError(
+            f"there are {len(data_loader.dataset.image)} images and {len(texts)} texts to score; needed: at least one of each."
+        )
     parts = [model.text_rows(texts[start : start + 256]) for start in range(0, len(texts), 256)]
     text = tuple(_stack(column) for column in zip(*(rows for rows, _ in parts), strict=True))
     text_features = torch.cat([features for _, features in parts])

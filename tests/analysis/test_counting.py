@@ -144,6 +144,11 @@ def test_grouping_stays_in_its_part_and_is_grits(kit):
         start = int(part[0] - rows[0])
         assert torch.equal(rows[group_by_similarity(block.image_features[rows], block.text_features[rows], start)], part)
     assert not torch.equal(order, grouped_order(block, 8, seed=2))
+    assert not torch.equal(order, grouped_order(dataclasses.replace(block, number=1), 8, seed=1)), "each block starts anew"
+    queries = torch.stack([-block.text_features, block.image_features], dim=1)
+    assert torch.equal(order, grouped_order(dataclasses.replace(block, image_features=queries), 8, seed=1)), (
+        "the query most like its text"
+    )
     assert [len(b) for b in batches_of(order, 5, 8)] == [5, 3, 5, 3, 5]
 
 

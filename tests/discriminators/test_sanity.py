@@ -79,6 +79,14 @@ def test_medians_are_told_once(said, own, other, level):
     assert con_d.calls == 6 + sanity.BATCHES  # one more on each of the first batches, none later
 
 
+def test_an_anchor_without_a_negative_is_in_no_share(said):
+    check, known = SanityCheck("Says", 0.8), torch.eye(4, dtype=torch.bool)
+    for number in range(sanity.BATCHES):
+        check.look(Says(0.95, 0.1), samples(("albef", False), number), known, torch.tensor([0.9, float("nan"), 0.7, float("nan")]))
+    [(_, text)] = said()
+    assert "hardest negatives 0.800; 100%, 0%, 50% are above" in text
+
+
 def test_hardest_negatives_that_score_like_own_pairs_are_told(said):
     train(("albef", False), Says(0.558, 0.171, hardest=0.594))
     [(level, text)] = said()

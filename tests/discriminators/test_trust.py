@@ -83,6 +83,7 @@ def test_a_share_that_no_paper_reaches_is_told_once_an_epoch(caplog):
         watch.look({"epoch": 4, "step": 100, "new_positive_share": 0.9, "con_d_precision": 0.123})
         watch.look({"epoch": 5, "step": 100, "new_positive_share": 0.9, "con_d_precision": 0.95})
         ShareWatch(steps_per_epoch=5).look({"epoch": 6, "step": 5, "new_positive_share": 0.34})
+        watch.look({"epoch": 7, "step": 100, "new_positive_share": 0.9, "con_d_precision": 0.89})
     said = [record.getMessage() for record in caplog.records]
-    assert [text.split(":")[0] for text in said] == ["epoch 2", "epoch 4", "epoch 6"]
+    assert [text.split(":")[0] for text in said] == ["epoch 2", "epoch 4", "epoch 6", "epoch 7"]
     assert "turns 40 % of the hardest" in said[0] and "31.7 %" in said[0] and "truth" not in said[0] and "truth 12%" in said[1]

@@ -136,9 +136,10 @@ def test_non_finite_features_are_named():
         group_sub_queues(torch.stack([text, text]), torch.stack([text, image]), torch.tensor([0, 0]))
 
 
-def test_overflowing_similarities_are_refused():
+@pytest.mark.parametrize("value", [1e20, 1.4e19], ids=["a product", "the sum of two"])
+def test_overflowing_similarities_are_refused(value):
     with pytest.raises(ValueError, match="too large for fp32"):
-        group_by_similarity(torch.full((3, 2), 1e20), torch.full((3, 2), -1e20))
+        group_by_similarity(torch.full((3, 2), value), torch.full((3, 2), -value))
 
 
 @pytest.mark.parametrize("start", [-1, 6])

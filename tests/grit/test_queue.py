@@ -114,11 +114,13 @@ def test_every_queue_of_an_epoch_is_shuffled_anew():
     assert not torch.equal(first, second - 30)
 
 
-def test_every_position_can_start_a_chain():
+@pytest.mark.parametrize("queue_size", [4, 8])
+@pytest.mark.parametrize("count", [3, 4])
+def test_every_position_can_start_a_chain(queue_size, count):
     starts = set()
     for seed in range(60):
-        starts.add(int(run_epoch(GritQueue(4, 4, example_shuffle=False, seed=seed), torch.arange(4), batch=4)[0]))
-    assert starts == {0, 1, 2, 3}
+        starts.add(int(run_epoch(GritQueue(queue_size, 4, example_shuffle=False, seed=seed), torch.arange(count), batch=count)[0]))
+    assert starts == set(range(count))
 
 
 def test_a_sample_is_collected_once_an_epoch():

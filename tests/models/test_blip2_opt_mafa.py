@@ -332,6 +332,8 @@ def test_a_prompt_for_each_image_or_one_for_all():
 def test_what_has_no_room_or_is_not_there_is_refused():
     model = stage_2()
     samples = {"image": images(1), "text_input": ["why?"]}
+    with pytest.raises(UserError, match="min_length is 5 and max_length 4; allowed: "):
+        model.predict_answers(samples, min_len=5, max_len=4)
     with pytest.raises(UserError, match="inference_method is 'rank', but blip2_opt_mafa ranks no given answers"):
         model.predict_answers(samples, inference_method="rank", answer_list=["a"])
     with pytest.raises(
@@ -377,6 +379,15 @@ def test_answers_are_trained_after_their_questions():
     assert float(output.loss) == pytest.approx(total / tokens, rel=1e-4) and output.loss_lm is output.loss
     output.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert torch.equal(model({**samples, "prompt": [prompt] * 2}).loss, output.loss), "a prompt for all, or for each question"
+    for wrong in (
+        {"n_answers": torch.tensor([1, 1])},
+        {"answer": ["a dog"]},
+        {"weight": torch.ones(2)},
+        {"n_answers": torch.tensor([3])},
+    ):
+        with pytest.raises(UserError, match="samples has 2 questions, n_answers .*; needed: n_answers for each question, and as many"):
+            model({**samples, **wrong})
     other = model({**samples, "answer": ["xyzzy"] * 3})
     assert float(other.loss) != pytest.approx(float(output.loss), rel=1e-3)
 
@@ -500,6 +511,17 @@ def test_a_question_longer_than_the_positions_is_cut_and_its_prompt_kept():
     text = model.opt_tokenizer.decode(seen[0][0], skip_special_tokens=True)
     assert text.startswith("Question: why why") and text.endswith(" Answer:")
     assert seen[0].shape[1] <= model.opt_model.config.max_position_embeddings - 3 - 4
+
+
+def test_a_cut_question_ends_with_a_whole_character():
+    """A character is up to four of these tokens, and half of one would be read as another, of three: no cut may go on for ever."""
+    model, room = stage_2(), 512 - 3 - 10
+    for letter in ("é", "猫", "😀"):
+        for shift in range(5):
+            question = "?" * shift + letter * 260
+            text = model._asked(question, "Question: {} Answer:", 10)
+            kept = text.removeprefix("Question: ").removesuffix(" Answer:")
+            assert question.startswith(kept) and room - 4 < len(model.opt_tokenizer(text).input_ids) <= room
 
 
 def two_samples() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ def test_one_text_is_a_list_of_one(family):
     assert torch.equal(model(alone).loss, wanted)
     text = {"text_input": samples["text_input"]}
     assert model.extract_features(text, "text") is not None and model.extract_features({"image": samples["image"]}, "image") is not None
-    with pytest.raises(UserError, match="mode is 'both'; allowed: image, text, multimodal"):
-        model.extract_features(samples, "both")
+    for mode in ("both", None, []):
+        with pytest.raises(UserError, match=rf"mode is {re.escape(repr(mode))}; allowed: image, text, multimodal"):
+            model.extract_features(samples, mode)
     with pytest.raises(UserError, match="samples has no 'image'"):
         model.extract_features(text)
 
@@ -100,7 +102,12 @@ def test_samples_that_do_not_go_together_are_one_message(family):
         ({"text_input": samples["text_input"][:2]}, "3 images and 2 texts"),
         ({"text_input": "one text"}, "3 images and 1 texts"),
         ({"text_input": ["a", 3, "b"]}, "holds 3; needed: a list of texts"),
+        ({"text_input": ["a", None, "b"]}, "holds None; needed: a list of texts"),
         ({"text_input": None}, "no 'text_input'"),
+        ({"image_key": [1, 2, 3]}, r"samples\['image_key'\] is \[1, 2, 3\]; needed: a LongTensor \[3\]"),
+        ({"index": torch.arange(2)}, r"samples\['index'\] is tensor\(\[0, 1\]\); needed: a LongTensor \[3\]"),
+        ({"image": samples["image"][:0], "text_input": []}, "has no image"),
+        ({"image": samples["image"].byte()}, "is torch.uint8; needed: torch.float32"),
         ({"image": samples["image"][0]}, rf"\[3, {size}, {size}\]; needed: .*give one image as image.unsqueeze"),
         ({"image": samples["image"][..., :4]}, rf"\[3, 3, {size}, 4\]; needed: a tensor \[B, 3, {size}, {size}\]"),
         ({"image": "dog.jpg"}, "is str; needed: a tensor"),
@@ -149,8 +156,21 @@ def test_captions_by_the_number(family):
     assert len(one) == 2 and len(three) == 6
     assert three[::3] == one, "the first of an image is its best"
     assert len(model.generate(samples, use_nucleus_sampling=True, max_length=8, min_length=1, num_captions=4, top_p=0.8)) == 8
-    with pytest.raises(UserError, match="num_captions is 4, but num_beams is 3"):
-        model.generate(samples, num_beams=3, num_captions=4)
+    for settings, message in (
+        ({"num_captions": 4}, "num_captions is 4, but num_beams is 3"),
+        ({"num_captions": 0}, "num_captions is 0; allowed: 1 or more"),
+        ({"num_captions": 0, "use_nucleus_sampling": True}, "num_captions is 0"),
+        ({"num_beams": 0}, "num_beams is 0; allowed: 1 or more"),
+        ({"min_length": 9, "max_length": 8}, "min_length is 9 and max_length 8; allowed: "),
+        ({"min_length": 0, "max_length": 0}, "min_length is 0 and max_length 0; allowed: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.generate(samples, **{"num_beams": 3, "min_length": 1, **settings})
+
+
+def test_a_text_beyond_the_positions_of_blip_2_is_one_message():
+    with pytest.raises(UserError, match="a text of 602 tokens; allowed: at most the model's 512 positions"):
+        BLIP2.ours().extract_features({"text_input": ["a cat", "cat " * 600]}, "text")
 
 
 def test_captions_of_blip_2_are_lavis_captions_and_every_argument_acts():

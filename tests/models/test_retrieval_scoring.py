@@ -109,6 +109,14 @@ def test_who_ranks_by_what():
             assert torch.equal(torch.from_numpy(matrix), scores)
     with pytest.raises(UserError, match="run.rank_by is 'cosine', but must be one of itm, "):
         model.compute_sim_matrix(Gallery(), OmegaConf.create({"k_test": 4, "rank_by": "cosine"}))
+    for run in ({"k_test": 0}, {"k_test": -1}, {}):
+        assert model.retrieval_scores(Gallery(), OmegaConf.create(run)).rank_by == "itc", "which has no use for it"
+        with pytest.raises(UserError, match=f"run.k_test is {run.get('k_test')}, but must be a whole number, 1 or more"):
+            model.retrieval_scores(Gallery(), OmegaConf.create({**run, "rank_by": "itm"}))
+    empty = Gallery()
+    empty.dataset = SimpleNamespace(**{**vars(Gallery.dataset), "text": []})
+    with pytest.raises(UserError, match="images and 0 texts to score"):
+        model.retrieval_scores(empty, plain)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lavis_mafa.tasks.mafa_vqa import MafaGqaTask, MafaVqaTask
 
 ANSWERS = [["dog", "puppy"], ["2"], ["yes"]]
 SAID = ["A dog.", "two", "no"]
+CONFIG = SimpleNamespace(datasets_cfg={})
 
 
 @pytest.fixture
@@ -132,6 +133,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain texts": {"answers": lambda given: [one["answer"] for one in given]},
     "no types": {"question_type": lambda _: None, "answer_type": lambda _: None},
     "ids as texts": {"question_id": str},
+    "ids as floats": {"question_id": float},
 }
 
 
@@ -149,19 +151,27 @@ def test_annotations_that_do_not_fit_are_found_at_the_start(tmp_path: Path, monk
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_vqa": {"val": data}})
     task = MafaVqaTask(run_block(valid_splits=["val"]))
     with pytest.raises(UserError, match="datasets.coco_vqa, split 'val': .* have no answers to 2 of 3 questions, the first 5"):
-        task.build_datasets(None)
+        task.build_datasets(CONFIG)
     for content, message in (
         ("{", "is not JSON"),
         ("[]", "has no list 'annotations'"),
         ('{"annotations": [{"question_id": 1}]}', r"annotations\[0\] has no question_id with a list of answers"),
         ('{"annotations": [{"question_id": 1, "answers": [{"answer_id": 1}]}]}', r"annotations\[0\] has no"),
+        (
+            '{"annotations": [{"question_id": true, "answers": ["a"]}]}',
+            r"annotations\[0\].question_id is true; allowed: text or a whole",
+        ),
+        (
+            '{"annotations": [{"question_id": 1, "answers": ["a"]}, {"question_id": 1, "answers": ["b"]}]}',
+            r"\[1\] has other answers to .* 1",
+        ),
     ):
         Path(data.coco_fmt_anno_file).write_text(content)
         with pytest.raises(UserError, match=message):
-            MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(None)
+            MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(CONFIG)
     data.coco_fmt_anno_file = str(tmp_path / "gone.json")
     with pytest.raises(UserError, match="gone.json cannot be read"):
-        MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(None)
+        MafaVqaTask(run_block(valid_splits=["val"])).build_datasets(CONFIG)
 
 
 def test_the_official_accuracy_is_lavis_vqa_eval() -> None:
@@ -191,6 +201,17 @@ def test_the_official_accuracy_is_lavis_vqa_eval() -> None:
     assert found["accuracy"] == found["accuracy_x"] == pytest.approx(evaluation.accuracy["overall"], abs=1e-3)
     each = {n: official_accuracy({n: said[n]}, {n: Question(people[n], None)})["accuracy"] for n in people}
     assert each == pytest.approx(evaluation.evalQA, abs=1e-3) and len(set(each.values())) > 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9, 11])
+def test_people_who_all_agree_are_right_however_many_they_are(count: int) -> None:
+    of = Question(["dog"] * count, None)
+    assert official_accuracy({1: "A dog."}, {1: of})["accuracy"] == accuracy(["A dog."], [of.answers]) == 100
+    assert official_accuracy({1: "cat"}, {1: of})["accuracy"] == official_accuracy({1: ""}, {1: of})["accuracy"] == 0
+    some = official_accuracy({1: "cat"}, {1: Question([*of.answers, "cat"], None)})["accuracy"]
+    assert some == (100 if count < 3 else pytest.approx(100 / 3 * count / (count + 1))), (
+        "a right answer, or one of four or more people's"
+    )
 
 
 def by_hand(people: list[str], said: str) -> float:
@@ -266,9 +287,9 @@ def test_training_is_for_sets_and_models_with_answers(monkeypatch: pytest.Monkey
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: parts)
     run = {"train_splits": ["train"], "evaluate": False, "task": "mafa_vqa"}
     with pytest.raises(UserError, match="datasets.pairs has no answers in its split 'train', but mafa_vqa trains on them"):
-        MafaVqaTask(run_block(**run)).build_datasets(None)
+        MafaVqaTask(run_block(**run)).build_datasets(CONFIG)
     del parts["pairs"]
-    MafaVqaTask(run_block(**run)).build_datasets(None)
+    MafaVqaTask(run_block(**run)).build_datasets(CONFIG)
     monkeypatch.setattr(BaseTask, "build_model", lambda self, cfg: torch.nn.Linear(1, 1))
     cfg: Any = SimpleNamespace(model_cfg=SimpleNamespace(arch="blip2_t5"))
     with pytest.raises(UserError, match="which trains on answers, but blip2_t5 does not read them; allowed: blip2_opt_mafa, albef_vqa"):
