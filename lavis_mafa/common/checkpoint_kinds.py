@@ -139,14 +139,14 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
             misfits.append(f"{PARTS[part]} of {_size(sizes, told)}, but {_size(wanted, told)} is set; give its sizes in {shown}.{part}")
     if misfits:
         raise UserError(f"{source} does not fit the model: it has " + ", and ".join(misfits) + f", or another model_type in {shown}.")
-    rows = next((shapes[name][0] for name in EMBEDDINGS if name in shapes), None)
+    rows = next((shapes[name][0] for name in EMBEDDINGS if shapes.get(name)), None)
     words = words_of_tokenizer(block.tokenizer) if hasattr(block, "tokenizer") else None
     if rows is not None and words is not None and rows not in (words, words + ADDED[block.arch]):
         raise UserError(
             f"{source} has embeddings of {rows} words, but model.tokenizer ({block.tokenizer}) has {words}; give the tokenizer that it "
             "was trained with."
         )
-    wide = shapes.get("ln_vision.weight", [0])[0]
+    wide = (shapes.get("ln_vision.weight") or [0])[0]
     if wide and wide != block.image_encoder.width:
         what = f"{CLIP_L}" if wide == 1024 else f"a checkpoint for an image encoder of width {wide}"
         raise UserError(f"{source} is {what}; {shown}.image_encoder.width is {block.image_encoder.width}.")
@@ -160,7 +160,7 @@ def _size(sizes: dict[str, Any], told: Collection[str]) -> str:
 
 
 def sizes_of(shapes: Shapes) -> dict[str, dict[str, int]]:
-    """The sizes that names and shapes tell, by the part's block in a YAML.
+    """The sizes that names and shapes tell, by the part's block in a YAML; tensors of another rank than theirs tell nothing.
 
     Example:
         >>> sizes_of(shapes_of("albef.pth", "model.pretrained"))["text_encoder"]
@@ -168,16 +168,20 @@ def sizes_of(shapes: Shapes) -> dict[str, dict[str, int]]:
     """
     shapes = {name.replace("text_encoder.bert.", "text_encoder."): shape for name, shape in shapes.items()}
     sizes: dict[str, dict[str, int]] = {}
-    if "visual_encoder.patch_embed.proj.weight" in shapes:
-        width, _, patch, _ = shapes["visual_encoder.patch_embed.proj.weight"]
+
+    def shape(name: str, rank: int) -> list[int] | None:
+        found = shapes.get(name, [])
+        return found if len(found) == rank else None
+
+    if patches := shape("visual_encoder.patch_embed.proj.weight", 4):
+        width, _, patch, _ = patches
         sizes["image_encoder"] = {"depth": _count("visual_encoder.blocks.", shapes), "width": width, "patch_size": patch}
-    if "query_tokens" in shapes:
-        queries, width = shapes["query_tokens"][1:]
+    if tokens := shape("query_tokens", 3):
+        _, queries, width = tokens
         sizes["qformer"] = {"layers": _count("Qformer.bert.encoder.layer.", shapes), "width": width, "queries": queries}
-    word_embeddings = "text_encoder.embeddings.word_embeddings.weight"
-    if word_embeddings in shapes:
+    if words := shape("text_encoder.embeddings.word_embeddings.weight", 2):
         encoder = "text_encoder.encoder.layer."
-        sizes["text_encoder"] = {"layers": _count(encoder, shapes), "width": shapes[word_embeddings][1]}
+        sizes["text_encoder"] = {"layers": _count(encoder, shapes), "width": words[1]}
         if f"{encoder}0.crossattention.self.query.weight" not in shapes:
             crossing = [int(n.split(".")[3]) for n in shapes if n.startswith(encoder) and ".crossattention." in n]
             sizes["text_encoder"]["fusion_layer"] = min(crossing, default=sizes["text_encoder"]["layers"])

@@ -61,8 +61,10 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
         return list(error.messages)
     found(check_evaluates, checked.run, str(find_yaml(name)))
     ours = _all_ours(checked)
-    if not ours and not found(_check_names, checked, _lavis_registry()):
-        return found.messages
+    if not ours:
+        if not found(_check_names, checked, _lavis_registry()):
+            return found.messages
+        found(_check_lavis_blocks, checked.datasets, _lavis_registry())
     if files and readable and not (ours and found.messages):  # LAVIS takes seconds to import, and then knows where its data are
         cfg = found(_config, name, checked)
         if cfg is not None and not found.messages:
@@ -252,11 +254,6 @@ def _check_names(config: DictConfig, registry: Any) -> bool:
     for key, value, known in wanted:
         if value not in known:
             found.add(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
-    for dataset in config.datasets:
-        types = getattr(registry.get_builder_class(dataset), "DATASET_CONFIG_DICT", {})
-        kind = at(config, f"datasets.{dataset}.type")
-        if isinstance(kind, str) and types and kind not in types:
-            found.add(f"datasets.{dataset}.type is {kind!r}.{did_you_mean(kind, types)} Known: {', '.join(types)}.")
     found.end()
     return True
 
@@ -268,7 +265,10 @@ def _check_lavis_blocks(datasets: DictConfig, registry: Any) -> None:
         builder, info = registry.get_builder_class(name), datasets[name].get("build_info")
         if not builder.__module__.startswith("lavis.") or not isinstance(info, DictConfig):
             continue
-        kind = datasets[name].get("type", "default")
+        kind, known = datasets[name].get("type", "default"), getattr(builder, "DATASET_CONFIG_DICT", {})
+        if kind not in known:
+            found.add(f"datasets.{name}.type is {kind!r}; allowed: {', '.join(known)}.{did_you_mean(str(kind), known)}")
+            continue
         defaults = OmegaConf.load(builder.default_config_path(kind)).datasets
         found(check_lavis_info, name, info, next(iter(defaults.values())).build_info)
     found.end()

@@ -289,7 +289,7 @@ def test_on_emoji_con_d_is_trained_once(monkeypatch, tmp_path, capsys):
     import torch
 
     con_d = tmp_path / "con_d.pth"
-    torch.save({"text_encoder.bert.embeddings.word_embeddings.weight": torch.zeros(1)}, con_d)
+    torch.save({"text_encoder.cls.predictions.bias": torch.zeros(1)}, con_d)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, "run_job", leaves_behind)
     (tmp_path / "output/ablate/emoji").mkdir(parents=True)

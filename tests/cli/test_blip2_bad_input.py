@@ -113,6 +113,7 @@ def test_questions_without_answers(refused, files, tmp_path):
             "text_processor": {"eval": {"name": "blip_question"}},
         }
     }
+    config.run.test_splits = ["val"]
     OmegaConf.save(config, yaml)
     said = refused("evaluate", "--cfg-path", yaml, "--options", *STAGE_2, f"model.pretrained={files['stage_2']}")
     assert "questions.jsonl: no column 'answer'; its columns are image, question." in said
@@ -130,6 +131,8 @@ def test_fp16_on_a_cpu(refused_early, files):
 
 def test_fp16_on_a_gpu_that_is_not_there(refused_early, files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("data/emoji").mkdir(parents=True)
+    Path("data/emoji/truth.parquet").touch()
     half = ["model.language_model.precision=fp16", "model.language_model.freeze=true", "run.device=cuda"]
     said = refused_early(*train("captions", *STAGE_2, f"model.pretrained={files['stage_2']}", *half))
     assert "model.language_model.precision is fp16, but run.device is cpu" in said

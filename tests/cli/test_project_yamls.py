@@ -162,7 +162,7 @@ def test_a_missing_file_is_named(tmp_path):
         check_yaml("mafa/albef/train/pretrain.yaml", [f"{option}=none.pth"])
     with pytest.raises(UserError, match="Download it first"):
         check_yaml("mafa/albef/train/pretrain.yaml", [f"{option}=https://example.org/con_d.pth"])
-    torch.save({"text_encoder.bert.embeddings.word_embeddings.weight": torch.zeros(1)}, tmp_path / "con_d.pth")
+    torch.save({"text_encoder.bert.pooler.dense.bias": torch.zeros(1)}, tmp_path / "con_d.pth")
     check_yaml("mafa/albef/train/pretrain.yaml", [f"{option}={tmp_path}/con_d.pth"])
 
 
@@ -409,7 +409,7 @@ def test_the_task_evaluates_at_a_small_size(name, tmp_path):
         assert set(result["captions"]) == {1, 2} and "cider" in metrics
         assert ("bleu_4" in metrics) == (not name.endswith("nocaps.yaml"))
     else:
-        assert set(result["answered"]) == {3, 4} and (run.task == "mafa_gqa") == (metrics is not None)
+        assert sorted(result["answered"]) == [0, 1] and (run.task == "mafa_gqa") == (metrics is not None)
 
 
 @pytest.mark.parametrize("kind", ["stage_1", "stage_2"])
@@ -526,9 +526,10 @@ def launch(tmp_path, monkeypatch) -> Any:
         (tmp_path / "bin" / name).chmod(0o755)
     # what check_yaml looks at: a stage is known by its parts, a Q-Former's size by these two
     qformer = {"query_tokens": torch.zeros(1, 32, 768), "Qformer.bert.encoder.layer.11.output_query.dense.bias": torch.zeros(768)}
+    qformer["Qformer.cls.predictions.bias"] = torch.zeros(1)
     torch.save({"model": qformer}, tmp_path / "stage_1.pth")
     torch.save({"model": {**qformer, "opt_proj.weight": torch.zeros(1)}}, tmp_path / "stage_2.pth")
-    torch.save({"model": {"text_encoder.bert.embeddings.word_embeddings.weight": torch.zeros(1)}}, tmp_path / "stage_albef.pth")
+    torch.save({"model": {"text_encoder.cls.predictions.bias": torch.zeros(1)}}, tmp_path / "stage_albef.pth")
     paths = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLS": f"{tmp_path}/calls", "PROJECTS": str(projects_root())}
     paths["STAGES"] = str(tmp_path)
     monkeypatch.chdir(tmp_path)

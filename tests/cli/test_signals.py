@@ -21,8 +21,10 @@ from lavis_mafa.runners.stepping import Stepper
 
 
 @pytest.fixture(autouse=True)
-def not_below_nohup():
-    """Else whoever tests below nohup would see SIGHUP ignored."""
+def as_before_any_signal(monkeypatch):
+    """Below nohup SIGHUP would be ignored; and the tests that follow in this process have got no signal."""
+    monkeypatch.setattr(interrupt, "_first", None)
+    monkeypatch.setattr(interrupt, "_leaving", False)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)

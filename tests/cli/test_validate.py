@@ -90,7 +90,7 @@ NOT_TRAINED = [  # options, words of the message
         ["datasets={coco_caption: {build_info: {images: {storage: DATA}}}}", "run.test_splits=[dev]"],
         "run.test_splits is 'dev', but grit_pairs, coco_caption has: train, val, test",
     ),
-    (["datasets={coco_caption: {type: large}}"], "datasets.coco_caption.type is 'large'. Known: default"),
+    (["datasets={coco_caption: {type: large}}"], "datasets.coco_caption.type is 'large'; allowed: default"),
     ([f"{TRAIN}=DATA/plain.csv"], "discriminator.arch is ground_truth, but the training data has no `concept`"),
     (["run.task=captioning"], "run.num_beams is missing, but captioning needs it."),
     (
