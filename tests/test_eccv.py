@@ -139,7 +139,7 @@ def test_the_task_adds_them_on_the_test_split_only(dataset, captions, truth, mon
 
     monkeypatch.setattr(eccv, "eccv_truth", lambda: truth)
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_retrieval": {"test": dataset}})
-    task = MafaPretrainTask(RunBlock(coco_captions=str(captions)))
+    task = MafaPretrainTask(RunBlock(coco_captions=str(captions), evaluate=True))
     task.build_datasets(SimpleNamespace(model_cfg={}, datasets_cfg={}))
     scores = torch.randn(3, 7).numpy()
     result = {"i2t": scores, "t2i": scores.T.copy(), "relevant": torch.ones(3, 7, dtype=torch.bool)}
