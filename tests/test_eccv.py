@@ -139,15 +139,15 @@ def test_the_task_adds_them_on_the_test_split_only(dataset, captions, truth, mon
 
     monkeypatch.setattr(eccv, "eccv_truth", lambda: truth)
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_retrieval": {"test": dataset}})
-    task = MafaPretrainTask(RunBlock(coco_captions=str(captions)))
-    task.build_datasets(SimpleNamespace(datasets_cfg={}, model_cfg={}))
+    task = MafaPretrainTask(RunBlock(coco_captions=str(captions), evaluate=True))
+    task.build_datasets(SimpleNamespace(model_cfg={}, datasets_cfg={}))
     scores = torch.randn(3, 7).numpy()
     result = {"i2t": scores, "t2i": scores.T.copy(), "relevant": torch.ones(3, 7, dtype=torch.bool)}
     assert "tr_eccv_map_at_r" in task.after_evaluation(result, split_name="test", epoch=0)
     assert "tr_eccv_map_at_r" not in task.after_evaluation(result, split_name="val", epoch=0)
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_caption": {"train": []}})
     with pytest.raises(UserError, match="no test split"):
-        task.build_datasets(SimpleNamespace(model_cfg={}))
+        task.build_datasets(SimpleNamespace(model_cfg={}, datasets_cfg={}))
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -18,9 +19,12 @@ from lavis_mafa.datasets.ids import id_of_json, is_missing_text
 
 @contextlib.contextmanager
 def explained(datasets: DictConfig) -> Iterator[None]:
-    """What LAVIS's builders raise inside, while they read ``datasets``, becomes a UserError that names file and row if one is wrong."""
+    """What LAVIS's builders raise inside, while they read ``datasets``, becomes a UserError that names file and row if one is wrong,
+    or the file that cannot be downloaded."""
     try:
         yield
+    except URLError as error:
+        raise UserError(f"{_absent(datasets)}, and cannot be downloaded here ({error.reason}); put it there.") from error
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if not isinstance(error, UserError):
             for name in map(str, datasets):
@@ -106,6 +110,18 @@ def _check_row(where: str, row: Any, needed: dict[str, type]) -> None:
 
 def _shown(value: Any) -> str:
     return "missing" if value is None else repr(value)[:60]
+
+
+def _absent(datasets: DictConfig) -> str:
+    """The first annotation file that LAVIS's builders have to download."""
+    from lavis.common.utils import get_cache_path
+
+    for name in (name for name in map(str, datasets) if name not in SPLITS):
+        for split, block in (OmegaConf.select(datasets[name], "build_info.annotations") or {}).items():
+            for file in [block.storage] if isinstance(block.storage, str) else block.storage:
+                if not Path(get_cache_path(file)).is_file():
+                    return f"datasets.{name}.build_info.annotations.{split}.storage: {get_cache_path(file)} is not there"
+    return "A file of the data is not there"
 
 
 def _check_files(name: str, info: DictConfig | None, error: Exception) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 from lavis.common.registry import registry
@@ -79,6 +80,15 @@ def test_what_a_row_lacks_is_one_message(tmp_path: Path, name: str, content: Any
     with pytest.raises(UserError, match=message) as error:
         image_keys(build(tmp_path, name, content, "val" if name == "coco_retrieval" else "train"))
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_downloaded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "here.json").write_text("[]")
+    files = {split: {"storage": [str(tmp_path / f"{name}.json")]} for split, name in (("train", "here"), ("val", "gone"))}
+    config = OmegaConf.create({"coco_caption": {"build_info": {"annotations": files}}})
+    message = "coco_caption.build_info.annotations.val.storage: .*gone.json is not there, and cannot be downloaded here .no name"
+    with pytest.raises(UserError, match=message), explained(config):
+        raise URLError("no name")
 
 
 def test_other_errors_stay_what_they_are() -> None:
