@@ -28,13 +28,14 @@ def batches(loader: Any, what: str, cuda_enabled: bool) -> Iterator[dict[str, An
 
 
 def as_id(value: Any) -> int | str:
-    """A batch's id as plain Python. A text stays the text it is: GQA has both 01827492 and 1827492.
+    """A batch's id as plain Python. A text stays the text it is: GQA has both 01827492 and 1827492. A float is the number it was.
 
     Example:
-        >>> as_id("000000391895"), as_id(torch.tensor(7))
-        ('000000391895', 7)
+        >>> as_id("000000391895"), as_id(torch.tensor(7)), as_id(torch.tensor(7.0))
+        ('000000391895', 7, 7)
     """
-    return value.item() if hasattr(value, "item") else value
+    value = value.item() if hasattr(value, "item") else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def rows_of(samples: dict[str, Any], count: int) -> list[int | None]:

@@ -29,10 +29,12 @@ from lavis_mafa.analysis.connections.choosing import (
 )
 from lavis_mafa.analysis.connections.counting import blocks_of
 from lavis_mafa.analysis.connections.folder import begin, check_unfinished, fingerprint
+from lavis_mafa.analysis.connections.mine_report import medians_of
 from lavis_mafa.analysis.connections.pairs_file import pairs_table
 from lavis_mafa.analysis.connections.source_rows import SourceRows
 from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import TEXTS, image_keys, read_annotations
+from lavis_mafa.datasets.ground_truth import GroundTruth
 
 TEXT_POOL = ["a dog", "A Dog!", "a cat", "two  cats", "Two cats.", ":)", ";)", "ein Hund", "été"]
 
@@ -138,6 +140,26 @@ def test_a_row_an_anchor_with_both_probabilities(kit, tmp_path):
             model = kit.encoder.con_d
             logits = model.match_rows(model.image_rows(sample["image"][None])[0], model.text_rows([sample["text_input"]])[0])
         assert row["own_probability"] == pytest.approx(float(logits.softmax(dim=1)[0, 1]), abs=1e-4)
+
+
+def test_con_d_is_measured_on_pairs_that_the_truth_knows():
+    """Twice as precise as guessing on the four known candidates, however many others it says yes to."""
+    truth = GroundTruth.from_pairs([("a dog", "dog"), ("a cat", "cat")])
+    dog, cat, unknown = truth.concept_id("dog"), truth.concept_id("cat"), -1
+    concepts = torch.tensor([dog, cat, unknown, unknown])
+    rows = [(0, 0, "a dog", 0.9), (0, 1, "a cat", 0.1), (1, 1, "a cat", 0.9), (1, 0, "a dog", 0.2)]
+    rows += [(2, 0, "a dog", 0.95), (3, 1, "a cat", 0.95), (0, 2, "a tree", 0.95), (-1, 0, "a dog", float("nan"))]
+    names = ("image", "text", "caption", "probability")
+    table = pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+    for name, values in (
+        ("own_probability", [0.6] * 8),
+        ("shuffled_probability", [0.1] * 8),
+        ("direction", ["text for image"] * 7 + ["image for text"]),
+    ):
+        table = table.append_column(name, pa.array(values))
+    medians = medians_of(table, 4, 0.5, truth, concepts)
+    assert medians.lift == pytest.approx(2.0) and medians.hardest == pytest.approx(0.9)
+    assert (medians.own, medians.shuffled) == pytest.approx((0.6, 0.1)) and medians_of(table, 4, 0.5).lift is None
 
 
 def test_going_on_after_a_stop_gives_the_same(kit, tmp_path, monkeypatch):

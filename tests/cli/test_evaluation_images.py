@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image, ImageFile
 
 from lavis_mafa.cli.main import main
+from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.questions import ImageQuestions
 from lavis_mafa.runners import evaluation_images
-from lavis_mafa.runners.evaluation_images import one_row_an_image, unreadable
+from lavis_mafa.runners.evaluation_images import check_evaluation_images, one_row_an_image, unreadable
 
 
 @pytest.fixture
@@ -70,3 +72,24 @@ def test_a_data_set_that_does_not_tell_its_files_is_read_row_by_row():
 
     assert unreadable(Rows([0, 1, 2]), "val", 0) == [{"image": None, "reason": "torn"}] and rows == [0, 1, 2]
     assert unreadable(SimpleNamespace(), "val", 0) == []
+
+
+def test_a_torn_image_of_lavis_sets_is_told_and_an_error_of_the_program_raised(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as LAVIS's modules set it
+    (pairs / "images/1.png").write_bytes((pairs / "images/1.png").read_bytes()[:-30])
+
+    class Opened(list):
+        def __getitem__(self, row: int) -> torch.Tensor:
+            return torch.tensor(list(Image.open(pairs / f"images/{row}.png").convert("RGB").getdata()))
+
+    (torn,) = unreadable(Opened([0, 1, 2]), "val", 0)
+    assert "truncated" in torn["reason"]
+    with pytest.raises(UserError, match="^1 of the images to evaluate cannot be used"):  # one split, though it is named twice
+        check_evaluation_images({"val": Opened([0, 1, 2])}, ["val", "val"], 0, tmp_path)
+
+    class Broken(list):
+        def __getitem__(self, row: int) -> int:
+            raise ValueError("not of a file")
+
+    with pytest.raises(ValueError, match="not of a file"):
+        unreadable(Broken([0]), "val", 0)

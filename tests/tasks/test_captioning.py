@@ -138,6 +138,7 @@ def test_mistakes_are_found_at_the_start(tmp_path: Path) -> None:
 
 def test_ids_as_plain_python() -> None:
     assert [as_id(value) for value in (torch.tensor(5), "000391", "n01_5", 7, 2**70)] == [5, "000391", "n01_5", 7, 2**70]
+    assert json.dumps([as_id(value) for value in (torch.tensor(7.0), 7.0, 7.5)]) == "[7, 7, 7.5]"
 
 
 class Listed(OfLavis):

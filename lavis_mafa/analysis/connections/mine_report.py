@@ -68,8 +68,9 @@ def medians_of(judged: pa.Table, count: int, threshold: float, truth: Any = None
     lift = None
     if truth is not None and concepts is not None:
         there = judged.filter(pc.and_(pc.greater_equal(judged["image"], 0), pc.greater_equal(judged["text"], 0)))
-        true = truth.matches(concepts[there["image"].to_numpy().copy()], truth.texts.find_all(there["caption"])).numpy()
-        above = there["probability"].to_numpy() > threshold
+        pairs = concepts[there["image"].to_numpy().copy()], truth.texts.find_all(there["caption"])
+        known = truth.knows(*pairs).numpy()  # of the others nobody says whether they match
+        true, above = truth.matches(*pairs).numpy()[known], (there["probability"].to_numpy() > threshold)[known]
         lift = ratio(ratio(int(true[above].sum()), int(above.sum())) or 0.0, ratio(int(true.sum()), len(true)) or 0.0)
     own = own_scores(judged, count).drop_null().to_numpy()
     columns = own, judged["shuffled_probability"].to_numpy(), judged["probability"].to_numpy()
