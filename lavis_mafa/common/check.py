@@ -55,7 +55,6 @@ def check_combinations(model: Any, run: RunBlock | None, where: str = "", files:
         return
     found(check_device, model, run.device, run.precision, where)
     found(check_runner, run, where)
-    found(check_used, run, where)
     if model is not None:
         found(check_task, model, run, where)
     if model is not None and files:
@@ -72,6 +71,7 @@ def check_combinations(model: Any, run: RunBlock | None, where: str = "", files:
             f"model.itc.smoothing is {model.itc.smoothing} with smooth_when: grouped, but run.grit.enabled is false, so it "
             f"would never start; set smoothing: 0 or smooth_when: always.{end}"
         )
+    found(check_used, run, where)
     found.end()
 
 
@@ -94,8 +94,7 @@ def check_used(run: RunBlock, where: str = "") -> None:
     found, unset = Mistakes(), dataclasses.asdict(type(run)())
     for name in PRETRAINING_ALONE if run.task != "mafa_pretrain" else ():
         if (value := getattr(run, name)) != unset[name]:
-            allowed = "null" if unset[name] is None else unset[name]
-            found.add(f"run.{name} is {value!r}, but {run.task} has no use for it; allowed: {allowed}.{in_file(where)}")
+            found.add(f"run.{name} is {value!r}, but {run.task} has no use for it; leave it out.{in_file(where)}")
     if run.grit.enabled and run.task != "mafa_pretrain":
         found.add(f"run.grit.enabled is true, but {run.task} has no use for it; allowed: false.{in_file(where)}")
     found.end()

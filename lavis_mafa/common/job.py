@@ -92,10 +92,8 @@ def _config(name: str, checked: DictConfig, device: bool = True) -> Any:
         UserError: a name that nobody registered, a device that cannot do it, or data that are not there.
     """
     found = Mistakes()
-    if device and checked.model.arch in MODEL_BLOCKS:
-        import torch
-
-        found(_check_device, checked, torch.cuda.is_available())
+    if device:
+        found(_check_device, checked)
     registry = _lavis_registry()
     found(_check_names, checked, registry)
     found.end()
@@ -167,6 +165,7 @@ def run_job(name: str, options: list[str]) -> Any:
     checked = check_yaml(name, options)
     check_evaluates(checked.run, str(find_yaml(name)))
     is_one_of_several(checked.run.get("dist_url", "env://"))
+    _check_device(checked)  # before LAVIS is imported, which takes seconds
     cfg = _config(name, checked)
     import numpy as np
     import torch
@@ -207,9 +206,11 @@ def run_job(name: str, options: list[str]) -> Any:
     return runner
 
 
-def _check_device(config: DictConfig, gpu: bool) -> None:
+def _check_device(config: DictConfig) -> None:
     """``run.device: cuda`` falls back to the CPU where there is none, and half-precision weights would not run there."""
-    if not gpu:
+    import torch
+
+    if config.model.arch in MODEL_BLOCKS and not torch.cuda.is_available():
         precision = str(config.run.get("precision", "fp32")) if config.run.get("task") in RUN_BLOCKS else "fp32"
         check_device(typed_block("model", config.model), "cpu", precision)
 
@@ -263,14 +264,15 @@ def _check_lavis_blocks(datasets: DictConfig, registry: Any) -> None:
     found = Mistakes()
     for name in (name for name in map(str, datasets) if name not in SPLITS):
         builder, info = registry.get_builder_class(name), datasets[name].get("build_info")
-        if not builder.__module__.startswith("lavis.") or not isinstance(info, DictConfig):
+        if not builder.__module__.startswith("lavis."):
             continue
         kind, known = datasets[name].get("type", "default"), getattr(builder, "DATASET_CONFIG_DICT", {})
         if kind not in known:
             found.add(f"datasets.{name}.type is {kind!r}; allowed: {', '.join(known)}.{did_you_mean(str(kind), known)}")
             continue
-        defaults = OmegaConf.load(builder.default_config_path(kind)).datasets
-        found(check_lavis_info, name, info, next(iter(defaults.values())).build_info)
+        if isinstance(info, DictConfig):
+            defaults = OmegaConf.load(builder.default_config_path(kind)).datasets
+            found(check_lavis_info, name, info, next(iter(defaults.values())).build_info)
     found.end()
 
 

@@ -284,7 +284,7 @@ WRONG: list[tuple[str, str, Edit, tuple[str, ...]]] = [
     ("stage 2", "retrieval of stage 2", added("  test_splits: [val]\n"), ("has no matching head", "mafa_captioning")),
     ("vqa", "a prompt without a question", ("{} Answer", "Answer"), ("run.prompt is", "one {} for the question")),
     ("captions", "lengths that cross", ("min_len: 1", "min_len: 11"), ("run.min_len is 11", "max_len (10)")),
-    ("vqa", "retrieval's candidates", added("  k_test: 8\n"), ("run.k_test is 8, but mafa_vqa has no use for it", "allowed: 256")),
+    ("vqa", "retrieval's candidates", added("  k_test: 8\n"), ("run.k_test is 8, but mafa_vqa has no use for it", "leave it out")),
     ("captions", "retrieval's score", added("  rank_by: itm\n"), ("run.rank_by is 'itm', but mafa_captioning", "allowed: null")),
     ("vqa", "COCO's captions", added("  coco_captions: x.json\n"), ("run.coco_captions is 'x.json', but mafa_vqa",)),
     ("captions", "a record of Con-D", added("  record_connections: 0\n"), ("run.record_connections is 0", "allowed: 2000")),
