@@ -184,6 +184,8 @@ def _read(path: Path, options: list[str]) -> DictConfig:
     for option in options:
         if "=" not in option:
             raise UserError(f"--options takes KEY=VALUE, not {option!r}.")
+        if option.endswith("="):  # of a shell's variable that is not set, most likely: training would start without a checkpoint
+            raise UserError(f"--options {option}: there is no value; write {option}null for none.")
         try:
             config = _merged(config, OmegaConf.from_dotlist([option]))
         except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:

@@ -228,9 +228,12 @@ def is_printed_list(captions: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _check_no_empty_text(path: Path, name: str, texts: pa.ChunkedArray) -> None:
-    row = pc.index(pc.fill_null(pc.not_equal(texts, ""), False), False).as_py()
+    row = pc.index(pc.fill_null(pc.match_substring_regex(texts, r"\S"), False), False).as_py()
     if row >= 0:
         raise UserError(f"{path}, row {row + 1}: '{name}' is empty; allowed: {'a path' if name == 'image' else 'a text'}.")
+    row = pc.index(is_missing(texts), True).as_py() if name == "question" else -1
+    if row >= 0:
+        raise UserError(f"{path}, row {row + 1}: the question {texts[row].as_py()!r} is how a missing one is written; allowed: a text.")
 
 
 def _check_no_empty_list(path: Path, name: str, lists: pa.ChunkedArray) -> None:

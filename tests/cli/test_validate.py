@@ -207,6 +207,7 @@ def test_paths_expand_in_every_setting_that_is_one(run_yaml, monkeypatch, tmp_pa
     ("option", "words"),
     [
         ("run.output_dir=$NOT_SET_HERE/x", "run.output_dir is '$NOT_SET_HERE/x', but the environment has no NOT_SET_HERE"),
+        ("model.pretrained=", "--options model.pretrained=: there is no value; write model.pretrained=null for none"),
         ("run.output_dir=~nobody_here/x", "there is no user nobody_here"),
         (f"{TRAIN}=[$NOT_SET_HERE]", "train.storage.0 is '$NOT_SET_HERE'"),
         ("run.output_dir=${HOME}/x", "A variable of the environment is $NAME in a path"),

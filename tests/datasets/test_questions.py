@@ -84,6 +84,8 @@ def test_lists_of_answers_and_rows_as_ids(folder: Path, suffix: str) -> None:
         ([{"image": "a.png", "question": "what?"}], r"q.csv: no column 'answer'; its columns are image, question\."),
         ([{**ROWS[0], "answer": ""}], "row 1: the answer is empty"),
         ([ROWS[1], {**ROWS[0], "question": ""}], "row 2: 'question' is empty; allowed: a text"),
+        ([ROWS[1], {**ROWS[0], "question": " \t"}], "row 2: 'question' is empty; allowed: a text"),
+        ([ROWS[1], {**ROWS[0], "question": "nan"}], "row 2: the question 'nan' is how a missing one is written"),
         ([ROWS[0], {**ROWS[1], "question_id": ""}], "q.csv, row 2: no question_id; allowed: one in every row"),
         ([ROWS[0], {**ROWS[1], "answer": "['yes', 'no']"}], r"q.csv, row 2: the answer .* is a printed list; allowed: one text a row"),
         ([ROWS[0], ROWS[1], ROWS[0]], "q.csv: question_id 70 is there twice, in rows 1 and 3"),
