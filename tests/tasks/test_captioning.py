@@ -217,6 +217,7 @@ def test_an_id_is_looked_up_as_it_is_then_as_a_text_then_as_a_number() -> None:
     assert known_ids(["007", 7, 8, "0009", "10", "010"], known) == {"007": "a", 7: "b", 8: "c", "0009": "d", "10": "e", "x": "f"}
     assert known_ids(["7"], known)["7"] == "b" and known_ids(["11", "xy"], known) == known
     assert known_ids(["09", "009"], known) == known, "which of them is meant?"
+    assert known_ids(["11", 11], {"11": "a"}) == {"11": "a"}, "11 has none"
 
 
 def test_rows_of_several_ranks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:

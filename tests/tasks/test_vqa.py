@@ -32,7 +32,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_block(**changes: Any) -> SimpleNamespace:
-    settings = {"num_beams": 5, "max_len": 10, "min_len": 1, "length_penalty": -1.0, "prompt": "Question: {} Answer:"}
+    settings = {"num_beams": 4, "max_len": 9, "min_len": 2, "length_penalty": -0.5, "prompt": "Question: {} Answer:"}
     settings |= {"evaluate": True, "train_splits": [], "valid_splits": [], "test_splits": []}
     return SimpleNamespace(**{**settings, "lemmatize": False, **changes})
 
@@ -205,7 +205,9 @@ def test_the_official_accuracy_is_lavis_vqa_eval() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9, 11])
 def test_people_who_all_agree_are_right_however_many_they_are(count: int) -> None:
-    of = Question(["dog"] * count, None)
+    of = Question(["dog"] * count, "yes/no or number")
+    assert official_accuracy({1: "dog"}, {1: of}).keys() == {"accuracy", "accuracy_yes_no_or_number"}
+    assert (accuracy(["cat"], [[*of.answers, "cat"]]) == 100) == (count != 9), "ten answers are those of ten people"
     assert official_accuracy({1: "A dog."}, {1: of})["accuracy"] == accuracy(["A dog."], [of.answers]) == 100
     assert official_accuracy({1: "cat"}, {1: of})["accuracy"] == official_accuracy({1: ""}, {1: of})["accuracy"] == 0
     some = official_accuracy({1: "cat"}, {1: Question([*of.answers, "cat"], None)})["accuracy"]
