@@ -15,13 +15,13 @@ from lavis_mafa.common.errors import Mistakes, UserError, did_you_mean
 from lavis_mafa.common.model_settings import AlbefBlock, Blip2OptBlock, MafaBlock, loss_weights
 from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
 from lavis_mafa.common.typed import RUN_BLOCKS, in_file, typed_block
+from lavis_mafa.common.unused import check_used
 from lavis_mafa.common.yaml_text import at
 from lavis_mafa.datasets.build_info import SPLITS, own_splits
 
 MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
 OURS, STEPWISE = "warmup_cosine_per_step", "linear_warmup_step_lr"
-PRETRAINING_ALONE = ("record_connections", "k_test", "rank_by", "coco_captions")
 # whose sizes and parameter names a Con-D has
 FAMILIES = {
     "albef_mafa": "albef_mafa",
@@ -86,17 +86,6 @@ def check_runner(run: RunBlock, where: str = "") -> None:
         found.add(f"run.lr_decay_rate is {run.lr_decay_rate:g}, but {run.lr_sched} has no use for it; allowed: null.{end}")
     if run.lr_sched == STEPWISE and run.lr_horizon_epochs is not None:
         found.add(f"run.lr_horizon_epochs is {run.lr_horizon_epochs}, but {run.lr_sched} has no use for it; allowed: null.{end}")
-    found.end()
-
-
-def check_used(run: RunBlock, where: str = "") -> None:
-    """Settings of pre-training and of retrieval in the runs of other tasks, which never look at them; raises UserError."""
-    found, unset = Mistakes(), dataclasses.asdict(type(run)())
-    for name in PRETRAINING_ALONE if run.task != "mafa_pretrain" else ():
-        if (value := getattr(run, name)) != unset[name]:
-            found.add(f"run.{name} is {value!r}, but {run.task} has no use for it; leave it out.{in_file(where)}")
-    if run.grit.enabled and run.task != "mafa_pretrain":
-        found.add(f"run.grit.enabled is true, but {run.task} has no use for it; allowed: false.{in_file(where)}")
     found.end()
 
 
