@@ -388,6 +388,14 @@ def test_answers_are_trained_after_their_questions():
     ):
         with pytest.raises(UserError, match="samples has 2 questions, n_answers .*; needed: n_answers for each question, and as many"):
             model({**samples, **wrong})
+    read: list[str] = []
+    words = model.opt_model.model.decoder.embed_tokens
+    hook = words.register_forward_hook(lambda _, given, __: read.extend(model.opt_tokenizer.batch_decode(given[0])))
+    model({**samples, "prompt": "Q: {} A: "})
+    hook.remove()
+    assert " A: a dog" in read[0] and " A: puppy" in read[1], "one blank before the answer"
+    long = [float(model({**samples, "answer": ["x" * length] * 3}).loss) for length in (model.max_txt_len, 200, 700)]
+    assert long[0] == long[1] == long[2], "an answer is cut where a caption is"
     other = model({**samples, "answer": ["xyzzy"] * 3})
     assert float(other.loss) != pytest.approx(float(output.loss), rel=1e-3)
 
