@@ -38,7 +38,7 @@ ITC = "itc_"  # before the figures of ITC's cosine alone
 SIDES = {"tr": "TR", "txt": "TR", "ir": "IR", "img": "IR"}
 ENDINGS = {"r_precision": "R-Precision", "map_at_r": "mAP@R", "r_mean": "mean", "r1": "R@1", "r5": "R@5", "r10": "R@10"}
 NAMES = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "cider": "CIDEr", "rouge_l": "ROUGE-L"}
-NAMES |= {"meteor": "METEOR", "spice": "SPICE", "accuracy": "answers right"}
+NAMES |= {"meteor": "METEOR", "spice": "SPICE", "accuracy": "answers right", "agg_metrics": "mean recall"}
 
 
 @dataclass
