@@ -285,9 +285,9 @@ WRONG: list[tuple[str, str, Edit, tuple[str, ...]]] = [
     ("vqa", "a prompt without a question", ("{} Answer", "Answer"), ("run.prompt is", "one {} for the question")),
     ("captions", "lengths that cross", ("min_len: 1", "min_len: 11"), ("run.min_len is 11", "max_len (10)")),
     ("vqa", "retrieval's candidates", added("  k_test: 8\n"), ("run.k_test is 8, but mafa_vqa has no use for it", "leave it out")),
-    ("captions", "retrieval's score", added("  rank_by: itm\n"), ("run.rank_by is 'itm', but mafa_captioning", "allowed: null")),
+    ("captions", "retrieval's score", added("  rank_by: itm\n"), ("run.rank_by is 'itm', but mafa_captioning", "leave it out")),
     ("vqa", "COCO's captions", added("  coco_captions: x.json\n"), ("run.coco_captions is 'x.json', but mafa_vqa",)),
-    ("captions", "a record of Con-D", added("  record_connections: 0\n"), ("run.record_connections is 0", "allowed: 2000")),
+    ("captions", "a record of Con-D", added("  record_connections: 0\n"), ("run.record_connections is 0", "leave it out")),
     ("captions", "GRIT", added("  grit: {enabled: true}\n"), ("run.grit.enabled is true, but mafa_captioning", "allowed: false")),
     ("vqa", "fp16 on a CPU", added("  precision: fp16\n"), ("run.precision is fp16", "fp32, bf16")),
     (
@@ -386,9 +386,9 @@ def untouched(tmp_path, monkeypatch) -> Iterator[Path]:
     ):
         monkeypatch.setattr(owner, name, must_not_be_read)
     monkeypatch.chdir(tmp_path)
-    started = time.monotonic()
+    started = time.process_time()  # not the wall's: others may use the cores
     yield tmp_path
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert not (tmp_path / "mark").exists() and not (tmp_path / "output").exists()
 
 
