@@ -133,13 +133,11 @@ def _check_rows(cfg: Any) -> None:
             return
     from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 
-    from lavis_mafa.datasets.lavis_rows import explained
     from lavis_mafa.runners.loaders import train_loader
     from lavis_mafa.runners.run_block import run_settings
 
     ours = cfg.run_cfg.task in RUN_BLOCKS
-    with explained(cfg.datasets_cfg):
-        datasets = concat_datasets(reorg_datasets_by_split(_task(cfg).build_datasets(cfg)))
+    datasets = concat_datasets(reorg_datasets_by_split(_datasets(_task(cfg), cfg)))
     if cfg.run_cfg.get("runner", "runner_mafa") == "runner_mafa" and not cfg.run_cfg.get("evaluate", False) and "train" in datasets:
         settings = run_settings(cfg.run_cfg, ours)
         train_loader(datasets["train"], settings.batch_size_train, settings.grit if ours else None, settings, pin=False)
@@ -153,6 +151,13 @@ def _task(cfg: Any) -> Any:
         return tasks.setup_task(cfg)
     except ConfigAttributeError as error:
         raise UserError(f"{error.full_key} is missing, but {cfg.run_cfg.task} needs it.") from error
+
+
+def _datasets(task: Any, cfg: Any) -> dict[str, Any]:
+    """The task's data, every row looked at: by our tasks themselves, for LAVIS's own here."""
+    from lavis_mafa.datasets.lavis_rows import read_checked
+
+    return task.build_datasets(cfg) if cfg.run_cfg.task in RUN_BLOCKS else read_checked(task.build_datasets, cfg)
 
 
 def run_job(name: str, options: list[str]) -> Any:
@@ -175,7 +180,6 @@ def run_job(name: str, options: list[str]) -> Any:
     from lavis_mafa.common.distributed import init_process_group, rank, rank_timeout_minutes
     from lavis_mafa.common.loaded_keys import build_model
     from lavis_mafa.common.rank_watch import mark, rank_watch
-    from lavis_mafa.datasets.lavis_rows import check_rows, explained
 
     init_process_group(cfg.run_cfg)
     seed = (int(cfg.run_cfg.get("seed", 42)) + rank()) % 2**32
@@ -190,9 +194,7 @@ def run_job(name: str, options: list[str]) -> Any:
             check_ranks_agree(cfg)  # the runner does so again, with data and model
             task = _task(cfg)
             mark("reading the data sets")
-            with explained(cfg.datasets_cfg):
-                datasets = task.build_datasets(cfg)
-            check_rows(datasets)
+            datasets = _datasets(task, cfg)
             mark("building the model")
             model = task.build_model(cfg) if checked.model.arch in MODEL_BLOCKS else build_model(task, cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))

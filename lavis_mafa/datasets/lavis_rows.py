@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -31,6 +31,18 @@ def explained(datasets: DictConfig) -> Iterator[None]:
                 if name not in SPLITS:
                     _check_files(name, datasets[name].get("build_info"), error)
         raise
+
+
+def read_checked(build: Callable[[Any], dict[str, dict[str, Any]]], cfg: Any) -> dict[str, dict[str, Any]]:
+    """The data sets of a configuration by name and split, as ``build`` makes them, every row looked at.
+
+    Raises:
+        UserError: a file or a row that they cannot use.
+    """
+    with explained(cfg.datasets_cfg):
+        datasets = build(cfg)
+    check_rows(datasets)
+    return datasets
 
 
 def check_rows(datasets: dict[str, dict[str, Any]]) -> None:

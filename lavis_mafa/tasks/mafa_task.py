@@ -18,7 +18,7 @@ from lavis_mafa.common.errors import UserError
 from lavis_mafa.common.paths import expand_settings
 from lavis_mafa.common.settings import RunBlock
 from lavis_mafa.common.typed import MODEL_BLOCKS, typed_block
-from lavis_mafa.datasets.lavis_rows import check_rows, explained
+from lavis_mafa.datasets.lavis_rows import read_checked
 from lavis_mafa.datasets.training_splits import with_training_splits
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,7 @@ class MafaTask(BaseTask):
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:
         """LAVIS's, with a look at what the evaluation splits give: the wrong kind of data is found before hours of work."""
-        with explained(cfg.datasets_cfg):
-            datasets = super().build_datasets(cfg)
-        check_rows(datasets)
+        datasets = read_checked(super().build_datasets, cfg)
         datasets = with_training_splits(datasets, [] if self.run.evaluate else self.run.train_splits)
         for split in {*self.run.valid_splits, *self.run.test_splits}:
             for name, parts in datasets.items():
