@@ -356,3 +356,24 @@ def test_a_list_of_all_is_the_first_of_train(run_yaml):
     with pytest.raises(UserError) as caught:
         check_yaml(str(run_yaml), ["run.seed=x", "run.max_epoch=0"])
     assert len(caught.value.messages) == 2 and caught.value.messages[0] == str(caught.value)
+
+
+def test_validate_reads_the_rows_of_lavis_data_for_a_task_of_lavis(told, tmp_path):
+    rows = [{"image": f"{n}.jpg", "caption": f"square {n}", "image_id": n} for n in range(8)]
+    del rows[3]["image"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    path = tmp_path / "lavis.yaml"
+    path.write_text(f"""
+model: {{arch: albef_pretrain, model_type: base, load_finetuned: false, pretrained: null}}
+datasets:
+  vg_caption:
+    vis_processor: {{train: {{name: albef_image_train, image_size: 16}}}}
+    text_processor: {{train: {{name: albef_caption}}}}
+    build_info:
+      annotations: {{train: {{url: ["{tmp_path}/rows.json"], storage: ["{tmp_path}/rows.json"]}}}}
+      images: {{storage: "{tmp_path}"}}
+run: {{task: image_text_pretrain, runner: runner_mafa, max_epoch: 1, init_lr: 1e-4, weight_decay: 0.05, batch_size_train: 4,
+  batch_size_eval: 4, num_workers: 0, output_dir: output, train_splits: [train], device: cpu}}
+""")
+    (said,) = told(path)
+    assert "datasets.vg_caption, split 'train', row 4 of its annotations: image is missing" in said
