@@ -22,8 +22,8 @@ from lavis_mafa.analysis.cost.build import build
 from lavis_mafa.analysis.cost.flops import step_flops
 from lavis_mafa.analysis.cost.memory import RESERVE, gpu_memory, lm_logits, saved_bytes, weights_of
 from lavis_mafa.analysis.cost.step import StepSize, no_memory, pretend
-from lavis_mafa.common.typed import typed_block
-from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.config.schema import typed_block
+from lavis_mafa.models.base import CONFIGS
 
 GB, SIZES, LENGTH = 1e9, (16, 24, 40, 80), 32
 CON_D = {"ecm": {"enabled": True}, "discriminator": {"arch": "blip2_mafa"}}

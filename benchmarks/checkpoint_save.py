@@ -21,11 +21,11 @@ import torch
 from grouping import machine
 from omegaconf import OmegaConf
 
-from lavis_mafa.common.check import MODEL_DEFAULTS
-from lavis_mafa.common.typed import typed_block
-from lavis_mafa.common.weights import damage
-from lavis_mafa.models.albef_mafa import AlbefMafa
+from lavis_mafa.config.check import MODEL_DEFAULTS
+from lavis_mafa.config.schema import typed_block
+from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.runners.checkpoints import CheckpointFolder
+from lavis_mafa.weights import damage
 
 
 def base_model() -> torch.nn.Module:

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lavis_mafa.common.check import MODEL_DEFAULTS
-from lavis_mafa.common.model_settings import MafaBlock
-from lavis_mafa.common.settings import CHOICES, INFINITE, RANGES, RunBlock
-from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS
+from lavis_mafa.config.check import MODEL_DEFAULTS
+from lavis_mafa.config.schema import CHOICES, INFINITE, MODEL_BLOCKS, RANGES, RUN_BLOCKS, MafaBlock, RunBlock
 
 PAGE = Path(__file__).with_name("configuration.md")
 

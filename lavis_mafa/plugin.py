@@ -31,18 +31,18 @@ def register() -> None:
     import lavis.common.dist_utils as dist_utils
     from lavis.common.registry import registry
 
-    from lavis_mafa.common.distributed import init_process_group
-    from lavis_mafa.common.schedule import WarmupCosinePerStep
     from lavis_mafa.datasets.builders import BUILDERS
-    from lavis_mafa.models.albef_mafa import AlbefMafa
-    from lavis_mafa.models.blip2_mafa import Blip2Mafa
-    from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
-    from lavis_mafa.models.blip_mafa import BlipMafa
-    from lavis_mafa.processors.albef_processors import PROCESSORS
+    from lavis_mafa.distributed import init_process_group
+    from lavis_mafa.models.albef import AlbefMafa
+    from lavis_mafa.models.blip import BlipMafa
+    from lavis_mafa.models.blip2 import Blip2Mafa
+    from lavis_mafa.models.blip2_opt import Blip2OptMafa
+    from lavis_mafa.processors import PROCESSORS
     from lavis_mafa.runners.runner_mafa import RunnerMafa
-    from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
-    from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
-    from lavis_mafa.tasks.mafa_vqa import MafaGqaTask, MafaVqaTask
+    from lavis_mafa.runners.schedule import WarmupCosinePerStep
+    from lavis_mafa.tasks.captioning import MafaCaptioningTask
+    from lavis_mafa.tasks.pretrain import MafaPretrainTask
+    from lavis_mafa.tasks.vqa import MafaGqaTask, MafaVqaTask
 
     kinds: dict[str, dict[str, Any]] = {
         "model_name_mapping": {

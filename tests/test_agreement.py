@@ -12,10 +12,20 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset
 
-from lavis_mafa.common import agreement, fingerprint
-from lavis_mafa.common.agreement import check_agreement, check_ranks_agree, facts_of_run, first_differences
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.fingerprint import column_fingerprint, data_difference, data_record, fingerprints, rows_fingerprint
+from lavis_mafa.errors import UserError
+from lavis_mafa.runners import agreement
+from lavis_mafa.runners import agreement as fingerprint
+from lavis_mafa.runners.agreement import (
+    check_agreement,
+    check_ranks_agree,
+    column_fingerprint,
+    data_difference,
+    data_record,
+    facts_of_run,
+    fingerprints,
+    first_differences,
+    rows_fingerprint,
+)
 
 IMAGES = ["a.jpg", "b.jpg", "", None, "é.jpg", "f.jpg"]
 CAPTIONS = [["one"], ["two", "three"], [], None, ["", None, "fünf"], ["six"]]

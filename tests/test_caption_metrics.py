@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from lavis_mafa.common import caption_metrics as module
-from lavis_mafa.common.caption_metrics import caption_metrics, metrics_by_domain
-from lavis_mafa.common.caption_references import read_references
-from lavis_mafa.common.caption_tokens import caption_tokens
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
+from lavis_mafa.tasks import caption_metrics as module
+from lavis_mafa.tasks.caption_metrics import caption_metrics, caption_tokens, metrics_by_domain, read_references
 
 WITHOUT_JAVA = ["bleu", "cider", "rouge_l"]
 SUBJECTS = [

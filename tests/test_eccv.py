@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lavis_mafa.common.eccv import CocoGallery, coco_gallery, eccv_metrics, eccv_truth
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.retrieval_metrics import retrieval_metrics
+from lavis_mafa.errors import UserError
+from lavis_mafa.tasks.retrieval_metrics import CocoGallery, coco_gallery, eccv_metrics, eccv_truth, retrieval_metrics
 
 pytest.importorskip("eccv_caption")
 IMAGES = [391895, 60623, 483108]
@@ -133,9 +132,9 @@ def test_wrong_files_are_one_message(dataset, captions, truth, tmp_path):
 def test_the_task_adds_them_on_the_test_split_only(dataset, captions, truth, monkeypatch):
     from lavis.tasks.base_task import BaseTask
 
-    from lavis_mafa.common import eccv
-    from lavis_mafa.common.settings import RunBlock
-    from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+    from lavis_mafa.config.schema import RunBlock
+    from lavis_mafa.tasks import retrieval_metrics as eccv
+    from lavis_mafa.tasks.pretrain import MafaPretrainTask
 
     monkeypatch.setattr(eccv, "eccv_truth", lambda: truth)
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_retrieval": {"test": dataset}})

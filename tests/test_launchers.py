@@ -6,9 +6,8 @@ import os
 
 import pytest
 
-from lavis_mafa.common.distributed import own_gpu
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.launchers import first_node, is_one_of_several, rank_and_size
+from lavis_mafa.distributed import first_node, is_one_of_several, own_gpu, rank_and_size
+from lavis_mafa.errors import UserError
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2"}
 SLURM |= {"SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "gpu[03,07-09]-ib"}

@@ -14,13 +14,24 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lavis_mafa.common import rank_thread
-from lavis_mafa.common.distributed import check_backends
-from lavis_mafa.common.errors import RankLost, UserError
-from lavis_mafa.common.rank_signs import DONE, FAILED, LOST, Sign, death, hang
-from lavis_mafa.common.rank_thread import DEAD_AFTER, GONE_AFTER, RankThread
-from lavis_mafa.common.rank_watch import mark, marked, rank_watch
-from lavis_mafa.common.stillness import Stillness
+from lavis_mafa.distributed import check_backends
+from lavis_mafa.errors import RankLost, UserError
+from lavis_mafa.runners import watchdog as rank_thread
+from lavis_mafa.runners.watchdog import (
+    DEAD_AFTER,
+    DONE,
+    FAILED,
+    GONE_AFTER,
+    LOST,
+    RankThread,
+    Sign,
+    Stillness,
+    death,
+    hang,
+    mark,
+    marked,
+    rank_watch,
+)
 
 CLOSED = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:50381.")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavis_mafa.common import retrieval_metrics as module
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.retrieval_metrics import retrieval_metrics
+from lavis_mafa.errors import UserError
+from lavis_mafa.tasks import retrieval_metrics as module
+from lavis_mafa.tasks.retrieval_metrics import retrieval_metrics
 
 packages = pytest.importorskip("eccv_caption._metrics")
 

@@ -10,11 +10,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lavis_mafa.common.weights import load_exactly, read_weights
 from lavis_mafa.grit import GritQueue, next_epoch_order
 from lavis_mafa.models.bert import fold_token_type
-from lavis_mafa.models.momentum_teacher import TAUGHT
+from lavis_mafa.models.momentum import TAUGHT
 from lavis_mafa.objectives import EncodedBatch, distilled_targets, itc_targets
+from lavis_mafa.weights import load_exactly, read_weights
 
 S_ITC, CONSISTENCY, MOMENTUM = "S-ITC", "Consistency Loss", "Momentum Distillation"
 Sums = tuple[float, float, float | None]

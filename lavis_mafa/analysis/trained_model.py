@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm import tqdm
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.job import check_yaml, prepare
-from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners.bad_samples import BadSamples
+from lavis_mafa.runners.job import check_yaml, prepare
 
 # what a checkpoint holds anyway need not be fetched first; a frozen ViT of BLIP-2 has a file of its own
 COVERED = {
@@ -47,7 +47,7 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
         teacher: False leaves out a momentum teacher too.
 
     Raises:
-        UserError: whatever :func:`lavis_mafa.common.job.check_yaml` finds, or another model than one that trains with MAFA.
+        UserError: whatever :func:`lavis_mafa.runners.job.check_yaml` finds, or another model than one that trains with MAFA.
     """
     if not checkpoint.exists():
         raise UserError(f"--checkpoint is {str(checkpoint)!r}, but there is no such file.")
@@ -63,7 +63,7 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
     from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 
     from lavis_mafa.runners.run_block import run_settings
-    from lavis_mafa.tasks.mafa_task import MafaTask
+    from lavis_mafa.tasks.task import MafaTask
 
     task = tasks.setup_task(cfg)
     settings = run_settings(cfg.run_cfg, isinstance(task, MafaTask))

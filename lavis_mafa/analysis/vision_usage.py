@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.indexed import seeded
-from lavis_mafa.models.blip2_pairs import query_pass
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.blip2 import query_pass
 from lavis_mafa.objectives import mask_tokens
-from lavis_mafa.objectives.masked_lm import IGNORED
+from lavis_mafa.objectives.lm import IGNORED
 
 TOP = (1, 5)
 

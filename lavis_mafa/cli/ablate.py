@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.launchers import rank_and_size
+from lavis_mafa.distributed import rank_and_size
+from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
     from lavis_mafa.analysis.ablation.runs import Trial
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_job(name: str, options: list[str]) -> Any:
-    """As :func:`lavis_mafa.common.job.run_job`, for whose imports `--help` does not wait."""
-    from lavis_mafa.common import job
+    """As :func:`lavis_mafa.runners.job.run_job`, for whose imports `--help` does not wait."""
+    from lavis_mafa.runners import job
 
     return job.run_job(name, options)
 
@@ -100,7 +100,7 @@ def _oracle(checkpoint: str | None) -> list[str] | None:
 def _check_rows(rows: list[Row], base: str, options: list[str], oracle: list[str] | None) -> None:
     """Rows that were asked for by number and cannot be; raises UserError."""
     from lavis_mafa.analysis.ablation.tables import fits
-    from lavis_mafa.common.job import check_yaml
+    from lavis_mafa.runners.job import check_yaml
 
     config = check_yaml(base, options, files=False)
     for row in rows:
@@ -151,7 +151,7 @@ def _emoji_start(output: Path, options: list[str]) -> list[str]:
 def _show(tables: list[Table], base: str | None, with_options: bool) -> None:
     from lavis_mafa.analysis.ablation.runs import check_ours
     from lavis_mafa.analysis.ablation.tables import concrete
-    from lavis_mafa.common.job import check_yaml
+    from lavis_mafa.runners.job import check_yaml
 
     for table in tables:
         print(f"{table.key:12s}{table.title}")

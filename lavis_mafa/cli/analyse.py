@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.numbers import positive, share
+from lavis_mafa.cli.options import positive, share
+from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

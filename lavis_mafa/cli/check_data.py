@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 RESULT, PROBLEMS = "check.json", "problems.jsonl"
 

@@ -13,7 +13,7 @@ from lavis_mafa.analysis.connections.flags import (
     refuse_meaningless,
     sizes_or_defaults,
 )
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
     from lavis_mafa.analysis.connections.opening import Opened
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_unfinished(arguments.output, RESULT)
     from lavis_mafa.analysis.connections.opening import checked_config, open_pass, process_group_closed
-    from lavis_mafa.common.typed import typed_block
+    from lavis_mafa.config.schema import typed_block
 
     if arguments.random_only and arguments.search_space:
         raise UserError("--random-only and --search-space exclude each other: random batches have no search space.")
@@ -82,7 +82,7 @@ def _count(arguments: argparse.Namespace, opened: Opened, ecm: Any, sizes: list[
     from lavis_mafa.analysis.connections.folder import write_bytes, write_text
     from lavis_mafa.analysis.connections.opening import progress_bar
     from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
-    from lavis_mafa.common.distributed import rank
+    from lavis_mafa.distributed import rank
 
     if arguments.truth and getattr(opened.dataset, "truth", None) is None:
         raise UserError("--truth is given, but the training data has no `concept` to know the truth from, or is several data sets.")

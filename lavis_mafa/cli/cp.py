@@ -6,8 +6,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.projects import find_yaml
+from lavis_mafa.config.read import find_yaml
+from lavis_mafa.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from lavis_mafa.cli.train import add_yaml_arguments as add_arguments
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 __all__ = ["add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.common.job import run_job
+    from lavis_mafa.runners.job import run_job
 
     for option in arguments.options:
         if option.startswith("run.evaluate=") and option != "run.evaluate=true":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.projects import project_files
+from lavis_mafa.config.read import project_files
+from lavis_mafa.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

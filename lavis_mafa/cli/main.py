@@ -12,8 +12,8 @@ import sys
 from typing import Any, NoReturn
 
 from lavis_mafa import __version__
-from lavis_mafa.common import interrupt
-from lavis_mafa.common.errors import RankLost, UserError, WorkerLost, death_of_a_worker, did_you_mean, of_the_file_system
+from lavis_mafa import signals as interrupt
+from lavis_mafa.errors import RankLost, UserError, WorkerLost, death_of_a_worker, did_you_mean, of_the_file_system
 
 COMMANDS = {
     "train": "pre-train or fine-tune from a YAML (same flags as LAVIS's train.py)",
@@ -131,7 +131,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         arguments = parser.parse_args(argv)
     finally:
         sys.stdout.flush()  # of --help
-    from lavis_mafa.common.paths import expand_arguments  # needs OmegaConf, for which --help need not wait
+    from lavis_mafa.config.read import expand_arguments  # needs OmegaConf, for which --help need not wait
 
     expand_arguments(arguments, PATHS)
     return arguments

@@ -14,7 +14,7 @@ from lavis_mafa.analysis.connections.flags import (
     refuse_meaningless,
     sizes_or_defaults,
 )
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
     from lavis_mafa.analysis.connections.opening import Opened
@@ -71,7 +71,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, size: int, space: int) 
     from lavis_mafa.analysis.connections.opening import progress_bar
     from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
     from lavis_mafa.analysis.connections.source_rows import SourceRows
-    from lavis_mafa.common.distributed import barrier, rank, world_size
+    from lavis_mafa.distributed import barrier, rank, world_size
 
     run = opened.run
     rows, source = ReadableRows(opened.dataset, run.seed), SourceRows(opened.dataset)

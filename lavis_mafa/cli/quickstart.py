@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 ALBEF, BLIP2 = "mafa/quickstart/train", "mafa/quickstart/blip2"
 
@@ -34,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--folder: cannot write {folder}: {error.strerror}.") from error
-    from lavis_mafa.common.job import run_job
     from lavis_mafa.datasets.emoji import build_emoji
+    from lavis_mafa.runners.job import run_job
 
     emoji = folder / "emoji"
     _say("1/4  the data: emoji drawn by three artists, with their names and keywords")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.common.errors import UserError
+    from lavis_mafa.errors import UserError
     from lavis_mafa.reports.page import report_page, write_page
     from lavis_mafa.reports.run_files import open_runs
 

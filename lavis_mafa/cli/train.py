@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_yaml_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.common.job import run_job
+    from lavis_mafa.runners.job import run_job
 
     resume = [] if arguments.resume is None else [f"run.resume_ckpt_path={arguments.resume}"]
     for option in arguments.options:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.common.job import all_mistakes
+    from lavis_mafa.runners.job import all_mistakes
 
     wrong = 0
     for name in arguments.yaml:

@@ -1,4 +1,8 @@
-"""Annotations of images (captions, or questions), in any of the usual formats, as one Arrow table.
+"""When a caption says something: the one rule that training and ``lavis-mafa check-data`` share.
+
+Image paths from annotations stay below the image folder: annotations are often other people's files.
+
+Annotations of images (captions, or questions), in any of the usual formats, as one Arrow table.
 
 Arrow and not a list of dicts: five million rows stay under a gigabyte, and forked data-loading workers share them, since
 reading a row changes no reference count.
@@ -7,19 +11,130 @@ reading a row changes no reference count.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.datasets.annotation_files import AnnotationFile, annotation_file, ending
-from lavis_mafa.datasets.annotation_formats import FORMATS, PAIRS, SAME_IMAGE, Columns, one_message
-from lavis_mafa.datasets.arrow_compute import pc
-from lavis_mafa.datasets.ids import id_texts, is_missing, is_text, number_columns, with_numbers
-from lavis_mafa.datasets.image_paths import check_image_paths
+from lavis_mafa.config.storage import AnnotationFile, annotation_file, ending
+from lavis_mafa.datasets.formats import (
+    FORMATS,
+    PAIRS,
+    SAME_IMAGE,
+    Columns,
+    id_texts,
+    is_missing,
+    is_text,
+    number_columns,
+    one_message,
+    pc,
+    with_numbers,
+)
+from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
+
+SHOWN = 60  # characters of a caption in a message
+
+
+def clean_caption(process: Callable[[str], str], caption: str | None) -> str:
+    """What the text processor makes of a caption.
+
+    Args:
+        process: str -> str; a ``prompt`` that it puts before every caption does not count.
+        caption: as it was written.
+
+    Raises:
+        EmptyCaption: it is null, or nothing but punctuation, blanks and control characters is left.
+
+    Example:
+        >>> clean_caption(str.lower, "A Dog")
+        'a dog'
+    """
+    if caption is None:
+        raise EmptyCaption("The caption is null.")
+    try:
+        text = process(caption)
+    except EmptyCaption:  # its message may hold ten thousand words
+        text = ""
+    if not says_something(text, process):
+        raise EmptyCaption(f"The caption {shortened(caption)} holds no word.")
+    return text
+
+
+def says_something(text: str, process: Any) -> bool:
+    """Whether more than punctuation, blanks and control characters is left of a caption that ``process`` made, its prompt aside."""
+    return any(map(_is_seen, text.removeprefix(getattr(process, "prompt", ""))))
+
+
+def shortened(caption: str) -> str:
+    """Its representation (control characters visible), cut after ``SHOWN`` characters."""
+    return repr(caption if len(caption) <= SHOWN else caption[:SHOWN] + "…")
+
+
+def _is_seen(character: str) -> bool:
+    """A letter, digit, accent or symbol of any script, not punctuation, a blank or a control character."""
+    return unicodedata.category(character)[0] in "LMNS"
+
+
+# absolute (on Windows too), or with a component `..`
+LEAVES = r"^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)"
+
+
+def leaves_folder(images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which paths are absolute or hold a component ``..`` (even one that would come back); Bool [N], null where a path is null.
+
+    The text alone decides: a symbolic link inside the folder was put there by whoever owns it, and may lead anywhere.
+
+    Example:
+        >>> leaves_folder(pa.chunked_array([["a/b.png", "/a.png", "a/../b.png", "a..b/c.png"]])).to_pylist()
+        [False, True, True, False]
+    """
+    return pc.match_substring_regex(images, LEAVES)
+
+
+def shown(path: str | Path) -> str:
+    """The path in a message of one line: as it is, or its representation where it holds a line break or the like.
+
+    Example:
+        >>> shown("a b.png"), shown("a\\nb.png")
+        ('a b.png', "'a\\\\nb.png'")
+    """
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def path_hint(root: Path, image: str) -> str:
+    """Why there may be no image of this path, and an empty text where nothing is odd about it.
+
+    Example:
+        >>> path_hint(Path("images"), "http://a.org/a.jpg")
+        'it is an address; download the images first, and name the files.'
+    """
+    if "://" in image:
+        return "it is an address; download the images first, and name the files."
+    odd = [name for name, holds in (("a backslash", "\\" in image), ("a blank at its end", image != image.strip())) if holds]
+    if not odd:
+        return ""
+    right = image.replace("\\", "/").strip()
+    there = f"; there is {shown(root / right)}" if os.path.isfile(root / right) else ""
+    return f"the path holds {' and '.join(odd)}{there}."
+
+
+def check_image_paths(file: Path, images: pa.ChunkedArray) -> None:
+    """Nothing, if all of them stay in the folder.
+
+    Raises:
+        UserError: one does not; the message names file and row.
+    """
+    row = pc.index(leaves_folder(images), True).as_py()
+    if row >= 0:
+        raise UserError(
+            f"{file}, row {row + 1}: image is {images[row].as_py()!r}; allowed: a path below the image folder, relative and without "
+            "'..', unless build_info.images.allow_absolute_paths is true."
+        )
+
 
 TEXTS = pa.list_(pa.string())
 # how Python and numpy print a list of texts: what a table of lists holds after it went through CSV

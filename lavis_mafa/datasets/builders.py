@@ -14,16 +14,15 @@ import pyarrow as pa
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.datasets.annotation_files import AnnotationFile
-from lavis_mafa.datasets.annotation_formats import QUESTIONS, SAME_IMAGE
-from lavis_mafa.datasets.arrow_compute import pc
-from lavis_mafa.datasets.build_info import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
+from lavis_mafa.config.data_settings import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
+from lavis_mafa.config.storage import AnnotationFile
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
+from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE, pc
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.image_text_pairs import ImageTextPairs, Select, open_annotations
+from lavis_mafa.datasets.pairs import ImageTextPairs, Select, open_annotations
 from lavis_mafa.datasets.questions import ImageQuestions, naming_questions
-from lavis_mafa.datasets.retrieval import RetrievalPairs
+from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 Datasets = dict[str, BaseDataset]

@@ -16,10 +16,10 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lavis_mafa.common.errors import EmptyCaption
-from lavis_mafa.datasets.captions import says_something, shortened
+from lavis_mafa.datasets.annotations import says_something, shortened
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.lavis_rows import image_keys as image_keys_of_rows
+from lavis_mafa.errors import EmptyCaption
 
 LOOK_AHEAD = 32  # rows, for a stand-in from outside of a batch that is bad altogether
 REASON = 400  # characters of a reason: a caption may be long

@@ -10,10 +10,10 @@ import pyarrow as pa
 import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.datasets.formats import Id, collate_with_ids, typed_ids
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.ids import Id, collate_with_ids, typed_ids
 from lavis_mafa.datasets.images import load_rgb
+from lavis_mafa.errors import UserError
 
 NAMING_QUESTION = "what is this?"
 

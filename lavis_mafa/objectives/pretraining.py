@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.objectives.connections import Connections, judge_connections
-from lavis_mafa.objectives.itc import consistency_loss, itc_loss
+from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets, value_range
 from lavis_mafa.objectives.itm import CandidatePairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
 from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
 from lavis_mafa.objectives.momentum import distilled_targets
-from lavis_mafa.objectives.ranges import value_range
-from lavis_mafa.objectives.targets import itc_targets
 
 
 class PairModel(Protocol):

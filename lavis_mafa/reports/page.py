@@ -9,7 +9,7 @@ import jinja2
 from omegaconf import OmegaConf
 
 from lavis_mafa import __version__
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 from lavis_mafa.reports import curves, tables
 from lavis_mafa.reports.gallery import Candidate, distinct_candidates, gallery_data
 from lavis_mafa.reports.run_files import Run

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lavis_mafa.common.weights import read_checkpoint
 from lavis_mafa.reports import curves
 from lavis_mafa.reports.gallery import distinct_candidates, gallery_data
 from lavis_mafa.reports.page import render, score_histogram, write_page
@@ -19,6 +18,7 @@ from lavis_mafa.reports.tables import ITC, Table, by_score, evaluation_table, fi
 from lavis_mafa.reports.training_rows import Part, TrainingRows
 from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d
 from lavis_mafa.runners.checkpoints import rank_file
+from lavis_mafa.weights import read_checkpoint
 
 AT_MOST = 2000  # connections in the page
 SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}

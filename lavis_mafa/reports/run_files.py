@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.yaml_text import read_yaml
+from lavis_mafa.config.yaml_text import read_yaml
+from lavis_mafa.errors import UserError
 
 
 @dataclass(frozen=True)

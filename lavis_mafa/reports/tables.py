@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.errors import UserError
 from lavis_mafa.reports.gallery import VERDICTS, Candidate
 from lavis_mafa.reports.run_files import Run, last_epoch
 

@@ -21,12 +21,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.config.data_settings import own_files
 from lavis_mafa.datasets.annotations import read_annotations
-from lavis_mafa.datasets.arrow_compute import pc
-from lavis_mafa.datasets.build_info import own_files
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
+from lavis_mafa.datasets.formats import pc
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.errors import UserError
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lavis_mafa.common import interrupt
-from lavis_mafa.common.distributed import host_group, world_size
-from lavis_mafa.common.errors import UserError
+from lavis_mafa import signals as interrupt
+from lavis_mafa.distributed import host_group, world_size
+from lavis_mafa.errors import UserError
 
 
 def host_copy(tree: Any, copied: dict[Any, Tensor] | None = None) -> Any:

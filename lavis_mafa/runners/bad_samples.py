@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lavis_mafa.common.distributed import rank
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.distributed import rank
+from lavis_mafa.errors import UserError
 
 logger = logging.getLogger(__name__)
 

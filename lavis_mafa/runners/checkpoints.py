@@ -11,9 +11,9 @@ from typing import Any
 from lavis.models.blip2_models.blip2 import Blip2Base
 from torch import nn
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import load_exactly, read_checkpoint, write_atomically
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners.background import BackgroundWriter, host_copy
+from lavis_mafa.weights import load_exactly, read_checkpoint, write_atomically
 
 logger = logging.getLogger(__name__)
 RankState = Callable[[], dict[str, Any]]

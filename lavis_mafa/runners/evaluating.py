@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lavis_mafa.common.distributed import broadcast_object, rank
+from lavis_mafa.distributed import broadcast_object, rank
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ import torch
 from PIL import ImageFile
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lavis_mafa.common.distributed import gather_objects, rank, world_size
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.interrupt import patient_worker
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.indexed import REASON, UNREADABLE, image_path, of_a_decoder, seeded
 from lavis_mafa.datasets.questions import ImageQuestions
-from lavis_mafa.datasets.retrieval import RetrievalPairs
+from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.distributed import gather_objects, rank, world_size
+from lavis_mafa.errors import UserError
+from lavis_mafa.signals import patient_worker
 
 logger = logging.getLogger(__name__)
 SHOWN = 5  # in the message; the file has all

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lavis_mafa.common.distributed import gather_in_rank_order, gather_objects
-from lavis_mafa.common.settings import Grit
+from lavis_mafa.config.schema import Grit
+from lavis_mafa.distributed import gather_in_rank_order, gather_objects
 from lavis_mafa.grit import GritQueue, GritSampler, next_epoch_order
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from lavis_mafa.common.distributed import rank, world_size
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.interrupt import patient_worker
-from lavis_mafa.common.settings import Grit, RunBlock
+from lavis_mafa.config.schema import Grit, RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset
+from lavis_mafa.distributed import rank, world_size
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners.grit_feed import GritFeed
+from lavis_mafa.signals import patient_worker
 
 
 def train_loader(dataset: Any, batch_size: int, grit: Grit | None, settings: RunBlock, pin: bool) -> tuple[DataLoader, GritFeed]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lavis_mafa.common.distributed import gather_objects, is_distributed
+from lavis_mafa.distributed import gather_objects, is_distributed
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 5.0  # short epochs would fill the terminal; metrics.jsonl has every record

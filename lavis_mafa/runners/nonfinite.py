@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 logger = logging.getLogger(__name__)
 SHOWN = 8  # samples in the message; the file has all

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lavis_mafa.common.errors import death_of_a_worker
+from lavis_mafa.errors import death_of_a_worker
 
 
 def patient(loader: DataLoader, first_step: int, lost: Callable[[str], None]) -> Iterator[Any]:

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import damage, read_checkpoint
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners.checkpoints import numbered, position, rank_file
+from lavis_mafa.weights import damage, read_checkpoint
 
 logger = logging.getLogger(__name__)
 # a run stays the same when these change: they say where, how long and how closely watched it runs

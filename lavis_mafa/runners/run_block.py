@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.common.typed import typed_block
+from lavis_mafa.config.schema import RunBlock, typed_block
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners.resuming import lock, newest_good, rewind, same_runs, unlock
 
 

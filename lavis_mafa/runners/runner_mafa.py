@@ -17,14 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from lavis_mafa.common.agreement import check_ranks_agree
-from lavis_mafa.common.check import evaluates_training
-from lavis_mafa.common.distributed import barrier, broadcast_object, group_of_one, rank, world_size
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.rank_watch import mark, rank_watch
-from lavis_mafa.common.typed import MODEL_BLOCKS
-from lavis_mafa.common.weights import read_weights
-from lavis_mafa.datasets.training_splits import with_training_splits
+from lavis_mafa.config.check import evaluates_training
+from lavis_mafa.config.schema import MODEL_BLOCKS
+from lavis_mafa.datasets.splits import with_training_splits
+from lavis_mafa.distributed import barrier, broadcast_object, group_of_one, rank, world_size
+from lavis_mafa.errors import UserError
+from lavis_mafa.runners.agreement import check_ranks_agree
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, load_model
 from lavis_mafa.runners.evaluating import evaluate_split
@@ -35,7 +33,9 @@ from lavis_mafa.runners.resuming import unlock
 from lavis_mafa.runners.run_block import open_folder, run_settings
 from lavis_mafa.runners.stepping import autocast
 from lavis_mafa.runners.training_loop import TrainingLoop
-from lavis_mafa.tasks.mafa_task import MafaTask
+from lavis_mafa.runners.watchdog import mark, rank_watch
+from lavis_mafa.tasks.task import MafaTask
+from lavis_mafa.weights import read_weights
 
 logger = logging.getLogger(__name__)
 

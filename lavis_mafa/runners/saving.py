@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from lavis_mafa.common.distributed import broadcast_object, rank, world_size
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.fingerprint import data_difference, data_record
-from lavis_mafa.common.rank_watch import mark
-from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.common.weights import damage, read_checkpoint
+from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.distributed import broadcast_object, rank, world_size
+from lavis_mafa.errors import UserError
 from lavis_mafa.grit.saved import saved_tensor, saved_value
+from lavis_mafa.runners.agreement import data_difference, data_record
 from lavis_mafa.runners.background import host_copy
 from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.checkpoints import CheckpointFolder, RankState, load_model, model_state, read_resumable
@@ -25,6 +23,8 @@ from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.random_states import random_state, restore_random_state
 from lavis_mafa.runners.resuming import say_what_differs
 from lavis_mafa.runners.state_checks import check_optimizer, check_progress, check_rank_state
+from lavis_mafa.runners.watchdog import mark
+from lavis_mafa.weights import damage, read_checkpoint
 
 logger = logging.getLogger(__name__)
 HYPER_PARAMETERS = ("betas", "eps", "weight_decay")  # of the settings; the learning rate is the scheduler's

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.tasks.mafa_task import MafaTask
+from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.tasks.task import MafaTask
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,11 +9,10 @@ import torch
 from lavis.datasets.data_utils import prepare_sample
 from torch import Tensor
 
-from lavis_mafa.common import interrupt
-from lavis_mafa.common.distributed import barrier, rank, world_size
-from lavis_mafa.common.errors import WorkerLost
-from lavis_mafa.common.rank_watch import marked
-from lavis_mafa.discriminators.trust import ShareWatch
+from lavis_mafa import signals as interrupt
+from lavis_mafa.distributed import barrier, rank, world_size
+from lavis_mafa.errors import WorkerLost
+from lavis_mafa.models.trust import ShareWatch
 from lavis_mafa.runners.connection_record import ConnectionRecord
 from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.nonfinite import NonFinite
@@ -21,6 +20,7 @@ from lavis_mafa.runners.patient_loader import patient
 from lavis_mafa.runners.saving import Saving
 from lavis_mafa.runners.stepping import Stepper, autocast
 from lavis_mafa.runners.vote import Vote
+from lavis_mafa.runners.watchdog import marked
 
 
 class TrainingLoop(Saving):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from lavis_mafa.common.distributed import host_group
+from lavis_mafa.distributed import host_group
 
 
 class Vote:

@@ -14,7 +14,7 @@ from lavis.common.registry import registry
 from lavis.datasets.data_utils import prepare_sample
 from tqdm import tqdm
 
-from lavis_mafa.common.distributed import gather_objects, rank
+from lavis_mafa.distributed import gather_objects, rank
 
 logger = logging.getLogger(__name__)
 

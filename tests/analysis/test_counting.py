@@ -22,9 +22,9 @@ from lavis_mafa.analysis.connections.candidates import (
 from lavis_mafa.analysis.connections.counting import Sampling, blocks_of, count_false_negatives, samplings
 from lavis_mafa.analysis.connections.reading import shuffled
 from lavis_mafa.analysis.connections.tally import Tally
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
-from lavis_mafa.models.retrieval_scoring import best_query
+from lavis_mafa.models.retrieval import best_query
 
 THRESHOLDS = (0.4, 0.6)
 

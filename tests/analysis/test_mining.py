@@ -32,9 +32,9 @@ from lavis_mafa.analysis.connections.folder import begin, check_unfinished, fing
 from lavis_mafa.analysis.connections.mine_report import medians_of
 from lavis_mafa.analysis.connections.pairs_file import pairs_table
 from lavis_mafa.analysis.connections.source_rows import SourceRows
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import TEXTS, image_keys, read_annotations
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.errors import UserError
 
 TEXT_POOL = ["a dog", "A Dog!", "a cat", "two  cats", "Two cats.", ":)", ";)", "ein Hund", "été"]
 

@@ -13,9 +13,9 @@ from PIL import Image
 from lavis_mafa.analysis.connections import mining
 from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import read_annotations
-from lavis_mafa.discriminators.trust import Medians
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.trust import Medians
 
 YAML = """
 model:

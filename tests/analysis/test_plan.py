@@ -15,9 +15,8 @@ from lavis_mafa.analysis.cost.flops import grit_flops_of_pair, step_flops
 from lavis_mafa.analysis.cost.memory import grit_memory, saved_bytes, weights_of
 from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, IMAGE, StepSize
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.settings import Grit
-from lavis_mafa.common.typed import typed_block
-from lavis_mafa.models.mafa_model import CONFIGS
+from lavis_mafa.config.schema import Grit, typed_block
+from lavis_mafa.models.base import CONFIGS
 
 BATCH, LENGTH = 6, 12
 JUDGED = {"ecm": {"enabled": True, "threshold": 1.0, "ambiguous_from": 1.0}}  # nothing found, so nothing added to the LM

@@ -22,8 +22,8 @@ from lavis_mafa.analysis.soft_labels import (
     soft_labels,
 )
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.settings import Grit
+from lavis_mafa.config.schema import Grit
+from lavis_mafa.errors import UserError
 from lavis_mafa.objectives import EncodedBatch, consistency_loss, itc_loss
 
 
@@ -170,8 +170,8 @@ def teacher_checkpoint(tiny_yaml, tmp_path, monkeypatch):
     """An untrained model of the tiny YAML with a teacher."""
     from omegaconf import OmegaConf
 
-    from lavis_mafa.common.job import check_yaml
-    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.models.albef import AlbefMafa
+    from lavis_mafa.runners.job import check_yaml
 
     monkeypatch.chdir(tmp_path)
     block = OmegaConf.merge(check_yaml(str(tiny_yaml), []).model, {"itc": TEACHER, "discriminator": None, "ecm": {"enabled": False}})

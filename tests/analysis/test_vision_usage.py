@@ -12,7 +12,7 @@ import torch
 
 from lavis_mafa.analysis.vision_usage import Usage, masked_usage, next_word_usage, without_image
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 from lavis_mafa.objectives import language_modelling_loss
 
 
@@ -59,7 +59,7 @@ def test_nothing_predicted_is_an_error():
 
 
 def test_masked_words_are_the_same_in_both_passes_and_whatever_the_batch(monkeypatch):
-    from lavis_mafa.models.albef_pairs import AlbefPairs
+    from lavis_mafa.models.albef import AlbefPairs
 
     model, seen, predict = reduced.ours(), [], AlbefPairs._predict
 
@@ -145,8 +145,8 @@ def save_untrained(yaml: Path, path: Path, *options: str) -> list[str]:
     """A checkpoint of the YAML's model; the command's beginning."""
     from lavis.common.registry import registry
 
-    from lavis_mafa.common.job import check_yaml
     from lavis_mafa.plugin import register
+    from lavis_mafa.runners.job import check_yaml
 
     register()
     block = check_yaml(str(yaml), [*options, "model.discriminator=null", "model.ecm.enabled=false"]).model

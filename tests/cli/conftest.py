@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common import job
+from lavis_mafa.runners import job
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "purple", "orange", "brown", "grey"]
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from lavis_mafa.common import weights
+from lavis_mafa import weights
 from lavis_mafa.runners.checkpoints import CheckpointFolder, rank_file
 from lavis_mafa.runners.resuming import newest_good
 
-TRACED = ("runners/checkpoints.py", "runners/background.py", "common/weights.py")
+TRACED = ("runners/checkpoints.py", "runners/background.py", "lavis_mafa/weights.py")
 
 
 class Doom:

@@ -15,7 +15,7 @@ from lavis_mafa.analysis.ablation.runs import plan_trials
 from lavis_mafa.analysis.ablation.tables import concrete, find_table, load_tables
 from lavis_mafa.cli import ablate
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.job import check_yaml, run_job
+from lavis_mafa.runners.job import check_yaml, run_job
 
 SMALL = "mafa/quickstart/train/mafa.yaml"
 ROWS = [row for table in load_tables().values() for row in table.rows]

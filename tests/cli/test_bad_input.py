@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import load_exactly, read_weights
+from lavis_mafa.errors import UserError
+from lavis_mafa.weights import load_exactly, read_weights
 
 
 def train(yaml: Path, *options: str) -> list[object]:
@@ -216,7 +216,7 @@ def a_text(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [a_text, Path.unlink], ids=["text", "missing"])
 def test_an_unreadable_image_is_replaced_listed_and_counted(run_yaml, pairs, spoil, monkeypatch):
-    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.models.albef import AlbefMafa
 
     sizes = []
     forward = AlbefMafa.forward

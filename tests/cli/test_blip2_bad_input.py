@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis_mafa.common.typed import typed_block
+from lavis_mafa.config.schema import typed_block
 
 VIT = "{image_size: 48, patch_size: 8, width: 16, depth: 1, heads: 1}"
 QFORMER = "{init: null, width: 16, layers: 2, heads: 1, queries: 2}"
@@ -22,8 +22,8 @@ QUICK = "mafa/quickstart/blip2"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of each stage, from names and shapes that fit the sizes above."""
-    from lavis_mafa.models.blip2_mafa import Blip2Mafa
-    from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
+    from lavis_mafa.models.blip2 import Blip2Mafa
+    from lavis_mafa.models.blip2_opt import Blip2OptMafa
 
     folder = tmp_path_factory.mktemp("checkpoints")
     vit = {"image_size": 48, "patch_size": 8, "width": 16, "depth": 1, "heads": 1, "freeze": False, "precision": "fp32", "init": None}
@@ -103,7 +103,7 @@ def test_questions_without_answers(refused, files, tmp_path):
     assert not yaml.exists()
     from omegaconf import OmegaConf
 
-    from lavis_mafa.common.projects import find_yaml
+    from lavis_mafa.config.read import find_yaml
 
     config = OmegaConf.load(find_yaml(f"{QUICK}/vqa.yaml"))
     config.datasets = {
@@ -209,7 +209,7 @@ def test_a_con_d_with_the_names_of_lavis_albef_retrieval(tmp_path):
     """Its text encoder has no ``bert.`` in its names, as BLIP's."""
     from safetensors.torch import save_file
 
-    from lavis_mafa.common.checkpoint_kinds import ALBEF, BLIP, STAGE_1, kind_of, shapes_of
+    from lavis_mafa.config.check import ALBEF, BLIP, STAGE_1, kind_of, shapes_of
 
     text = "text_encoder.encoder.layer"
     assert kind_of({"text_encoder.embeddings.word_embeddings.weight": [1], f"{text}.6.crossattention.self.key.weight": [1]}) == ALBEF

@@ -25,9 +25,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
-from lavis_mafa.datasets.image_text_pairs import ImageTextPairs
 from lavis_mafa.datasets.indexed import IndexedDataset
-from lavis_mafa.processors.albef_processors import AlbefCaptionProcessor
+from lavis_mafa.datasets.pairs import ImageTextPairs
+from lavis_mafa.processors import AlbefCaptionProcessor
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8))
 ROWS = 64
@@ -140,7 +140,7 @@ def hostile_yaml(tmp_path, hostile) -> Path:
 
 
 def test_training_replaces_lists_and_counts_what_the_check_finds(tmp_path, hostile, hostile_yaml, monkeypatch):
-    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.models.albef import AlbefMafa
     from lavis_mafa.runners.bad_samples import BadSamples
 
     data, expected = hostile

@@ -10,7 +10,7 @@ import pytest
 
 from lavis_mafa import __version__
 from lavis_mafa.cli.main import COMMANDS, main
-from lavis_mafa.common.projects import project_files
+from lavis_mafa.config.read import project_files
 
 
 def test_ls_shows_every_yaml_with_its_first_line(capsys):

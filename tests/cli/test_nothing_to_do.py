@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.check import doubtful
-from lavis_mafa.common.typed import typed_block
+from lavis_mafa.config.check import doubtful
+from lavis_mafa.config.schema import typed_block
 
 NO_NEGATIVE, ONE_TEXT = "A batch has no negative", "captions of a batch are the same text"
 
@@ -27,7 +27,7 @@ def train(run_yaml, tmp_path, caplog):
         assert main(["train", "--cfg-path", str(run_yaml), "--options", where, *options]) == 0
         [folder] = (tmp_path / "output").iterdir()
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        names = ("lavis_mafa.models", "lavis_mafa.discriminators", "lavis_mafa.tasks")
+        names = ("lavis_mafa.models", "lavis_mafa.models.con_d", "lavis_mafa.tasks")
         return records, [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name.startswith(names)]
 
     return run
@@ -95,7 +95,7 @@ def test_thresholds_at_the_ends(train):
 
 
 def test_a_con_d_that_joins_everything_is_told_at_the_start_and_in_every_epoch(train, monkeypatch):
-    from lavis_mafa.discriminators.ground_truth import GroundTruthDiscriminator
+    from lavis_mafa.models.sanity import GroundTruthDiscriminator
 
     monkeypatch.setattr(GroundTruthDiscriminator, "match_probability", lambda self, samples, image, text: torch.ones(len(image)))
     records, said = train()

@@ -19,10 +19,10 @@ from torch import nn
 
 from lavis_mafa.analysis.ablation.tables import Row, concrete, load_tables
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.job import check_yaml
-from lavis_mafa.common.projects import project_files, projects_root
-from lavis_mafa.common.typed import typed_block
+from lavis_mafa.config.read import project_files, projects_root
+from lavis_mafa.config.schema import typed_block
+from lavis_mafa.errors import UserError
+from lavis_mafa.runners.job import check_yaml
 
 YAMLS = sorted(name for name, path in project_files().items() if not path.is_symlink())  # a second name is no second file
 PAPER = [name for name in YAMLS if not name.startswith("mafa/quickstart/")]
@@ -85,10 +85,10 @@ def comments(name: str) -> str:
 @cache
 def built(arch: str, block: str, device: str) -> nn.Module:
     """The model of a ``model:`` block (JSON); one for all YAMLs that have the same."""
-    from lavis_mafa.models.albef_mafa import AlbefMafa
-    from lavis_mafa.models.blip2_mafa import Blip2Mafa
-    from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
-    from lavis_mafa.models.blip_mafa import BlipMafa
+    from lavis_mafa.models.albef import AlbefMafa
+    from lavis_mafa.models.blip import BlipMafa
+    from lavis_mafa.models.blip2 import Blip2Mafa
+    from lavis_mafa.models.blip2_opt import Blip2OptMafa
 
     classes: dict[str, Any] = {c.__name__: c for c in (AlbefMafa, BlipMafa, Blip2Mafa, Blip2OptMafa)}
     of_arch = {"albef_mafa": "AlbefMafa", "blip_mafa": "BlipMafa", "blip2_mafa": "Blip2Mafa", "blip2_opt_mafa": "Blip2OptMafa"}
@@ -431,7 +431,7 @@ def test_fine_tuning_starts_from_a_checkpoint_without_its_frozen_image_encoder(k
 
 def test_con_ds_momentum_encoder_starts_as_the_checkpoint(tmp_path):
     """Its ViT is no random one (as in the authors' code), also where position embeddings are resized."""
-    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.models.albef import AlbefMafa
 
     options = [*SMALL["albef_mafa"], "run.device=cpu", "run.precision=fp32", "model.itc.momentum_distillation.queue_size=16"]
     source = AlbefMafa(blocks("mafa/albef/train/1_discriminator_pretrain.yaml", *options[:-1])[0])

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.runners.resuming import rewind, same_runs
 

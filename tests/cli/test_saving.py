@@ -20,12 +20,12 @@ import pytest
 import torch
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.weights import damage, read_checkpoint, write_atomically
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners import checkpoints as checkpoints_module
 from lavis_mafa.runners.background import host_copy
 from lavis_mafa.runners.checkpoints import CheckpointFolder, position
 from lavis_mafa.runners.resuming import newest_good
+from lavis_mafa.weights import damage, read_checkpoint, write_atomically
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lavis_mafa import signals as interrupt
 from lavis_mafa.cli.main import main
-from lavis_mafa.common import interrupt
-from lavis_mafa.common.errors import death_of_a_worker
+from lavis_mafa.errors import death_of_a_worker
 from lavis_mafa.runners.stepping import Stepper
 
 
@@ -129,7 +129,7 @@ def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(monkeypatch):
 def test_workers_outlive_what_a_cluster_sends_to_all_processes_and_end_with_their_owner():
     script = """
 import os, signal, time
-from lavis_mafa.common.interrupt import IF_FREE, patient_worker
+from lavis_mafa.signals import IF_FREE, patient_worker
 patient_worker(0)
 for number in (signal.SIGINT, *IF_FREE):
     os.kill(os.getpid(), number)

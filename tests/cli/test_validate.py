@@ -17,12 +17,10 @@ from omegaconf import OmegaConf
 
 import lavis_mafa
 from lavis_mafa.cli.main import COMMANDS, _arguments, main
-from lavis_mafa.common import paths
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.old_names import OLD_NAMES
-from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, _resolved, typed_block
-from lavis_mafa.common.yaml_file import check_yaml
+from lavis_mafa.config import read as paths
+from lavis_mafa.config.read import check_yaml
+from lavis_mafa.config.schema import MODEL_BLOCKS, OLD_NAMES, RUN_BLOCKS, RunBlock, _resolved, typed_block
+from lavis_mafa.errors import UserError
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.datasets import annotation_formats
-from lavis_mafa.datasets.annotation_formats import SAME_IMAGE
+from lavis_mafa.datasets import formats as annotation_formats
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
+from lavis_mafa.datasets.formats import SAME_IMAGE
+from lavis_mafa.errors import UserError
 
 ROWS = [
     {"image": "a.png", "caption": "a dog, running", "image_id": "7", "concept": "dog"},

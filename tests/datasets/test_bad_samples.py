@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners import bad_samples
 from lavis_mafa.runners.bad_samples import BadSamples
 

@@ -13,14 +13,13 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.builders import BUILDERS, GritEmojiBuilder, GritPairsBuilder
 from lavis_mafa.datasets.emoji import build, build_emoji, drawings, load_emoji_truth
+from lavis_mafa.datasets.emoji.build import draw_captions
 from lavis_mafa.datasets.emoji.drawings import ARTISTS, code_of, find_drawings
-from lavis_mafa.datasets.emoji.families import family_of
-from lavis_mafa.datasets.emoji.splits import draw_captions
-from lavis_mafa.datasets.emoji.texts import Concept, plain
-from lavis_mafa.processors.albef_processors import PROCESSORS
+from lavis_mafa.datasets.emoji.texts import Concept, family_of, plain
+from lavis_mafa.errors import UserError
+from lavis_mafa.processors import PROCESSORS
 
 
 @pytest.fixture(scope="module", autouse=True)

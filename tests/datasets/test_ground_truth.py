@@ -78,7 +78,7 @@ def test_matrix_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_figures_of_a_step_leave_out_what_the_truth_does_not_know() -> None:
-    from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+    from lavis_mafa.tasks.pretrain import MafaPretrainTask
 
     task = MafaPretrainTask()
     task.truth = GroundTruth.from_pairs([("a dog", "dog"), ("a cat", "cat")])

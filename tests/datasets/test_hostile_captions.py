@@ -11,13 +11,12 @@ from lavis.processors.blip_processors import BlipCaptionProcessor
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from lavis_mafa.common.errors import EmptyCaption, UserError
-from lavis_mafa.datasets.annotations import read_annotations
-from lavis_mafa.datasets.captions import SHOWN, clean_caption
-from lavis_mafa.datasets.image_text_pairs import ImageTextPairs
+from lavis_mafa.datasets.annotations import SHOWN, clean_caption, read_annotations
 from lavis_mafa.datasets.indexed import REASON, IndexedDataset
-from lavis_mafa.datasets.retrieval import RetrievalPairs
-from lavis_mafa.processors.albef_processors import AlbefCaptionProcessor
+from lavis_mafa.datasets.pairs import ImageTextPairs
+from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.errors import EmptyCaption, UserError
+from lavis_mafa.processors import AlbefCaptionProcessor
 
 PROCESSORS = [AlbefCaptionProcessor(), AlbefCaptionProcessor(prompt="a photo of "), BlipCaptionProcessor(prompt="a photo of ")]
 NOTHING = ["...", "?!", "—", "。、！", "«»", "\x00\x01", "\u200b\u200d", "\u00a0", "-" * 50_000]

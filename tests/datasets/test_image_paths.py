@@ -11,10 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.datasets.annotations import read_annotations
+from lavis_mafa.datasets.annotations import leaves_folder, read_annotations, shown
 from lavis_mafa.datasets.builders import GritPairsBuilder, GritVqaBuilder
-from lavis_mafa.datasets.image_paths import leaves_folder, shown
+from lavis_mafa.errors import UserError
 
 INSIDE = ["a.png", "a/b.png", "./a.png", "a..b/..c.png", "...", "a/.../b.png", "ab:c.png", "a~b.png", "..a", "~/a.png"]
 OUTSIDE = ["/a.png", "../a.png", "a/../b.png", "a/..", "..", "a\\..\\b.png", "\\\\host\\a.png", "C:\\a.png", "c:/a.png"]

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.image_text_pairs import ImageTextPairs
 from lavis_mafa.datasets.images import load_rgb
-from lavis_mafa.datasets.retrieval import RetrievalPairs
+from lavis_mafa.datasets.pairs import ImageTextPairs
+from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.errors import UserError
 
 ROWS: list[dict[str, Any]] = [
     {"image": "dog.png", "caption": ["A dog", "A pet"], "concept": "dog"},

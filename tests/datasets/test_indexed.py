@@ -12,8 +12,8 @@ from lavis.processors.blip_processors import BlipCaptionProcessor
 from PIL import Image, PngImagePlugin
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
-from lavis_mafa.common.errors import EmptyCaption
 from lavis_mafa.datasets.indexed import BadSample, IndexedDataset, image_keys, seeded
+from lavis_mafa.errors import EmptyCaption
 
 
 class Draws(Dataset):

@@ -13,9 +13,9 @@ from lavis.datasets.builders import load_dataset  # noqa: F401 - fills the regis
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.indexed import image_keys
 from lavis_mafa.datasets.lavis_rows import check_rows, explained
+from lavis_mafa.errors import UserError
 
 ROWS = [{"image": f"{n % 2}.png", "caption": f"text {n}", "image_id": n % 2} for n in range(4)]
 

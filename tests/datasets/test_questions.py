@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.datasets.annotation_formats import QUESTIONS
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.builders import GritEmojiBuilder, GritPairsBuilder, GritVqaBuilder
-from lavis_mafa.datasets.image_text_pairs import ImageTextPairs, split_at_random
+from lavis_mafa.datasets.formats import QUESTIONS
+from lavis_mafa.datasets.pairs import ImageTextPairs, split_at_random
 from lavis_mafa.datasets.questions import ImageQuestions
+from lavis_mafa.errors import UserError
 
 ROWS: list[dict[str, Any]] = [
     {"image": "a.png", "question": "What is this, then?", "answer": "a dog", "question_id": 70},

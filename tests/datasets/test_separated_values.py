@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import read_annotations
-from lavis_mafa.datasets.separated_values import WHOLE
+from lavis_mafa.datasets.formats import WHOLE
+from lavis_mafa.errors import UserError
 
 TEXT = st.text("ab,;\"' \n\té", min_size=1, max_size=9).filter(str.strip)
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import SAME_IMAGE
-from lavis_mafa.datasets.image_text_pairs import ImageTextPairs
 from lavis_mafa.datasets.indexed import IndexedDataset
-from lavis_mafa.datasets.retrieval import RetrievalPairs
-from lavis_mafa.datasets.training_splits import shared_keys, with_training_splits
+from lavis_mafa.datasets.pairs import ImageTextPairs
+from lavis_mafa.datasets.splits import RetrievalPairs, shared_keys, with_training_splits
+from lavis_mafa.errors import UserError
 
 ids = st.fixed_dictionaries({image: st.sampled_from([image, "1", "2"]) for image in "abcdef"})
 split = st.tuples(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=8), ids)

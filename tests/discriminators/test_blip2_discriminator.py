@@ -11,10 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.discriminators import build_discriminator
-from lavis_mafa.discriminators.blip2 import Blip2Discriminator
-from lavis_mafa.models.blip2_mafa import Blip2Mafa
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.blip2 import Blip2Mafa
+from lavis_mafa.models.con_d import Blip2Discriminator, build_discriminator
 
 
 def load(name: str) -> Any:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.discriminators import build_discriminator
-from lavis_mafa.discriminators.ground_truth import GroundTruthDiscriminator
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.sanity import GroundTruthDiscriminator
 
 spec = importlib.util.spec_from_file_location("reduced", Path(__file__).parents[1] / "models" / "reduced.py")
 reduced = importlib.util.module_from_spec(spec)
@@ -222,7 +222,7 @@ ARCHS = {  # who writes such a file, and a weight of the text side as the file n
 
 
 def test_no_architecture_is_forgotten():
-    from lavis_mafa.common.check import FAMILIES
+    from lavis_mafa.config.check import FAMILIES
 
     assert ARCHS.keys() == FAMILIES.keys() - {"ground_truth"}
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.discriminators import build_discriminator, sanity
-from lavis_mafa.discriminators.ground_truth import GroundTruthDiscriminator
-from lavis_mafa.discriminators.sanity import SanityCheck, is_sane, partners
+from lavis_mafa.models import sanity
+from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.sanity import GroundTruthDiscriminator, SanityCheck, is_sane, partners
 
 MODELS = Path(__file__).parents[1] / "models"
 spec = importlib.util.spec_from_file_location("families", MODELS / "families.py")

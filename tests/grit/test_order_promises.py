@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lavis_mafa.common.settings import Grit
+from lavis_mafa.config.schema import Grit
 from lavis_mafa.runners import grit_feed
 from lavis_mafa.runners.grit_feed import GritFeed
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_mafa.models import albef_mafa, blip_mafa
+from lavis_mafa.models import albef as albef_mafa
+from lavis_mafa.models import blip as blip_mafa
 
 
 def beside(name: str) -> Any:

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_mafa.discriminators import build_discriminator
-from lavis_mafa.models import blip2_mafa
-from lavis_mafa.models.blip2_mafa import Blip2Mafa
+from lavis_mafa.models import blip2 as blip2_mafa
+from lavis_mafa.models.blip2 import Blip2Mafa
+from lavis_mafa.models.con_d import build_discriminator
 
 spec = importlib.util.spec_from_file_location("reduced_blip2", Path(__file__).with_name("reduced_blip2.py"))
 reduced = importlib.util.module_from_spec(spec)

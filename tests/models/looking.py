@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lavis_mafa.common.distributed import gather_in_rank_order
-from lavis_mafa.discriminators import build_discriminator
+from lavis_mafa.distributed import gather_in_rank_order
+from lavis_mafa.models.con_d import build_discriminator
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families: Any = importlib.util.module_from_spec(spec)

@@ -15,9 +15,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertConfig
 
-from lavis_mafa.common.model_settings import AlbefBlock
-from lavis_mafa.common.typed import typed_block
-from lavis_mafa.models.albef_mafa import AlbefMafa
+from lavis_mafa.config.schema import AlbefBlock, typed_block
+from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.bert import MINILM, build_tokenizer
 
 WIDTH, DEPTH, HEADS, LAYERS, FUSION, DIM, SIZE, PATCH = 32, 2, 2, 3, 1, 16, 32, 8

@@ -19,11 +19,10 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertConfig
 
-from lavis_mafa.common.model_settings import BlipBlock
-from lavis_mafa.common.typed import typed_block
+from lavis_mafa.config.schema import BlipBlock, typed_block
 from lavis_mafa.models.bert import MINILM
-from lavis_mafa.models.blip_encoders import build_blip_tokenizer
-from lavis_mafa.models.blip_mafa import BlipMafa
+from lavis_mafa.models.blip import BlipMafa
+from lavis_mafa.models.encoders import build_blip_tokenizer
 
 spec = importlib.util.spec_from_file_location("reduced", Path(__file__).with_name("reduced.py"))
 reduced: Any = importlib.util.module_from_spec(spec)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from lavis_mafa.common.typed import typed_block
-from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
+from lavis_mafa.config.schema import typed_block
+from lavis_mafa.models.blip2_opt import Blip2OptMafa
 
 spec = importlib.util.spec_from_file_location("reduced_blip2", Path(__file__).with_name("reduced_blip2.py"))
 blip2: Any = importlib.util.module_from_spec(spec)

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from transformers import BertConfig, BertForMaskedLM
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.model_settings import TextEncoder
-from lavis_mafa.models import albef_pairs, momentum_teacher
-from lavis_mafa.models.albef_encoders import build_text_encoder
-from lavis_mafa.models.albef_mafa import AlbefMafa
+from lavis_mafa.config.schema import TextEncoder
+from lavis_mafa.errors import UserError
+from lavis_mafa.models import albef as albef_pairs
+from lavis_mafa.models import momentum as momentum_teacher
+from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.bert import fold_token_type
+from lavis_mafa.models.encoders import build_text_encoder
 
 spec = importlib.util.spec_from_file_location("reduced", Path(__file__).with_name("reduced.py"))
 reduced = importlib.util.module_from_spec(spec)

@@ -16,13 +16,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.model_settings import QFormer
+from lavis_mafa.config.schema import QFormer
+from lavis_mafa.errors import UserError
 from lavis_mafa.models import blip2_encoders
 from lavis_mafa.models.bert import MINILM
+from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs, most_similar_query, query_pass
 from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
-from lavis_mafa.models.blip2_mafa import Blip2Mafa, most_similar_query
-from lavis_mafa.models.blip2_pairs import Blip2Pairs, query_pass
 
 spec = importlib.util.spec_from_file_location("reduced_blip2", Path(__file__).with_name("reduced_blip2.py"))
 reduced = importlib.util.module_from_spec(spec)

@@ -17,18 +17,15 @@ from lavis.models.blip2_models.blip2_t5 import Blip2T5
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_mafa.common.check import MODEL_DEFAULTS
-from lavis_mafa.common.checkpoint_kinds import check_kinds
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.settings import VqaRun
-from lavis_mafa.common.typed import typed_block
+from lavis_mafa.config.check import MODEL_DEFAULTS, check_kinds
+from lavis_mafa.config.schema import VqaRun, typed_block
 from lavis_mafa.datasets.indexed import IndexedDataset
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
-from lavis_mafa.models.blip2_mafa import Blip2Mafa
-from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
-from lavis_mafa.models.language_model import byte_tokenizer
+from lavis_mafa.models.blip2_opt import Blip2OptMafa, byte_tokenizer
 from lavis_mafa.runners.checkpoints import load_model, model_state
-from lavis_mafa.tasks.mafa_vqa import MafaVqaTask
+from lavis_mafa.tasks.vqa import MafaVqaTask
 
 VIT: dict[str, Any] = {"image_size": 24, "patch_size": 12, "width": 32, "depth": 2, "heads": 2}
 QFORMER: dict[str, Any] = {"init": None, "width": 32, "layers": 2, "heads": 2, "queries": 3}

@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from transformers import BertConfig, BertForMaskedLM
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.job import check_yaml
-from lavis_mafa.common.model_settings import MedEncoder
-from lavis_mafa.common.typed import typed_block
-from lavis_mafa.discriminators import build_discriminator
-from lavis_mafa.models.blip_encoders import build_blip_text
-from lavis_mafa.models.blip_mafa import BlipMafa
-from lavis_mafa.models.blip_pairs import BlipPairs
+from lavis_mafa.config.schema import MedEncoder, typed_block
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.blip import BlipMafa, BlipPairs
+from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.encoders import build_blip_text
+from lavis_mafa.runners.job import check_yaml
 
 spec = importlib.util.spec_from_file_location("reduced_blip", Path(__file__).with_name("reduced_blip.py"))
 reduced: Any = importlib.util.module_from_spec(spec)

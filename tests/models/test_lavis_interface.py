@@ -14,7 +14,7 @@ from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtrac
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families: Any = importlib.util.module_from_spec(spec)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.loaded_keys import build_model, check_start, report_keys
+from lavis_mafa.errors import UserError
+from lavis_mafa.runners.job import build_model, check_start, report_keys
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families: Any = importlib.util.module_from_spec(spec)

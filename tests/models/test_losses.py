@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis_mafa.common.model_settings import loss_weights
-from lavis_mafa.models import albef_pairs, mafa_model
+from lavis_mafa.config.schema import loss_weights
+from lavis_mafa.models import albef as albef_pairs
+from lavis_mafa.models import base as mafa_model
 from lavis_mafa.objectives import ItcSettings, mafa_step
 from lavis_mafa.runners.checkpoints import load_model
 

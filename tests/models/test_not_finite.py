@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.discriminators import build_discriminator
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.con_d import build_discriminator
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families = importlib.util.module_from_spec(spec)

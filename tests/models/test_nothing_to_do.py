@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lavis_mafa.models import nothing_to_do
+from lavis_mafa.models import base as nothing_to_do
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families = importlib.util.module_from_spec(spec)

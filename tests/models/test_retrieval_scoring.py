@@ -14,16 +14,16 @@ from lavis.models.base_model import BaseModel
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.retrieval_metrics import retrieval_metrics
-from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.models.albef_mafa import AlbefMafa
-from lavis_mafa.models.blip2_mafa import Blip2Mafa
-from lavis_mafa.models.blip_mafa import BlipMafa
-from lavis_mafa.models.mafa_model import MafaModel
-from lavis_mafa.models.retrieval_scoring import in_fp32, retrieval_scores
+from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.albef import AlbefMafa
+from lavis_mafa.models.base import MafaModel
+from lavis_mafa.models.blip import BlipMafa
+from lavis_mafa.models.blip2 import Blip2Mafa
+from lavis_mafa.models.retrieval import in_fp32, retrieval_scores
 from lavis_mafa.runners.evaluating import evaluate_split
-from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+from lavis_mafa.tasks.pretrain import MafaPretrainTask
+from lavis_mafa.tasks.retrieval_metrics import retrieval_metrics
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families = importlib.util.module_from_spec(spec)

@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from lavis_mafa.common.checkpoint_kinds import check_kinds
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.words import check_words, words_of_tokenizer
-from lavis_mafa.discriminators import build_discriminator
+from lavis_mafa.config.check import check_kinds, check_words, words_of_tokenizer
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.con_d import build_discriminator
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families: Any = importlib.util.module_from_spec(spec)

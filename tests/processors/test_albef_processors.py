@@ -14,15 +14,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms import RandomHorizontalFlip
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.processors.albef_processors import (
-    PROCESSORS,
-    AlbefCaptionProcessor,
-    AlbefImageEvalProcessor,
-    AlbefImageTrainProcessor,
-    RandAugment,
-)
-from lavis_mafa.processors.settings import SETTINGS
+from lavis_mafa.config.processor_settings import SETTINGS
+from lavis_mafa.errors import UserError
+from lavis_mafa.processors import PROCESSORS, AlbefCaptionProcessor, AlbefImageEvalProcessor, AlbefImageTrainProcessor, RandAugment
 
 
 @pytest.fixture

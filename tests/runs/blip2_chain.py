@@ -10,8 +10,8 @@ import os
 import sys
 from typing import Any
 
-from lavis_mafa.common.job import run_job
 from lavis_mafa.reports.run_files import last_checkpoint
+from lavis_mafa.runners.job import run_job
 
 
 def main(emoji: str, ports: str, *options: str) -> None:

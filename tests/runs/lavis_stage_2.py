@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import T5TokenizerFast
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.model_settings import EvaEncoder, LanguageModel, QFormer
+from lavis_mafa.config.schema import EvaEncoder, LanguageModel, QFormer
 from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip2_encoders import build_blip2_tokenizer, build_eva, build_qformer
-from lavis_mafa.models.language_model import build_opt
+from lavis_mafa.models.blip2_opt import build_opt
 
 VIT = EvaEncoder(None, image_size=24, patch_size=12, width=32, depth=2, heads=2, freeze=False, precision="fp32")
 QUERIES = QFormer(None, width=32, layers=2, heads=2, queries=3)

@@ -27,7 +27,7 @@ def hang() -> None:
 
 def on_a_sample(do: Callable[[], None]) -> None:
     """Do it when the AFTERth sample is read, and say when."""
-    from lavis_mafa.datasets.image_text_pairs import ImageTextPairs
+    from lavis_mafa.datasets.pairs import ImageTextPairs
 
     read, count = ImageTextPairs.__getitem__, iter(range(1, 1_000_000))
 
@@ -51,8 +51,8 @@ def say_threads() -> None:
 
 
 def do_not_watch() -> None:
-    from lavis_mafa.common import rank_watch
     from lavis_mafa.runners import runner_mafa
+    from lavis_mafa.runners import watchdog as rank_watch
 
     rank_watch.rank_watch = runner_mafa.rank_watch = lambda *_, **__: contextlib.nullcontext()
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.weights import read_weights
 from lavis_mafa.reports.run_files import last_checkpoint, read_metrics
+from lavis_mafa.weights import read_weights
 
 SMALL = ["run.max_epoch=2", "run.batch_size_train=16", "run.log_freq=1", "run.warmup_steps=2", "run.test_splits=[]"]
 SIZES = ["model.image_encoder.width=32", "model.image_encoder.depth=2", "model.image_encoder.heads=2", "model.qformer.init=null"]
@@ -58,8 +58,8 @@ def test_stage_1_with_a_frozen_vit_of_its_own_file(run):
 
 
 def test_stage_2_with_a_frozen_language_model_in_a_folder(run, tmp_path):
-    from lavis_mafa.common.model_settings import LanguageModel
-    from lavis_mafa.models.language_model import build_opt
+    from lavis_mafa.config.schema import LanguageModel
+    from lavis_mafa.models.blip2_opt import build_opt
 
     model, tokenizer = build_opt(LanguageModel(init=None, freeze=False, precision="fp32", width=32, layers=1, heads=2))
     model.save_pretrained(tmp_path / "opt")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from lavis_mafa.common.weights import read_weights
 from lavis_mafa.reports.run_files import last_checkpoint, read_connections, read_evaluations, read_metrics
+from lavis_mafa.weights import read_weights
 
 SHORT = [
     "run.max_epoch=2",

@@ -27,8 +27,8 @@ import lavis.tasks
 from lavis.common.registry import registry
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from lavis_mafa.cli.main import main
-from lavis_mafa.common.model_settings import ImageEncoder, TextEncoder
-from lavis_mafa.models.albef_encoders import build_image_encoder, build_text_encoder
+from lavis_mafa.config.schema import ImageEncoder, TextEncoder
+from lavis_mafa.models.encoders import build_image_encoder, build_text_encoder
 from lavis_mafa.models.bert import MINILM, build_tokenizer
 
 class Tiny(AlbefPretrain):
@@ -137,7 +137,7 @@ def test_lavis_albef_pretrain_trains_from_lavis_yaml(coco, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.models.albef import AlbefMafa
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "ours.pth"
@@ -220,9 +220,9 @@ def test_missing_annotations_of_a_lavis_builder_are_one_message(coco, tmp_path):
 
 def test_lavis_stage_2_trains_on_our_stage_1(coco, tmp_path):
     """blip2_opt from LAVIS's YAML on captions, blip2_t5 on captions that are cut in two."""
-    from lavis_mafa.common.typed import typed_block
+    from lavis_mafa.config.schema import typed_block
     from lavis_mafa.models.bert import MINILM
-    from lavis_mafa.models.blip2_mafa import Blip2Mafa
+    from lavis_mafa.models.blip2 import Blip2Mafa
 
     vit = {"init": None, "image_size": 24, "patch_size": 12, "width": 32, "depth": 2, "heads": 2, "freeze": False, "precision": "fp32"}
     block = {"arch": "blip2_mafa", "tokenizer": MINILM, "image_encoder": vit, "ecm": {"enabled": False}}
@@ -277,7 +277,7 @@ def test_lavis_stage_2_trains_on_our_stage_1(coco, tmp_path):
 def test_no_more_candidates_are_asked_for_than_a_gallery_has(caplog):
     from lavis.models.albef_models.albef_retrieval import AlbefRetrieval
 
-    from lavis_mafa.models.albef_mafa import AlbefMafa
+    from lavis_mafa.models.albef import AlbefMafa
     from lavis_mafa.runners.evaluating import k_test_within
 
     gallery = SimpleNamespace(image=["a", "b", "c"], text=["x"] * 7)
@@ -293,7 +293,7 @@ def test_no_more_candidates_are_asked_for_than_a_gallery_has(caplog):
 
 def test_lavis_evaluate_finds_the_settings_that_our_yaml_leaves_to_their_defaults():
     """It takes RunnerBase, whatever ``run.runner`` says."""
-    from lavis_mafa.tasks.mafa_pretrain import MafaPretrainTask
+    from lavis_mafa.tasks.pretrain import MafaPretrainTask
 
     config = OmegaConf.create(
         {"model": {"arch": "albef_pretrain"}, "run": {"task": "mafa_pretrain", "evaluate": True, "batch_size_eval": 5}}

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners.nonfinite import NonFinite
 from lavis_mafa.runners.stepping import Stepper
 

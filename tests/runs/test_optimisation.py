@@ -12,8 +12,8 @@ from lavis.common.registry import registry
 from torch import Tensor, nn
 
 import lavis_mafa.plugin
-from lavis_mafa.common.schedule import WarmupCosinePerStep
-from lavis_mafa.common.settings import RunBlock
+from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.runners.schedule import WarmupCosinePerStep
 from lavis_mafa.runners.stepping import Stepper
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lavis_mafa import plugin
-from lavis_mafa.common.settings import Grit, RunBlock
+from lavis_mafa.config.schema import Grit, RunBlock
 from lavis_mafa.runners import grit_feed
 from lavis_mafa.runners import vote as vote_module
 from lavis_mafa.runners.grit_feed import GritFeed

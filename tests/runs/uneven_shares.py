@@ -15,13 +15,13 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from lavis_mafa.common.distributed import gather_objects, init_process_group, is_distributed, rank
-from lavis_mafa.common.settings import CaptioningRun, Grit, RunBlock, VqaRun
-from lavis_mafa.models.retrieval_scoring import retrieval_scores
+from lavis_mafa.config.schema import CaptioningRun, Grit, RunBlock, VqaRun
+from lavis_mafa.distributed import gather_objects, init_process_group, is_distributed, rank
+from lavis_mafa.models.retrieval import retrieval_scores
 from lavis_mafa.runners.evaluating import evaluate_split
 from lavis_mafa.runners.loaders import eval_loader, train_loader
-from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask
-from lavis_mafa.tasks.mafa_vqa import MafaVqaTask
+from lavis_mafa.tasks.captioning import MafaCaptioningTask
+from lavis_mafa.tasks.vqa import MafaVqaTask
 
 SETTINGS = RunBlock(num_workers=0)
 

@@ -11,11 +11,11 @@ import torch
 from lavis.common.registry import registry
 from torch.utils.data import DataLoader
 
-from lavis_mafa.common.caption_metrics import caption_metrics
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.models.blip2_mafa import Blip2Mafa
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.blip2 import Blip2Mafa
+from lavis_mafa.tasks.caption_metrics import caption_metrics
+from lavis_mafa.tasks.captioning import MafaCaptioningTask, own_id
 from lavis_mafa.tasks.generating import as_id, known_ids
-from lavis_mafa.tasks.mafa_captioning import MafaCaptioningTask, own_id
 
 TEXTS = ["a dog runs on the grass", "two cats sleep on a bed", "a man rides a bike"]
 

@@ -16,9 +16,9 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.tasks.base_task import BaseTask
 from torch.utils.data import DataLoader
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.vqa_accuracy import Question, accuracy, normalized, official_accuracy
-from lavis_mafa.tasks.mafa_vqa import MafaGqaTask, MafaVqaTask
+from lavis_mafa.errors import UserError
+from lavis_mafa.tasks.vqa import MafaGqaTask, MafaVqaTask
+from lavis_mafa.tasks.vqa_accuracy import Question, accuracy, normalized, official_accuracy
 
 ANSWERS = [["dog", "puppy"], ["2"], ["yes"]]
 SAID = ["A dog.", "two", "no"]

@@ -14,10 +14,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.analysis.ablation.tables import Row, concrete, fits
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.job import check_yaml
-from lavis_mafa.common.projects import find_yaml
-from lavis_mafa.common.typed import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.config.read import find_yaml
+from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.errors import UserError
+from lavis_mafa.runners.job import check_yaml
 
 Figures = dict[str, dict[str, float]]  # split -> metric -> per cent
 

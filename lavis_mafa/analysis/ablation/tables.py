@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.common.errors import UserError, did_you_mean
-from lavis_mafa.common.typed import typed_block
+from lavis_mafa.config.schema import typed_block
+from lavis_mafa.errors import UserError, did_you_mean
 
 TABLES = Path(__file__).resolve().parents[2] / "configs" / "ablations.yaml"
 RELATIVE = re.compile(r"([\w.]+)=([\d.]+)\*([a-z][\w.]*)")  # run.max_epoch=0.5*run.max_epoch

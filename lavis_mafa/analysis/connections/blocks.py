@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_mafa.analysis.connections.reading import ReadableRows, read_batches
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 KEEP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[int], object]

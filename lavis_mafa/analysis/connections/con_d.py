@@ -9,14 +9,14 @@ import torch
 from lavis.common.registry import registry
 from torch import Tensor
 
-from lavis_mafa.common.checkpoint_kinds import ALBEF, BLIP, STAGE_1, kind_of
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.model_settings import MafaBlock
-from lavis_mafa.common.weights import load_exactly, read_weights
-from lavis_mafa.models.albef_encoders import fit_position_embeddings
+from lavis_mafa.config.check import ALBEF, BLIP, STAGE_1, kind_of
+from lavis_mafa.config.schema import MafaBlock
+from lavis_mafa.errors import UserError
 from lavis_mafa.models.bert import fold_token_type, with_bert
 from lavis_mafa.models.blip2_encoders import resize_positions
-from lavis_mafa.models.momentum_teacher import TEACHERS
+from lavis_mafa.models.encoders import fit_position_embeddings
+from lavis_mafa.models.momentum import TEACHERS
+from lavis_mafa.weights import load_exactly, read_weights
 
 KINDS = {"albef_mafa": ALBEF, "blip_mafa": BLIP, "blip2_mafa": STAGE_1}
 LANGUAGE = ("text_encoder.cls.", "text_encoder.pooler.", "text_encoder.bert.pooler.", "text_decoder.", "Qformer.cls.")

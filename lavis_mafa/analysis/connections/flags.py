@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.numbers import positive
+from lavis_mafa.cli.options import positive
+from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
-    from lavis_mafa.discriminators.trust import Medians
+    from lavis_mafa.models.trust import Medians
 
 
 def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lavis_mafa.common.distributed import barrier, broadcast_object, rank
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.fingerprint import data_record
-from lavis_mafa.common.layouts import weight_files
+from lavis_mafa.distributed import barrier, broadcast_object, rank
+from lavis_mafa.errors import UserError
+from lavis_mafa.runners.agreement import data_record
+from lavis_mafa.weights import weight_files
 
 SETTINGS = "settings.json"
 

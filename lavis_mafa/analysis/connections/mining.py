@@ -20,7 +20,7 @@ from lavis_mafa.analysis.connections.blocks import Block, Encoder, encoded_block
 from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities, shuffled_pairs
 from lavis_mafa.analysis.connections.reading import ReadableRows
 from lavis_mafa.analysis.connections.source_rows import SourceRows
-from lavis_mafa.common.distributed import rank, world_size
+from lavis_mafa.distributed import rank, world_size
 
 DIRECTIONS = ("text for image", "image for text")
 NOBODY = -1  # in place of a candidate that an anchor does not have

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from lavis_mafa.common import job
-from lavis_mafa.common.distributed import init_process_group, rank
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.projects import find_yaml
-from lavis_mafa.common.settings import RunBlock
-from lavis_mafa.common.typed import RUN_BLOCKS
+from lavis_mafa.config.read import find_yaml
+from lavis_mafa.config.schema import RUN_BLOCKS, RunBlock
+from lavis_mafa.distributed import init_process_group, rank
+from lavis_mafa.errors import UserError
+from lavis_mafa.runners import job
 
 WITH_MATCHING = ("albef_mafa", "blip_mafa", "blip2_mafa")
 
@@ -68,8 +67,8 @@ def open_pass(config: Any, name: str, options: list[str], con_d: str, miner: str
     from lavis.common.registry import registry
 
     from lavis_mafa.analysis.connections.con_d import load_con_d
-    from lavis_mafa.common.check import con_d_block
-    from lavis_mafa.common.typed import typed_block
+    from lavis_mafa.config.check import con_d_block
+    from lavis_mafa.config.schema import typed_block
     from lavis_mafa.runners.run_block import run_settings
 
     run = run_settings(cfg.run_cfg, config.run.task in RUN_BLOCKS)

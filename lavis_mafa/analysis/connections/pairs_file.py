@@ -6,8 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from lavis_mafa.analysis.connections.source_rows import SourceRows
-from lavis_mafa.datasets.annotation_formats import SAME_IMAGE
-from lavis_mafa.datasets.arrow_compute import pc
+from lavis_mafa.datasets.formats import SAME_IMAGE, pc
 
 ORIGINAL, MINED = "original", "mined"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lavis_mafa.common.errors import UserError
 from lavis_mafa.datasets.annotations import TEXTS
-from lavis_mafa.datasets.arrow_compute import pc
+from lavis_mafa.datasets.formats import pc
+from lavis_mafa.errors import UserError
 
 
 class SourceRows:

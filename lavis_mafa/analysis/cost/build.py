@@ -13,18 +13,15 @@ import torch
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from torch import nn
 
-from lavis_mafa.common.check import FAMILIES, con_d_block
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.common.model_settings import LanguageModel
-from lavis_mafa.discriminators.albef import AlbefDiscriminator
-from lavis_mafa.discriminators.blip import BlipDiscriminator
-from lavis_mafa.discriminators.blip2 import Blip2Discriminator
-from lavis_mafa.models.albef_mafa import AlbefMafa
+from lavis_mafa.config.check import FAMILIES, con_d_block
+from lavis_mafa.config.schema import LanguageModel
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.albef import AlbefMafa
+from lavis_mafa.models.blip import BlipMafa
+from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.blip2_encoders import PRECISIONS, build_eva
-from lavis_mafa.models.blip2_mafa import Blip2Mafa
-from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
-from lavis_mafa.models.blip_mafa import BlipMafa
-from lavis_mafa.models.language_model import build_opt, byte_tokenizer
+from lavis_mafa.models.blip2_opt import Blip2OptMafa, build_opt, byte_tokenizer
+from lavis_mafa.models.con_d import AlbefDiscriminator, Blip2Discriminator, BlipDiscriminator
 
 MODELS: dict[str, Any] = {"albef_mafa": AlbefMafa, "blip_mafa": BlipMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa}
 CON_DS: dict[str, Any] = {"albef_mafa": AlbefDiscriminator, "blip_mafa": BlipDiscriminator, "blip2_mafa": Blip2Discriminator}
@@ -55,7 +52,7 @@ def build(settings: Any) -> Any:
         with patch("torch.linspace", np.linspace):  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
             if settings.arch != "blip2_opt_mafa":
                 return MODELS[settings.arch](plain).train()
-            words = patch("lavis_mafa.models.blip2_opt_mafa.build_opt", lambda _: _opt(settings.language_model))
+            words = patch("lavis_mafa.models.blip2_opt.build_opt", lambda _: _opt(settings.language_model))
             with words, patch.object(torch.Tensor, "__int__", lambda _: 1):  # the prompt's length
                 return Blip2OptMafa(plain).train()
 

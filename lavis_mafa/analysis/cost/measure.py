@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lavis_mafa.analysis.cost.build import build, build_con_d
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.runners.stepping import autocast
 

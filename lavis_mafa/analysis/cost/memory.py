@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lavis_mafa.analysis.cost.build import build, build_con_d
 from lavis_mafa.analysis.cost.step import IMAGE, LM, StepSize, leaf, modules_of, no_memory, pretend, run_step
-from lavis_mafa.common.settings import Grit
+from lavis_mafa.config.schema import Grit
 from lavis_mafa.grit.grouping import MATRIX_BUDGET
 
 RESERVE = 2e9  # CUDA's context and the allocator's gaps

@@ -11,7 +11,7 @@ from lavis_mafa.analysis.cost.build import can_share
 from lavis_mafa.analysis.cost.flops import Flops, grit_flops_of_pair, recomputed, step_flops
 from lavis_mafa.analysis.cost.memory import GpuMemory, HostMemory, Weights, gpu_memory, grit_memory, lm_logits, saved_bytes, weights_of
 from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, IMAGE, TEXT, StepSize
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 PEAKS = {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0}  # TFLOP/s of an A100 without TF32, as torch multiplies fp32 unless told
 TF32 = 156.0  # with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, as the authors' PyTorch did by itself

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.common.errors import UserError
+from lavis_mafa.errors import UserError
 
 
 def training_rows(config: DictConfig) -> int | None:
@@ -37,7 +37,7 @@ def training_rows(config: DictConfig) -> int | None:
 
 
 def _of_own(name: str, builder: Any, block: Any) -> int | None:
-    from lavis_mafa.common.yaml_file import data_files_missing
+    from lavis_mafa.config.read import data_files_missing
 
     try:
         missing = data_files_missing(name, block)

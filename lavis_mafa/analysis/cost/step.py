@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from lavis_mafa.common.model_settings import loss_weights
-from lavis_mafa.models.albef_mafa import AlbefMafa
-from lavis_mafa.models.albef_pairs import AlbefPairs
-from lavis_mafa.models.blip2_mafa import Blip2Mafa
-from lavis_mafa.models.blip2_opt_mafa import Blip2OptMafa
-from lavis_mafa.models.blip2_pairs import Blip2Pairs, query_pass
-from lavis_mafa.models.blip_pairs import BlipPairs
-from lavis_mafa.models.retrieval_scoring import best_query
+from lavis_mafa.config.schema import loss_weights
+from lavis_mafa.models.albef import AlbefMafa, AlbefPairs
+from lavis_mafa.models.blip import BlipPairs
+from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs, query_pass
+from lavis_mafa.models.blip2_opt import Blip2OptMafa
+from lavis_mafa.models.retrieval import best_query
 
 IMAGE, TEXT, TEACHER, ITC, ITM, LM = "image encoder", "text encoder", "momentum teacher", "ITC", "ITM", "LM"
 QUERIES, CON_D, CON_D_VIT = "Q-Former's queries", "Con-D, matching", "Con-D, image encoder"

@@ -13,12 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
-from lavis_mafa.common.errors import EmptyCaption
-from lavis_mafa.datasets.annotations import is_printed_list
-from lavis_mafa.datasets.arrow_compute import pc
-from lavis_mafa.datasets.captions import clean_caption, shortened
-from lavis_mafa.datasets.ids import is_missing
+from lavis_mafa.datasets.annotations import clean_caption, is_printed_list, shortened
+from lavis_mafa.datasets.formats import is_missing, pc
 from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, load_rgb
+from lavis_mafa.errors import EmptyCaption
 
 IMAGE_KINDS = ("", "missing", "unreadable", "too_large", "too_small")
 AT_ONCE = 32

@@ -12,8 +12,7 @@ import numpy as np
 from lavis_mafa.analysis.data_check.duplicates import duplicate_captions, duplicate_images
 from lavis_mafa.analysis.data_check.judging import IMAGE_KINDS, Verdicts
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
-from lavis_mafa.datasets.captions import shortened
-from lavis_mafa.datasets.image_paths import path_hint, shown
+from lavis_mafa.datasets.annotations import path_hint, shortened, shown
 
 BAD = {
     "leaves_folder": "image path leaves the folder",

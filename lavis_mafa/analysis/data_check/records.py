@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow.parquet
 
-from lavis_mafa.datasets.annotation_files import ending
-from lavis_mafa.datasets.annotation_formats import PAIRS, objects_in_lines, objects_in_list, one_message, open_text, separated_values
+from lavis_mafa.config.storage import ending
+from lavis_mafa.datasets.formats import PAIRS, objects_in_lines, objects_in_list, one_message, open_text, separated_values
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

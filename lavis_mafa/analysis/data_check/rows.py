@@ -11,11 +11,9 @@ import pyarrow as pa
 
 from lavis_mafa.analysis.data_check.records import read_records
 from lavis_mafa.analysis.data_check.sources import Source
-from lavis_mafa.datasets.annotation_files import AnnotationFile
-from lavis_mafa.datasets.annotation_formats import PAIRS, Columns
-from lavis_mafa.datasets.annotations import TEXTS, ids_of_other_images, read_rows
-from lavis_mafa.datasets.arrow_compute import pc
-from lavis_mafa.datasets.image_paths import leaves_folder
+from lavis_mafa.config.storage import AnnotationFile
+from lavis_mafa.datasets.annotations import TEXTS, ids_of_other_images, leaves_folder, read_rows
+from lavis_mafa.datasets.formats import PAIRS, Columns, pc
 
 Numbers = np.ndarray
 ASKED = Columns(single=("image",), several="question", optional=())

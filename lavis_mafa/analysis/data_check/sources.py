@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.datasets.annotation_files import AnnotationFile, files_of
-from lavis_mafa.datasets.build_info import SPLITS, allows_absolute_paths, own_files
+from lavis_mafa.config.data_settings import SPLITS, allows_absolute_paths, own_files
+from lavis_mafa.config.storage import AnnotationFile, files_of
+from lavis_mafa.errors import UserError
 
 Process = Callable[[str], str]
 
@@ -39,7 +39,7 @@ def from_files(files: Sequence[Path], root: Path, allow_absolute_paths: bool) ->
     """Files without a YAML; captions are cleaned as ``grit_pairs`` does by default."""
     with warnings.catch_warnings():  # of LAVIS's dependencies
         warnings.simplefilter("ignore")
-        from lavis_mafa.processors.albef_processors import AlbefCaptionProcessor
+        from lavis_mafa.processors import AlbefCaptionProcessor
 
     found = tuple(AnnotationFile(path) for file in files for path in files_of(file, "--annotations"))
     return [Source(found, root, AlbefCaptionProcessor(), allow_absolute_paths)]
@@ -51,7 +51,7 @@ def from_yaml(name: str, options: list[str]) -> list[Source]:
     Raises:
         UserError: a mistake in the YAML, or a data set without images in files, or without any of these splits.
     """
-    from lavis_mafa.common import job
+    from lavis_mafa.runners import job
 
     _, cfg = job.prepare(name, [*options, "run.device=cuda"], files=False, device=False)
     from lavis.common.registry import registry

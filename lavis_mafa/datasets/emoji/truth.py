@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from lavis_mafa.common.errors import UserError
-from lavis_mafa.datasets.arrow_compute import pc
+from lavis_mafa.datasets.formats import pc
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.errors import UserError
 
 
 def load_emoji_truth(folder: str | Path, max_concepts: int | None = None) -> GroundTruth:

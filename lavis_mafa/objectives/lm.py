@@ -1,0 +1,97 @@
+"""Masked language modelling at any probability (ALBEF eq. 3, GRIT-VLP 4.2), with momentum distillation (ALBEF eq. 7).
+
+Autoregressive language modelling, as BLIP and BLIP-2 train it (BLIP section 3.2; BLIP-2 section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+
+
+def mask_tokens(
+    input_ids: Tensor, probability: float, mask_token_id: int, vocab_size: int, special_token_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Mask tokens as BERT does: of those chosen, 80 % become [MASK], 10 % a random token, 10 % stay.
+
+    Args:
+        input_ids: LongTensor[P, T].
+        probability: with which each ordinary token is chosen, in [0, 1].
+        mask_token_id: id of [MASK].
+        vocab_size: random tokens are drawn from [0, vocab_size).
+        special_token_ids: never chosen ([CLS], [SEP], padding).
+
+    Returns:
+        masked ids LongTensor[P, T]; labels LongTensor[P, T], -100 where nothing is to be predicted.
+    """
+    special = torch.zeros_like(input_ids, dtype=torch.bool)
+    for token in special_token_ids:
+        special = special | (input_ids == token)
+    draw = torch.rand(input_ids.shape, device=input_ids.device)
+    chosen = (draw < probability) & ~special
+    what = torch.rand(input_ids.shape, device=input_ids.device)
+    noise = torch.randint(vocab_size, input_ids.shape, device=input_ids.device)
+    masked = torch.where(chosen & (what < 0.8), mask_token_id, input_ids)
+    masked = torch.where(chosen & (what >= 0.9), noise, masked)
+    return masked, torch.where(chosen, input_ids, IGNORED)
+
+
+def masked_lm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+    """Mean cross-entropy over masked tokens, mixed with the momentum teacher's prediction (ALBEF eq. 7).
+
+    Without a masked token the loss is 0 and still has a graph, so that every rank runs the same backward pass.
+
+    Args:
+        logits: [N, V] of the masked positions alone.
+        labels: LongTensor[N] their tokens.
+        teacher_logits: [N, V] of the momentum model, or None.
+        alpha: weight of the teacher's distribution.
+
+    Returns:
+        Tensor[].
+    """
+    count = max(len(labels), 1)
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels, reduction="sum") / count
+    if teacher_logits is None or alpha == 0.0:
+        return loss
+    soft = F.softmax(teacher_logits.float(), dim=1)
+    distilled = -(soft * F.log_softmax(logits, dim=1)).sum() / count
+    return (1 - alpha) * loss + alpha * distilled
+
+
+LABEL_SMOOTHING = 0.1  # of BLIP and BLIP-2
+
+
+def language_modelling_loss(
+    states: Tensor, input_ids: Tensor, head: Callable[[Tensor], Tensor], pad_token_id: int, label_smoothing: float = LABEL_SMOOTHING
+) -> Tensor:
+    """Mean cross-entropy of each token given those before it; padding is not predicted.
+
+    The head runs only where there is a token to predict: its logits are the largest tensor of the step, and much of it is padding.
+
+    Args:
+        states: [P, T, width]; state t has seen tokens 0 to t.
+        input_ids: LongTensor[P, T], padded at the end.
+        head: [N, width] -> [N, V].
+        pad_token_id: of padding.
+        label_smoothing: the share of the target that is spread over the vocabulary.
+
+    Returns:
+        Tensor[]; where no token follows another it is 0 and still has a graph, so that every rank runs the same backward pass.
+
+    Example:
+        >>> head = torch.nn.Linear(4, 10)
+        >>> language_modelling_loss(torch.zeros(1, 3, 4), torch.tensor([[1, 5, 0]]), head, pad_token_id=0).shape
+        torch.Size([])
+    """
+    next_token = input_ids[:, 1:].flatten()
+    there = torch.nonzero(next_token != pad_token_id).flatten()
+    logits = head(states[:, :-1].flatten(0, 1).index_select(0, there))
+    reduction = "mean" if len(there) else "sum"  # a mean of nothing is NaN
+    return F.cross_entropy(logits.float(), next_token[there], label_smoothing=label_smoothing, reduction=reduction)

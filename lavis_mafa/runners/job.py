@@ -1,0 +1,452 @@
+"""What LAVIS's own models take from a checkpoint: they load with ``strict=False`` and keep what did not fit to themselves.
+
+From a YAML to a running job: check first, then do what LAVIS's train.py does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import logging
+import os
+import random
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError
+from torch import Tensor
+
+from lavis_mafa.config.check import OURS, check_device, check_evaluates, check_splits, shapes_of
+from lavis_mafa.config.data_settings import SPLITS, check_lavis_info, own_splits
+from lavis_mafa.config.processor_settings import SETTINGS
+from lavis_mafa.config.read import check_processor_name, examine, find_yaml
+from lavis_mafa.config.read import check_yaml as check_yaml
+from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.config.yaml_text import at
+from lavis_mafa.distributed import is_one_of_several
+from lavis_mafa.errors import Mistakes, RankLost, UserError, did_you_mean
+from lavis_mafa.weights import read_weights
+
+logger = logging.getLogger(__name__)
+OF_TEACHER = "visual_encoder_m.pos_embed"
+READ_THEIR_TEACHER = ("albef_vqa", "blip_retrieval", "blip_classification")
+
+
+def source_of(config: Any) -> tuple[str, str] | None:
+    """Key and path of the local file that LAVIS loads a model from: ``finetuned``, or ``pretrained`` with ``load_finetuned: false``."""
+    key = "finetuned" if config.get("load_finetuned", True) else "pretrained"
+    path = config.get(key)
+    return (f"model.{key}", path) if isinstance(path, str) and Path(path).is_file() else None
+
+
+def check_start(config: Any) -> None:
+    """What LAVIS would answer with a traceback from inside its loading; raises UserError."""
+    source = source_of(config)
+    if source is None or source[0] != "model.pretrained":
+        return
+    key, path = source
+    if config.arch == "albef_nlvr":
+        raise UserError(f"{key} is {path}, but LAVIS 1.0.2's albef_nlvr fails at every such file; give it as model.finetuned.")
+    if config.arch == "albef_vqa" and not config.get("use_distill", True):
+        raise UserError(f"model.use_distill is false, but LAVIS 1.0.2's albef_vqa then fails at every {key}; allowed: true.")
+    if config.arch in READ_THEIR_TEACHER and OF_TEACHER not in shapes_of(path, key):
+        raise UserError(
+            f"{key}: {path} has no momentum teacher ({OF_TEACHER}), which LAVIS's {config.arch} reads from it; give a checkpoint of a "
+            "training with model.itc.momentum_distillation, or copy its weights to names with `_m`."
+        )
+
+
+def build_model(task: Any, config: Any) -> Any:
+    """LAVIS's model, and a word on what it took from its checkpoint.
+
+    Raises:
+        UserError: it cannot be loaded, or gave nothing.
+    """
+    check_start(config.model_cfg)
+    try:
+        model = task.build_model(config)
+    except RuntimeError as error:
+        source = source_of(config.model_cfg)
+        if source is None or "size mismatch for" not in str(error):
+            raise
+        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch for" in line]
+        raise UserError(f"{source[0]}: {source[1]} is of another size than {config.model_cfg.arch}: {sizes[0]}") from error
+    report_keys(model, config.model_cfg)
+    return model
+
+
+def report_keys(model: torch.nn.Module, config: Any) -> None:
+    """Compare what a LAVIS model holds with the file that it was loaded from, by values: LAVIS renames as it loads.
+
+    Args:
+        model: as LAVIS built it.
+        config: its ``model`` block.
+
+    Raises:
+        UserError: it holds none of the file's matrices.
+    """
+    source = source_of(config)
+    if source is None:
+        return
+    key, path = source
+    own, theirs = model.state_dict(), read_weights(path, key)
+    taken = {name for name, value in theirs.items() if _holds(own, name, value)}
+    by_name = {_plain(name) for name in taken}
+    rest = {name: _mark(value) for name, value in own.items() if _plain(name) not in by_name}
+    under_another = {name for name, value in theirs.items() if name not in taken and _mark(value) in set(rest.values()) - {None}}
+    marks = {_mark(theirs[name]) for name in under_another}
+    missing = [name for name, mark in rest.items() if (mark is None or mark not in marks) and not name.endswith("position_ids")]
+    taken |= under_another
+    left_over = [name for name in theirs if name not in taken and not name.endswith("position_ids")]
+    matrices = [name for name, value in theirs.items() if _mark(value) is not None]
+    if matrices and not taken.intersection(matrices):
+        name = next((n for n in matrices if n in own), matrices[0])
+        wanted = f" (wanted {list(own[name].shape)})" if name in own else ", which it has not"
+        raise UserError(
+            f"{key}: {path} gave {config.arch} none of its weights: it has {name} {list(theirs[name].shape)}{wanted}. Give a "
+            "checkpoint of this architecture and size, with LAVIS's names."
+        )
+    misfits = f"{_by_part('missing', missing)}; {_by_part('left over', left_over)}"
+    few = 2 * len(taken.intersection(matrices)) < len(matrices)
+    logger.log(logging.WARNING if few else logging.INFO, "%s: %d weights taken from %s; %s", key, len(taken), path, misfits)
+
+
+def _plain(name: str) -> str:
+    return name.replace("bert.", "")  # LAVIS takes it out of the names of a text encoder
+
+
+def _holds(own: dict[str, Tensor], name: str, value: Tensor) -> bool:
+    """Has the model this weight under its name? Position embeddings may have been resized."""
+    for candidate in (name, _plain(name), name.replace("text_encoder.", "text_encoder.bert.")):
+        held = own.get(candidate)
+        if held is not None and held.shape == value.shape:
+            return torch.equal(value.to(held.dtype), held.cpu())
+        if held is not None and name.endswith("pos_embed"):
+            return held.shape[-1] == value.shape[-1]
+    return False
+
+
+def _mark(value: Tensor) -> tuple[Any, ...] | None:
+    """Nearly as good as the values themselves, to find a matrix under any name; None for what is too plain to be told apart."""
+    if value.dim() < 2 or not value.is_floating_point() or value.numel() < 8:
+        return None
+    some = value.flatten()[:: max(1, value.numel() // 64)].half()
+    return None if bool((some == some[0]).all()) else (*value.shape, *some.tolist())
+
+
+def _by_part(kind: str, names: list[str]) -> str:
+    """``23 missing (opt_model 21, opt_proj 2)``"""
+    parts = Counter(name.split(".")[0] for name in names)
+    return f"{len(names)} {kind}" + (f" ({', '.join(f'{part} {count}' for part, count in parts.items())})" if names else "")
+
+
+PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval")
+
+
+def prepare(name: str, options: list[str], files: bool = True, device: bool = True, joins: bool = False) -> tuple[DictConfig, Any]:
+    """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
+
+    Args:
+        name, options, files: as for :func:`check_yaml`.
+        device: False where no model will be built, so that it does not matter what this machine can compute.
+        joins: the job may be one of several processes; what the environment says of them is checked.
+
+    Raises:
+        UserError: the first mistake found.
+    """
+    checked = check_yaml(name, options, files)
+    if joins:
+        is_one_of_several(checked.run.get("dist_url", "env://"))
+    return checked, _config(name, checked, device)
+
+
+def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]:
+    """Whatever keeps ``train`` or ``evaluate`` from its first step, as far as that is known before the model is built.
+
+    Args:
+        name, options: as for :func:`check_yaml`.
+        files: False looks at the YAML alone, whose data, checkpoints and GPUs may be another machine's.
+    """
+    try:
+        checked, readable, found = examine(name, options, files)
+    except UserError as error:
+        return list(error.messages)
+    found(check_evaluates, checked.run, str(find_yaml(name)))
+    ours = _all_ours(checked)
+    if not ours:
+        if not found(_check_names, checked, _lavis_registry()):
+            return found.messages
+        found(_check_lavis_blocks, checked.datasets, _lavis_registry())
+    if files and readable and not (ours and found.messages):  # LAVIS takes seconds to import, and then knows where its data are
+        cfg = found(_config, name, checked)
+        if cfg is not None and not found.messages:
+            found(_check_rows, cfg)
+    return found.messages
+
+
+def _all_ours(config: DictConfig) -> bool:
+    """Nothing that only LAVIS knows: its names, or the defaults of its data sets."""
+    processors = [at(config, f"datasets.{name}.{which}.name") for name in config.datasets for which in PROCESSORS]
+    return (
+        config.model.arch in MODEL_BLOCKS
+        and config.run.task in RUN_BLOCKS
+        and config.run.get("runner", "runner_mafa") == "runner_mafa"
+        and config.run.get("lr_sched", OURS) == OURS
+        and all(name in SPLITS or not isinstance(name, str) for name in config.datasets)
+        and all(not isinstance(name, str) or name in SETTINGS for name in processors)
+    )
+
+
+def _config(name: str, checked: DictConfig, device: bool = True) -> Any:
+    """LAVIS's ``Config`` of what was checked, with its data sets' defaults.
+
+    Raises:
+        UserError: a name that nobody registered, a device that cannot do it, or data that are not there.
+    """
+    found = Mistakes()
+    if device:
+        found(_check_device, checked)
+    registry = _lavis_registry()
+    found(_check_names, checked, registry)
+    found.end()
+    found(_check_lavis_blocks, checked.datasets, registry)
+    found.end()
+    registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
+    cfg = _lavis_config(find_yaml(name), checked)
+    found(_check_lavis_files, cfg.datasets_cfg)
+    found(_check_processor_names, cfg.datasets_cfg)
+    found(check_splits, cfg.config, str(find_yaml(name)), _splits(cfg.datasets_cfg))
+    found.end()
+    return cfg
+
+
+def _lavis_registry() -> Any:
+    """LAVIS's, once it knows our names and its own."""
+    with _quiet_imports():
+        import lavis.common.optims  # noqa: F401 - registers LAVIS's schedulers
+        import lavis.runners
+        import lavis.tasks  # noqa: F401
+        from lavis.common.registry import registry
+
+    from lavis_mafa.plugin import register
+
+    register()
+    return registry
+
+
+def _check_rows(cfg: Any) -> None:
+    """Read the data as training does: rows that it refuses, and too few of them; raises UserError. Nothing is downloaded."""
+    from lavis.common.utils import get_cache_path
+
+    for name, data in cfg.datasets_cfg.items():
+        storages = [info.get("storage") for info in (at(data, "build_info.annotations") or {}).values() if info]
+        files = [file for storage in storages for file in ([storage] if isinstance(storage, str) else storage or [])]
+        if name not in SPLITS and not all(Path(get_cache_path(file)).is_file() for file in files):
+            return
+    from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
+
+    from lavis_mafa.runners.loaders import train_loader
+    from lavis_mafa.runners.run_block import run_settings
+
+    ours = cfg.run_cfg.task in RUN_BLOCKS
+    datasets = concat_datasets(reorg_datasets_by_split(_datasets(_task(cfg), cfg)))
+    if cfg.run_cfg.get("runner", "runner_mafa") == "runner_mafa" and not cfg.run_cfg.get("evaluate", False) and "train" in datasets:
+        settings = run_settings(cfg.run_cfg, ours)
+        train_loader(datasets["train"], settings.batch_size_train, settings.grit if ours else None, settings, pin=False)
+
+
+def _task(cfg: Any) -> Any:
+    """The task; LAVIS's own look for their settings without a default. Raises UserError."""
+    import lavis.tasks as tasks
+
+    try:
+        return tasks.setup_task(cfg)
+    except ConfigAttributeError as error:
+        raise UserError(f"{error.full_key} is missing, but {cfg.run_cfg.task} needs it.") from error
+
+
+def _datasets(task: Any, cfg: Any) -> dict[str, Any]:
+    """The task's data, every row looked at: by our tasks themselves, for LAVIS's own here."""
+    from lavis_mafa.datasets.lavis_rows import read_checked
+
+    return task.build_datasets(cfg) if cfg.run_cfg.task in RUN_BLOCKS else read_checked(task.build_datasets, cfg)
+
+
+def run_job(name: str, options: list[str]) -> Any:
+    """Check, then build task, data, model and runner, and run. Returns the runner.
+
+    Raises:
+        UserError: a mistake, or ranks that differ.
+        RankLost: another rank died or hangs.
+    """
+    checked = check_yaml(name, options)
+    check_evaluates(checked.run, str(find_yaml(name)))
+    is_one_of_several(checked.run.get("dist_url", "env://"))
+    _check_device(checked)  # before LAVIS is imported, which takes seconds
+    cfg = _config(name, checked)
+    import numpy as np
+    import torch
+    from lavis.common.registry import registry
+
+    from lavis_mafa.distributed import init_process_group, rank, rank_timeout_minutes
+    from lavis_mafa.runners.agreement import check_ranks_agree
+    from lavis_mafa.runners.watchdog import mark, rank_watch
+
+    init_process_group(cfg.run_cfg)
+    seed = (int(cfg.run_cfg.get("seed", 42)) + rank()) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    # LAVIS logs to the root, at every access of some properties; our runner says what matters for its tasks too
+    logging.getLogger("lavis_mafa").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
+    try:
+        with rank_watch(rank_timeout_minutes(cfg.run_cfg), url=cfg.run_cfg.get("dist_url", "env://")):
+            check_ranks_agree(cfg)  # the runner does so again, with data and model
+            task = _task(cfg)
+            mark("reading the data sets")
+            datasets = _datasets(task, cfg)
+            mark("building the model")
+            model = task.build_model(cfg) if checked.model.arch in MODEL_BLOCKS else build_model(task, cfg)
+            runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
+            job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
+            runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+            runner.train()
+    finally:
+        # a group that has lost a rank may wait for it forever
+        if torch.distributed.is_initialized() and not isinstance(sys.exc_info()[1], RankLost):
+            torch.distributed.destroy_process_group()
+    return runner
+
+
+def _check_device(config: DictConfig) -> None:
+    """``run.device: cuda`` falls back to the CPU where there is none, and half-precision weights would not run there."""
+    import torch
+
+    if config.model.arch in MODEL_BLOCKS and not torch.cuda.is_available():
+        precision = str(config.run.get("precision", "fp32")) if config.run.get("task") in RUN_BLOCKS else "fp32"
+        check_device(typed_block("model", config.model), "cpu", precision)
+
+
+def _lavis_config(path: Path, checked: DictConfig) -> Any:
+    from lavis.common.config import Config
+
+    class CheckedConfig(Config):
+        """LAVIS's configuration of what was checked: overrides and paths are in it, and what they name gets its defaults too."""
+
+        @staticmethod
+        def build_runner_config(config: Any) -> Any:
+            return {"run": checked.run}
+
+        @staticmethod
+        def build_model_config(config: Any, **_: Any) -> Any:
+            return Config.build_model_config(OmegaConf.create({**config, "model": checked.model}))
+
+        @staticmethod
+        def build_dataset_config(config: Any) -> Any:
+            return Config.build_dataset_config(OmegaConf.create({**config, "datasets": checked.datasets}))
+
+    return CheckedConfig(argparse.Namespace(cfg_path=str(path), options=None))
+
+
+def _check_names(config: DictConfig, registry: Any) -> bool:
+    """Registered names, checked before LAVIS answers an unknown one with ``NoneType``; raises UserError, else it is True."""
+    wanted = [
+        ("model.arch", config.model.get("arch"), registry.list_models()),
+        ("run.task", config.run.get("task"), registry.list_tasks()),
+        ("run.runner", config.run.get("runner", "runner_mafa"), registry.list_runners()),
+        ("run.lr_sched", config.run.get("lr_sched", OURS), registry.list_lr_schedulers()),
+        *((f"datasets.{name}", name, registry.list_datasets()) for name in config.datasets),
+    ]
+    processors = sorted(registry.mapping["processor_name_mapping"])
+    for dataset in config.datasets:
+        for which in PROCESSORS:
+            key = f"datasets.{dataset}.{which}.name"
+            if (processor := at(config, key)) is not None:
+                wanted.append((key, processor, processors))
+    found = Mistakes()
+    for key, value, known in wanted:
+        if value not in known:
+            found.add(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
+    found.end()
+    return True
+
+
+def _check_lavis_blocks(datasets: DictConfig, registry: Any) -> None:
+    """A misspelt key below LAVIS's own data sets would change nothing; their defaults tell which there are."""
+    found = Mistakes()
+    for name in (name for name in map(str, datasets) if name not in SPLITS):
+        builder, info = registry.get_builder_class(name), datasets[name].get("build_info")
+        if not builder.__module__.startswith("lavis."):
+            continue
+        kind, known = datasets[name].get("type", "default"), getattr(builder, "DATASET_CONFIG_DICT", {})
+        if kind not in known:
+            found.add(f"datasets.{name}.type is {kind!r}; allowed: {', '.join(known)}.{did_you_mean(str(kind), known)}")
+            continue
+        if isinstance(info, DictConfig):
+            defaults = OmegaConf.load(builder.default_config_path(kind)).datasets
+            found(check_lavis_info, name, info, next(iter(defaults.values())).build_info)
+    found.end()
+
+
+def _splits(datasets: DictConfig) -> dict[str, tuple[str, ...]]:
+    """What each data set will have; LAVIS's builders go by the annotations that are named, and a few by something else."""
+    splits = {}
+    for name, data in ((str(name), data) for name, data in datasets.items()):
+        if name in SPLITS:
+            splits[name] = own_splits(name, data)
+        elif annotations := at(data, "build_info.annotations"):
+            splits[name] = tuple(map(str, annotations))
+    return splits
+
+
+def _check_lavis_files(datasets: DictConfig) -> None:
+    """LAVIS's builders answer an annotation file that is neither there nor anywhere to download with a traceback, and train on
+    an image folder that is not there."""
+    from lavis.common.utils import get_cache_path
+
+    found = Mistakes()
+    for name in (name for name in map(str, datasets) if name not in SPLITS):
+        info = datasets[name].get("build_info") or {}
+        for split, files_of in (info.get("annotations") or {}).items():
+            urls, files = ([v] if isinstance(v, str) else list(v or []) for v in (files_of.get("url"), files_of.get("storage")))
+            if len(urls) != len(files):
+                found.add(
+                    f"datasets.{name}.build_info.annotations.{split} has {len(urls)} url and {len(files)} storage; allowed: as many of "
+                    "both, where url may be the local file."
+                )
+            for url, file in zip(urls, files, strict=False):
+                if "://" not in url and not Path(url).is_file() and not Path(get_cache_path(file)).is_file():
+                    key = f"datasets.{name}.build_info.annotations.{split}.storage"
+                    found.add(f"{key} is {file!r}, but there is no file {get_cache_path(file)}, and {url!r} is no address.")
+        folder = at(info, "images.storage")
+        if isinstance(folder, str) and not Path(get_cache_path(folder)).is_dir():
+            key = f"datasets.{name}.build_info.images.storage"
+            found.add(f"{key} is {folder!r}, but there is no folder {get_cache_path(folder)}.")
+    found.end()
+
+
+def _check_processor_names(datasets: DictConfig) -> None:
+    """A processor's name may come from the data set's defaults; LAVIS looks for one without a name all the same."""
+    found = Mistakes()
+    for dataset in map(str, datasets):
+        for which in PROCESSORS:
+            processor = at(datasets, f"{dataset}.{which}")
+            if isinstance(processor, DictConfig):
+                found(check_processor_name, f"datasets.{dataset}.{which}", processor)
+    found.end()
+
+
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """LAVIS's and fairscale's deprecation warnings on import are not the user's business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

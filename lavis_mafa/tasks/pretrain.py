@@ -1,0 +1,127 @@
+"""``mafa_pretrain``: pre-training with MAFA, and retrieval on the evaluation splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.distributed import gather_own_first
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.base import MafaModel
+from lavis_mafa.tasks.retrieval_metrics import CocoGallery, coco_gallery, eccv_metrics, retrieval_metrics
+from lavis_mafa.tasks.task import MafaTask
+
+
+class MafaPretrainTask(MafaTask):
+    """Builds data and model, hands the model's whole output to the runner, and evaluates retrieval.
+
+    Where the data set knows which pairs truly match (``concept``), the log also has the share of chosen hard negatives that are
+    false, and Con-D's precision and recall on them.
+    """
+
+    def __init__(self, run: RunBlock | None = None) -> None:
+        super().__init__(run)
+        self.truth: Any = None
+        self.coco: CocoGallery | None = None
+
+    def build_datasets(self, cfg: Any) -> dict[str, Any]:
+        datasets = super().build_datasets(cfg)
+        known = [d["train"].truth for d in datasets.values() if getattr(d.get("train"), "truth", None) is not None]
+        if len(known) == 1 and len(datasets) == 1:
+            self.truth = known[0]
+        if self.truth is None and (cfg.model_cfg.get("discriminator") or {}).get("arch") == "ground_truth":
+            raise UserError("model.discriminator.arch is ground_truth, but the training data has no `concept` to know the truth from.")
+        if self.run.coco_captions is not None:  # now, so that a wrong file is found before hours of scoring
+            tests = [d["test"] for d in datasets.values() if hasattr(d.get("test"), "img2txt")]
+            if len(tests) != 1:
+                raise UserError("run.coco_captions is set, but there is no test split of COCO; use datasets: coco_retrieval.")
+            self.coco = coco_gallery(tests[0], self.run.coco_captions)
+        return datasets
+
+    def build_model(self, cfg: Any) -> nn.Module:
+        model = super().build_model(cfg)
+        if self.run.rank_by is not None and not isinstance(model, MafaModel):
+            raise UserError(f"run.rank_by is {self.run.rank_by}, but {cfg.model_cfg.arch} ranks by LAVIS's own score; allowed: null.")
+        model.batch_scope = self.run.grit.batch_scope
+        con_d = cfg.model_cfg.get("discriminator", None)
+        if con_d is not None and con_d.get("arch") == "ground_truth":
+            from lavis_mafa.models.sanity import GroundTruthDiscriminator
+
+            model.set_discriminator(GroundTruthDiscriminator(self.truth))
+        return model
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def step_output(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
+        """The model's whole output, with figures from ground truth where there is one."""
+        output = model(samples)
+        if self.truth is not None and output.get("verdicts") is not None:
+            output["figures"] = {**output["figures"], **self._true_counts(output["verdicts"], samples)}
+        return output
+
+    @torch.no_grad()
+    def _true_counts(self, verdicts: dict[str, Tensor], samples: dict[str, Any]) -> dict[str, Tensor]:
+        concept, text_key = samples["concept"], samples["text_key"]
+        if self.run.grit.batch_scope == "global":
+            concept, text_key = gather_own_first(concept), gather_own_first(text_key)
+        image, text = verdicts["image_position"].cpu(), verdicts["text_position"].cpu()
+        pairs = concept.cpu()[image], text_key.cpu()[text]
+        asked = verdicts["exists"] & self.truth.knows(*pairs).to(verdicts["exists"].device)
+        match = self.truth.matches(*pairs).to(asked.device) & asked
+        counts = {"asked": asked.sum(), "asked_true": match.sum()}
+        if "positive" in verdicts:
+            counts["found"] = (verdicts["positive"] & asked).sum()
+            counts["found_true"] = (verdicts["positive"] & match).sum()
+        return {f"count_{name}": value.float() for name, value in counts.items()}
+
+    @staticmethod
+    def derived_figures(averages: dict[str, float]) -> dict[str, float]:
+        """Ratios of averaged counts: ``false_negative_share``, ``con_d_precision``, ``con_d_recall``."""
+        counts = {k.removeprefix("count_"): averages.pop(k) for k in list(averages) if k.startswith("count_")}
+        if counts.get("asked"):
+            averages["false_negative_share"] = counts["asked_true"] / counts["asked"]
+        if counts.get("found"):
+            averages["con_d_precision"] = counts["found_true"] / counts["found"]
+        if counts.get("asked_true") and "found_true" in counts:
+            averages["con_d_recall"] = counts["found_true"] / counts["asked_true"]
+        return averages
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any]:
+        """Scores of every image and text of the split, and which of them match."""
+        relevant = relevance(data_loader.dataset)
+        if isinstance(model, MafaModel):
+            scores = model.retrieval_scores(data_loader, self.run)
+            return {"i2t": scores.i2t, "t2i": scores.t2i, "cosine": scores.cosine, "rank_by": scores.rank_by, "relevant": relevant}
+        i2t, t2i = model.compute_sim_matrix(data_loader, task_cfg=self.run)  # LAVIS's models rank by their own score
+        return {"i2t": i2t, "t2i": t2i, "relevant": relevant}
+
+    def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, Any]:
+        """The figures of ``rank_by``'s score and, with ``itc_`` before their names, those of ITC's cosine alone."""
+        relevant, cosine = val_result["relevant"], val_result.get("cosine")
+        i2t, t2i = torch.as_tensor(val_result["i2t"]), torch.as_tensor(val_result["t2i"])
+        metrics: dict[str, Any] = self._figures(i2t, t2i, relevant, split_name)
+        if cosine is not None:
+            of_cosine = self._figures(cosine, cosine.T, relevant, split_name)
+            metrics |= {"rank_by": val_result["rank_by"], **{f"itc_{name}": value for name, value in of_cosine.items()}}
+        return metrics
+
+    def _figures(self, i2t: Tensor, t2i: Tensor, relevant: Tensor, split: str) -> dict[str, float]:
+        metrics = retrieval_metrics(i2t, t2i, relevant)
+        if self.coco is not None and split == "test":  # ECCV Caption annotates COCO's test split alone
+            metrics |= eccv_metrics(i2t, t2i, self.coco)
+        return metrics
+
+
+def relevance(dataset: Any) -> Tensor:
+    """BoolTensor[I, T] of an evaluation set: its ``relevant`` where it knows one, else LAVIS's ``img2txt``."""
+    if getattr(dataset, "relevant", None) is not None:
+        return dataset.relevant
+    relevant = torch.zeros(len(dataset.image), len(dataset.text), dtype=torch.bool)
+    for image, texts in dataset.img2txt.items():
+        relevant[image, texts] = True
+    return relevant
