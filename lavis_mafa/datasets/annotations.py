@@ -1,8 +1,4 @@
-"""When a caption says something: the one rule that training and ``lavis-mafa check-data`` share.
-
-Image paths from annotations stay below the image folder: annotations are often other people's files.
-
-Annotations of images (captions, or questions), in any of the usual formats, as one Arrow table.
+"""Annotations of images (captions, or questions), in any of the usual formats, as one Arrow table of rows that were looked at.
 
 Arrow and not a list of dicts: five million rows stay under a gigabyte, and forked data-loading workers share them, since
 reading a row changes no reference count.
@@ -21,124 +17,16 @@ import pyarrow as pa
 import torch
 
 from lavis_mafa.config.storage import AnnotationFile, annotation_file, ending
-from lavis_mafa.datasets.formats import (
-    FORMATS,
-    PAIRS,
-    SAME_IMAGE,
-    Columns,
-    id_texts,
-    is_missing,
-    is_text,
-    number_columns,
-    one_message,
-    pc,
-    with_numbers,
-)
+from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, Columns, one_message
+from lavis_mafa.datasets.ids import id_texts, is_missing, is_text, number_columns, pc, with_numbers
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
-
-SHOWN = 60  # characters of a caption in a message
-
-
-def clean_caption(process: Callable[[str], str], caption: str | None) -> str:
-    """What the text processor makes of a caption.
-
-    Args:
-        process: str -> str; a ``prompt`` that it puts before every caption does not count.
-        caption: as it was written.
-
-    Raises:
-        EmptyCaption: it is null, or nothing but punctuation, blanks and control characters is left.
-
-    Example:
-        >>> clean_caption(str.lower, "A Dog")
-        'a dog'
-    """
-    if caption is None:
-        raise EmptyCaption("The caption is null.")
-    try:
-        text = process(caption)
-    except EmptyCaption:  # its message may hold ten thousand words
-        text = ""
-    if not says_something(text, process):
-        raise EmptyCaption(f"The caption {shortened(caption)} holds no word.")
-    return text
-
-
-def says_something(text: str, process: Any) -> bool:
-    """Whether more than punctuation, blanks and control characters is left of a caption that ``process`` made, its prompt aside."""
-    return any(map(_is_seen, text.removeprefix(getattr(process, "prompt", ""))))
-
-
-def shortened(caption: str) -> str:
-    """Its representation (control characters visible), cut after ``SHOWN`` characters."""
-    return repr(caption if len(caption) <= SHOWN else caption[:SHOWN] + "…")
-
-
-def _is_seen(character: str) -> bool:
-    """A letter, digit, accent or symbol of any script, not punctuation, a blank or a control character."""
-    return unicodedata.category(character)[0] in "LMNS"
-
-
-# absolute (on Windows too), or with a component `..`
-LEAVES = r"^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)"
-
-
-def leaves_folder(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Which paths are absolute or hold a component ``..`` (even one that would come back); Bool [N], null where a path is null.
-
-    The text alone decides: a symbolic link inside the folder was put there by whoever owns it, and may lead anywhere.
-
-    Example:
-        >>> leaves_folder(pa.chunked_array([["a/b.png", "/a.png", "a/../b.png", "a..b/c.png"]])).to_pylist()
-        [False, True, True, False]
-    """
-    return pc.match_substring_regex(images, LEAVES)
-
-
-def shown(path: str | Path) -> str:
-    """The path in a message of one line: as it is, or its representation where it holds a line break or the like.
-
-    Example:
-        >>> shown("a b.png"), shown("a\\nb.png")
-        ('a b.png', "'a\\\\nb.png'")
-    """
-    return str(path) if str(path).isprintable() else repr(str(path))
-
-
-def path_hint(root: Path, image: str) -> str:
-    """Why there may be no image of this path, and an empty text where nothing is odd about it.
-
-    Example:
-        >>> path_hint(Path("images"), "http://a.org/a.jpg")
-        'it is an address; download the images first, and name the files.'
-    """
-    if "://" in image:
-        return "it is an address; download the images first, and name the files."
-    odd = [name for name, holds in (("a backslash", "\\" in image), ("a blank at its end", image != image.strip())) if holds]
-    if not odd:
-        return ""
-    right = image.replace("\\", "/").strip()
-    there = f"; there is {shown(root / right)}" if os.path.isfile(root / right) else ""
-    return f"the path holds {' and '.join(odd)}{there}."
-
-
-def check_image_paths(file: Path, images: pa.ChunkedArray) -> None:
-    """Nothing, if all of them stay in the folder.
-
-    Raises:
-        UserError: one does not; the message names file and row.
-    """
-    row = pc.index(leaves_folder(images), True).as_py()
-    if row >= 0:
-        raise UserError(
-            f"{file}, row {row + 1}: image is {images[row].as_py()!r}; allowed: a path below the image folder, relative and without "
-            "'..', unless build_info.images.allow_absolute_paths is true."
-        )
-
 
 TEXTS = pa.list_(pa.string())
 # how Python and numpy print a list of texts: what a table of lists holds after it went through CSV
 PRINTED_LIST = r"""(?s)^\s*\[\s*(['"].*['"])?\s*\]\s*$"""
+# absolute (on Windows too), or with a component `..`
+LEAVES = r"^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)"
+SHOWN = 60  # characters of a caption in a message
 
 
 def read_annotations(
@@ -148,18 +36,17 @@ def read_annotations(
 
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
     ``image_id`` (what results call the image), ``concept`` (what it shows: ground truth for reports) and ``same_image`` (equal for
-    rows whose paths count as one image). Others are ignored.
-    With ``QUESTIONS`` for ``columns``, rows have ``image``, ``question`` and ``answer`` (text or list), optionally ``question_id``.
+    rows whose paths count as one image). With ``QUESTIONS`` rows have ``image``, ``question`` and ``answer`` (text or list),
+    optionally ``question_id``. Other columns are ignored.
 
     Args:
         files: at least one. Images of one with a folder of its own get absolute paths.
         columns: ``PAIRS`` or ``QUESTIONS``.
-        allow_absolute_paths: image paths may leave the image folder (see ``image_paths``).
+        allow_absolute_paths: image paths may leave the image folder.
 
     Returns:
-        Columns ``image`` string, ``caption`` list<string> and, where a file has them, the optional ones as string; those of
-        ``same_image`` differ from file to file.
-        In general: ``columns.single`` string, ``columns.several`` list<string>, ``columns.optional`` string (see ``ids``).
+        ``columns.single`` string, ``columns.several`` list<string>, and where a file has them ``columns.optional`` string (see
+        :mod:`lavis_mafa.datasets.ids`); those of ``same_image`` differ from file to file.
 
     Raises:
         UserError: a file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type; a
@@ -281,17 +168,46 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
 
 def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: bool) -> None:
     for name in columns.single:
-        _check_no_empty_text(path, name, table[name])
+        kind = "a path" if name == "image" else "a text"
+        _refuse(path, table[name], _is_empty(table[name]), f"'{name}' is empty; allowed: {kind}.")
+        if name == "question":
+            _refuse(path, table[name], is_missing(table[name]), "the question {} is how a missing one is written; allowed: a text.")
     if not allow_absolute_paths:
-        check_image_paths(path, table["image"])
-    _check_no_empty_list(path, columns.several, table[columns.several])
-    _check_texts(path, columns.several, table[columns.several])
+        below = "a path below the image folder, relative and without '..', unless build_info.images.allow_absolute_paths is true"
+        _refuse(path, table["image"], leaves_folder(table["image"]), f"image is {{}}; allowed: {below}.")
+    name, lists = columns.several, table[columns.several]
+    texts = pc.list_flatten(lists)
+    empty = f"the {name} is empty or null; allowed: a text, or a list of texts."
+    _refuse(path, lists, pc.equal(pc.fill_null(pc.list_value_length(lists), 0), 0), empty)
+    _refuse(path, texts, _is_empty(texts), empty, lists)
+    printed = f"the {name} {{}} is a printed list; allowed: one text a row, or a list of {name}s in .json, .jsonl or .parquet."
+    _refuse(path, texts, is_printed_list(texts), printed, lists)
+    if name == "caption":  # an answer may be `none`
+        _refuse(path, texts, is_missing(texts), "the caption {} is how a missing caption is written; allowed: a text.", lists)
     for row, first in zip(*(rows[:1].tolist() for rows in ids_of_other_images(table)), strict=True):
         one, image, other = (table[name][place].as_py() for name, place in (("image_id", row), ("image", row), ("image", first)))
         raise UserError(
             f"{path}, row {row + 1}: image_id {one!r} is that of {image!r} here, but of {other!r} in row {first + 1}; allowed: one "
             "image an id, or a column same_image for paths that count as one."
         )
+
+
+def _refuse(path: Path, values: Any, wrong: Any, message: str, lists: pa.ChunkedArray | None = None) -> None:
+    """The message for the first of ``values`` that is wrong, with the beginning of its text; ``lists`` are the rows they are from."""
+    place = pc.index(wrong, True).as_py()
+    if place >= 0:
+        row = place if lists is None else pc.list_parent_indices(lists)[place].as_py()
+        raise UserError(f"{path}, row {row + 1}: {message.format(repr(str(values[place].as_py())[:SHOWN]))}")
+
+
+def _is_empty(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    # a pattern, not a comparison of trimmed texts: it copies nothing
+    return pc.invert(pc.fill_null(pc.match_substring_regex(texts, r"\S"), False))
+
+
+def is_printed_list(captions: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Bool [N], null where there is no caption: a text such as ``['a dog', 'a puppy']``, which lists become in CSV."""
+    return pc.match_substring_regex(captions, PRINTED_LIST)
 
 
 def _strings(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -322,44 +238,80 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _check_texts(path: Path, name: str, lists: pa.ChunkedArray) -> None:
-    """No text is a printed list of several, and no caption what programs write for one that is not there (an answer may be `none`)."""
-    printed = ("a printed list", is_printed_list, f"one text a row, or a list of {name}s in .json, .jsonl or .parquet")
-    missing = ("how a missing caption is written", is_missing, "a text")
-    for what, wrong, allowed in (printed, missing) if name == "caption" else (printed,):
-        before = 0
-        for chunk in lists.chunks:
-            texts = chunk.flatten()
-            place = pc.index(wrong(texts), True).as_py()
-            if place >= 0:
-                row = before + chunk.value_parent_indices()[place].as_py()
-                raise UserError(f"{path}, row {row + 1}: the {name} {texts[place].as_py()[:60]!r} is {what}; allowed: {allowed}.")
-            before += len(chunk)
+def clean_caption(process: Callable[[str], str], caption: str | None) -> str:
+    """What the text processor makes of a caption.
+
+    Args:
+        process: str -> str; a ``prompt`` that it puts before every caption does not count.
+        caption: as it was written.
+
+    Raises:
+        EmptyCaption: it is null, or nothing but punctuation, blanks and control characters is left.
+
+    Example:
+        >>> clean_caption(str.lower, "A Dog")
+        'a dog'
+    """
+    if caption is None:
+        raise EmptyCaption("The caption is null.")
+    try:
+        text = process(caption)
+    except EmptyCaption:  # its message may hold ten thousand words
+        text = ""
+    if not says_something(text, process):
+        raise EmptyCaption(f"The caption {shortened(caption)} holds no word.")
+    return text
 
 
-def is_printed_list(captions: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Bool [N], null where there is no caption: a text such as ``['a dog', 'a puppy']``, which lists become in CSV."""
-    return pc.match_substring_regex(captions, PRINTED_LIST)
+def says_something(text: str, process: Any) -> bool:
+    """Whether more than punctuation, blanks and control characters is left of a caption that ``process`` made, its prompt aside."""
+    return any(map(_is_seen, text.removeprefix(getattr(process, "prompt", ""))))
 
 
-def _check_no_empty_text(path: Path, name: str, texts: pa.ChunkedArray) -> None:
-    row = pc.index(pc.fill_null(pc.match_substring_regex(texts, r"\S"), False), False).as_py()
-    if row >= 0:
-        raise UserError(f"{path}, row {row + 1}: '{name}' is empty; allowed: {'a path' if name == 'image' else 'a text'}.")
-    row = pc.index(is_missing(texts), True).as_py() if name == "question" else -1
-    if row >= 0:
-        raise UserError(f"{path}, row {row + 1}: the question {texts[row].as_py()!r} is how a missing one is written; allowed: a text.")
+def shortened(caption: str) -> str:
+    """Its representation (control characters visible), cut after ``SHOWN`` characters."""
+    return repr(caption if len(caption) <= SHOWN else caption[:SHOWN] + "…")
 
 
-def _check_no_empty_list(path: Path, name: str, lists: pa.ChunkedArray) -> None:
-    before = 0
-    for chunk in lists.chunks:
-        row = pc.index(pc.fill_null(pc.greater(pc.list_value_length(chunk), 0), False), False).as_py()
-        if row < 0:
-            # A pattern, not a comparison of trimmed texts: it copies nothing.
-            text = pc.fill_null(pc.match_substring_regex(chunk.flatten(), r"\S"), False)
-            position = pc.index(text, False).as_py()
-            row = chunk.value_parent_indices()[position].as_py() if position >= 0 else -1
-        if row >= 0:
-            raise UserError(f"{path}, row {before + row + 1}: the {name} is empty or null; allowed: a text, or a list of texts.")
-        before += len(chunk)
+def _is_seen(character: str) -> bool:
+    """A letter, digit, accent or symbol of any script, not punctuation, a blank or a control character."""
+    return unicodedata.category(character)[0] in "LMNS"
+
+
+def leaves_folder(images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which paths are absolute or hold a component ``..`` (even one that would come back); Bool [N], null where a path is null.
+
+    The text alone decides: a symbolic link inside the folder was put there by whoever owns it, and may lead anywhere.
+
+    Example:
+        >>> leaves_folder(pa.chunked_array([["a/b.png", "/a.png", "a/../b.png", "a..b/c.png"]])).to_pylist()
+        [False, True, True, False]
+    """
+    return pc.match_substring_regex(images, LEAVES)
+
+
+def shown(path: str | Path) -> str:
+    """The path in a message of one line: as it is, or its representation where it holds a line break or the like.
+
+    Example:
+        >>> shown("a b.png"), shown("a\\nb.png")
+        ('a b.png', "'a\\\\nb.png'")
+    """
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
+def path_hint(root: Path, image: str) -> str:
+    """Why there may be no image of this path, and an empty text where nothing is odd about it.
+
+    Example:
+        >>> path_hint(Path("images"), "http://a.org/a.jpg")
+        'it is an address; download the images first, and name the files.'
+    """
+    if "://" in image:
+        return "it is an address; download the images first, and name the files."
+    odd = [name for name, holds in (("a backslash", "\\" in image), ("a blank at its end", image != image.strip())) if holds]
+    if not odd:
+        return ""
+    right = image.replace("\\", "/").strip()
+    there = f"; there is {shown(root / right)}" if os.path.isfile(root / right) else ""
+    return f"the path holds {' and '.join(odd)}{there}."

@@ -17,10 +17,10 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis_mafa.config.data_settings import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
 from lavis_mafa.config.storage import AnnotationFile
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
-from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE, pc
+from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.pairs import ImageTextPairs, Select, open_annotations
-from lavis_mafa.datasets.questions import ImageQuestions, naming_questions
+from lavis_mafa.datasets.ids import pc
+from lavis_mafa.datasets.pairs import ImageQuestions, ImageTextPairs, Select, naming_questions, open_annotations
 from lavis_mafa.datasets.splits import RetrievalPairs
 from lavis_mafa.errors import UserError
 
@@ -56,7 +56,7 @@ class _LocalBuilder(BaseDatasetBuilder):
         """Training splits are pairs, the others galleries."""
         vis, text = self._processors(split)
         if split == "train":
-            return ImageTextPairs(vis, text, root, files, truth, select, prefix_lm, allow_absolute_paths)
+            return ImageTextPairs(vis, text, root, files, truth, select, allow_absolute_paths, prefix_lm=prefix_lm)
         return RetrievalPairs(vis, text, root, files, truth, select, allow_absolute_paths)
 
 

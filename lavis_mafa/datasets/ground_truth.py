@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lavis_mafa.datasets.formats import pc
+from lavis_mafa.datasets.ids import pc
 
 PAIRS_AT_ONCE = 1 << 22
 

@@ -1,4 +1,4 @@
-"""Image-text pairs for pre-training, from one's own annotation files."""
+"""One's own data, from annotation files: image-text pairs for training, galleries for retrieval, questions about images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from lavis_mafa.config.storage import AnnotationFile
 from lavis_mafa.datasets.annotations import clean_caption, image_keys, path_hint, read_annotations, shown
 from lavis_mafa.datasets.formats import PAIRS, Columns
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.datasets.ids import Id, collate_with_ids, typed_ids
 from lavis_mafa.datasets.images import load_rgb
-from lavis_mafa.errors import UserError
+from lavis_mafa.errors import EmptyCaption, UserError
 
 Select = Callable[[pa.Table], pa.Table]
+Process = Callable[[Any], Any]
 GLANCE = 10  # rows: one missing image is a bad sample, so many from the beginning are a wrong folder
+NAMING_QUESTION = "what is this?"
 
 
 def open_annotations(
@@ -48,10 +51,8 @@ def open_annotations(
     return root, table
 
 
-class ImageTextPairs(BaseDataset):
-    """Rows of image and caption(s). Of several captions one is drawn at each access, by Python's ``random``.
-
-    Nothing is seeded here: whoever iterates owns the random state. A row with one caption draws nothing.
+class _AnnotatedImages(BaseDataset):
+    """Rows of image and caption(s), as ``read_annotations`` gives them.
 
     Args:
         vis_processor: PIL RGB image -> tensor.
@@ -60,40 +61,58 @@ class ImageTextPairs(BaseDataset):
         ann_paths: annotation files, see ``read_annotations``.
         truth: which image matches which text; None takes what a ``concept`` column of the annotations tells.
         select: the table -> the rows to use (at least one).
-        prefix_lm: split each caption at a random word, for prefix language modelling (BLIP-2 with an encoder-decoder).
         allow_absolute_paths: image paths may leave ``vis_root``.
 
-    Attributes:
-        table: the annotations. image_keys: [N], one number per image.
-        truth, concepts: the truth and [N] concept numbers by it; None where nothing is known.
-
     Raises:
-        UserError: from the annotations, or the image folder or all of the first ``GLANCE`` rows' images do not exist.
+        UserError: from the annotations, or the image folder or all of the first ``glance`` rows' images do not exist.
     """
 
+    glance = 1
+
+    # Not BaseDataset's own: it reads JSON lists into dicts and adds a string to every one.
     def __init__(
         self,
-        vis_processor: Callable[[Any], torch.Tensor],
-        text_processor: Callable[[str], str],
+        vis_processor: Process,
+        text_processor: Process,
         vis_root: str | Path,
         ann_paths: Sequence[str | Path | AnnotationFile],
         truth: GroundTruth | None = None,
         select: Select | None = None,
-        prefix_lm: bool = False,
         allow_absolute_paths: bool = False,
     ) -> None:
-        # Not BaseDataset's own: it reads JSON lists into dicts and adds a string to every one.
-        self.vis_root, self.table = open_annotations(
-            vis_root, ann_paths, select, allow_absolute_paths=allow_absolute_paths, glance=GLANCE
-        )
+        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select, PAIRS, allow_absolute_paths, self.glance)
+        self.files = ", ".join(map(str, ann_paths))
         self.vis_processor = vis_processor
         self.text_processor = text_processor
+        self.truth = truth or GroundTruth.from_table(self.table)
+
+    def _concepts(self) -> torch.LongTensor | None:
+        """[rows] numbers by the truth, None where nothing is known."""
+        if self.truth is None or "concept" not in self.table.column_names:
+            return None
+        return self.truth.concepts.find_all(self.table["concept"])
+
+
+class ImageTextPairs(_AnnotatedImages):
+    """Training pairs. Of several captions one is drawn at each access, by Python's ``random``.
+
+    Nothing is seeded here: whoever iterates owns the random state. A row with one caption draws nothing.
+
+    Args: as above, and ``prefix_lm``: split each caption at a random word, for prefix language modelling (BLIP-2 with an
+        encoder-decoder).
+
+    Attributes:
+        table: the annotations. image_keys: [N], one number per image.
+        truth, concepts: the truth and [N] concept numbers by it; None where nothing is known.
+    """
+
+    glance = GLANCE
+
+    def __init__(self, *args: Any, prefix_lm: bool = False, **named: Any) -> None:
+        super().__init__(*args, **named)
         self.prefix_lm = prefix_lm
         self.image_keys = image_keys(self.table)
-        self.truth = truth or GroundTruth.from_table(self.table)
-        self.concepts: torch.LongTensor | None = None
-        if self.truth is not None and "concept" in self.table.column_names:
-            self.concepts = self.truth.concepts.find_all(self.table["concept"])
+        self.concepts = self._concepts()
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -148,3 +167,154 @@ def split_at_random(caption: str) -> tuple[str, str]:
     words = caption.split()
     cut = random.randrange(1, len(words)) if len(words) > 1 else 0
     return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+class RetrievalPairs(_AnnotatedImages):
+    """A gallery: every distinct image against every distinct text, with the attributes LAVIS's retrieval evaluation reads.
+
+    Attributes:
+        image: [N] paths of the distinct images. text: [T] distinct captions, processed; raw_text: as they were written.
+        img2txt: image -> its own texts; txt2img: text -> the images it is written for.
+        relevant: Bool [N, T], which text is right for which image. The own pairs, and with a truth all that it knows to match.
+        image_ids: [N] the annotations' own where all of them are whole numbers (``007`` stays that text), else 0 to N-1.
+        concepts: [N] or None. text_keys: [T] or None.
+
+    Raises:
+        UserError: as above, or a caption holds no word.
+    """
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        paths = self.table["image"].to_pylist()
+        keys = image_keys(self.table).tolist()
+
+        self.image: list[str] = []
+        self.raw_text: list[str] = []
+        self.img2txt: dict[int, list[int]] = {}
+        self.txt2img: dict[int, list[int]] = {}
+        first_rows: list[int] = []
+        number: dict[str, int] = {}
+        for row, (image, captions) in enumerate(zip(keys, self.table["caption"].to_pylist(), strict=True)):
+            # Keys count images in the order of their first rows, so the key is the place in the gallery.
+            if image == len(self.image):
+                self.image.append(str(self.vis_root / paths[row]))
+                self.img2txt[image] = []
+                first_rows.append(row)
+            for caption in captions:
+                text = number.setdefault(caption, len(number))
+                if text == len(self.raw_text):
+                    self.raw_text.append(caption)
+                    self.txt2img[text] = []
+                if text not in self.img2txt[image]:
+                    self.img2txt[image].append(text)
+                    self.txt2img[text].append(image)
+        try:
+            self.text: list[str] = [clean_caption(self.text_processor, caption) for caption in self.raw_text]
+        except EmptyCaption as error:
+            raise UserError(
+                f"{self.files}: {error} Evaluation replaces nothing; `lavis-mafa check-data --clean` leaves it out."
+            ) from error
+
+        self.concepts: torch.Tensor | None = None
+        self.text_keys: torch.Tensor | None = None
+        self.relevant = torch.zeros(len(self.image), len(self.text), dtype=torch.bool)
+        if self.truth is not None and (concepts := self._concepts()) is not None:
+            self.concepts = concepts[first_rows]
+            self.text_keys = torch.tensor([self.truth.text_key(caption) for caption in self.raw_text])
+            self.relevant |= self.truth.matrix(self.concepts, self.text_keys)
+        for image, texts in self.img2txt.items():
+            self.relevant[image, texts] = True
+
+        # what captioning names its captions by: the annotations' own ids where they are numbers, as COCO's are
+        ids = typed_ids(self.table.take(first_rows), "image_id") if "image_id" in self.table.column_names else []
+        given = [one for one in ids if one is not None and str(one).isdecimal()]
+        self.image_ids: list[Id] = given if len(set(given)) == len(self.image) else list(range(len(self.image)))
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": self.image_ids[index]}
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: images stacked, ``index`` an int64 tensor, and ``image_id`` (see ``collate_with_ids``)."""
+        return collate_with_ids(samples, "image_id")
+
+
+class ImageQuestions(BaseDataset):
+    """A question a row.
+
+    Args:
+        vis_processor, text_processor, vis_root: as above.
+        table: columns ``image``, ``question``, ``answer`` (a list of right answers, or what ten people said) and optionally
+            ``question_id``, as ``read_annotations`` with ``QUESTIONS`` gives it.
+        source: where the table is from, for messages.
+
+    Attributes:
+        questions: [N] as they were written. answers: [N] lists.
+        question_ids: [N] the column, texts or numbers as they were, or the row's number from 0.
+
+    Raises:
+        UserError: some rows have no ``question_id``, or it is there twice.
+    """
+
+    def __init__(
+        self,
+        vis_processor: Process,
+        text_processor: Process,
+        vis_root: str | Path,
+        table: pa.Table,
+        source: str = "questions",
+    ) -> None:
+        self.vis_root = Path(vis_root)
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.image: list[str] = table["image"].to_pylist()
+        self.questions: list[str] = table["question"].to_pylist()
+        self.answers: list[list[str]] = table["answer"].to_pylist()
+        given = typed_ids(table, "question_id") if "question_id" in table.column_names else range(table.num_rows)
+        self.question_ids: list[Id] = []
+        row_of: dict[Id, int] = {}
+        for row, one in enumerate(given, 1):
+            if one is None:
+                raise UserError(f"{source}, row {row}: no question_id; allowed: one in every row, or no such column.")
+            if row_of.setdefault(one, row) != row:
+                raise UserError(f"{source}: question_id {one} is there twice, in rows {row_of[one]} and {row}; allowed: once.")
+            self.question_ids.append(one)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample: ``image``, ``text_input`` (the question), ``question_id``, ``index``.
+
+        Raises:
+            OSError: the image cannot be read.
+        """
+        return {
+            "image": self.vis_processor(load_rgb(self.vis_root / self.image[index])),
+            "text_input": self.text_processor(self.questions[index]),
+            "question_id": self.question_ids[index],
+            "index": index,
+        }
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: images stacked, questions a list, ``index`` an int64 tensor, and ``question_id`` (see ``collate_with_ids``)."""
+        return collate_with_ids(samples, "question_id")
+
+
+def naming_questions(pairs: pa.Table, truth: GroundTruth) -> pa.Table:
+    """``what is this?`` for each row of an image and its ``concept``; right is every name and alias that truly holds for it.
+
+    Args:
+        pairs: columns ``image`` and ``concept``.
+        truth: with the kinds ``name`` and ``alias``.
+
+    Returns:
+        Columns ``image``, ``question``, ``answer``, as ``ImageQuestions`` takes them.
+    """
+    names = torch.tensor([key for key in range(len(truth.texts)) if truth.text_kind(key) in ("name", "alias")])
+    right = truth.matrix(truth.concepts.find_all(pairs["concept"]), names)
+    answers = [[truth.text(int(key)) for key in names[row]] for row in right]
+    questions = pa.array([NAMING_QUESTION] * pairs.num_rows)
+    return pa.table({"image": pairs["image"], "question": questions, "answer": pa.array(answers, pa.list_(pa.string()))})

@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_mafa.config.data_settings import own_files
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
-from lavis_mafa.datasets.formats import pc
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
 
 

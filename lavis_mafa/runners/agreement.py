@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_mafa import __version__
-from lavis_mafa.datasets.formats import pc
+from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import gather_objects, world_size
 from lavis_mafa.errors import UserError
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.indexed import REASON, UNREADABLE, image_path, of_a_decoder, seeded
-from lavis_mafa.datasets.questions import ImageQuestions
+from lavis_mafa.datasets.pairs import ImageQuestions
 from lavis_mafa.datasets.splits import RetrievalPairs
 from lavis_mafa.distributed import gather_objects, rank, world_size
 from lavis_mafa.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFile
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.datasets.questions import ImageQuestions
+from lavis_mafa.datasets.pairs import ImageQuestions
 from lavis_mafa.errors import UserError
 from lavis_mafa.runners import evaluation_images
 from lavis_mafa.runners.evaluation_images import check_evaluation_images, one_row_an_image, unreadable

@@ -15,9 +15,10 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
-from lavis_mafa.datasets.formats import QUESTIONS, typed_ids
+from lavis_mafa.datasets.formats import QUESTIONS
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.questions import ImageQuestions
+from lavis_mafa.datasets.ids import typed_ids
+from lavis_mafa.datasets.pairs import ImageQuestions
 from lavis_mafa.datasets.splits import RetrievalPairs
 from lavis_mafa.errors import UserError
 

@@ -17,8 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.builders import GritEmojiBuilder, GritPairsBuilder, GritVqaBuilder
 from lavis_mafa.datasets.formats import QUESTIONS
-from lavis_mafa.datasets.pairs import ImageTextPairs, split_at_random
-from lavis_mafa.datasets.questions import ImageQuestions
+from lavis_mafa.datasets.pairs import ImageQuestions, ImageTextPairs, split_at_random
 from lavis_mafa.errors import UserError
 
 ROWS: list[dict[str, Any]] = [

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lavis_mafa.datasets.annotations import read_annotations
-from lavis_mafa.datasets.formats import WHOLE
+from lavis_mafa.datasets.separated_values import WHOLE
 from lavis_mafa.errors import UserError
 
 TEXT = st.text("ab,;\"' \n\té", min_size=1, max_size=9).filter(str.strip)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from lavis_mafa.datasets.formats import pc
+from lavis_mafa.datasets.ids import pc
 
 MINED = "mined"
 NO_CANDIDATE = "no candidate in the batch"

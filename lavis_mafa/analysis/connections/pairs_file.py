@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from lavis_mafa.analysis.connections.source_rows import SourceRows
-from lavis_mafa.datasets.formats import SAME_IMAGE, pc
+from lavis_mafa.datasets.formats import SAME_IMAGE
+from lavis_mafa.datasets.ids import pc
 
 ORIGINAL, MINED = "original", "mined"
 

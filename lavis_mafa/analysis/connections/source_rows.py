@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from lavis_mafa.datasets.annotations import TEXTS
-from lavis_mafa.datasets.formats import pc
+from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from lavis_mafa.analysis.data_check.judging import Verdicts
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
-from lavis_mafa.datasets.formats import pc
+from lavis_mafa.datasets.ids import pc
 
 
 def duplicate_images(verdicts: Verdicts) -> Numbers:

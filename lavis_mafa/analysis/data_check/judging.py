@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
 from lavis_mafa.datasets.annotations import clean_caption, is_printed_list, shortened
-from lavis_mafa.datasets.formats import is_missing, pc
+from lavis_mafa.datasets.ids import is_missing, pc
 from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, load_rgb
 from lavis_mafa.errors import EmptyCaption
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from lavis_mafa.datasets.formats import pc
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
 
 
