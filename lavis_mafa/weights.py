@@ -1,9 +1,4 @@
-"""Checkpoints as other programs lay them out: which files hold the weights, under which key, behind which prefix.
-
-Weights by transformers' names (BLIP, BLIP-2, ViT) -> by LAVIS's. The tensors are the same, except that q, k and v may be apart.
-
-Reading weights without running code from the file, and writing files that are never torn.
-"""
+"""Reading weights without running code from the file, however other programs laid them out, and writing files that are never torn."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lavis_mafa.distributed import is_distributed, rank, world_size
 from lavis_mafa.errors import UserError
-from lavis_mafa.tasks.retrieval_metrics import check_scores
 
 NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
 
@@ -100,6 +99,26 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
     check_scores(image_to_text, "image")
     check_scores(text_to_image, "text")
     return RetrievalScores(rank_by, image_to_text.cpu(), text_to_image.cpu(), similarity.cpu())
+
+
+def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
+    """Every score is a finite number.
+
+    Args:
+        scores: [queries, gallery]. query: what a row stands for, ``image`` or ``text``. what: the scores' name.
+
+    Raises:
+        UserError: how many are not, and of which query the first is.
+    """
+    bad = (~torch.isfinite(scores)).sum(dim=1)
+    queries = bad.nonzero().flatten().tolist()
+    if queries:
+        first = queries[0]
+        raise UserError(
+            f"{int(bad.sum())} of {scores.numel()} retrieval {what} are NaN or infinite, those of {len(queries)} of {len(scores)} "
+            f"{query}s: {query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too "
+            "large for run.precision."
+        )
 
 
 def in_fp32(head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:

@@ -1,13 +1,8 @@
-"""Caption tokens as the COCO caption metrics want them: Penn Treebank rules, lower case, without punctuation.
-
-The official scripts call Stanford's tokeniser, a Java program. These rules give the same tokens on captions, without Java, in the
-scripts whose marks and symbols it knows and in those that it cuts up.
-
-BLEU, CIDEr, ROUGE-L, METEOR and SPICE of generated captions, in the scale that papers print.
+"""BLEU, CIDEr, ROUGE-L, METEOR and SPICE of generated captions, in the scale that papers print.
 
 The scorers are pycocoevalcap's. The first three need neither Java nor a network; the other two are left out where they cannot run.
-
-Human captions from a file of COCO's format.
+Tokens follow Penn Treebank rules, lower case, without punctuation: the official scripts call Stanford's tokeniser, a Java program;
+these rules give the same tokens on captions, in the scripts whose marks and symbols it knows and in those that it cuts up.
 """
 
 from __future__ import annotations

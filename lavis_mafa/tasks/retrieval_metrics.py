@@ -1,9 +1,8 @@
 """Retrieval metrics for galleries where many pairs match (ECCV Caption, Chun et al. 2022): R@k, R-Precision, mAP@R, in per cent.
 
-ECCV Caption's and CxC's metrics on COCO's 5K test split, from score matrices, through the package ``eccv_caption``.
-
-That package (Chun et al. 2022) knows images and captions by COCO's ids. LAVIS's COCO files have the image id in the file name but no
-caption ids, and their captions are in another order than the package's, so the ids are read from COCO's own captions file.
+ECCV Caption's own and CxC's, on COCO's 5K test split, are those of the package ``eccv_caption``, which knows images and captions by
+COCO's ids. LAVIS's COCO files have the image id in the file name but no caption ids, and their captions are in another order, so the
+ids are read from COCO's own captions file.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.errors import UserError
+from lavis_mafa.models.retrieval import check_scores
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 500  # queries, bounds memory
@@ -59,26 +59,6 @@ def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) 
     recalls = [v for k, v in results.items() if k.split("_")[1] in ("r1", "r5", "r10")]
     results["agg_metrics"] = sum(recalls) / len(recalls)
     return results
-
-
-def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
-    """Every score is a finite number.
-
-    Args:
-        scores: [queries, gallery]. query: what a row stands for, ``image`` or ``text``. what: the scores' name.
-
-    Raises:
-        UserError: how many are not, and of which query the first is.
-    """
-    bad = (~torch.isfinite(scores)).sum(dim=1)
-    queries = bad.nonzero().flatten().tolist()
-    if queries:
-        first = queries[0]
-        raise UserError(
-            f"{int(bad.sum())} of {scores.numel()} retrieval {what} are NaN or infinite, those of {len(queries)} of {len(scores)} "
-            f"{query}s: {query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too "
-            "large for run.precision."
-        )
 
 
 def best_first(scores: Tensor, relevant: Tensor) -> Tensor:

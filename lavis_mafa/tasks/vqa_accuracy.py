@@ -1,7 +1,4 @@
-"""Answers in base form, as BLIP-2 does for OK-VQA.
-
-Accuracy of answers to questions about images, in per cent. Normalising is that of LAVIS's ``VQAEval``.
-"""
+"""Accuracy of answers to questions about images, in per cent; normalising is that of LAVIS's ``VQAEval``."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Which drawing is for training and which for evaluation, and which caption a training image carries.
-
-The data card that is written beside the emoji data: where they come from, what they hold, how they look.
-
-Writing the emoji data: images, captions, the truth, a data card.
-"""
+"""Writing the emoji data: splits, images, captions, the truth, a data card."""
 
 from __future__ import annotations
 

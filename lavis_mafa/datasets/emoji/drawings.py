@@ -1,7 +1,4 @@
-"""Finding the installed packages that the emoji data are built from.
-
-The drawings: the same concepts, drawn by three artists under free licences.
-"""
+"""The drawings: the same concepts, drawn by three artists under free licences, from installed packages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Families of concepts that differ in gender alone, so that no split puts one of them in training and the other in its test.
-
-The texts: what each concept is called, and which other concepts a text holds for.
-"""
+"""The texts: what each concept is called, which other concepts a text holds for, and families that differ in gender alone."""
 
 from __future__ import annotations
 
