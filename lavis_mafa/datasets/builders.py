@@ -5,7 +5,6 @@ Nothing is ever downloaded, and relative paths start from the working directory,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,8 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 
 from lavis_mafa.config.data_settings import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
-from lavis_mafa.config.storage import AnnotationFile
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE
-from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.datasets.pairs import ImageQuestions, ImageTextPairs, Select, naming_questions, open_annotations
 from lavis_mafa.datasets.splits import RetrievalPairs
@@ -29,7 +26,11 @@ Datasets = dict[str, BaseDataset]
 
 
 class _LocalBuilder(BaseDatasetBuilder):
-    """What our builders share: no downloads, and the processors of a split."""
+    """What our builders share: no downloads, and the processors of a split. Keys are described in docs/configuration.md.
+
+    ``build`` gives split -> data set, and raises UserError for an unknown key, files or an image folder that are not there, and
+    whatever ``read_annotations`` finds.
+    """
 
     def build_datasets(self) -> Datasets:
         """Split -> data set, for the splits that the configuration names."""
@@ -43,102 +44,63 @@ class _LocalBuilder(BaseDatasetBuilder):
                 raise UserError(f"{name}.{mode} is missing, but split '{split}' needs it; give it a name, such as albef_image_{mode}.")
         return vis, text
 
-    def _pairs(
-        self,
-        split: str,
-        files: Sequence[str | Path | AnnotationFile],
-        root: Path,
-        select: Select,
-        prefix_lm: bool,
-        truth: GroundTruth | None = None,
-        allow_absolute_paths: bool = False,
-    ) -> BaseDataset:
+    def _pairs(self, split: str, *data: Any, prefix_lm: bool) -> BaseDataset:
         """Training splits are pairs, the others galleries."""
-        vis, text = self._processors(split)
         if split == "train":
-            return ImageTextPairs(vis, text, root, files, truth, select, allow_absolute_paths, prefix_lm=prefix_lm)
-        return RetrievalPairs(vis, text, root, files, truth, select, allow_absolute_paths)
+            return ImageTextPairs(*self._processors(split), *data, prefix_lm=prefix_lm)
+        return RetrievalPairs(*self._processors(split), *data)
 
 
-class GritPairsBuilder(_LocalBuilder):
-    """Own image-text pairs, from JSON, JSON lines, CSV, TSV or Parquet (see ``read_annotations``).
+class _OwnFilesBuilder(_LocalBuilder):
+    """``build_info.annotations.<split>.storage``, a file, folder, pattern or list of them, with ``build_info.images.storage``."""
 
-    ``build_info.annotations.<train|val|test>.storage`` is a file, a folder, a pattern or a list of them (a file with images of its
-    own: ``{annotations: FILE, images: FOLDER}``), ``build_info.images.storage`` the folder that image paths start from and stay
-    below, unless ``build_info.images.allow_absolute_paths``; ``build_info.max_images`` (optional) keeps the first rows only, or
-    with ``build_info.max_images_seed`` random ones. A split without a file is left out. ``build_info.prefix_lm`` splits training
-    captions for prefix language modelling (see ``ImageTextPairs``).
-    """
+    name: str
 
+    def build(self) -> Datasets:
+        where, info = f"datasets.{self.name}.build_info", self.config.build_info
+        check_info(self.name, info)
+        files, root, select = own_files(where, info, SPLITS[self.name])
+        anywhere = allows_absolute_paths(where, info)
+        self.build_processors()
+        return {split: self._split(split, paths, root, select, anywhere) for split, paths in files.items()}
+
+    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> BaseDataset:
+        raise NotImplementedError
+
+
+class GritPairsBuilder(_OwnFilesBuilder):
+    """Own image-text pairs, from JSON, JSON lines, CSV, TSV or Parquet (see ``read_annotations``)."""
+
+    name = "grit_pairs"
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_pairs" / "defaults.yaml")}
 
-    def build(self) -> Datasets:
-        """Split -> data set.
-
-        Raises:
-            UserError: an unknown key, no annotation file at all, no image folder, or whatever ``read_annotations`` finds.
-        """
-        where = "datasets.grit_pairs.build_info"
-        info = self.config.build_info
-        check_info("grit_pairs", info)
-        files, root, select = own_files(where, info, SPLITS["grit_pairs"])
-        prefix_lm = info.get("prefix_lm", False)
-        anywhere = allows_absolute_paths(where, info)
-        self.build_processors()
-        return {split: self._pairs(split, paths, root, select, prefix_lm, None, anywhere) for split, paths in files.items()}
+    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> BaseDataset:
+        prefix_lm = self.config.build_info.get("prefix_lm", False)
+        return self._pairs(split, root, paths, None, select, anywhere, prefix_lm=prefix_lm)
 
 
-class GritVqaBuilder(_LocalBuilder):
-    """Own questions about images, from the same formats; columns ``image``, ``question``, ``answer``, optionally ``question_id``.
+class GritVqaBuilder(_OwnFilesBuilder):
+    """Own questions about images, from the same formats; columns ``image``, ``question``, ``answer``, optionally ``question_id``."""
 
-    ``build_info.annotations.<val|test>.storage``, ``build_info.images``, ``build_info.max_images`` and ``max_images_seed`` are as in
-    ``grit_pairs``.
-    """
-
+    name = "grit_vqa"
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_vqa" / "defaults.yaml")}
 
-    def build(self) -> Datasets:
-        """Split -> ``ImageQuestions``.
-
-        Raises:
-            UserError: an unknown key, no annotation file at all, no image folder, or whatever ``read_annotations`` finds.
-        """
-        where = "datasets.grit_vqa.build_info"
-        info = self.config.build_info
-        check_info("grit_vqa", info)
-        files, root, select = own_files(where, info, SPLITS["grit_vqa"])
-        anywhere = allows_absolute_paths(where, info)
-        self.build_processors()
-        datasets: Datasets = {}
-        for split, paths in files.items():
-            _, table = open_annotations(root, paths, select, QUESTIONS, anywhere)
-            datasets[split] = ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
-        return datasets
+    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> BaseDataset:
+        _, table = open_annotations(root, paths, select, QUESTIONS, anywhere)
+        return ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
 
 
 class GritEmojiBuilder(_LocalBuilder):
     """The emoji data that ``lavis-mafa build-emoji`` writes.
 
-    Splits: ``train``; ``val``, other drawings of concepts that are in training; ``test``, drawings of unknown concepts.
-
-    ``build_info.root`` is that folder; ``build_info.captions`` says whether a training image keeps one caption (``fixed``) or
-    one of eight is drawn at each access (``drawn``), or that and all drawings of a concept count as one image (``curated``:
-    like COCO's several captions an image, for training Con-D). ``build_info.max_concepts`` (optional) keeps the first
-    concepts, in every split.
-
-    ``build_info.view``: with ``questions``, ``val`` and ``test`` ask "what is this?" about each drawing, and every name that truly
-    holds is a right answer; with ``pairs`` they are galleries for retrieval. ``build_info.prefix_lm`` is as in ``grit_pairs``.
+    Splits: ``train``; ``val``, other drawings of concepts that are in training; ``test``, drawings of unknown concepts. With
+    ``view: questions``, ``val`` and ``test`` ask "what is this?" about each drawing, and every name that truly holds is right.
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_emoji" / "defaults.yaml")}
     CAPTIONS = TRAINING_FILES
 
     def build(self) -> Datasets:
-        """Split -> data set.
-
-        Raises:
-            UserError: an unknown key or value, or the folder holds no emoji data.
-        """
         where = "datasets.grit_emoji.build_info"
         info = self.config.build_info
         check_info("grit_emoji", info)
@@ -165,7 +127,7 @@ class GritEmojiBuilder(_LocalBuilder):
                 _, table = open_annotations(root, [root / file], select)
                 datasets[split] = ImageQuestions(*self._processors(split), root, naming_questions(table, truth))
             else:
-                datasets[split] = self._pairs(split, [root / file], root, select, prefix_lm, truth)
+                datasets[split] = self._pairs(split, root, [root / file], truth, select, prefix_lm=prefix_lm)
         return datasets
 
 
