@@ -13,15 +13,16 @@ import os
 import sys
 from typing import Any
 
-# LAVIS's __init__ imports builders, models, processors and at last tasks: once tasks is there, all registries are filled
-LAST_OF_LAVIS = "lavis.tasks"
+# LAVIS's __init__ imports builders, models, processors and tasks: once these two are complete, all registries are filled. In 1.0.2
+# tasks come last; later versions import them in the middle of models.
+LAST_OF_LAVIS = ("lavis.models", "lavis.tasks")
 
 
 def install_hook() -> None:
     """Register with LAVIS as soon as it has been imported; ``LAVIS_MAFA_AUTOLOAD=0`` switches this off."""
     if os.environ.get("LAVIS_MAFA_AUTOLOAD", "1") == "0" or any(isinstance(f, _AfterLavis) for f in sys.meta_path):
         return
-    if LAST_OF_LAVIS in sys.modules and getattr(sys.modules[LAST_OF_LAVIS], "__spec__", None) is not None:
+    if all(name in sys.modules for name in LAST_OF_LAVIS):
         return  # LAVIS came first: whoever imports lavis_mafa registers by hand
     sys.meta_path.insert(0, _AfterLavis())
 
@@ -31,13 +32,13 @@ def register() -> None:
     import lavis.common.dist_utils as dist_utils
     from lavis.common.registry import registry
 
+    import lavis_mafa.processors  # noqa: F401 - registers its own
     from lavis_mafa.datasets.builders import BUILDERS
     from lavis_mafa.distributed import init_process_group
     from lavis_mafa.models.albef import AlbefMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
     from lavis_mafa.models.blip2_opt import Blip2OptMafa
-    from lavis_mafa.processors import PROCESSORS
     from lavis_mafa.runners.runner_mafa import RunnerMafa
     from lavis_mafa.runners.schedule import WarmupCosinePerStep
     from lavis_mafa.tasks.captioning import MafaCaptioningTask
@@ -59,7 +60,6 @@ def register() -> None:
         },
         "runner_name_mapping": {"runner_mafa": RunnerMafa},
         "builder_name_mapping": BUILDERS,
-        "processor_name_mapping": PROCESSORS,
         "lr_scheduler_name_mapping": {"warmup_cosine_per_step": WarmupCosinePerStep},
     }
     for kind, entries in kinds.items():
@@ -82,12 +82,17 @@ def _device_aware(of_lavis: Any, ours: Any) -> Any:
 
 
 class _AfterLavis(importlib.abc.MetaPathFinder):
-    """Finds ``lavis.tasks`` as usual, and registers us right after it was executed."""
+    """Finds ``LAST_OF_LAVIS`` as usual, and registers us right after the last of them was executed.
 
-    searching = False
+    Our own modules are no obstacle: their packages import LAVIS before anything else, so none of them is half imported then.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = set(LAST_OF_LAVIS)
+        self.searching = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != LAST_OF_LAVIS or self.searching:
+        if fullname not in LAST_OF_LAVIS or self.searching:
             return None
         self.searching = True
         try:
@@ -95,13 +100,14 @@ class _AfterLavis(importlib.abc.MetaPathFinder):
         finally:
             self.searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(spec.loader, self.waiting)
         return spec
 
 
 class _ThenRegister(importlib.abc.Loader):
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, waiting: set[str]) -> None:
         self.loader = loader
+        self.waiting = waiting
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -111,62 +117,12 @@ class _ThenRegister(importlib.abc.Loader):
 
     def exec_module(self, module: Any) -> None:
         self.loader.exec_module(module)
+        self.waiting.discard(module.__name__)
+        if self.waiting:
+            return
         try:
             register()
-        except ImportError as error:
-            if any(_is_being_imported(name) for name in list(sys.modules)):
-                _register_on_use()
-            else:
-                _warn(error)
+        except ImportError as error:  # an incomplete install must not break programs that only use LAVIS
+            import logging
 
-
-def _is_being_imported(name: str) -> bool:
-    """Is it LAVIS itself or one of our own modules, and not complete yet?"""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return (name == "lavis" or name.startswith("lavis_mafa.")) and bool(getattr(spec, "_initializing", False))
-
-
-def _warn(error: ImportError) -> None:
-    """An incomplete install must not break programs that only use LAVIS."""
-    import logging
-
-    logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
-
-
-def _register_on_use() -> None:
-    """What we need is not complete yet: register when LAVIS's registry is first asked afterwards.
-
-    One of our own modules may be importing LAVIS; or LAVIS's models import its tasks midway (LAVIS later than 1.0.2).
-    """
-    from lavis.common.registry import registry
-
-    for kind, entries in registry.mapping.items():
-        if kind.endswith("_name_mapping"):
-            registry.mapping[kind] = _RegistersOnUse(entries)
-
-
-class _RegistersOnUse(dict):
-    """A mapping of LAVIS's registry that registers us at the first question."""
-
-    def _registered(self) -> dict:
-        from lavis.common.registry import registry
-
-        waiting = {kind: entries for kind, entries in registry.mapping.items() if isinstance(entries, _RegistersOnUse)}
-        mine = next((kind for kind, entries in waiting.items() if entries is self), None)
-        if mine is None or any(_is_being_imported(name) for name in list(sys.modules)):
-            return dict(self)
-        registry.mapping.update({kind: dict(entries) for kind, entries in waiting.items()})
-        try:
-            register()
-        except ImportError as error:
-            _warn(error)
-        return registry.mapping[mine]
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self._registered().get(key, default)
-
-    def keys(self) -> Any:
-        return self._registered().keys()
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._registered()
+            logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)

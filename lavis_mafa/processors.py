@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from lavis.processors.blip_processors import BlipImageBaseProcessor
 from lavis.processors.randaugment import RandomAugment, arg_dict, func_dict
@@ -166,3 +167,5 @@ class AlbefCaptionProcessor(_FromConfig, BaseProcessor):
 
 
 PROCESSORS = {p.registered: p for p in (AlbefImageTrainProcessor, AlbefImageEvalProcessor, AlbefCaptionProcessor)}
+# here, not in plugin.py: where this module is the first to import LAVIS, that asks for it while it is only half imported
+registry.mapping["processor_name_mapping"].update(PROCESSORS)

@@ -7,6 +7,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
+
+from lavis_mafa import __version__
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -23,3 +26,8 @@ def test_pages_name_files_that_exist(page):
         assert (page.parent / link).exists(), link
     for path in re.findall(r"`((?:lavis_mafa|projects|tests|benchmarks|run_scripts|docs)/[\w./-]+)`", text):
         assert (DOCS.parent / path).exists(), path
+
+
+def test_what_is_cited_is_this_version():
+    cited = yaml.safe_load((DOCS.parent / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(cited["version"]) == __version__ and any("MAFA: " in paper["title"] for paper in cited["references"])

@@ -13,6 +13,8 @@ import torch
 from lavis_mafa.errors import UserError
 from lavis_mafa.tasks.retrieval_metrics import CocoGallery, coco_gallery, eccv_metrics, eccv_truth, retrieval_metrics
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("eccv_caption")
 IMAGES = [391895, 60623, 483108]
 

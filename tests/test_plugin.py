@@ -10,6 +10,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 # nothing of lavis_mafa is to be found, as where an editable install's clone was deleted
 GONE = (
@@ -104,3 +108,41 @@ def test_a_lavis_that_imports_its_tasks_midway(tmp_path):
         "print(r.get_model_class('albef_mafa'), r.get_task_class('mafa_pretrain'), 'coco_caption' in r.list_datasets())"
     )
     assert "AlbefMafa" in done.stdout and "MafaPretrainTask" in done.stdout and "True" in done.stdout, done.stderr
+
+
+# what LAVIS imports stays, LAVIS itself is forgotten: each child imports it anew, which would take seconds otherwise
+EACH_MODULE_FIRST = """
+import importlib.util, os, sys
+import lavis
+for name in [name for name in sys.modules if name.split(".")[0] == "lavis"]:
+    del sys.modules[name]
+del os.environ["LAVIS_MAFA_AUTOLOAD"]
+from lavis_mafa.plugin import install_hook
+install_hook()
+
+def as_tools_do(name):
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+for number, name in enumerate(sys.argv[1:]):
+    assert "lavis" not in sys.modules
+    if os.fork() == 0:
+        as_tools_do(name)
+        from lavis.common.registry import registry
+        from lavis.models import load_model
+        assert registry.get_runner_class("runner_mafa") and registry.get_processor_class("albef_caption")
+        load_model("albef_mafa", "tiny") if number % 8 == 0 else registry.get_model_class("albef_mafa").from_config
+        os._exit(0)
+    print("fine" if os.wait()[1] == 0 else "FAILS", name, flush=True)
+"""
+
+
+@pytest.mark.parametrize("room", ["models", "tasks", "runners", "datasets"])
+def test_whichever_module_of_ours_comes_first_lavis_knows_us(room):
+    files = sorted((ROOT / "lavis_mafa" / room).rglob("*.py"))
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    script = [sys.executable, "-W", "ignore", "-c", EACH_MODULE_FIRST, *names]
+    done = subprocess.run(script, env={**os.environ, "LAVIS_MAFA_AUTOLOAD": "0"}, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"fine {name}" for name in names], done.stdout + done.stderr

@@ -9,6 +9,7 @@ import io
 import os
 import select
 import sys
+import warnings
 from typing import Any, NoReturn
 
 from lavis_mafa import __version__
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     goodbye = f"{name}: stopped; what was saved before is kept."
     if own_process:
         interrupt.watch(goodbye)
+        warnings.simplefilter("ignore", FutureWarning)  # of what LAVIS imports, which its user cannot change
     try:
         arguments = _arguments(argv)
         code = int(arguments.run(arguments) or 0)
@@ -124,7 +126,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text)
         # only the asked command's module is imported: `lavis-mafa ls` must not wait for torch
         if asked == name:
-            module = importlib.import_module(f"lavis_mafa.cli.{name.replace('-', '_')}")
+            module = importlib.import_module(f"lavis_mafa.cli.{name.replace('-', '_')}")  # noqa: TID251 - of the table above
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     try:

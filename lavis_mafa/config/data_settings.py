@@ -12,8 +12,7 @@ from lavis_mafa.config.storage import AnnotationFile, check_storage, storage_fil
 from lavis_mafa.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
+    import pyarrow as pa  # slow, and a YAML is checked in a moment
 
 BLOCK = ("data_type", "build_info", "vis_processor", "text_processor")  # of a data set of ours
 LAVIS_BLOCK = (*BLOCK, "type", "dataset_card")

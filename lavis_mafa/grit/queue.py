@@ -130,8 +130,9 @@ class GritQueue:
         """:meth:`state_dict` of this moment, made when it is called: by another thread, while this queue goes on.
 
         Example:
-            >>> state = queue.snapshot()
-            >>> queue.collect(index, image_features, text_features)
+            >>> queue = GritQueue(queue_size=4, search_space=2)
+        >>> state = queue.snapshot()
+            >>> queue.collect(torch.arange(2), torch.randn(2, 8), torch.randn(2, 8))
             >>> state()["epoch"]  # as it was before that batch
             0
         """

@@ -15,6 +15,7 @@ import logging
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import lavis  # noqa: F401 - registers us before a module of ours is half imported
 import torch
 from lavis.models.blip2_models.blip2 import LayerNorm
 from torch import Tensor, nn

@@ -26,6 +26,8 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.models.retrieval import best_query
 
+pytestmark = pytest.mark.slow
+
 THRESHOLDS = (0.4, 0.6)
 
 

@@ -36,6 +36,8 @@ from lavis_mafa.datasets.annotations import TEXTS, image_keys, read_annotations
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 TEXT_POOL = ["a dog", "A Dog!", "a cat", "two  cats", "Two cats.", ":)", ";)", "ein Hund", "été"]
 
 

@@ -17,6 +17,8 @@ from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.trust import Medians
 
+pytestmark = pytest.mark.slow
+
 YAML = """
 model:
   arch: ARCH

@@ -18,6 +18,8 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.config.schema import Grit, typed_block
 from lavis_mafa.models.base import CONFIGS
 
+pytestmark = pytest.mark.slow
+
 BATCH, LENGTH = 6, 12
 JUDGED = {"ecm": {"enabled": True, "threshold": 1.0, "ambiguous_from": 1.0}}  # nothing found, so nothing added to the LM
 BLOCKS = {

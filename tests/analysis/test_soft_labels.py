@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import oracles
+import reduced
 from lavis_mafa.analysis.soft_labels import (
     CONSISTENCY,
     MOMENTUM,
@@ -26,15 +27,8 @@ from lavis_mafa.config.schema import Grit
 from lavis_mafa.errors import UserError
 from lavis_mafa.objectives import EncodedBatch, consistency_loss, itc_loss
 
+pytestmark = pytest.mark.slow
 
-def _module(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parents[1] / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-oracles, reduced = _module("objectives/oracles.py"), _module("models/reduced.py")
 TEACHER = {"momentum_distillation": {"queue_size": 24, "alpha": 0.4}}
 
 

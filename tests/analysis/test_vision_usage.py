@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,22 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import reduced
+import reduced_blip
+import reduced_blip2
 from lavis_mafa.analysis.vision_usage import Usage, masked_usage, next_word_usage, without_image
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
 from lavis_mafa.objectives import language_modelling_loss
 
+pytestmark = pytest.mark.slow
 
-def _module(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"models/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-reduced = _module("reduced")
-MODELS = {"albef": reduced, "blip": _module("reduced_blip"), "blip2": _module("reduced_blip2")}
+MODELS = {"albef": reduced, "blip": reduced_blip, "blip2": reduced_blip2}
 
 
 def samples(kind: str = "albef", seed: int = 0) -> dict:

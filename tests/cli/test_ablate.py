@@ -17,6 +17,8 @@ from lavis_mafa.cli import ablate
 from lavis_mafa.cli.main import main
 from lavis_mafa.runners.job import check_yaml, run_job
 
+pytestmark = pytest.mark.slow
+
 SMALL = "mafa/quickstart/train/mafa.yaml"
 ROWS = [row for table in load_tables().values() for row in table.rows]
 

@@ -18,6 +18,8 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
 from lavis_mafa.weights import load_exactly, read_weights
 
+pytestmark = pytest.mark.slow
+
 
 def train(yaml: Path, *options: str) -> list[object]:
     return ["train", "--cfg-path", yaml, *(["--options", *options] if options else [])]

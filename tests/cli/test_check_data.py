@@ -29,6 +29,8 @@ from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.datasets.pairs import ImageTextPairs
 from lavis_mafa.processors import AlbefCaptionProcessor
 
+pytestmark = pytest.mark.slow
+
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8))
 ROWS = 64
 GOOD, MISSING, UNREADABLE, LARGE, SMALL, EMPTY = "", "missing", "unreadable", "too_large", "too_small", "empty_caption"

@@ -14,6 +14,8 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.config.check import doubtful
 from lavis_mafa.config.schema import typed_block
 
+pytestmark = pytest.mark.slow
+
 NO_NEGATIVE, ONE_TEXT = "A batch has no negative", "captions of a batch are the same text"
 
 

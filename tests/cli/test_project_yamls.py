@@ -24,6 +24,8 @@ from lavis_mafa.config.schema import typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.runners.job import check_yaml
 
+pytestmark = pytest.mark.slow
+
 YAMLS = sorted(name for name, path in project_files().items() if not path.is_symlink())  # a second name is no second file
 PAPER = [name for name in YAMLS if not name.startswith("mafa/quickstart/")]
 TRAINING = [name for name in PAPER if "/train/" in name]

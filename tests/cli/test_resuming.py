@@ -18,6 +18,8 @@ from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.runners.resuming import rewind, same_runs
 
+pytestmark = pytest.mark.slow
+
 NAME = "checkpoint_0_3"
 
 

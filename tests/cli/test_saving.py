@@ -27,6 +27,8 @@ from lavis_mafa.runners.checkpoints import CheckpointFolder, position
 from lavis_mafa.runners.resuming import newest_good
 from lavis_mafa.weights import damage, read_checkpoint, write_atomically
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_killed_at_every_line_and_every_write_of_a_save_one_good_checkpoint_is_left(tmp_path, keep):

@@ -19,6 +19,8 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.errors import death_of_a_worker
 from lavis_mafa.runners.stepping import Stepper
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def as_before_any_signal(monkeypatch):

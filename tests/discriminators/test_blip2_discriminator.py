@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+import reduced as albef
+import reduced_blip2 as reduced
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.con_d import Blip2Discriminator, build_discriminator
 
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "models" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reduced, albef = load("reduced_blip2"), load("reduced")
 batch, ours, save = reduced.batch, reduced.ours, reduced.save
 IMAGE, TEXT = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([0, 1, 3, 2, 0, 3])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import pickle
 from pathlib import Path
@@ -11,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import families
+import reduced
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.sanity import GroundTruthDiscriminator
 
-spec = importlib.util.spec_from_file_location("reduced", Path(__file__).parents[1] / "models" / "reduced.py")
-reduced = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reduced)
 IMAGE, TEXT = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([0, 1, 3, 2, 0, 3])
 
 
@@ -205,9 +203,6 @@ def test_ground_truth_is_the_truth():
 
 # --- every architecture's file ---------------------------------------------------------------------------------------------
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "models" / "families.py")
-families = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
 BLIP, BLIP2 = families.REDUCED["blip"], families.REDUCED["blip2"]
 ARCHS = {  # who writes such a file, and a weight of the text side as the file names it and as the message does
     "albef_retrieval": (reduced, reduced.lavis_retrieval, "text_encoder.encoder.layer.2.crossattention.self.key.weight"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import subprocess
@@ -12,15 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import families
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.models import sanity
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.sanity import GroundTruthDiscriminator, SanityCheck, is_sane, partners
 
-MODELS = Path(__file__).parents[1] / "models"
-spec = importlib.util.spec_from_file_location("families", MODELS / "families.py")
-families = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
 FAMILIES = [("albef", False), ("blip", False), ("blip2", False)]
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=[name for name, _ in FAMILIES])
 HARDLY_BETTER = "score hardly better than shuffled ones"
@@ -218,11 +214,13 @@ def test_training_is_equal_to_the_last_bit(tmp_path, family):
     assert all(torch.equal(value, other_state[name]) for name, value in state.items())
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_two_processes_tell_once(tmp_path, scope):
     path = tmp_path / "con_d.pth"
     torch.save({"model": families.REDUCED["albef"].ours(1).state_dict()}, path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", MODELS / "looking.py", path, scope]
+    script = Path(families.__file__).with_name("looking.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, path, scope]
     done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(HARDLY_BETTER) == 1 and "of 8 own pairs" in done.stderr, done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from transformers import BertConfig, BertForMaskedLM
 
+import reduced
 from lavis_mafa.config.schema import TextEncoder
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import albef as albef_pairs
@@ -20,9 +20,6 @@ from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.bert import fold_token_type
 from lavis_mafa.models.encoders import build_text_encoder
 
-spec = importlib.util.spec_from_file_location("reduced", Path(__file__).with_name("reduced.py"))
-reduced = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reduced)
 batch, ours = reduced.batch, reduced.ours
 TEACHER = {"momentum_distillation": {"queue_size": 8, "momentum": 0.0}}
 OTHER_TEACHER = {"momentum_distillation": {"queue_size": 8, "momentum": 0.9}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
+import reduced_blip2 as reduced
 from lavis_mafa.config.schema import QFormer
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import blip2_encoders
@@ -23,9 +23,6 @@ from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs, most_similar_query, query_pass
 from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
 
-spec = importlib.util.spec_from_file_location("reduced_blip2", Path(__file__).with_name("reduced_blip2.py"))
-reduced = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reduced)
 batch, block, ours, save = reduced.batch, reduced.block, reduced.ours, reduced.save
 SMOOTH = {"smoothing": 0.1, "smooth_when": "always"}  # what LAVIS has built in
 TRAINED = {"freeze": False}

@@ -27,6 +27,8 @@ from lavis_mafa.models.blip2_opt import Blip2OptMafa, byte_tokenizer
 from lavis_mafa.runners.checkpoints import load_model, model_state
 from lavis_mafa.tasks.vqa import MafaVqaTask
 
+pytestmark = pytest.mark.slow
+
 VIT: dict[str, Any] = {"image_size": 24, "patch_size": 12, "width": 32, "depth": 2, "heads": 2}
 QFORMER: dict[str, Any] = {"init": None, "width": 32, "layers": 2, "heads": 2, "queries": 3}
 SMALL: dict[str, Any] = {

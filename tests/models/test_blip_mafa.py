@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from transformers import BertConfig, BertForMaskedLM
 
+import reduced_blip as reduced
 from lavis_mafa.config.schema import MedEncoder, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip import BlipMafa, BlipPairs
@@ -20,9 +20,6 @@ from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_blip_text
 from lavis_mafa.runners.job import check_yaml
 
-spec = importlib.util.spec_from_file_location("reduced_blip", Path(__file__).with_name("reduced_blip.py"))
-reduced: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reduced)
 batch, ours, block = reduced.batch, reduced.ours, reduced.block
 TEACHER = {"momentum_distillation": {"queue_size": 8, "momentum": 0.9}}
 STEP = {"epoch": 3, "iters": 1, "num_iters_per_epoch": 10}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("gathering.py")
-spec = importlib.util.spec_from_file_location("gathering", SCRIPT)
-gathering = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gathering)
+import gathering
+
+pytestmark = pytest.mark.ranks
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +19,7 @@ def of_two_processes(tmp_path_factory):
     path = tmp_path_factory.mktemp("gathering") / "found.pth"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, SCRIPT, path], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*launch, gathering.__file__, path], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return torch.load(path, weights_only=True)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("gathering_blip2.py")
-spec = importlib.util.spec_from_file_location("gathering_blip2", SCRIPT)
-gathering = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gathering)
+import gathering_blip2 as gathering
+
+pytestmark = pytest.mark.ranks
 
 
 def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
@@ -21,7 +19,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
     assert sum(words[:4]) == sum(words[4:]) and max(words[:4]) != max(words[4:])  # as many, padded differently
     gathering.write_con_d(tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, SCRIPT, tmp_path], env=environment, stderr=subprocess.PIPE, text=True) as second:
+    with subprocess.Popen([sys.executable, gathering.__file__, tmp_path], env=environment, stderr=subprocess.PIPE, text=True) as second:
         try:
             found = gathering.on_two_processes(tmp_path, rank=0)
         finally:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
+import families
 
 
 @pytest.mark.parametrize("family", ["albef", "blip", "blip2"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +12,11 @@ from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtrac
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor
 
+import families
+import reduced_opt as OPT
 from lavis_mafa.errors import UserError
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
 ALBEF, BLIP, BLIP2 = (families.REDUCED[name] for name in ("albef", "blip", "blip2"))
-OPT = families.beside("reduced_opt")
 MODELS = {"albef": ALBEF, "blip": BLIP, "blip2": BLIP2, "opt": OPT}
 MODES = ["image", "text", "multimodal"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import families
 from lavis_mafa.errors import UserError
 from lavis_mafa.runners.job import build_model, check_start, report_keys
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
 ALBEF, BLIP = families.REDUCED["albef"], families.REDUCED["blip"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -16,6 +15,8 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.blip.configuration_blip import BlipConfig
 from transformers.models.blip.modeling_blip import BlipForImageTextRetrieval
 
+import families
+import reduced_opt as STAGE_2
 from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.config.check import check_kinds
 from lavis_mafa.config.schema import ImageEncoder
@@ -24,11 +25,9 @@ from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_image_encoder
 from lavis_mafa.weights import read_weights
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
+pytestmark = pytest.mark.slow
+
 ALBEF, BLIP, BLIP2 = (families.REDUCED[name] for name in ("albef", "blip", "blip2"))
-STAGE_2 = families.beside("reduced_opt")
 MODELS = {"albef": ALBEF.ours, "blip": BLIP.ours, "blip2": BLIP2.ours, "opt": STAGE_2.ours}
 State = dict[str, Tensor]
 

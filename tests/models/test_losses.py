@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
+from families import FAMILIES, NAMES, TEACHER, Always, batch, build, every_family, step
 from lavis_mafa.config.schema import loss_weights
 from lavis_mafa.models import albef as albef_pairs
 from lavis_mafa.models import base as mafa_model
 from lavis_mafa.objectives import ItcSettings, mafa_step
 from lavis_mafa.runners.checkpoints import load_model
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
-FAMILIES, NAMES, Always, batch, build, step = (
-    families.FAMILIES,
-    families.NAMES,
-    families.Always,
-    families.batch,
-    families.build,
-    families.step,
-)
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 with_teacher = pytest.mark.parametrize("family", [f for f in FAMILIES if f[1]], ids=[n for n in NAMES if "teacher" in n])
 ALBEF = ("albef", True)
 
@@ -166,7 +153,7 @@ def test_a_checkpoint_may_not_know_the_texts_of_its_queue():
 
 def test_momentum_distillation_of_itc_alone():
     """ALBEF Table 1, ITC_MoD + MLM + ITM_hard."""
-    teacher = families.TEACHER["momentum_distillation"]
+    teacher = TEACHER["momentum_distillation"]
     samples, outputs = batch(ALBEF, epoch=2), {}
     for mlm in (True, False, None):
         itc = {"momentum_distillation": None if mlm is None else {**teacher, "mlm": mlm}}
@@ -184,7 +171,7 @@ def test_momentum_distillation_of_itc_alone():
 
 @pytest.mark.parametrize(("mlm", "weight", "asked"), [(True, 1.0, True), (False, 1.0, False), (True, 0.0, False)])
 def test_the_teacher_reads_no_words_in_vain(mlm, weight, asked):
-    itc = {"momentum_distillation": {**families.TEACHER["momentum_distillation"], "mlm": mlm}}
+    itc = {"momentum_distillation": {**TEACHER["momentum_distillation"], "mlm": mlm}}
     pairs, _, _ = build(ALBEF, itc=itc, mlm={"weight": weight}).encode({**batch(ALBEF), "gathered": False})
     assert (pairs.teacher_image_embeds is not None) == asked
 

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+from families import Always, batch, build, every_family, step
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
-FAMILIES, NAMES, Always, batch, build, step = (
-    families.FAMILIES,
-    families.NAMES,
-    families.Always,
-    families.batch,
-    families.build,
-    families.step,
-)
 NAN, INF = float("nan"), float("inf")
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 
 
 def spoilt(family, value, row: int = 1):

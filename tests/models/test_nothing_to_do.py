@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from families import FAMILIES, Always, batch, build, every_family, step
 from lavis_mafa.models import base as nothing_to_do
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
-FAMILIES, NAMES, Always, batch, build, step = (
-    families.FAMILIES,
-    families.NAMES,
-    families.Always,
-    families.batch,
-    families.build,
-    families.step,
-)
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 NO_NEGATIVE, NONE_LEFT, ONE_TEXT, NO_WORD = (
     "A batch has no negative",
     "ECM leaves a batch",

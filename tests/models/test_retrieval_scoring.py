@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +12,7 @@ from lavis.models.base_model import BaseModel
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 
+import families
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.albef import AlbefMafa
@@ -24,10 +23,6 @@ from lavis_mafa.models.retrieval import in_fp32, retrieval_scores
 from lavis_mafa.runners.evaluating import evaluate_split
 from lavis_mafa.tasks.pretrain import MafaPretrainTask
 from lavis_mafa.tasks.retrieval_metrics import retrieval_metrics
-
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
 
 IMAGES, TEXTS = 7, 9
 SCORES = ["itm", "itm+itc", "itc"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+import families
 from lavis_mafa.config.check import check_kinds, check_words, words_of_tokenizer
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
 VOCABULARY = families.REDUCED["blip2"].VOCABULARY
 WORDS = len(Path(VOCABULARY).read_text().splitlines())
 ADDED = {"albef": 0, "blip": 2, "blip2": 1}

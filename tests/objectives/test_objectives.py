@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracles
 from lavis_mafa.objectives import (
     Connections,
     candidate_pairs,
@@ -32,10 +31,6 @@ from lavis_mafa.objectives import (
     value_range,
 )
 from lavis_mafa.objectives.itm import itm_accuracy
-
-spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
-oracles = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(oracles)
 
 DTYPES = [torch.float32, torch.bfloat16]  # of what comes in; losses are fp32 in any case, so that they are as exact
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import step_oracle
 from lavis_mafa.objectives import EcmSettings, EncodedBatch, ItcSettings, StepSettings, known_positives, mafa_step, text_key
-
-spec = importlib.util.spec_from_file_location("step_oracle", Path(__file__).with_name("step_oracle.py"))
-step_oracle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(step_oracle)
 
 B, K, TEMPERATURE = 6, 6, 0.1
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("run_folder", Path(__file__).with_name("run_folder.py"))
-run_folder = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_folder)
+import run_folder
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -12,13 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+import run_folder
 from lavis_mafa.cli.main import main
 from lavis_mafa.reports.page import TEMPLATES, render
 from lavis_mafa.reports.tables import Table
-
-spec = importlib.util.spec_from_file_location("run_folder", Path(__file__).with_name("run_folder.py"))
-run_folder = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_folder)
 
 BITES = [
     "<script>window.bitten = 1</script>",

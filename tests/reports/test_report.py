@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -14,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+import run_folder
 from lavis_mafa.cli.main import main
 from lavis_mafa.reports.gallery import distinct_candidates
 from lavis_mafa.reports.run_files import Run, open_runs
@@ -21,10 +21,6 @@ from lavis_mafa.reports.tables import evaluation_tables
 from lavis_mafa.reports.thumbnails import Thumbnails
 from lavis_mafa.reports.training_rows import read_training_rows
 from lavis_mafa.runners.connection_record import ConnectionRecord
-
-spec = importlib.util.spec_from_file_location("run_folder", Path(__file__).with_name("run_folder.py"))
-run_folder = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_folder)
 
 
 @pytest.fixture

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
+import run_folder
 from lavis_mafa.cli.main import main
 
-spec = importlib.util.spec_from_file_location("run_folder", Path(__file__).with_name("run_folder.py"))
-run_folder = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run_folder)
-
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH (Debian: apt install chromium)"),
+]
 
 CATCH = """<script>
   window.wrong = [];

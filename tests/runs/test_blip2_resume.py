@@ -11,6 +11,8 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.reports.run_files import last_checkpoint, read_metrics
 from lavis_mafa.weights import read_weights
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["run.max_epoch=2", "run.batch_size_train=16", "run.log_freq=1", "run.warmup_steps=2", "run.test_splits=[]"]
 SIZES = ["model.image_encoder.width=32", "model.image_encoder.depth=2", "model.image_encoder.heads=2", "model.qformer.init=null"]
 SIZES += ["model.qformer.width=32", "model.qformer.layers=2", "model.qformer.heads=2"]

@@ -17,6 +17,8 @@ import torch
 from lavis_mafa.reports.run_files import last_checkpoint, read_connections, read_evaluations, read_metrics
 from lavis_mafa.weights import read_weights
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "run.max_epoch=2",
     "run.max_steps=6",

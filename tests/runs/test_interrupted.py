@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import signal
@@ -13,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import outputs
 from lavis_mafa.cli.main import main
 from lavis_mafa.runners.stepping import Stepper
 
-spec = importlib.util.spec_from_file_location("outputs", Path(__file__).with_name("outputs.py"))
-outputs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(outputs)
+pytestmark = pytest.mark.slow
 
 STEPS = 9  # of an epoch: batches of 16 from the first 60 concepts
 EPOCHS = 3

@@ -17,6 +17,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 OF_LAVIS = Path(lavis.__file__).parent / "projects" / "albef"
 WORDS = "a red blue green small large dog cat car tree house boat sitting standing near under the old new bright".split()
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
+import outputs
 from lavis_mafa.datasets.emoji.truth import first_concepts, read_truth
 
-spec = importlib.util.spec_from_file_location("outputs", Path(__file__).with_name("outputs.py"))
-outputs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(outputs)
+pytestmark = pytest.mark.slow
+
 metrics, newest_run, only_run = outputs.metrics, outputs.newest_run, outputs.only_run
 
 

@@ -15,6 +15,8 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.runners.nonfinite import NonFinite
 from lavis_mafa.runners.stepping import Stepper
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TASK = SimpleNamespace(train_step=lambda model, samples: F.mse_loss(model(samples["x"]), samples["y"]) * samples.get("times", 1.0))
 GOOD, NAN, INFINITE = 1.0, float("nan"), float("inf")

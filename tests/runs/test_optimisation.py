@@ -16,6 +16,8 @@ from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.runners.schedule import WarmupCosinePerStep
 from lavis_mafa.runners.stepping import Stepper
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TASK = SimpleNamespace(train_step=lambda model, samples: F.mse_loss(model(samples["x"]), samples["y"]))
 

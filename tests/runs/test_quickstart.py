@@ -6,6 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_quickstart_compares_grit_and_mafa_against_the_truth(run_cli, tmp_path):
     options = ["run.max_epoch=2", "datasets.grit_emoji.build_info.max_concepts=80", "run.batch_size_train=16", "run.log_freq=2"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -14,18 +13,12 @@ from pathlib import Path
 
 import pytest
 
+import outputs
+import uneven_shares
+
+pytestmark = pytest.mark.ranks
+
 LAUNCHER = Path(__file__).with_name("ranks_launcher.py")
-
-
-def beside(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-outputs = beside("outputs")
-
 SHORT = ["run.grit.search_space=64", "run.batch_size_train=8", "run.max_epoch=1", "run.test_splits=[]"]
 SLACK = 10  # seconds, on a busy machine
 
@@ -117,9 +110,9 @@ def test_a_run_that_goes_well_says_nothing_leaves_no_thread_and_is_not_changed(t
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory) -> dict[int, tuple[Path, dict]]:
     """What ``uneven_shares.py`` writes as one process and as two."""
-    script = LAUNCHER.with_name("uneven_shares.py")
+    script = uneven_shares.__file__
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    beside("uneven_shares").write_results(one)
+    uneven_shares.write_results(one)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # with a timeout, since the promise is that nobody waits forever

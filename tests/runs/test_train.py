@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,9 +11,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-spec = importlib.util.spec_from_file_location("outputs", Path(__file__).with_name("outputs.py"))
-outputs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(outputs)
+import outputs
+
+pytestmark = pytest.mark.slow
+
 only_run, metrics, weights, assert_same_weights = outputs.only_run, outputs.metrics, outputs.weights, outputs.assert_same_weights
 
 

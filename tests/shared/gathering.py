@@ -6,9 +6,7 @@ through.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import reduced
+import reduced_blip
 from lavis_mafa.models import albef as albef_mafa
 from lavis_mafa.models import blip as blip_mafa
 
-
-def beside(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reduced, reduced_blip = beside("reduced"), beside("reduced_blip")
 # both halves have 33 tokens: a mean over the tokens of each process is then that over all; one caption is on both processes
 CAPTIONS = [*reduced.CAPTIONS, "a tall man in a green hat", reduced.CAPTIONS[3], "an old boat"]
 CAPTIONS.append("three people walk home over the old stone bridge at night")

@@ -5,22 +5,17 @@ python looking.py CON_D local|global, under torchrun.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import families
 from lavis_mafa.distributed import gather_in_rank_order
 from lavis_mafa.models.con_d import build_discriminator
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(families)
 FAMILY = ("albef", False)
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import reduced
+import reduced_blip
+import reduced_blip2
 
-def beside(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-REDUCED = {"albef": beside("reduced"), "blip": beside("reduced_blip"), "blip2": beside("reduced_blip2")}
+REDUCED: dict[str, Any] = {"albef": reduced, "blip": reduced_blip, "blip2": reduced_blip2}
 TEACHER = {"momentum_distillation": {"queue_size": 12, "momentum": 0.9}}
 # BLIP-2 has no momentum teacher
 FAMILIES = [("albef", False), ("albef", True), ("blip", False), ("blip", True), ("blip2", False)]
 NAMES = [f"{name} with a teacher" if teacher else name for name, teacher in FAMILIES]
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 
 
 def build(family: tuple[str, bool], con_d: Any = None, **changes: Any) -> Any:

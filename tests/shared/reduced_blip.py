@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +17,12 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertConfig
 
+import reduced
 from lavis_mafa.config.schema import BlipBlock, typed_block
 from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip import BlipMafa
 from lavis_mafa.models.encoders import build_blip_tokenizer
 
-spec = importlib.util.spec_from_file_location("reduced", Path(__file__).with_name("reduced.py"))
-reduced: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reduced)
 batch, Gallery, SIZE, DIM, CAPTIONS = reduced.batch, reduced.Gallery, reduced.SIZE, reduced.DIM, reduced.CAPTIONS
 
 TEXT = {"init": None, "width": reduced.WIDTH, "layers": 2, "heads": reduced.HEADS, "dropout": 0.0}

@@ -6,7 +6,6 @@ through. ``python gathering_blip2.py FOLDER`` is the second process; Con-D's che
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -17,13 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import reduced_blip2 as reduced
 from lavis_mafa.models import blip2 as blip2_mafa
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.con_d import build_discriminator
-
-spec = importlib.util.spec_from_file_location("reduced_blip2", Path(__file__).with_name("reduced_blip2.py"))
-reduced = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reduced)
 
 # of other lengths, but as many words in the first four as in the last: the LM loss is a mean over words
 CAPTIONS = [

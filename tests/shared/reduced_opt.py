@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
+import reduced_blip2 as blip2
 from lavis_mafa.config.schema import typed_block
 from lavis_mafa.models.blip2_opt import Blip2OptMafa
 
-spec = importlib.util.spec_from_file_location("reduced_blip2", Path(__file__).with_name("reduced_blip2.py"))
-blip2: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(blip2)
 SIZES: dict[str, Any] = {
     "arch": "blip2_opt_mafa",
     "model_type": "tiny",
