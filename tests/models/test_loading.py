@@ -16,12 +16,12 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.blip.configuration_blip import BlipConfig
 from transformers.models.blip.modeling_blip import BlipForImageTextRetrieval
 
-from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.config.check import check_kinds
 from lavis_mafa.config.schema import ImageEncoder
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_image_encoder
+from lavis_mafa.tools.training_data import load_con_d
 from lavis_mafa.weights import read_weights
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
