@@ -21,10 +21,17 @@ import torch
 from grouping import machine
 from torch import Tensor
 
-from lavis_mafa.analysis.connections.blocks import Encoder, encoded_blocks
-from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
-from lavis_mafa.analysis.connections.counting import blocks_of
-from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
+from lavis_mafa.tools.candidates import (
+    Encoder,
+    ReadableRows,
+    batches_of,
+    blocks_of,
+    encoded_blocks,
+    grouped_order,
+    hardest_negatives,
+    match_probabilities,
+    shuffled,
+)
 
 DIM, TEXT = 256, 12
 
@@ -80,10 +87,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(f"{datetime.date.today()}  {machine('cpu')}")
     space, tokens, width = arguments.search_space, arguments.tokens, arguments.width
-    rows = ReadableRows(Rows(arguments.rows))
+    rows = ReadableRows(Rows(arguments.rows), batch_size=480)
     encoder = Encoder(Features(tokens, width), torch.device("cpu"))
     before, begin, most = resident_mb(), time.perf_counter(), 0.0
-    for block in encoded_blocks(encoder, rows, blocks_of(shuffled(len(rows), 0), space), batch_size=480):
+    for block in encoded_blocks(encoder, rows, blocks_of(shuffled(len(rows), 0), space)):
         found = hardest_negatives(block, batches_of(grouped_order(block, space, 0), arguments.batch_size))
         match_probabilities(encoder, block, found.image, found.text)
         most = max(most, resident_mb())

@@ -27,14 +27,20 @@ from grouping import machine
 from omegaconf import OmegaConf
 from torch.utils.data import default_collate
 
-from lavis_mafa.analysis.connections.blocks import Encoder, encoded_blocks
-from lavis_mafa.analysis.connections.candidates import batches_of, grouped_order, hardest_negatives, match_probabilities
-from lavis_mafa.analysis.connections.counting import blocks_of
-from lavis_mafa.analysis.connections.reading import ReadableRows
 from lavis_mafa.config.schema import typed_block
 from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.base import CONFIGS
 from lavis_mafa.models.blip2 import Blip2Mafa
+from lavis_mafa.tools.candidates import (
+    Encoder,
+    ReadableRows,
+    batches_of,
+    blocks_of,
+    encoded_blocks,
+    grouped_order,
+    hardest_negatives,
+    match_probabilities,
+)
 
 WORDS = "a red green blue round small big smiling face heart hand animal flag cat dog sign clock moon of with and on".split()
 

@@ -146,7 +146,7 @@ def _vision_usage(arguments: argparse.Namespace) -> None:
 
 
 def _draw(arguments: argparse.Namespace, opened: Opened, dataset: Any) -> Tensor:
-    from lavis_mafa.analysis.connections.reading import shuffled
+    from lavis_mafa.tools.candidates import shuffled
 
     return shuffled(len(dataset), opened.settings.seed, arguments.max_samples)
 

@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
-    from lavis_mafa.analysis.connections.folder import check_unfinished, write_text
     from lavis_mafa.analysis.data_check.cleaning import check_columns, check_ids, check_target, write_clean
     from lavis_mafa.analysis.data_check.judging import judge
     from lavis_mafa.analysis.data_check.problems import find
@@ -44,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.analysis.data_check.rows import read_sources
     from lavis_mafa.analysis.data_check.sources import from_files, from_yaml
     from lavis_mafa.datasets.images import MIN_SIDE
+    from lavis_mafa.files import check_unfinished, write_text
 
     min_side = MIN_SIDE if arguments.min_side is None else arguments.min_side
     if min_side < MIN_SIDE:

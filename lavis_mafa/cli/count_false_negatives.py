@@ -4,105 +4,133 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.analysis.connections.flags import (
-    add_pass_arguments,
-    check_share,
-    check_sizes,
-    refuse_meaningless,
-    sizes_or_defaults,
-)
+from lavis_mafa.cli.options import positive
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
-    from lavis_mafa.analysis.connections.opening import Opened
+    from lavis_mafa.models.trust import Medians
+    from lavis_mafa.tools.training_data import Opened
 
 RESULT = "count.json"
+
+# --- flags that `mine` has too ------------------------------------------------------------------------------------------
+
+
+def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """``--cfg-path``, ``--con-d`` and the rest that a pass needs; sizes are left to the command."""
+    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="whose model is Con-D and whose training data are read")
+    parser.add_argument("--con-d", required=True, metavar="CHECKPOINT", help="Con-D's weights: ours, or LAVIS's retrieval or ITM ones")
+    parser.add_argument("--samples", type=positive, metavar="N", help="only so many samples, a random part (default: all)")
+    parser.add_argument("--seed", type=int, help="of the shuffle and of GRIT's starts (default: run.seed)")
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"folder for the result (default: {output})")
+    parser.add_argument("--force", action="store_true", help="give a result even where Con-D's scores say that it cannot judge")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings, e.g. run.num_workers=8")
+
+
+def check_share(flag: str, value: float, above_zero: bool = False) -> None:
+    """A probability or share; raises UserError."""
+    if not (0.0 < value <= 1.0 if above_zero else 0.0 <= value <= 1.0):
+        raise UserError(f"{flag} is {value:g}, but must be {'above 0 and at most 1' if above_zero else 'between 0 and 1'}.")
+
+
+def sizes(arguments: argparse.Namespace, config: Any) -> tuple[list[int], list[int]]:
+    """All B and M that are asked for, else those that the YAML trains with; raises UserError unless 2 <= B <= M."""
+    from omegaconf import OmegaConf
+
+    def asked(given: Any, key: str, default: int) -> list[int]:
+        given = int(OmegaConf.select(config, key) or default) if given is None else given
+        return given if isinstance(given, list) else [given]
+
+    batch_sizes = asked(arguments.batch_size, "run.batch_size_train", 96)
+    random_only = getattr(arguments, "random_only", False)
+    search_spaces = [] if random_only else asked(arguments.search_space, "run.grit.search_space", 4800)
+    for size in batch_sizes:
+        if size < 2:
+            raise UserError(f"--batch-size is {size}, but a batch with negatives has at least 2 samples.")
+        for space in search_spaces:
+            if size > space:
+                raise UserError(f"--batch-size is {size}, but must not exceed --search-space ({space}).")
+    return batch_sizes, search_spaces
+
+
+def refuse_meaningless(found: Iterable[Medians], force: bool) -> None:
+    """Raises UserError where Con-D cannot judge (:meth:`Medians.why_not`) under any of the ways to sample, unless forced."""
+    medians = next((medians for medians in found if medians.why_not()), None)
+    if medians is not None and not force:
+        raise UserError(
+            f"--con-d cannot judge these data: {medians.why_not()}; medians: {medians}. What it decides means nothing, so no result is "
+            "given. Give a Con-D that was trained on such images and texts; or, where most captions do fit many of the images, "
+            "--force, and it is marked."
+        )
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pass_arguments(parser, "output/count")
-    parser.add_argument("--batch-size", type=int, nargs="+", metavar="B", help="batch sizes (default: run.batch_size_train)")
-    parser.add_argument(
-        "--search-space", type=int, nargs="+", metavar="M", help="GRIT's search spaces (default: run.grit.search_space)"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        nargs="+",
-        default=[0.5],
-        metavar="P",
-        help="Con-D calls a pair a match above it (default: 0.5, as in the paper's count); the first is for table and plot",
-    )
-    parser.add_argument(
-        "--correction", type=float, default=1.0, help="human correction factor; the paper's Table 1 has 0.83 (default: 1)"
-    )
-    parser.add_argument(
-        "--miner", metavar="CHECKPOINT", help="whose similarities mine, while --con-d judges: the paper's count (default: Con-D's own)"
-    )
-    parser.add_argument("--random-only", action="store_true", help="random batches alone, of any size (MAFA Figure 5)")
+    add = parser.add_argument
+    add("--batch-size", type=int, nargs="+", metavar="B", help="batch sizes (default: run.batch_size_train)")
+    add("--search-space", type=int, nargs="+", metavar="M", help="GRIT's search spaces (default: run.grit.search_space)")
+    text = "Con-D calls a pair a match above it (default: 0.5, as in the paper's count); the first is for table and plot"
+    add("--threshold", type=float, nargs="+", default=[0.5], metavar="P", help=text)
+    add("--correction", type=float, default=1.0, help="human correction factor; the paper's Table 1 has 0.83 (default: 1)")
+    text = "whose similarities mine, while --con-d judges: the paper's count (default: Con-D's own)"
+    add("--miner", metavar="CHECKPOINT", help=text)
+    add("--random-only", action="store_true", help="random batches alone, of any size (MAFA Figure 5)")
     for what in ("image", "text"):
-        parser.add_argument(
-            f"--same-{what}",
-            choices=("count", "exclude"),
-            help=f"may samples of the same {what} be each other's negatives (default: as model.ecm.same_{what}; the paper counts them)",
-        )
-    parser.add_argument("--truth", action="store_true", help="insist on a comparison with the known truth, made where there is one")
+        text = f"may samples of the same {what} be each other's negatives (default: as model.ecm.same_{what}; the paper counts them)"
+        add(f"--same-{what}", choices=("count", "exclude"), help=text)
+    add("--truth", action="store_true", help="insist on a comparison with the known truth, made where there is one")
 
 
 def run(arguments: argparse.Namespace) -> int:
     for threshold in arguments.threshold:
         check_share("--threshold", threshold)
     check_share("--correction", arguments.correction, above_zero=True)
-    from lavis_mafa.analysis.connections.folder import check_unfinished
-
-    check_unfinished(arguments.output, RESULT)
-    from lavis_mafa.analysis.connections.opening import checked_config, open_pass, process_group_closed
-    from lavis_mafa.config.schema import typed_block
-
     if arguments.random_only and arguments.search_space:
         raise UserError("--random-only and --search-space exclude each other: random batches have no search space.")
-    config = checked_config(arguments.cfg_path, arguments.options, arguments.con_d, arguments.miner)
-    sizes = sizes_or_defaults(arguments.batch_size, config, "run.batch_size_train", 96)
-    spaces = [] if arguments.random_only else sizes_or_defaults(arguments.search_space, config, "run.grit.search_space", 4800)
-    check_sizes(sizes, spaces, arguments.samples)
-    with process_group_closed():
-        opened = open_pass(config, arguments.cfg_path, arguments.options, arguments.con_d, arguments.miner)
-        _count(arguments, opened, typed_block("model", config.model).ecm, sizes, spaces)
+    from lavis_mafa.files import check_unfinished
+
+    check_unfinished(arguments.output, RESULT)
+    from lavis_mafa.tools.training_data import check_pass, opened_pass
+
+    config = check_pass(arguments.cfg_path, arguments.options, arguments.con_d, arguments.miner)
+    asked = sizes(arguments, config)
+    with opened_pass(config, arguments.cfg_path, arguments.options, arguments.con_d, arguments.miner) as opened:
+        _count(arguments, opened, *asked)
     return 0
 
 
-def _count(arguments: argparse.Namespace, opened: Opened, ecm: Any, sizes: list[int], spaces: list[int]) -> None:
-    from lavis_mafa.analysis.connections.blocks import Encoder
-    from lavis_mafa.analysis.connections.candidates import Known
-    from lavis_mafa.analysis.connections.count_plot import count_plot
-    from lavis_mafa.analysis.connections.count_report import count_results, format_count
-    from lavis_mafa.analysis.connections.counting import Count, count_false_negatives, samplings
-    from lavis_mafa.analysis.connections.folder import write_bytes, write_text
-    from lavis_mafa.analysis.connections.opening import progress_bar
-    from lavis_mafa.analysis.connections.reading import ReadableRows, shuffled
+def _count(arguments: argparse.Namespace, opened: Opened, batch_sizes: Sequence[int], search_spaces: Sequence[int]) -> None:
     from lavis_mafa.distributed import rank
+    from lavis_mafa.files import write_bytes, write_text
+    from lavis_mafa.tools.candidates import Encoder, Known, ReadableRows, progress_bar, shuffled
+    from lavis_mafa.tools.count import Count, count_false_negatives, count_plot, count_results, format_count, samplings
 
     if arguments.truth and getattr(opened.dataset, "truth", None) is None:
         raise UserError("--truth is given, but the training data has no `concept` to know the truth from, or is several data sets.")
     run, folder = opened.run, arguments.output
     seed = run.seed if arguments.seed is None else arguments.seed
-    rows = ReadableRows(opened.dataset, run.seed)
+    rows = ReadableRows(opened.dataset, run.seed, run.batch_size_eval, run.num_workers)
     order = shuffled(len(rows), seed, arguments.samples)
+    asked = (arguments.same_image, opened.model.ecm.same_image), (arguments.same_text, opened.model.ecm.same_text)
+    known = Known(*(trained if flag is None else flag == "exclude" for flag, trained in asked))
     about = {"cfg_path": arguments.cfg_path, "options": arguments.options, "con_d": arguments.con_d, "miner": arguments.miner}
-    known = Known(_excluded(arguments.same_image, ecm.same_image), _excluded(arguments.same_text, ecm.same_text))
     about |= {"data": len(rows), "seed": seed, "same_image": known.same_image, "same_text": known.same_text}
-    encoder = Encoder(opened.con_d, opened.device, run.precision, opened.miner)
 
     def look(count: Count) -> None:
-        refuse_meaningless([count.medians(way) for way in count.tallies], arguments.force)
+        refuse_meaningless((count.medians(way) for way in count.tallies), arguments.force)
 
     folder.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be written is found before hours of work
-    ways = samplings(sizes, spaces)
+    encoder = Encoder(opened.con_d, opened.device, run.precision, opened.miner)
+    ways = samplings(batch_sizes, search_spaces)
     with progress_bar(len(order)) as bar:
-        reading = run.batch_size_eval, run.num_workers
-        count = count_false_negatives(encoder, rows, order, ways, arguments.threshold, seed, *reading, bar, known, look)
+        count = count_false_negatives(encoder, rows, order, ways, arguments.threshold, seed, known, bar, look)
     if count.samples == 0:
         raise UserError(f"none of {len(order)} samples could be read: {', '.join(count.unreadable)}.")
     look(count)
@@ -111,8 +139,4 @@ def _count(arguments: argparse.Namespace, opened: Opened, ecm: Any, sizes: list[
         print(format_count(results))
         write_bytes(folder / "count.png", count_plot(results))
         write_text(folder / RESULT, json.dumps(results, indent=2) + "\n")
-        print(f"\nThe figures: {folder / RESULT}, the plot: {folder / 'count.png'}")
-
-
-def _excluded(asked: str | None, as_trained: bool) -> bool:
-    return as_trained if asked is None else asked == "exclude"
+        print(f"\nThe metrics: {folder / RESULT}, the plot: {folder / 'count.png'}")

@@ -92,7 +92,7 @@ def test_the_figures_of_a_step_leave_out_what_the_truth_does_not_know() -> None:
 
 
 def test_a_count_against_a_partial_truth_is_that_of_the_pairs_it_knows() -> None:
-    from lavis_mafa.analysis.connections.tally import Tally
+    from lavis_mafa.tools.count import Tally
 
     draw = torch.Generator().manual_seed(0)
     scores, exists, true, known = (torch.rand(40, generator=draw) if n == 0 else torch.rand(40, generator=draw) > 0.4 for n in range(4))

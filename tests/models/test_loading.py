@@ -17,12 +17,12 @@ from transformers.models.blip.modeling_blip import BlipForImageTextRetrieval
 
 import families
 import reduced_opt as STAGE_2
-from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.config.check import check_kinds
 from lavis_mafa.config.schema import ImageEncoder
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_image_encoder
+from lavis_mafa.tools.training_data import load_con_d
 from lavis_mafa.weights import read_weights
 
 pytestmark = pytest.mark.slow

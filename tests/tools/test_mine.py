@@ -12,8 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lavis_mafa.analysis.connections import mining
-from lavis_mafa.analysis.connections.choosing import (
+from lavis_mafa.datasets.annotations import TEXTS, image_keys, read_annotations
+from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.errors import UserError
+from lavis_mafa.files import check_unfinished
+from lavis_mafa.tools import mine as mining
+from lavis_mafa.tools.candidates import blocks_of
+from lavis_mafa.tools.mine import (
     BELOW,
     KNOWN,
     MARGIN,
@@ -24,17 +29,14 @@ from lavis_mafa.analysis.connections.choosing import (
     OVER_ALL,
     TWICE,
     Rules,
+    SourceRows,
+    begin,
     choose,
+    fingerprint,
+    medians_of,
+    pairs_table,
     plain,
 )
-from lavis_mafa.analysis.connections.counting import blocks_of
-from lavis_mafa.analysis.connections.folder import begin, check_unfinished, fingerprint
-from lavis_mafa.analysis.connections.mine_report import medians_of
-from lavis_mafa.analysis.connections.pairs_file import pairs_table
-from lavis_mafa.analysis.connections.source_rows import SourceRows
-from lavis_mafa.datasets.annotations import TEXTS, image_keys, read_annotations
-from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -118,11 +120,11 @@ class Written:
 
 
 def judge(kit, folder, count=30, size=12, stop_after=None, broken=(), monkeypatch=None):
-    rows = kit.rows(count, broken=broken)
+    rows = kit.rows(count, broken=broken, batch_size=5)
     source = SourceRows(Written(rows.dataset, [[t.upper()] for t in rows.dataset.texts]))
     blocks = blocks_of(torch.arange(count), size)
     folder.mkdir(exist_ok=True)
-    mining.mine_blocks(kit.encoder, rows, source, blocks, folder, batch_size=4, seed=1, encode_batch=5)
+    mining.mine_blocks(kit.encoder, rows, source, blocks, folder, batch_size=4, seed=1)
     return rows, source, *mining.read_parts(folder, len(blocks))
 
 
@@ -210,14 +212,14 @@ def test_ranks_share_the_blocks(kit, tmp_path, monkeypatch):
     monkeypatch.setattr(mining, "write_parquet", watched)
     monkeypatch.setattr(mining, "world_size", lambda: 2)
     (tmp_path / "shared").mkdir()
-    rows = kit.rows(30)
+    rows = kit.rows(30, batch_size=5)
     source = SourceRows(Written(rows.dataset, [[t.upper()] for t in rows.dataset.texts]))
     for me in (0, 1):  # as if at once: neither sees what the other wrote
         written.append([])
         monkeypatch.setattr(mining, "rank", lambda me=me: me)
         folder = tmp_path / f"rank_{me}"
         folder.mkdir()
-        mining.mine_blocks(kit.encoder, rows, source, blocks_of(torch.arange(30), 12), folder, batch_size=4, seed=1, encode_batch=5)
+        mining.mine_blocks(kit.encoder, rows, source, blocks_of(torch.arange(30), 12), folder, batch_size=4, seed=1)
         for name in written[-1]:
             (folder / name).rename(tmp_path / "shared" / name)
     assert sorted(map(sorted, written)) == [["block_000000.parquet", "block_000002.parquet"], ["block_000001.parquet"]]

@@ -9,22 +9,22 @@ from functools import cache
 import pytest
 import torch
 
-from lavis_mafa.analysis.connections import counting
-from lavis_mafa.analysis.connections.blocks import encoded_blocks
-from lavis_mafa.analysis.connections.candidates import (
-    Known,
-    batches_of,
-    grouped_order,
-    hardest_negatives,
-    match_probabilities,
-    shuffled_pairs,
-)
-from lavis_mafa.analysis.connections.counting import Sampling, blocks_of, count_false_negatives, samplings
-from lavis_mafa.analysis.connections.reading import shuffled
-from lavis_mafa.analysis.connections.tally import Tally
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.models.retrieval import best_query
+from lavis_mafa.tools import count as counting
+from lavis_mafa.tools.candidates import (
+    Known,
+    batches_of,
+    blocks_of,
+    encoded_blocks,
+    grouped_order,
+    hardest_negatives,
+    match_probabilities,
+    shuffled,
+    shuffled_pairs,
+)
+from lavis_mafa.tools.count import Sampling, Tally, count_false_negatives, samplings
 
 pytestmark = pytest.mark.slow
 
@@ -100,13 +100,13 @@ def slices(rows, size):
     ],
 )
 def test_counts_equal_a_loop_over_pairs(kit, models, arch, miner, known):
-    rows, encoder = kit.rows(23), kit.encoder_of(models[arch])
+    rows, encoder = kit.rows(23, batch_size=5), kit.encoder_of(models[arch])
     encoder.miner = models.get(miner)
     data, order, seed = rows.dataset, shuffled(23, 5), 5
     ways = samplings([3, 8], [8, 12])  # a batch of 3 would cross the parts of M = 8
     thresholds = dividing(encoder, rows)
     seen = []
-    count = count_false_negatives(encoder, rows, order, ways, thresholds, seed, batch_size=5, known=known, look=seen.append)
+    count = count_false_negatives(encoder, rows, order, ways, thresholds, seed, known, look=seen.append)
     assert [early.samples for early in seen] == [12]
     assert list(count.tallies) == ways and count.samples == 23 and count.truth_known
     for way, tally in count.tallies.items():
@@ -166,7 +166,7 @@ def test_known_positives_are_never_mined_and_all_anchors_are_there(kit):
 
 
 def test_a_block_is_the_same_in_any_pieces(kit):
-    once, pieces = (next(encoded_blocks(kit.encoder, kit.rows(9), blocks_of(torch.arange(9), 9), size)) for size in (9, 2))
+    once, pieces = (next(encoded_blocks(kit.encoder, kit.rows(9, batch_size=size), blocks_of(torch.arange(9), 9))) for size in (9, 2))
     assert torch.allclose(once.images, pieces.images, atol=1e-5) and once.captions == pieces.captions
     image, text = torch.randint(9, (40,)), torch.randint(9, (40,))
     scores = [match_probabilities(kit.encoder, block, image, text, size) for block, size in ((once, 512), (pieces, 3))]
@@ -182,9 +182,9 @@ def test_half_precision_keeps_states_small_and_features_whole(kit, con_d):
 
 
 def test_unreadable_samples_are_left_out_and_counted(kit):
-    rows = kit.rows(12, broken=(3, 4, 5, 11))
+    rows = kit.rows(12, broken=(3, 4, 5, 11), batch_size=3)
     told = []
-    count = count_false_negatives(kit.encoder, rows, torch.arange(12), samplings([3], [3]), (0.5,), batch_size=3, progress=told.append)
+    count = count_false_negatives(kit.encoder, rows, torch.arange(12), samplings([3], [3]), (0.5,), progress=told.append)
     assert count.samples == 8 and count.unreadable == {"OSError": 4} and sum(told) == 12
     assert all(int(t.negatives.sum() + t.lonely.sum()) == 16 for t in count.tallies.values())
 
@@ -275,10 +275,8 @@ def test_ranks_share_the_blocks_and_add_up(kit, monkeypatch):
 
     def run():
         read: list[int] = []
-        rows = kit.rows(23, broken=(4,))
-        count = count_false_negatives(
-            kit.encoder, rows, shuffled(23, 5), samplings([4], [6]), (0.4,), 5, batch_size=4, progress=read.append
-        )
+        rows = kit.rows(23, broken=(4,), batch_size=4)
+        count = count_false_negatives(kit.encoder, rows, shuffled(23, 5), samplings([4], [6]), (0.4,), 5, progress=read.append)
         return count, sum(read)
 
     def plain(count):

@@ -10,10 +10,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import default_collate
 
-from lavis_mafa.analysis.connections.blocks import Encoder
-from lavis_mafa.analysis.connections.reading import ReadableRows
 from lavis_mafa.config.schema import typed_block
 from lavis_mafa.datasets.ground_truth import GroundTruth
+from lavis_mafa.tools.candidates import Encoder, ReadableRows
 
 WORDS = "red green blue round small big dog cat flag".split()
 TINY: dict[str, Any] = {
@@ -99,5 +98,5 @@ def kit(con_d: Any) -> SimpleNamespace:
         words=WORDS,
         encoder=Encoder(con_d, cpu),
         encoder_of=lambda model, precision="fp32": Encoder(model, cpu, precision),
-        rows=lambda *a, **k: ReadableRows(Pairs(*a, **k)),
+        rows=lambda *a, batch_size=64, **k: ReadableRows(Pairs(*a, **k), batch_size=batch_size),
     )

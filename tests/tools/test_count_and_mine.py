@@ -10,12 +10,12 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_mafa.analysis.connections import mining
-from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.trust import Medians
+from lavis_mafa.tools import mine as mining
+from lavis_mafa.tools.training_data import load_con_d
 
 pytestmark = pytest.mark.slow
 
@@ -200,7 +200,7 @@ def test_mistakes_are_one_line(work, tmp_path, refused, command, more, message):
 @pytest.fixture
 def says_yes_to_what_is_similar(monkeypatch):
     """A Con-D whose hardest negatives score above own pairs, and those above shuffled ones; told apart by how often they are asked."""
-    from lavis_mafa.analysis.connections import counting
+    from lavis_mafa.tools import count as counting
 
     def opinion(encoder, block, image, text, pairs_at_once=512):
         own, after = image == text, (image + 1) % len(block) == text
