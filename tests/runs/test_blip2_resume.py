@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.reports.run_files import last_checkpoint, read_metrics
+from lavis_mafa.files import last_checkpoint
+from lavis_mafa.tools.run_files import read_metrics
 from lavis_mafa.weights import read_weights
 
 SMALL = ["run.max_epoch=2", "run.batch_size_train=16", "run.log_freq=1", "run.warmup_steps=2", "run.test_splits=[]"]
