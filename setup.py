@@ -45,7 +45,7 @@ setup(
     package_dir={PROJECT_PACKAGE: "projects"},
     py_modules=[AUTOLOAD],
     cmdclass={"editable_wheel": EditableWheel},
-    package_data={PROJECT_PACKAGE: ["**/*.yaml"], "lavis_mafa": ["configs/**/*.yaml", "reports/*.html", "py.typed"]},
+    package_data={PROJECT_PACKAGE: ["**/*.yaml"], "lavis_mafa": ["configs/**/*.yaml", "tools/page/*.html", "py.typed"]},
     install_requires=[
         "salesforce-lavis==1.0.2",
         "torch>=2.6",  # from there on torch.load runs no code unless asked to, which LAVIS and transformers leave to it

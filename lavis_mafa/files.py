@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,11 @@ def last_checkpoint(run: Path) -> Path:
     if not found:
         raise UserError(f"{run} has no checkpoint.")
     return found[0]
+
+
+if __name__ == "__main__":  # python -m lavis_mafa.files FOLDER, for shell scripts: of the run there, or of the newest run below
+    folder = Path(sys.argv[1])
+    try:
+        print(last_checkpoint(max({path.parent for path in folder.glob("*/checkpoint_*.pth")}, default=folder)))
+    except UserError as error:
+        sys.exit(str(error))

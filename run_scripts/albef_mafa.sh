@@ -23,7 +23,7 @@ run() { # YAML [KEY=VALUE ...]
 newest() { # the newest run's best checkpoint, or its last one
     local folder
     folder=$(ls -d "$out/$1"/*/ | tail -n 1) || return
-    ls "$folder"checkpoint_best.pth 2>/dev/null || ls -t "$folder"checkpoint_*.pth | grep -v '\.rank' | sed -n 1p
+    ls "$folder"checkpoint_best.pth 2>/dev/null || python -m lavis_mafa.files "$folder"
 }
 
 run mafa/albef/train/1_discriminator_pretrain.yaml

@@ -13,9 +13,7 @@ run() { # YAML [KEY=VALUE ...]
 }
 
 newest() { # the newest run's last checkpoint
-    local folder
-    folder=$(ls -d "output/quickstart/$1"/*/ | tail -n 1) || return
-    ls -t "$folder"checkpoint_*.pth | grep -v '\.rank' | sed -n 1p
+    python -m lavis_mafa.files "output/quickstart/$1"
 }
 
 lavis-mafa build-emoji data/emoji

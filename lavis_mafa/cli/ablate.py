@@ -11,10 +11,7 @@ from lavis_mafa.distributed import rank_and_size
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
-    from lavis_mafa.analysis.ablation.runs import Trial
-    from lavis_mafa.analysis.ablation.tables import Row, Table
-
-EMOJI = "mafa/quickstart/train"
+    from lavis_mafa.tools.ablate import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="fine-tune each row with this before it is scored (default: the paper's, for the paper's base)",
     )
-    parser.add_argument("--on", metavar="coco|flickr", help="whose figures, after fine-tuning there (default: the table's first)")
+    parser.add_argument("--on", metavar="coco|flickr", help="whose metrics, after fine-tuning there (default: the table's first)")
     parser.add_argument(
         "--oracle", metavar="CHECKPOINT", help="Con-D of an oracle's row: BLIP's, fine-tuned for retrieval on COCO (--emoji: the truth)"
     )
@@ -46,15 +43,14 @@ def run_job(name: str, options: list[str]) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.analysis.ablation.runs import plan_trials
-    from lavis_mafa.analysis.ablation.tables import find_table, load_tables
+    from lavis_mafa.tools import ablate
 
     if arguments.list:
-        _show([find_table(arguments.table)] if arguments.table else [*load_tables().values()], arguments.base, bool(arguments.table))
+        _show([ablate.find_table(arguments.table)] if arguments.table else [*ablate.load_tables().values()], arguments)
         return 0
     if arguments.table is None:
-        raise UserError(f"--table is missing. Known: {', '.join(load_tables())}.")
-    table, (rank, processes) = find_table(arguments.table), rank_and_size()
+        raise UserError(f"--table is missing. Known: {', '.join(ablate.load_tables())}.")
+    table, (rank, processes) = ablate.find_table(arguments.table), rank_and_size()
     wanted = arguments.rows or [row.number for row in table.rows]
     for number in wanted:
         if not 1 <= number <= len(table.rows):
@@ -64,28 +60,45 @@ def run(arguments: argparse.Namespace) -> int:
     commands_only = arguments.dry_run or processes > 1
     if arguments.emoji and commands_only:
         raise UserError("--emoji trains in this process; it goes neither with --dry-run nor under torchrun.")
-
     benchmark = arguments.on or next(iter(table.finetune))
     if benchmark not in table.finetune:
         raise UserError(f"--on is {benchmark}, but {table.key} has: {', '.join(table.finetune)}.")
     oracle = ["model.discriminator.arch=ground_truth"] if arguments.emoji else _oracle(arguments.oracle)
-    base = arguments.base or (f"{EMOJI}/mafa.yaml" if arguments.emoji else table.base)
-    if arguments.rows:
-        _check_rows([row for row in table.rows if row.number in wanted], base, arguments.options, oracle)
-    options = [*_emoji_start(arguments.output, arguments.options), *arguments.options] if arguments.emoji else arguments.options
+    base = arguments.base or ("mafa/quickstart/train/mafa.yaml" if arguments.emoji else table.base)
     finetune = arguments.finetune or (table.finetune[benchmark] if base == table.base else None)
-    seeds, runs = list(dict.fromkeys(arguments.seeds)), arguments.output / "runs"
+    options, runs, seeds = arguments.options, arguments.output / "runs", list(dict.fromkeys(arguments.seeds))
     # all rows are planned, so that the table has those of earlier calls too; only what is to run must have its files
-    planned = [] if commands_only else wanted
-    trials = plan_trials(table.rows, seeds, base, finetune, options, runs, with_files=planned, oracle=oracle)
+    trials = ablate.plan_trials(table, seeds, base, finetune, options, runs, oracle, arguments.rows or ())
+    if arguments.emoji:
+        print("== the data and Con-D, made once", flush=True)
+        options = [*ablate.emoji_start(arguments.output, options, run_job), *options]
+        trials = ablate.plan_trials(table, seeds, base, finetune, options, runs, oracle)
     chosen = [trial for trial in trials if trial.row.number in wanted]
     if commands_only:
-        _print_commands(chosen, table, base, runs)
+        print("\n".join(ablate.command_lines(chosen, table, base, runs)))
         if processes > 1:
             raise UserError(f"runs in one process, not in {processes}; launch the commands above, then call it again without torchrun.")
         return 0
+    for trial in chosen:
+        if trial.metrics() is None:
+            ablate.check_files(trial)
+
     name = table.key if benchmark == next(iter(table.finetune)) else f"{table.key}-{benchmark}"
-    _train(table, benchmark, base, options, trials, chosen, arguments.output / name)
+    folder, started, trained = arguments.output / name, time.perf_counter(), 0
+    for number, trial in enumerate(chosen, start=1):
+        ready = trial.metrics() is not None
+        text = f"{number}/{len(chosen)}  row {trial.row.number} ({trial.row.name}), seed {trial.seed}"
+        print(f"\n== {text}{': finished before' if ready else ''}", flush=True)
+        if not ready:
+            trial.train(run_job)
+            trained += 1
+            # after each, so that an interrupted table is there too
+            ablate.write_results(folder, ablate.collect(table, benchmark, base, options, trials), table.plotted)
+    results = ablate.collect(table, benchmark, base, options, trials)
+    ablate.write_results(folder, results, table.plotted)
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{ablate.format_terminal(results)}\n\n{trained} of {len(chosen)} trained in {minutes:.1f} minutes.", end=" ")
+    print(f"The table: {folder}/table.md. All metrics: {folder}/results.json")
     return 0
 
 
@@ -97,98 +110,16 @@ def _oracle(checkpoint: str | None) -> list[str] | None:
     return ["model.discriminator.arch=blip_retrieval", f"model.discriminator.checkpoint={checkpoint}"]
 
 
-def _check_rows(rows: list[Row], base: str, options: list[str], oracle: list[str] | None) -> None:
-    """Rows that were asked for by number and cannot be; raises UserError."""
-    from lavis_mafa.analysis.ablation.tables import fits
-    from lavis_mafa.runners.job import check_yaml
-
-    config = check_yaml(base, options, files=False)
-    for row in rows:
-        if not fits(row, config):
-            raise UserError(
-                f"--rows has {row.number} ({row.name}), which exchanges annotations of data sets that {base} does not have."
-            )
-        if row.oracle and oracle is None:
-            raise UserError(f"--rows has {row.number} ({row.name}), which needs --oracle CHECKPOINT.")
-
-
-def _train(table: Table, benchmark: str, base: str, options: list[str], trials: list[Trial], chosen: list[Trial], folder: Path) -> None:
-    from lavis_mafa.analysis.ablation.results import collect, format_terminal, write_results
-
-    started, trained = time.perf_counter(), 0
-    for number, trial in enumerate(chosen, start=1):
-        ready = trial.figures() is not None
-        text = f"{number}/{len(chosen)}  row {trial.row.number} ({trial.row.name}), seed {trial.seed}"
-        print(f"\n== {text}{': finished before' if ready else ''}", flush=True)
-        if not ready:
-            trial.train(run_job)
-            trained += 1
-            # after each, so that an interrupted table is there too
-            write_results(folder, collect(table, benchmark, base, options, trials), table.plotted)
-    results = collect(table, benchmark, base, options, trials)
-    write_results(folder, results, table.plotted)
-    minutes = (time.perf_counter() - started) / 60
-    print(f"\n{format_terminal(results)}\n\n{trained} of {len(chosen)} trained in {minutes:.1f} minutes.", end=" ")
-    print(f"The table: {folder}/table.md. All figures: {folder}/results.json")
-
-
-def _emoji_start(output: Path, options: list[str]) -> list[str]:
-    """Data and Con-D, made once; the options by which a run starts from them."""
-    from lavis_mafa.analysis.ablation.runs import plan_run
-    from lavis_mafa.datasets.emoji import build_emoji
-    from lavis_mafa.reports.run_files import last_checkpoint
-
-    data = [f"datasets.grit_emoji.build_info.root={output}/emoji"]
-    print("== the data and Con-D, made once", flush=True)
-    build_emoji(output / "emoji")
-    shared = [*data, *(option for option in options if option.startswith("datasets."))]
-    first = plan_run(f"{EMOJI}/con_d_1.yaml", shared, output / "runs", name="con_d_1_").train(run_job)
-    half = f"model.pretrained={last_checkpoint(first)}"
-    second = plan_run(f"{EMOJI}/con_d_2.yaml", [*shared, half], output / "runs", name="con_d_2_").train(run_job)
-    return [*data, half, f"model.discriminator.checkpoint={last_checkpoint(second)}"]
-
-
-def _show(tables: list[Table], base: str | None, with_options: bool) -> None:
-    from lavis_mafa.analysis.ablation.runs import check_ours
-    from lavis_mafa.analysis.ablation.tables import concrete
-    from lavis_mafa.runners.job import check_yaml
+def _show(tables: list[Table], arguments: argparse.Namespace) -> None:
+    from lavis_mafa.tools.ablate import concrete, read_base
 
     for table in tables:
         print(f"{table.key:12s}{table.title}")
-        if with_options:
-            config = check_yaml(base or table.base, [], files=False)
-            check_ours(base or table.base, config)
+        config = read_base(arguments.base or table.base, []) if arguments.table else None
         for row in table.rows:
-            paper = "; ".join(f"{name} {' '.join(map(str, _first_figures(figures)))}" for name, figures in row.paper.items())
-            shown = [*concrete(row.options, config), *(f"(fine-tuning: {o})" for o in row.finetune_options)] if with_options else []
-            print(f"  {row.number}  {row.name:30s} {paper}" + (f"  {' '.join(shown)}" if shown else ""))
-    print("The figures: the paper's R@1 (ALBEF: the mean of R@1, 5 and 10), TR and IR, on COCO's 5K and Flickr30K's 1K test split.")
-
-
-def _first_figures(figures: dict[str, float]) -> list[float]:
-    return [value for metric, value in figures.items() if metric.endswith(("_r1", "_mean"))]
-
-
-def _print_commands(trials: list[Trial], table: Table, base: str, runs: Path) -> None:
-    """Command lines of what is not finished, Con-D's two steps before the rows that ask it."""
-    from lavis_mafa.analysis.ablation.runs import chain, plan_run
-
-    left = [trial for trial in trials if trial.figures() is None]
-    con_d = None
-    if any(trial.runs[0].asks_con_d for trial in left):
-        if base != table.base or not table.con_d:
-            raise UserError(
-                "rows with ECM need a Con-D: give --options model.discriminator.checkpoint=CON_D.pth. Its two steps are known for the "
-                f"paper's base alone ({table.base})."
-            )
-        first, second = (plan_run(yaml, [], runs, files=False, name=f"con_d_{n}_") for n, yaml in enumerate(table.con_d, start=1))
-        con_d = str(second.folder)
-        if second.finished() is None:
-            print("# Con-D: its two steps, before the rows that ask it")
-            print("\n".join(chain([first, second])))
-    printed: set[str] = set()
-    for trial in left:
-        print(f"# row {trial.row.number} ({trial.row.name}), seed {trial.seed}")
-        for command in trial.commands(con_d):
-            print(f"# as above: {command}" if command in printed else command)  # rows share runs
-            printed.add(command)
+            first = {name: [v for m, v in of.items() if m.endswith(("_r1", "_mean"))] for name, of in row.paper.items()}
+            text = f"  {row.number}  {row.name:30s} " + "; ".join(f"{name} {' '.join(map(str, of))}" for name, of in first.items())
+            if config is not None and (row.options or row.finetune_options):
+                text += "  " + " ".join([*concrete(row.options, config), *(f"(fine-tuning: {o})" for o in row.finetune_options)])
+            print(text)
+    print("The numbers: the paper's R@1 (ALBEF: the mean of R@1, 5 and 10), TR and IR, on COCO's 5K and Flickr30K's 1K test split.")

@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    started = time.perf_counter()
-    folder: Path = arguments.folder
+    started, folder = time.perf_counter(), arguments.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,35 +50,36 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _albef(start: Callable[..., Any], folder: Path, options: list[str], started: float) -> None:
-    from lavis_mafa.reports import quickstart as report
-    from lavis_mafa.reports.run_files import last_checkpoint
+    import torch
+
+    from lavis_mafa.files import last_checkpoint
+    from lavis_mafa.tools.quickstart import albef_results, albef_text, write_report
 
     _say("2/4  Con-D: a small ALBEF that learns what matches from curated captions; random negatives first, then sampled ones")
     first = start(f"{ALBEF}/con_d_1.yaml")
-    half = last_checkpoint(first.output_dir)
-    con_d = last_checkpoint(start(f"{ALBEF}/con_d_2.yaml", f"model.pretrained={half}").output_dir)
+    half = f"model.pretrained={last_checkpoint(first.output_dir)}"
+    con_d = last_checkpoint(start(f"{ALBEF}/con_d_2.yaml", half).output_dir)
     _say("3/4  GRIT: from Con-D's first half on, grouped batches and the hardest negatives, be they true or false")
-    grit = start(f"{ALBEF}/grit.yaml", f"model.pretrained={half}")
+    grit = start(f"{ALBEF}/grit.yaml", half)
     _say("4/4  MAFA: the same, but Con-D looks at every hard negative, and false ones become positives")
-    mafa = start(f"{ALBEF}/mafa.yaml", f"model.pretrained={half}", f"model.discriminator.checkpoint={con_d}")
+    mafa = start(f"{ALBEF}/mafa.yaml", half, f"model.discriminator.checkpoint={con_d}")
 
-    dataset = mafa.datasets["train"].datasets[0]
-    runs = first.output_dir, grit.output_dir, mafa.output_dir
-    results = report.collect_results(*runs, mafa.datasets, mafa.settings.batch_size_train)
+    runs = {"start": first.output_dir, "GRIT": grit.output_dir, "MAFA": mafa.output_dir}
+    results = albef_results(runs, mafa.datasets, mafa.settings.batch_size_train)
     minutes = (time.perf_counter() - started) / 60
     about = {
-        "made by": "lavis-mafa quickstart" + "".join(f" {o}" for o in (["--options", *options] if options else [])),
-        "on": f"{datetime.date.today()}, {platform.machine()}, {_cores()} cores, {minutes:.1f} minutes",
+        "made by": " ".join(["lavis-mafa quickstart", *(["--options", *options] if options else [])]),
+        "on": f"{datetime.date.today()}, {platform.machine()}, {torch.get_num_threads()} cores, {minutes:.1f} minutes",
         "drawings": "Noto (Apache-2.0), Twemoji (CC-BY-4.0), OpenMoji (CC-BY-SA-4.0)",
     }
-    page = report.write_report(folder / "report" / mafa.output_dir.name, results, *runs[1:], dataset, about)
-    print("\n" + report.format_table(results))
-    print(f"\n{minutes:.1f} minutes. The page with mined connections: {page}\nThe figures: {page.with_name('results.json')}")
+    page = write_report(folder / "report" / mafa.output_dir.name, results, runs, about)
+    print("\n" + albef_text(results))
+    print(f"\n{minutes:.1f} minutes. The page with mined connections: {page}\nThe metrics: {page.with_name('results.json')}")
 
 
 def _blip2(start: Callable[..., Any], folder: Path, options: list[str], started: float) -> None:
-    from lavis_mafa.reports.quickstart_blip2 import collect_results, format_results
-    from lavis_mafa.reports.run_files import last_checkpoint
+    from lavis_mafa.files import last_checkpoint, write_text
+    from lavis_mafa.tools.quickstart import blip2_results, blip2_text
 
     _say("2/4  Con-D: a small BLIP-2 stage 1 from scratch, which also stands in for a pre-trained ViT")
     con_d = last_checkpoint(start(f"{BLIP2}/con_d.yaml").output_dir)
@@ -90,19 +90,13 @@ def _blip2(start: Callable[..., Any], folder: Path, options: list[str], started:
     finished = f"model.pretrained={last_checkpoint(stage_2.output_dir)}"
     captions, answers = start(f"{BLIP2}/captions.yaml", finished), start(f"{BLIP2}/vqa.yaml", finished)
 
-    results = collect_results(stage_1.output_dir, captions, answers)
+    results = blip2_results(stage_1.output_dir, captions, answers)
     path = folder / "blip2" / stage_1.output_dir.name / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print("\n" + format_results(results))
-    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes. The figures: {path}")
+    write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    print("\n" + blip2_text(results))
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes. The metrics: {path}")
 
 
 def _say(text: str) -> None:
     print(f"\n== {text}", flush=True)
-
-
-def _cores() -> int:
-    import torch
-
-    return torch.get_num_threads()

@@ -20,29 +20,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.errors import UserError
-    from lavis_mafa.reports.page import report_page, write_page
-    from lavis_mafa.reports.run_files import open_runs
+    from lavis_mafa.tools.report import report_page
+    from lavis_mafa.tools.run_files import open_runs
 
     output: Path = arguments.output
     if output.is_dir():
         raise UserError(f"--output: {output} is a folder; give a file, such as {output / 'report.html'}.")
     runs = open_runs(arguments.runs)
     page, gallery = report_page(runs, arguments.gallery)
-    write_page(output, page)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: cannot write {output}: {error.strerror}.") from error
     for name, problem in gallery["problems"].items():
         print(f"{name}: {problem}")
     shown, size = len(gallery["lists"]["gallery"]), output.stat().st_size / 1e6
-    print(
-        f"{output}: {len(runs)} run{'s' * (len(runs) > 1)}, {shown:,} of {gallery['candidates']:,} recorded connections, {size:.1f} MB"
-    )
+    several = "s" * (len(runs) > 1)
+    print(f"{output}: {len(runs)} run{several}, {shown:,} of {gallery['candidates']:,} recorded connections, {size:.1f} MB")
     return 0
 
 
 def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if number < 0:
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
-    return number
+    return int(text)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lavis_mafa.analysis.ablation.results import collect, format_terminal
-from lavis_mafa.analysis.ablation.runs import plan_trials
-from lavis_mafa.analysis.ablation.tables import concrete, find_table, load_tables
 from lavis_mafa.cli import ablate
 from lavis_mafa.cli.main import main
 from lavis_mafa.runners.job import check_yaml, run_job
+from lavis_mafa.tools.ablate import collect, concrete, find_table, format_terminal, load_tables, plan_trials
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def options_on(base: str, table: str, number: int) -> list[str]:
 def test_a_row_is_a_switch_of_a_small_base_too(key):
     table = find_table(key)  # on the paper's base: test_project_yamls.py
     oracle = ["model.discriminator.arch=ground_truth"]
-    trials = plan_trials(table.rows, [42], SMALL, None, [], Path("runs"), with_files=[], oracle=oracle)
+    trials = plan_trials(table, [42], SMALL, None, [], Path("runs"), oracle)
     here = [row for row in table.rows if not any(option.startswith("datasets.") for option in row.options)]
     assert [trial.row for trial in trials] == here
     # 448 samples in all leave no room for three search spaces; without fine-tuning ALBEF's last two rows are one
@@ -46,8 +46,8 @@ def test_equal_rows_of_two_tables_share_a_run():
     def folder(key: str, number: int) -> Path:
         table = find_table(key)
         yaml = next(iter(table.finetune.values()))
-        (trial,) = plan_trials([table.rows[number - 1]], [42], table.base, yaml, [], Path("runs"), with_files=[])
-        return trial.runs[0].folder
+        trials = plan_trials(table, [42], table.base, yaml, [], Path("runs"))
+        return next(trial.runs[0].folder for trial in trials if trial.row.number == number)
 
     assert folder("mafa-4", 4) == folder("mafa-13", 5)
     assert folder("mafa-4", 1) == folder("mafa-5", 3) == folder("mafa-14", 1) != folder("mafa-4", 3)
@@ -70,7 +70,7 @@ def test_sizes_of_the_paper_become_those_of_the_base():
 
 def test_a_row_wins_over_the_users_options():
     table = find_table("mafa-18")
-    (trial,) = plan_trials(table.rows[:1], [7], table.base, table.finetune["coco"], ["run.max_epoch=4"], Path("runs"), with_files=[])
+    trial = plan_trials(table, [7], table.base, table.finetune["coco"], ["run.max_epoch=4"], Path("runs"))[0]
     config = check_yaml(table.base, trial.runs[0].options, files=False)
     assert (config.run.max_epoch, config.run.seed, config.model.itc.smoothing) == (2, 7, 0.1)
 
@@ -160,7 +160,10 @@ def test_a_dry_run_prints_what_a_cluster_is_to_run_con_d_first(capsys, tmp_path,
     assert "1_discriminator_pretrain.yaml" in first and "2_discriminator_finetune_coco.yaml" in second
     pretrain, finetune = lines[lines.index("# row 4 (MAFA), seed 42") + 1 :][:2]
     assert pretrain.startswith('torchrun --nproc_per_node="${NPROC:-4}" -m lavis_mafa train --cfg-path mafa/albef/train/pretrain.yaml')
-    assert "2_discriminator_finetune_coco.yaml" in finetune and 'model.pretrained="$(ls -t output/ablate/runs/' in finetune
+    assert (
+        "2_discriminator_finetune_coco.yaml" in finetune
+        and 'model.pretrained="$(python -m lavis_mafa.files output/ablate/runs/' in finetune
+    )
     assert "discriminator.checkpoint" not in lines[1] and "discriminator.checkpoint" not in finetune
 
     # the commands hand the checkpoints on: what each leaves is what the next one names
@@ -168,12 +171,13 @@ def test_a_dry_run_prints_what_a_cluster_is_to_run_con_d_first(capsys, tmp_path,
     for command in (first, second):
         run = tmp_path / folder.search(command)[1] / "20250101000000"
         run.mkdir(parents=True)
-        for name in ("checkpoint_0.pth", "checkpoint_best.pth", "checkpoint_0.rank0.pth"):
+        for name in ("checkpoint_10.pth", "checkpoint_best.pth", "checkpoint_10_37.pth", "checkpoint_9.pth", "checkpoint_10.rank0.pth"):
             (run / name).touch()
     named = re.compile(r'model\.(pretrained|discriminator\.checkpoint)="\$\((.*?)\)"')
-    for command, before in ((second, first), (pretrain, second)):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    for command, before, last in ((second, first, "10"), (pretrain, second, "best")):
         found = subprocess.run(["bash", "-c", named.search(command)[2]], capture_output=True, text=True, check=True).stdout.strip()
-        assert found.startswith(folder.search(before)[1]) and Path(found).is_file() and "rank" not in found
+        assert found == f"{folder.search(before)[1]}/20250101000000/checkpoint_{last}.pth"
     assert named.search(pretrain)[1] == "discriminator.checkpoint"
 
     # what is finished is printed no more
@@ -306,7 +310,7 @@ def test_on_emoji_con_d_is_trained_once(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("3.0") == 16  # four rows, two splits, two calls
 
 
-def test_a_table_without_any_run_has_no_figures():
+def test_a_table_without_any_run_has_no_metrics():
     table = find_table("mafa-15")
     text = format_terminal(collect(table, "coco", table.base, [], []))
     assert text.splitlines()[0] == table.title and "±" not in text

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from lavis_mafa.analysis.ablation.tables import Row, concrete, load_tables
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.read import project_files, projects_root
 from lavis_mafa.config.schema import typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.runners.job import check_yaml
+from lavis_mafa.tools.ablate import Row, concrete, load_tables
 
 pytestmark = pytest.mark.slow
 
@@ -532,7 +533,11 @@ def launch(tmp_path, monkeypatch) -> Any:
     torch.save({"model": qformer}, tmp_path / "stage_1.pth")
     torch.save({"model": {**qformer, "opt_proj.weight": torch.zeros(1)}}, tmp_path / "stage_2.pth")
     torch.save({"model": {"text_encoder.cls.predictions.bias": torch.zeros(1)}}, tmp_path / "stage_albef.pth")
-    paths = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CALLS": f"{tmp_path}/calls", "PROJECTS": str(projects_root())}
+    paths = {
+        "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CALLS": f"{tmp_path}/calls",
+        "PROJECTS": str(projects_root()),
+    }
     paths["STAGES"] = str(tmp_path)
     monkeypatch.chdir(tmp_path)
 

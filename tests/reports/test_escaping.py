@@ -13,8 +13,7 @@ from PIL import Image
 
 import run_folder
 from lavis_mafa.cli.main import main
-from lavis_mafa.reports.page import TEMPLATES, render
-from lavis_mafa.reports.tables import Table
+from lavis_mafa.tools.report import TEMPLATES, Table, render
 
 BITES = [
     "<script>window.bitten = 1</script>",
@@ -114,8 +113,9 @@ def test_the_quickstart_page_shows_text(bite):
             "problems": {text: text},
             "candidates": 1,
         }
-        tables = {"batches": table, "con_d": table, "matching": table, "retrieval": [table]}
-        values = {"tables": tables, "about": {text: text}, "gallery": gallery, "histograms": [], "curves": [], "more_curves": []}
+        values = {"tables": {"batches": table, "con_d": table, "matching": table}, "about": {text: text}, "gallery": gallery}
+        values |= {"runs": [{"name": text, "folder": text}], "summary": table, "settings": table, "evaluations": {text: [table]}}
+        values |= {"yamls": {text: text}, "queries": {text: [1, 2]}, "meaning": {text: text}}
         return Outline(render("quickstart.html", **values, legend=[{"name": text, "colour": "red", "dashes": ""}] * 2))
 
     found = page(bite)

@@ -15,12 +15,10 @@ from PIL import Image
 
 import run_folder
 from lavis_mafa.cli.main import main
-from lavis_mafa.reports.gallery import distinct_candidates
-from lavis_mafa.reports.run_files import Run, open_runs
-from lavis_mafa.reports.tables import evaluation_tables
-from lavis_mafa.reports.thumbnails import Thumbnails
-from lavis_mafa.reports.training_rows import read_training_rows
 from lavis_mafa.runners.connection_record import ConnectionRecord
+from lavis_mafa.tools.gallery import Thumbnails, distinct_candidates, read_training_rows
+from lavis_mafa.tools.report import evaluation_tables
+from lavis_mafa.tools.run_files import Run, open_runs
 
 
 @pytest.fixture
@@ -109,7 +107,7 @@ def test_truth_and_disagreements_equal_the_loop(page):
 
 def test_a_pair_seen_again_counts_once_at_its_last_sighting(runs):
     run = open_runs([runs[0]])[0]
-    rows = read_training_rows(run.folder, run.config)
+    rows = read_training_rows(run)
     again = [run_folder.connection("text for image", 1, 2, p, epoch=e) for p, e in ((0.7, 10), (0.9, 2), (0.6, 0))]
     table = pq.read_table(runs[0] / "connections" / "epoch_0_rank_0.parquet").from_pylist(again)
     (candidate,) = distinct_candidates(0, table, rows)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.reports.gallery import VERDICTS, distinct_candidates
-from lavis_mafa.reports.tables import truth_table
-from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d
+from lavis_mafa.tools.gallery import VERDICTS, distinct_candidates
+from lavis_mafa.tools.quickstart import batch_false_negatives, own_text_keys, score_con_d
+from lavis_mafa.tools.report import truth_table
 
 CONCEPTS = ["dog", "cat", "dog", "fox"]
 CAPTIONS = ["dog", "pet", "pet", "fox"]
@@ -45,8 +45,8 @@ def test_in_batch_false_negatives_equal_the_loop(order, size):
     batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     total = sum(matches(i, t) for rows in batches for i in rows for t in rows if i != t)
     count = batch_false_negatives(torch.tensor(order), size, data, own_text_keys(data))
-    assert count.per_batch == total / len(batches)
-    assert count.share == pytest.approx(total / len(batches) / (size * (size - 1)))
+    assert count["per_batch"] == total / len(batches)
+    assert count["share"] == pytest.approx(total / len(batches) / (size * (size - 1)))
 
 
 def table(pairs, verdicts):
@@ -61,19 +61,19 @@ def test_precision_and_recall_equal_the_loop():
     both = sum(a and b for a, b in zip(truth, said, strict=True))
     data = Data()
     score = score_con_d(table(pairs, verdicts), data, own_text_keys(data))
-    assert (score.precision, score.recall) == (both / sum(said), both / sum(truth))
-    assert score.true_share == sum(truth) / len(truth)
+    assert (score["precision"], score["recall"]) == (both / sum(said), both / sum(truth))
+    assert score["true_share"] == sum(truth) / len(truth)
 
 
 def test_scores_can_be_limited_to_kinds_of_text():
     data = Data()
     score = score_con_d(table([(0, 1), (2, 0)], ["positive", "positive"]), data, own_text_keys(data), ("name",))
-    assert score.pairs == 1 and score.precision == 1.0
+    assert score["pairs"] == 1 and score["precision"] == 1.0
 
 
 def test_nothing_found_has_no_precision():
     data = Data()
-    assert math.isnan(score_con_d(table([(1, 0)], ["negative"]), data, own_text_keys(data)).precision)
+    assert math.isnan(score_con_d(table([(1, 0)], ["negative"]), data, own_text_keys(data))["precision"])
 
 
 def test_the_page_counts_each_pair_once_and_by_sighting():

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any
 
-from lavis_mafa.reports.run_files import last_checkpoint
+from lavis_mafa.files import last_checkpoint
 from lavis_mafa.runners.job import run_job
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.reports.run_files import last_checkpoint, read_metrics
+from lavis_mafa.files import last_checkpoint
+from lavis_mafa.tools.run_files import read_metrics
 from lavis_mafa.weights import read_weights
 
 pytestmark = pytest.mark.slow

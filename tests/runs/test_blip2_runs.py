@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from lavis_mafa.reports.run_files import last_checkpoint, read_connections, read_evaluations, read_metrics
+from lavis_mafa.files import last_checkpoint
+from lavis_mafa.tools.run_files import read_connections, read_evaluations, read_metrics
 from lavis_mafa.weights import read_weights
 
 pytestmark = pytest.mark.slow

@@ -39,12 +39,34 @@ def open_runs(folders: list[Path]) -> list[Run]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``, in the order of training."""
+    """The records of ``metrics.jsonl``, in the order of training; none where there is no such file."""
     return _json_lines(run / "metrics.jsonl")
 
 
+def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
+    """The last evaluation of each split; none where nothing was evaluated."""
+    return {record["split"]: record for record in _json_lines(run / "evaluation.jsonl")}
+
+
+def read_connections(run: Path) -> pa.Table:
+    """All recorded verdicts of all epochs and ranks.
+
+    Raises:
+        UserError: there are none, or a file is damaged.
+    """
+    tables = []
+    for file in _connection_files(run):
+        try:
+            tables.append(pq.read_table(file))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{file} is not readable as Parquet: {' '.join(str(error).split())}") from error
+    if not tables:
+        raise UserError(f"{run} has no connections/*.parquet; they are written while model.ecm.enabled is true.")
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
 def last_epoch(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Each figure's average over the steps of the last epoch; a record stands for the steps since the one before it."""
+    """Each metric's average over the steps of the last epoch; a record stands for the steps since the one before it."""
     last = [record for record in metrics if record["epoch"] == metrics[-1]["epoch"]]
     steps = [record["step"] - before for before, record in zip([0, *(r["step"] for r in last)], last, strict=False)]
     found: dict[str, list[tuple[float, int]]] = {}
@@ -55,57 +77,27 @@ def last_epoch(metrics: list[dict[str, Any]]) -> dict[str, float]:
     return {name: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
 
 
-def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
-    """The last evaluation of each split."""
-    return {record["split"]: record for record in _json_lines(run / "evaluation.jsonl")}
-
-
-def read_connections(run: Path) -> pa.Table:
-    """All recorded verdicts of all epochs and ranks."""
-    files = sorted((run / "connections").glob("epoch_*_rank_*.parquet"))
-    if not files:
-        raise UserError(f"{run} has no connections/*.parquet; they are written while model.ecm.enabled is true.")
-    tables = []
-    for file in files:
-        try:
-            tables.append(pq.read_table(file))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{file} is not readable as Parquet: {' '.join(str(error).split())}") from error
-    return pa.concat_tables(tables).unify_dictionaries()
-
-
-def last_checkpoint(run: Path) -> Path:
-    """The newest numbered checkpoint."""
-    files = [f for f in run.glob("checkpoint_*.pth") if ".rank" not in f.name and "best" not in f.name]
-    if not files:
-        raise UserError(f"{run} has no checkpoint.")
-    return max(files, key=lambda f: f.stat().st_mtime)
-
-
 def _open_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the folder of a run, such as output/20250131120000.")
-    metrics, evaluation = folder / "metrics.jsonl", folder / "evaluation.jsonl"
-    if not any(file.is_file() and file.stat().st_size for file in (metrics, evaluation)):
+    metrics, evaluations = read_metrics(folder), read_evaluations(folder)
+    if not metrics and not evaluations:
         inside = sorted(file.parent for file in (*folder.glob("*/metrics.jsonl"), *folder.glob("*/evaluation.jsonl")))
         hint = f" Did you mean {inside[-1]}?" if inside else " A run writes its first record after run.log_freq steps."
         raise UserError(f"{folder} has no metrics.jsonl with records, and no evaluation either.{hint}")
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     return Run(
         name=name,
         folder=folder,
-        config=_config(folder / "config.yaml"),
-        metrics=read_metrics(folder) if metrics.is_file() else [],
-        evaluations=read_evaluations(folder) if evaluation.is_file() else {},
-        connections=read_connections(folder) if any((folder / "connections").glob("epoch_*_rank_*.parquet")) else None,
+        config=config if isinstance(config, DictConfig) else OmegaConf.create({}),
+        metrics=metrics,
+        evaluations=evaluations,
+        connections=read_connections(folder) if _connection_files(folder) else None,
     )
 
 
-def _config(path: Path) -> DictConfig:
-    """The run's settings; empty where it kept none."""
-    if not path.is_file():
-        return OmegaConf.create({})
-    config = read_yaml(path)
-    return config if isinstance(config, DictConfig) else OmegaConf.create({})
+def _connection_files(run: Path) -> list[Path]:
+    return sorted((run / "connections").glob("epoch_*_rank_*.parquet"))
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -118,9 +110,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: is {path.parent} the folder of a finished run?")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:

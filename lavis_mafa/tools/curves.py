@@ -6,6 +6,7 @@ import io
 import math
 import re
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -34,7 +35,6 @@ TITLES = {
 }
 LESS_ASKED = ("itm_accuracy_positive", "itm_accuracy_negative", "temperature", "learning_rate", "samples_per_second")
 SHARES = ("_share", "_precision", "_recall", "_positive", "_negative")
-NO_FIGURES = ("epoch", "step", "samples_seen")
 POINTS = 400  # a line has at most so many; more than a plot of this size can show
 SERIES = 6
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -43,6 +43,7 @@ INK, GRID, GOOD = "#010203", "#020304", "#030405"
 LINES = [f"#0405{i:02x}" for i in range(SERIES)]
 VARIABLES = {INK: "--ink-2", GRID: "--line", GOOD: "--good", **{c: f"--series-{i}" for i, c in enumerate(LINES)}}
 COLOURS = ["#0b62a8", "#c2500a", "#00806b", "#a03a86", "#8a6d00", "#5b5bd6"]
+Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,10 @@ class Plot:
     svg: Markup
 
 
-def curves(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[Plot], list[Plot]]:
-    """One plot for each loss and share that some run logged; and those of the less asked figures."""
-    names = [n for n in TITLES if any(n in r for records in runs.values() for r in records)]
+def curves(runs: dict[str, Records]) -> tuple[list[Plot], list[Plot]]:
+    """One plot for each loss and share that some run logged; and those of the less asked metrics."""
     logged = {n for records in runs.values() for r in records for n, v in r.items() if isinstance(v, int | float)}
-    names += sorted(n for n in logged - set(names) - set(NO_FIGURES) if n.startswith("loss"))
+    names = [*(n for n in TITLES if n in logged), *sorted(n for n in logged - set(TITLES) if n.startswith("loss"))]
     first: list[Plot] = []
     less: list[Plot] = []
     for number, name in enumerate(names):
@@ -76,49 +76,47 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[Plot], list[Plot
     return first, less
 
 
-def score_histogram(run: str, number: int, scores: list[float], true: list[bool | None], threshold: float, ambiguous: float) -> Plot:
-    """How Con-D's scores are spread, with the thresholds; stacked by truth where it is known.
+def score_histogram(run: str, number: int, scores: list[tuple[float, bool | None]], threshold: float, ambiguous: float) -> Plot:
+    """How Con-D's scores are spread, with the thresholds of ``model.ecm``; stacked by truth where it is known.
 
     Args:
         run: its name. number: tells its plot from other runs' in the page.
-        scores: [P] match probabilities. true: [P] whether the pair truly matches.
-        threshold, ambiguous: of ``model.ecm``.
+        scores: of each pair the match probability and whether it truly matches.
     """
     figure = Figure(figsize=(4.8, 2.5), layout="constrained")
-    values, known = np.array(scores), np.array([t is True for t in true])
+    values, known = np.array([p for p, _ in scores]), np.array([true is True for _, true in scores])
+    parts = [(values[known], GOOD, 0.9), (values[~known], LINES[0], 0.55)] if known.any() else [(values, LINES[0], 0.75)]
+    marks = [(threshold, 0.99, f"positive above {threshold:g}", threshold <= 0.7)]
+    if ambiguous < threshold:
+        marks.append((ambiguous, 0.88, f"negative up to {ambiguous:g}", ambiguous < 0.3))
     with matplotlib.rc_context(_style()):
         axis = figure.subplots()
-        bins = np.linspace(0, 1, 51)
-        parts = [(values[known], GOOD, 0.9), (values[~known], LINES[0], 0.55)] if known.any() else [(values, LINES[0], 0.75)]
-        below = np.zeros(50)
+        bins, below = np.linspace(0, 1, 51), np.zeros(50)
         for part, colour, alpha in parts:
             count, _ = np.histogram(part, bins)
             axis.bar(bins[:-1], count, width=0.0185, align="edge", bottom=below, color=colour, alpha=alpha, linewidth=0)
             below += count
-        top = max(float(below.max()), 1.0)
-        axis.set_ylim(0, top * 1.22)
-        marks = [(threshold, 0.99, f"positive above {threshold:g}", threshold <= 0.7)]
-        if ambiguous < threshold:
-            marks.append((ambiguous, 0.88, f"negative up to {ambiguous:g}", ambiguous < 0.3))
+        axis.set_ylim(0, max(float(below.max()), 1.0) * 1.22)
         for place, height, words, to_the_right in marks:
             axis.axvline(place, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
-            shift, side = (4, "left") if to_the_right else (-4, "right")
-            at: dict[str, Any] = {
-                "xycoords": ("data", "axes fraction"),
-                "textcoords": "offset points",
-                "va": "top",
-                "ha": side,
-                "color": INK,
-            }
-            axis.annotate(words, (place, height), (shift, 0), **at)
+            axis.annotate(
+                words,
+                (place, height),
+                (4 if to_the_right else -4, 0),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                va="top",
+                ha="left" if to_the_right else "right",
+                color=INK,
+            )
         _finish(axis, "Con-D's match probability")
         axis.set_xlim(0, 1)
     shares = f"{(values > threshold).mean():.1%} are above {threshold:g}, {(values <= ambiguous).mean():.1%} not above {ambiguous:g}"
     return Plot(run, f"{len(values)} scores: {shares}.", as_svg(figure, f"scores-{number}"))
 
 
-def training_curves(runs: dict[str, list[dict[str, Any]]]) -> bytes:
-    """The main curves side by side, as PNG: one panel a figure, one line a run, over samples seen."""
+def training_curves(runs: dict[str, Records]) -> bytes:
+    """The main curves side by side, as PNG: one panel a metric, one line a run, over samples seen."""
     names = ("loss_itc", "loss_itm", "loss_mlm", "false_negative_share")
     figure = Figure(figsize=(12, 2.8), layout="constrained", dpi=110)
     with matplotlib.rc_context(_style("#333333", "#dddddd")):
@@ -127,9 +125,44 @@ def training_curves(runs: dict[str, list[dict[str, Any]]]) -> bytes:
             _draw(axis, {run: _line(records, name) for run, records in runs.items()}, COLOURS, "#dddddd")
             axis.set_title(_title(name), fontsize=10)
         axes[0].legend(list(runs), fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        return _as_png(figure)
+
+
+def search_space_plot(rows: list[dict[str, Any]], shares: dict[str, str]) -> bytes:
+    """MAFA's Figure 2 as PNG, over the search space M: mean recall (solid, left axis) and false negatives (dashed, right axis).
+
+    Args:
+        rows: of an ablation's results; one colour a method, which is a row's name up to its comma.
+        shares: metrics of false negatives with their labels. The first that is known is drawn: the truth's, else that of new
+            positives, which rows without Con-D have not.
+    """
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained", dpi=110)
+    left = figure.subplots()
+    right = left.twinx()
+    split = next((split for row in rows for split in row["mean"]), None)
+    share = next((share for share in shares if any(share in of for row in rows for of in row["shares"].values())), None)
+    for colour, method in enumerate(dict.fromkeys(row["name"].split(",")[0] for row in rows)):
+        recall, false = {}, {}
+        for row in rows:
+            space = row["search_space"]
+            if space is None or row["name"].split(",")[0] != method:
+                continue
+            if split in row["mean"]:
+                recall[space] = row["mean"][split].get("agg_metrics")
+            if known := [of[share] for of in row["shares"].values() if share in of]:
+                false[space] = 100 * mean(known)
+        for axis, values, style, label in ((left, recall, "-", method), (right, false, "--", None)):
+            x = sorted(values)
+            axis.plot(x, [values[m] for m in x], style, marker="o", markersize=4, color=f"C{colour}", label=label)
+    ticks = sorted({row["search_space"] for row in rows} - {None})
+    left.set(xscale="log", xlabel="search space M", ylabel=f"mean recall, {split}" if split else "mean recall")
+    left.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    left.minorticks_off()
+    right.set_ylabel(f"{shares[share]}, % (dashed)" if share else "")
+    right.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    left.grid(alpha=0.3)
+    return _as_png(figure)
 
 
 def legend(runs: list[str]) -> list[dict[str, str]]:
@@ -161,6 +194,12 @@ def as_svg(figure: Figure, prefix: str) -> Markup:
     return Markup(re.sub(r"\s*\n\s*", "\n", svg))
 
 
+def _as_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def _draw(axis: Axes, lines: dict[str, tuple[Any, Any]], colours: list[str], grid: str = GRID) -> None:
     for number, (run, (x, y)) in enumerate(lines.items()):
         dots: dict[str, Any] = {"marker": "o", "markersize": 3} if len(x) == 1 else {}
@@ -180,7 +219,7 @@ def _finish(axis: Axes, label: str, grid: str = GRID) -> None:
     axis.tick_params(length=0)
 
 
-def _line(records: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
+def _line(records: Records, name: str) -> tuple[Any, Any]:
     """[n] samples seen and [n] values, averaged in stretches where there are more than a plot can show."""
     points = [(r["samples_seen"], r[name]) for r in records if "samples_seen" in r and isinstance(r.get(name), int | float)]
     points = [p for p in points if math.isfinite(p[1])]
@@ -191,7 +230,7 @@ def _line(records: list[dict[str, Any]], name: str) -> tuple[Any, Any]:
 
 
 def _style(ink: str = INK, grid: str = GRID) -> Any:
-    colours = {n: ink for n in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
     sizes = {"font.size": 9.0, "axes.labelsize": 9.0, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5}
     return {**colours, **sizes, "axes.edgecolor": grid}
 

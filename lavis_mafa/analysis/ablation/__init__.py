@@ -1,1 +1,0 @@
-"""The papers' ablation tables: their rows, running them, and the table that comes out."""

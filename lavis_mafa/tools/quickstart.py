@@ -1,0 +1,229 @@
+"""What the quickstarts show of their runs. ALBEF: a table for the terminal, one JSON file and one page that needs no network.
+BLIP-2: mined connections against the truth, captions and answers of drawings it has not seen."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lavis_mafa.files import last_checkpoint, write_bytes, write_text
+from lavis_mafa.runners.checkpoints import rank_file
+from lavis_mafa.tools import curves
+from lavis_mafa.tools.report import ITC, Table, by_score, con_d_score, number, report_page
+from lavis_mafa.tools.run_files import last_epoch, open_runs, read_connections, read_evaluations, read_metrics
+from lavis_mafa.weights import read_checkpoint
+
+AT_MOST = 2000  # connections in the page
+SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}
+COLUMNS = {  # of the terminal's retrieval table
+    "tr_r1": "TR R@1",
+    "ir_r1": "IR R@1",
+    "tr_r_precision": "TR R-P",
+    "ir_r_precision": "IR R-P",
+    "tr_map_at_r": "TR mAP@R",
+    "ir_map_at_r": "IR mAP@R",
+    "agg_metrics": "mean R",
+}
+STAGE_1 = ("loss_itc", "loss_itm", "loss_lm", "new_positive_share", "false_negative_share", "con_d_precision", "con_d_recall")
+EXAMPLES = 6
+
+
+# --- ALBEF: GRIT against MAFA -------------------------------------------------------------------------------------------
+
+
+def albef_results(runs: dict[str, Path], datasets: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Every number of the table, from the runs' files and the data of all splits.
+
+    Args:
+        runs: the folders of "start" (Con-D's first half), "GRIT" and "MAFA".
+    """
+    dataset = datasets["train"].datasets[0]
+    keys, connections = own_text_keys(dataset), read_connections(runs["MAFA"])
+    metrics = {name: read_metrics(runs[name]) for name in ("GRIT", "MAFA")}
+    orders = {
+        "random": torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)),
+        "GRIT": read_checkpoint(rank_file(last_checkpoint(runs["GRIT"]), 0))["feed"]["sampler"]["order"],
+    }
+    chosen: dict[bool, list[float]] = {False: [], True: []}  # epoch 0 is in random order, the others are grouped
+    for record in metrics["GRIT"]:
+        if "false_negative_share" in record:
+            chosen[record["epoch"] > 0].append(record["false_negative_share"])
+    kept = (*COLUMNS, "rank_by", *(f"{ITC}{name}" for name in COLUMNS))
+    ends = {name: last_epoch(records) for name, records in metrics.items()}
+    return {
+        "batches": {name: batch_false_negatives(order, batch_size, dataset, keys) for name, order in orders.items()},
+        "chosen_false_negatives": {"random": _mean(chosen[False]), "GRIT": _mean(chosen[True])},
+        "con_d": {
+            "all texts": score_con_d(connections, dataset, keys),
+            "names and aliases": score_con_d(connections, dataset, keys, ("name", "alias")),
+        },
+        "matching": {name: [end["itm_accuracy_positive"], end["itm_accuracy_negative"]] for name, end in ends.items()},
+        "retrieval": {
+            name: {split: {m: values[m] for m in kept if m in values} for split, values in read_evaluations(run).items()}
+            for name, run in runs.items()
+        },
+        "queries": {split: [len(datasets[split]), len(datasets[split].text)] for split in SPLITS},
+    }
+
+
+def own_text_keys(dataset: Any) -> Tensor:
+    """LongTensor[N]: the truth's key of each row's caption, for data with one caption a row."""
+    return torch.tensor([dataset.truth.text_key(dataset.captions(i)[0]) for i in range(len(dataset))])
+
+
+def batch_false_negatives(order: Tensor, batch_size: int, dataset: Any, text_keys: Tensor) -> dict[str, float]:
+    """``per_batch`` and ``share`` of false negatives among all off-diagonal pairs of the whole batches of ``order`` (LongTensor[N])."""
+    batches = order[: len(order) // batch_size * batch_size].view(-1, batch_size)
+    total = 0
+    for rows in batches:
+        match = dataset.truth.matrix(dataset.concepts[rows], text_keys[rows])
+        total += int(match.sum() - match.diagonal().sum())
+    return {"per_batch": total / len(batches), "share": total / len(batches) / (batch_size * (batch_size - 1))}
+
+
+def score_con_d(connections: pa.Table, dataset: Any, text_keys: Tensor, kinds: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """:func:`con_d_score` of every recorded sighting; ``kinds``: only texts of these kinds (``name``, ``alias``, ...)."""
+    image, text = (torch.tensor(connections[name].to_pylist()) for name in ("image", "text"))
+    match = dataset.truth.matches(dataset.concepts[image], text_keys[text]).tolist()
+    positive = [verdict == "positive" for verdict in connections["verdict"].to_pylist()]
+    chosen = [kinds is None or dataset.truth.text_kind(key) in kinds for key in text_keys[text].tolist()]
+    score = con_d_score([pair for pair, wanted in zip(zip(match, positive, strict=True), chosen, strict=True) if wanted])
+    return {name: score[name] for name in ("pairs", "true_share", "precision", "recall")}
+
+
+def albef_text(results: dict[str, Any]) -> str:
+    """The results for a terminal of 100 columns."""
+    lines = ["False negatives (known from the emoji's truth)"]
+    lines.append(f"  {'batches':10s} {'pairs a batch':>14s} {'of all pairs':>13s} {'of hardest negatives':>21s}")
+    for name, count in results["batches"].items():
+        chosen = results["chosen_false_negatives"][name]
+        lines.append(f"  {name:10s} {count['per_batch']:14.1f} {count['share']:12.1%} {chosen:20.1%}")
+    lines += ["", "Con-D on the hardest negatives, at its threshold; a pair counts as often as it was recorded"]
+    lines.append(f"  {'texts':20s} {'pairs':>8s} {'truly match':>12s} {'precision':>10s} {'recall':>8s}")
+    for name, score in results["con_d"].items():
+        lines.append(f"  {name:20s} {score['pairs']:8d} {score['true_share']:12.1%} {score['precision']:10.1%} {score['recall']:8.1%}")
+    lines += ["", "The matching head on its training pairs, last epoch"]
+    for name, (positive, negative) in results["matching"].items():
+        lines.append(f"  {name:10s} right on {positive:6.1%} of pairs labelled positive, {negative:6.1%} of those labelled negative")
+    for split, meaning in SPLITS.items():
+        images, texts = results["queries"][split]
+        lines += ["", f"Retrieval, {meaning}: {images} images, {texts} texts (per cent; a few points are noise)"]
+        lines.append(f"  {'model':7s} {'ranked by':9s} " + " ".join(f"{head:>8s}" for head in COLUMNS.values()))
+        for name, by_split in results["retrieval"].items():
+            for values in by_score(by_split[split]):
+                cells = " ".join(f"{values[m]:8.1f}" for m in COLUMNS)
+                lines.append(f"  {name:7s} {values.get('rank_by', '-'):9s} {cells}")
+    return "\n".join(lines)
+
+
+def write_report(folder: Path, results: dict[str, Any], runs: dict[str, Path], about: dict[str, str]) -> Path:
+    """Write ``results.json``, ``curves.png`` and ``report.html`` into ``folder``; returns the page.
+
+    Args:
+        runs: the folders of "start" (Con-D's first half), "GRIT" and "MAFA".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "results.json", json.dumps({**results, "about": about}, indent=2))
+    start, *compared = (replace(run, name=name) for run, name in zip(open_runs([*runs.values()]), runs, strict=True))
+    write_bytes(folder / "curves.png", curves.training_curves({run.name: run.metrics for run in compared}))
+    shown = [replace(start, metrics=[]), *compared]  # of the start its retrieval alone
+    own = {"tables": _tables(results), "queries": results["queries"], "meaning": SPLITS, "about": about}
+    page, _ = report_page(shown, AT_MOST, "quickstart.html", **own)
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _tables(results: dict[str, Any]) -> dict[str, Table]:
+    """The page's own tables, by the names its template has for them."""
+    batches = [
+        [name, f"{c['per_batch']:.1f}", number(c["share"], True), number(results["chosen_false_negatives"][name], True)]
+        for name, c in results["batches"].items()
+    ]
+    con_d = [
+        [name, f"{s['pairs']:,}", *(number(s[key], True) for key in ("true_share", "precision", "recall"))]
+        for name, s in results["con_d"].items()
+    ]
+    matching = [[name, *(number(side, True) for side in sides)] for name, sides in results["matching"].items()]
+    head = ["batches", "false pairs a batch", "of all pairs", "of the hardest negatives"]
+    texts = ["texts", "pairs", "truly match", "precision", "recall"]
+    sides = ["run", "right on pairs labelled positive", "right on pairs labelled negative"]
+    return {
+        "batches": Table(head, batches, "Known from the emoji's truth"),
+        "con_d": Table(texts, con_d, "Every recorded sighting of a pair, at the threshold"),
+        "matching": Table(sides, matching, "Share of pairs"),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+# --- BLIP-2: stage 1 with MAFA, stage 2, captions and answers -----------------------------------------------------------
+
+
+def blip2_results(stage_1: Path, captions: Any, answers: Any) -> dict[str, Any]:
+    """Everything that is shown, as it goes into ``results.json``.
+
+    Args:
+        stage_1: folder of the stage-1 run.
+        captions: the finished runner of the captioning evaluation; answers: that of the question answering.
+    """
+    last = last_epoch(read_metrics(stage_1))
+    return {
+        "stage_1": {name: last[name] for name in STAGE_1 if name in last} | {"retrieval": read_evaluations(stage_1).get("val", {})},
+        "captions": read_evaluations(captions.output_dir),
+        "answers": read_evaluations(answers.output_dir),
+        "examples": {split: _examples(captions, answers, split) for split in SPLITS},
+    }
+
+
+def blip2_text(results: dict[str, Any]) -> str:
+    """The results as a text for the terminal."""
+    stage_1 = results["stage_1"]
+    lines = ["Stage 1, last epoch: " + "  ".join(f"{name} {value:.3f}" for name, value in stage_1.items() if isinstance(value, float))]
+    lines += ["", f"{'':<36}{'BLEU-4':>8}{'CIDEr':>8}{'ROUGE-L':>9}{'answers right':>15}"]
+    for split, name in SPLITS.items():
+        caption, answer = results["captions"][split], results["answers"][split]
+        scores = [caption.get(key) for key in ("bleu_4", "cider", "rouge_l")] + [answer.get("accuracy")]
+        cells = ("-" if value is None else f"{value:.1f}" for value in scores)
+        lines.append(f"{name:<36}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 9, 15), strict=True)))
+    if retrieval := stage_1["retrieval"]:
+        lines += ["", f"Retrieval of {SPLITS['val']} by stage 1 (per cent){'TR R@1':>21}{'IR R@1':>8}{'mean recall':>13}"]
+        for values in by_score(retrieval):
+            shown = f"{values['tr_r1']:8.1f}{values['ir_r1']:8.1f}{values['agg_metrics']:13.1f}"
+            lines.append(f"  ranked by {values.get('rank_by', '-'):<59}{shown}")
+    for split, name in SPLITS.items():
+        lines += ["", f'{name}: caption | "what is this?" | right']
+        lines += [f"  {e['caption']} | {e['answer']} | {', '.join(e['right'][:3])}" for e in results["examples"][split]]
+    return "\n".join(lines)
+
+
+def _examples(captions: Any, answers: Any, split: str) -> list[dict[str, Any]]:
+    """The first few images of a split: their caption, the answer, and what would be right."""
+    gallery, questions = captions.datasets[split], answers.datasets[split]
+    written = {row["image"]: row["caption"] for row in _read(captions.output_dir, f"{split}_epoch*.json")}
+    said = {row["question_id"]: row["answer"] for row in _read(answers.output_dir, f"{split}_vqa_result.json")}
+    first = list(written)[:: max(1, len(written) // EXAMPLES)][:EXAMPLES]
+    place = {path: row for row, path in enumerate(gallery.image)}
+    asked = {str(questions.vis_root / path): questions.question_ids[row] for row, path in enumerate(questions.image)}
+    return [
+        {
+            "caption": written[image],
+            "answer": said.get(asked.get(image, -1), ""),
+            "right": [gallery.raw_text[text] for text in gallery.img2txt[place[image]]],
+        }
+        for image in first
+    ]
+
+
+def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    (path,) = (folder / "result").glob(pattern)
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return rows

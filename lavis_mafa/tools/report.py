@@ -1,0 +1,258 @@
+"""The page about one or more runs: one HTML file that needs no network and no other file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from omegaconf import DictConfig, OmegaConf
+
+from lavis_mafa import __version__
+from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+from lavis_mafa.errors import UserError
+from lavis_mafa.tools import curves
+from lavis_mafa.tools.gallery import VERDICTS, Candidate, distinct_candidates, gallery_data, rows_of_all
+from lavis_mafa.tools.run_files import Run, last_epoch
+
+TEMPLATES = Path(__file__).with_name("page")
+SHOWN = """
+    model.arch model.model_type model.ecm.enabled model.ecm.threshold model.ecm.ambiguous_from model.ecm.use_in
+    model.discriminator.arch model.discriminator.checkpoint model.itc.smoothing model.itm.negatives
+    run.grit.enabled run.grit.queue_size run.grit.search_space
+    run.batch_size_train run.max_epoch run.init_lr run.precision run.seed
+""".split()
+NOISE = ("run.output_dir", "run.dist_url", "run.rank", "run.gpu", "run.dist_backend")  # differ without meaning anything
+LOSSES = {"loss": "loss", "loss_itc": "ITC", "loss_itm": "ITM", "loss_mlm": "MLM", "loss_lm": "LM"}
+SHARES = {
+    "new_positive_share": "new positives",
+    "ambiguous_share": "ambiguous",
+    "false_negative_share": "false negatives",
+    "con_d_precision": "Con-D precision, all sightings",
+    "con_d_recall": "Con-D recall, all sightings",
+}
+ITC = "itc_"  # before the metrics of ITC's cosine alone
+SIDES = {"tr": "TR", "txt": "TR", "ir": "IR", "img": "IR"}
+ENDINGS = {"r_precision": "R-Precision", "map_at_r": "mAP@R", "r_mean": "mean", "r1": "R@1", "r5": "R@5", "r10": "R@10"}
+NAMES = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "cider": "CIDEr", "rouge_l": "ROUGE-L"}
+NAMES |= {"meteor": "METEOR", "spice": "SPICE", "accuracy": "answers right", "agg_metrics": "mean recall"}
+
+
+def report_page(runs: list[Run], at_most: int, template: str = "report.html", **values: Any) -> tuple[str, dict[str, Any]]:
+    """The page, and the data of its gallery.
+
+    Args:
+        runs: at least one.
+        at_most: so many connections go into the gallery.
+        template: a file of the folder ``page`` that extends ``report.html``. values: what else is in it.
+    """
+    data = rows_of_all(runs)
+    candidates = [
+        [] if run.connections is None else distinct_candidates(number, run.connections, rows)
+        for number, (run, rows) in enumerate(zip(runs, data, strict=True))
+    ]
+    gallery = gallery_data(runs, data, candidates, at_most)
+    main, less = curves.curves({run.name: run.metrics for run in runs if run.metrics})
+    histograms = []
+    for number, (run, found) in enumerate(zip(runs, candidates, strict=True)):
+        if found:
+            settings = _all_settings(run.config)
+            limits = settings.get("model.ecm.threshold", 0.8), settings.get("model.ecm.ambiguous_from", 0.5)
+            histograms.append(curves.score_histogram(run.name, number, [(c.probability, c.true) for c in found], *limits))
+    page = render(
+        template,
+        runs=runs,
+        summary=summary_table(runs),
+        settings=settings_table(runs),
+        yamls={run.name: OmegaConf.to_yaml(run.config) for run in runs},
+        legend=curves.legend([run.name for run in runs if run.metrics]),
+        curves=main,
+        more_curves=less,
+        histograms=histograms,
+        evaluations=evaluation_tables(runs),
+        truth=truth_table(runs, candidates),
+        gallery=gallery,
+        version=__version__,
+        **values,
+    )
+    return page, gallery
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of the folder ``page``; everything in it is escaped."""
+    loader = jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """``best`` holds the (row, column) of every column's largest value, where several rows have one."""
+
+    head: list[str]
+    rows: list[list[str]]
+    caption: str
+    best: set[tuple[int, int]] = field(default_factory=set)
+
+
+def settings_table(runs: list[Run]) -> Table:
+    """The settings that tell what was done, and all in which the runs differ."""
+    of_runs = [_all_settings(run.config) for run in runs]
+    keys = list(dict.fromkeys(key for settings in of_runs for key in settings))
+    differ = [k for k in keys if len({repr(s.get(k)) for s in of_runs}) > 1 and k not in NOISE]
+    data = [k for k in keys if k.startswith("datasets.") and ".build_info." in k]
+    shown = list(dict.fromkeys([*(k for k in SHOWN if k in keys), *data, *differ]))
+    rows = [[key, *(_setting(s.get(key)) for s in of_runs)] for key in shown]
+    best = {(shown.index(key), column) for key in differ for column in range(len(runs) + 1)}
+    return Table(["setting", *(run.name for run in runs)], rows, "Settings, defaults included", best)
+
+
+def summary_table(runs: list[Run]) -> Table:
+    """What each run came to: its size, its last losses, and what Con-D made of the hardest negatives."""
+    ends = [last_epoch(run.metrics) for run in runs]
+    shown = [name for name in (*LOSSES, *SHARES) if any(name in end for end in ends)]
+    rows = []
+    for run, end in zip(runs, ends, strict=True):
+        size = [f"{run.metrics[-1]['epoch'] + 1}", f"{run.metrics[-1]['samples_seen']:,}"] if run.metrics else ["–", "–"]
+        model = str(OmegaConf.select(run.config, "model.arch") or "–")
+        rows.append([run.name, model, *size, *(number(end.get(n), n in SHARES) for n in shown)])
+    head = ["run", "model", "epochs", "samples", *((LOSSES | SHARES)[name] for name in shown)]
+    return Table(head, rows, "Averages over the last epoch; shares are of the hardest negatives")
+
+
+def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
+    """Split -> tables of all runs: retrieval, and separately captions or answers where some run has them."""
+    tables: dict[str, list[Table]] = {}
+    for split in dict.fromkeys(split for run in runs for split in run.evaluations):
+        found = {run.name: run.evaluations.get(split, {}) for run in runs}
+        names = list(dict.fromkeys(n for v in found.values() for n, x in v.items() if isinstance(x, int | float)))
+        names = [n for n in names if n not in ("epoch", "agg_metrics") and not n.startswith(ITC)]
+        retrieval = [n for n in names if n.split("_")[0] in SIDES or n == "r_mean"]
+        for title, columns in (("Retrieval", retrieval), ("Captions and answers", [n for n in names if n not in retrieval])):
+            if columns:
+                of_title = {run: values for run, values in found.items() if title == "Retrieval" or any(n in values for n in columns)}
+                tables.setdefault(split, []).append(evaluation_table(f"{title} on {split}, in per cent", columns, of_title))
+    return tables
+
+
+def evaluation_table(caption: str, columns: list[str], found: dict[str, dict[str, Any]]) -> Table:
+    """``columns`` of each run's evaluation, the best of each column marked.
+
+    Below a run that was ranked by its matching head stands what ITC's cosine alone gives; these rows have a best of their own.
+    """
+    lines = [(run, not place, line) for run, values in found.items() for place, line in enumerate(by_score(values))]
+    own = {key: name for key, name in (("epoch", "epoch"), ("rank_by", "ranked by")) if any(key in line for _, _, line in lines)}
+    rows = [
+        [run, *(str(line.get(key, "–")) for key in own), *(number(line.get(name), digits=1) for name in columns)]
+        for run, _, line in lines
+    ]
+    table = Table(["run", *own.values(), *map(_metric, columns)], rows, caption)
+    for place, name in enumerate(columns, start=1 + len(own)):
+        for kind in (True, False):
+            values = {row: line[name] for row, (_, first, line) in enumerate(lines) if first == kind and name in line}
+            if len(values) > 1:
+                table.best |= {(row, place) for row, value in values.items() if value == max(values.values())}
+    return table
+
+
+def by_score(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """An evaluation, and where it was ranked by another score that of ITC's cosine alone, under the same names."""
+    alone = {name.removeprefix(ITC): value for name, value in values.items() if name.startswith(ITC)}
+    if not alone or values.get("rank_by") == "itc":
+        return [values]
+    return [values, {**({"epoch": values["epoch"]} if "epoch" in values else {}), "rank_by": "itc", **alone}]
+
+
+def truth_table(runs: list[Run], candidates: list[list[Candidate]]) -> Table | None:
+    """Con-D's verdicts against the truth: over the distinct recorded pairs, and over all their sightings; None where none is known.
+
+    The two differ, since GRIT brings the same pairs together again, and most often those that do match.
+    """
+    rows = []
+    for run, found in zip(runs, candidates, strict=True):
+        truth = {(c.image, c.text): c.true for c in found if c.true is not None}
+        if not truth or run.connections is None:
+            continue
+        once = [(c.true is True, c.verdict == 2) for c in found if c.true is not None]
+        columns = (run.connections[name].to_pylist() for name in ("image", "text", "verdict"))
+        sightings = [(truth[i, t], verdict == VERDICTS[2]) for i, t, verdict in zip(*columns, strict=True) if (i, t) in truth]
+        for name, judged in (("each pair once", once), ("every sighting", sightings)):
+            score = con_d_score(judged)
+            shares = {key: number(score[key], share=True) for key in ("true_share", "precision", "recall")}
+            counts = [f"{score['pairs']:,}", shares["true_share"], f"{score['positive']:,}"]
+            rows.append([run.name, name, *counts, shares["precision"], shares["recall"]])
+    head = ["run", "counted", "pairs", "truly match", "judged positive", "precision", "recall"]
+    caption = (
+        "Recorded verdicts of all epochs; the summary has every verdict of the last epoch, by sighting. "
+        "A precision equal to “truly match” is what guessing would reach"
+    )
+    return Table(head, rows, caption) if rows else None
+
+
+def con_d_score(judged: list[tuple[bool, bool]]) -> dict[str, Any]:
+    """Con-D's verdict "positive" against the truth.
+
+    Args:
+        judged: of each pair whether it truly matches, and whether it was judged positive.
+
+    Returns:
+        ``pairs`` and ``positive``, counts; ``true_share`` of all pairs, which guessing would reach as precision; ``precision`` and
+        ``recall``. A share of nothing is NaN.
+    """
+    true, positive = sum(true for true, _ in judged), sum(said for _, said in judged)
+    both = sum(true and said for true, said in judged)
+    shares = {"true_share": (true, len(judged)), "precision": (both, positive), "recall": (both, true)}
+    counts = {"pairs": len(judged), "positive": positive}
+    return counts | {name: part / whole if whole else math.nan for name, (part, whole) in shares.items()}
+
+
+def number(value: float | None, share: bool = False, digits: int = 3) -> str:
+    """A number for a cell; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.1%}" if share else f"{value:.{digits}f}"
+
+
+def _all_settings(config: DictConfig) -> dict[str, Any]:
+    """Dotted key -> value of the model, run and data blocks; our own blocks with their defaults."""
+    found: dict[str, Any] = {}
+    for block, known in (("model", MODEL_BLOCKS), ("run", RUN_BLOCKS), ("datasets", {})):
+        values = config.get(block)
+        if not isinstance(values, DictConfig):
+            continue
+        plain = OmegaConf.to_container(values)
+        if values.get("arch" if block == "model" else "task") in known:
+            try:
+                plain = asdict(typed_block(block, values))
+            except UserError:
+                pass  # settings of another version are shown as they were written
+        _flatten(block, plain, found)
+    return found
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, dict) and value:
+        for key, below in value.items():
+            _flatten(f"{prefix}.{key}", below, into)
+    else:
+        into[prefix] = value
+
+
+def _setting(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _metric(name: str) -> str:
+    side, _, ending = name.partition("_")
+    if side in SIDES:
+        return f"{SIDES[side]} {ENDINGS.get(ending, ending.replace('_', ' '))}"
+    return NAMES.get(name, ENDINGS.get(name, name.replace("_", " ")))
