@@ -27,13 +27,12 @@ from grouping import machine
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lavis_mafa.analysis.cost.flops import step_flops
-from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, StepSize
 from lavis_mafa.config.schema import Blip2Block, DiscriminatorBlock, typed_block
 from lavis_mafa.models.base import CONFIGS
 from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.tools.cost import CON_D, CON_D_VIT, StepSize, cost_of
 
 WORDS = "a red green blue round small big smiling face heart hand animal flag cat dog sign clock moon of with and on".split()
 OFF, SHARED, OWN = "ECM off", "Con-D, ViT shared", "Con-D, own ViT"
@@ -116,7 +115,7 @@ def overheads(values: tuple[float, ...], off: tuple[float, ...]) -> list[float]:
 def count_parts(batch: int, length: int) -> None:
     """The same for the paper's size, as ``lavis-mafa plan`` counts it."""
     block = settings("base", {"ecm": {"enabled": True}, "discriminator": {"arch": "blip2_mafa"}})
-    parts = step_flops(block, StepSize(batch, length), own_vit=True)
+    parts = cost_of(block, StepSize(batch, length), own_vit=True).flops
     total = sum(part.total for name, part in parts.items() if name not in (CON_D, CON_D_VIT))
     print(f"{'TFLOP':<28} {'forward':>8} {'backward':>9} {'of a step':>10}")
     for name, part in parts.items():

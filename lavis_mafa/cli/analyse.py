@@ -13,7 +13,7 @@ from lavis_mafa.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lavis_mafa.analysis.trained_model import Opened
+    from lavis_mafa.tools.trained_model import Opened
 
 SOFT_LABELS = "soft labels of S-ITC, the consistency loss and momentum distillation (MAFA Table 2)"
 VISION_USAGE = "accuracy of predicted words with and without the image (GRIT-VLP's usage of vision)"
@@ -57,9 +57,10 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
         _check_groups(arguments.batch_size)
     import torch
 
-    from lavis_mafa.analysis import soft_labels as analysis
-    from lavis_mafa.analysis.trained_model import Reader, new_output, open_checkpoint, open_split
+    from lavis_mafa.files import new_folder
     from lavis_mafa.runners.stepping import autocast
+    from lavis_mafa.tools import soft_labels as analysis
+    from lavis_mafa.tools.trained_model import Reader, open_checkpoint, open_split
 
     opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=True)
     settings, model, itc = opened.settings, opened.model, opened.model.settings.itc
@@ -77,7 +78,7 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
         consistency=itc.consistency or 0.2,
         distillation=None if left_out is not None else itc.momentum_distillation.alpha,
     )
-    output = new_output(arguments.output)
+    output = new_folder(arguments.output)
     read, labels = Reader(dataset, opened, size, output), analysis.SortedLabels(size)
     with torch.no_grad(), autocast(settings.precision, opened.device):
         if arguments.order == "grouped":
@@ -113,9 +114,10 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
 def _vision_usage(arguments: argparse.Namespace) -> None:
     import torch
 
-    from lavis_mafa.analysis import vision_usage as analysis
-    from lavis_mafa.analysis.trained_model import Reader, new_output, open_checkpoint, open_split
+    from lavis_mafa.files import new_folder
     from lavis_mafa.runners.stepping import autocast
+    from lavis_mafa.tools import vision_usage as analysis
+    from lavis_mafa.tools.trained_model import Reader, open_checkpoint, open_split
 
     opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
     block, settings = opened.model.settings, opened.settings
@@ -127,7 +129,7 @@ def _vision_usage(arguments: argparse.Namespace) -> None:
     size = arguments.batch_size or settings.batch_size_eval
     if arguments.batch_size is not None and size > len(order):
         raise UserError(f"--batch-size is {size}, but there are only {len(order)} samples; give a smaller one.")
-    output = new_output(arguments.output)
+    output = new_folder(arguments.output)
     batches = Reader(dataset, opened, size, output)(order, f"words of {split}")
     with autocast(settings.precision, opened.device):
         if masked:
@@ -136,7 +138,7 @@ def _vision_usage(arguments: argparse.Namespace) -> None:
             usage = {f"{100 * chance:g} % masked": one for chance, one in found.items()}
         else:
             usage = {"next word": analysis.next_word_usage(opened.model, batches)}
-    rows = {name: one.figures() for name, one in usage.items()}
+    rows = {name: one.metrics() for name, one in usage.items()}
     words = {name: one.words for name, one in usage.items()}
     print(f"{len(order)} captions of {split}; words predicted: {', '.join(f'{count} ({name})' for name, count in words.items())}")
     print(analysis.format_usage(rows))

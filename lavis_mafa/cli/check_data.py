@@ -36,55 +36,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
-    from lavis_mafa.analysis.data_check.cleaning import check_columns, check_ids, check_target, write_clean
-    from lavis_mafa.analysis.data_check.judging import judge
-    from lavis_mafa.analysis.data_check.problems import find
-    from lavis_mafa.analysis.data_check.report import format_results, results, write_problems
-    from lavis_mafa.analysis.data_check.rows import read_sources
-    from lavis_mafa.analysis.data_check.sources import from_files, from_yaml
     from lavis_mafa.datasets.images import MIN_SIDE
     from lavis_mafa.files import check_unfinished, write_text
+    from lavis_mafa.tools import check_data
 
     min_side = MIN_SIDE if arguments.min_side is None else arguments.min_side
+    folder, clean = arguments.output, arguments.clean
     if min_side < MIN_SIDE:
         raise UserError(f"--min-side is {min_side}, but training needs at least {MIN_SIDE}.")
-    folder = arguments.output
     check_unfinished(folder, RESULT)
-    if arguments.clean is not None:
-        check_target(arguments.clean)
+    if clean is not None:
+        check_data.check_target(clean)
     if arguments.cfg_path is not None:
-        sources = from_yaml(arguments.cfg_path, arguments.options)
+        sources = check_data.from_yaml(arguments.cfg_path, arguments.options)
     else:
-        sources = from_files(arguments.annotations, arguments.images, arguments.allow_absolute_paths)
-    if arguments.clean is not None and any(source.text != "caption" for source in sources):
-        raise UserError("--clean writes images with captions, but the run has splits without; check the others with --annotations.")
-    if arguments.clean is not None and len({file.images or source.root for source in sources for file in source.files}) > 1:
-        raise UserError("--clean writes one file, but the data sets have several image folders; check them one at a time.")
-    if arguments.clean is not None:
-        check_columns([file.path for source in sources for file in source.files])
+        sources = check_data.from_files(arguments.annotations, arguments.images, arguments.allow_absolute_paths)
+    if clean is not None:
+        check_data.check_sources(sources)
     folder.mkdir(parents=True, exist_ok=True)
 
-    rows = read_sources(sources)
-    if arguments.clean is not None:
-        check_ids(rows)
-    verdicts = judge(rows, [source.process for source in sources], min_side, arguments.workers)
-    found = find(rows, verdicts)
-    figures = results(rows, verdicts, found)
-    write_problems(folder / PROBLEMS, rows, verdicts, found)
-    if arguments.clean is not None:
-        figures["cleaned_rows"] = write_clean(arguments.clean, rows, verdicts)
-    write_text(folder / RESULT, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-    print(format_results(figures))
-    print(f"\nTraining can use {figures['rows'] - figures['bad_rows']:,} of {figures['rows']:,} rows as they are.")
-    print(f"Every problem with its row: {folder / PROBLEMS}; the figures: {folder / RESULT}")
-    if arguments.clean is not None:
-        wrote = (
-            f"{figures['cleaned_rows']:,} rows: {arguments.clean}"
-            if figures["cleaned_rows"]
-            else "no row is good, so no file is written"
-        )
+    rows = check_data.read_sources(sources)
+    if clean is not None:
+        check_data.check_ids(rows)
+    verdicts = check_data.judge(rows, [source.process for source in sources], min_side, arguments.workers)
+    found = check_data.find(rows, verdicts)
+    results = check_data.results(rows, verdicts, found)
+    check_data.write_problems(folder / PROBLEMS, rows, verdicts, found)
+    if clean is not None:
+        results["cleaned_rows"] = check_data.write_clean(clean, rows, verdicts)
+    write_text(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    print(check_data.format_results(results))
+    print(f"\nTraining can use {results['rows'] - results['bad_rows']:,} of {results['rows']:,} rows as they are.")
+    print(f"Every problem with its row: {folder / PROBLEMS}; the counts: {folder / RESULT}")
+    if clean is not None:
+        wrote = f"{results['cleaned_rows']:,} rows: {clean}" if results["cleaned_rows"] else "no row is good, so no file is written"
         print(f"Cleaned annotations, {wrote}")
-    return int(figures["bad_rows"] > 0)
+    return int(results["bad_rows"] > 0)
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:

@@ -59,9 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.disable(logging.INFO)  # LAVIS logs what it builds
     with warnings.catch_warnings():  # of LAVIS's dependencies
         warnings.simplefilter("ignore")
-        from lavis_mafa.analysis.cost.measure import measure
-        from lavis_mafa.analysis.cost.plan import Wanted, make_plan, table
-        from lavis_mafa.analysis.cost.rows import training_rows
+        from lavis_mafa.tools.plan import Wanted, make_plan, measure, table, training_rows
 
         rows = training_rows(config) if arguments.samples is None else None
     names = ("gpus", "text_length", "new_positives", "own_vit", "throughput", "peak", "share")
@@ -73,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = make_plan(model, job, wanted)
     timed = None
     if arguments.measure:
-        timed = measure(model, job, plan.total, plan.size.text_length, wanted.own_vit)
+        timed = measure(model, job, plan, wanted.own_vit)
         if wanted.throughput is None and wanted.peak is None:
             speed = arguments.gpus * plan.size.batch / timed.seconds
             plan = replace(plan, pairs_a_second=speed, assumption=f"{speed:,.1f} pairs a second, as measured below")
@@ -82,9 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n" + timed.line(plan.size.batch, job.grit.search_space))
     if arguments.json is not None:
         measured = None if timed is None else {"kind": "measured", **asdict(timed)}
-        arguments.json.write_text(
-            json.dumps({"yaml": arguments.yaml, **plan.as_dict(), "measured": measured}, indent=1), encoding="utf-8"
-        )
+        content = {"yaml": arguments.yaml, **plan.as_dict(), "measured": measured}
+        arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return 0
 
 

@@ -320,7 +320,7 @@ def test_an_interrupted_cleaning_leaves_nothing(three, monkeypatch):
         raise KeyboardInterrupt
 
     write(three / "pairs.jsonl", [{"image": "a.png", "caption": "a dog"}])
-    monkeypatch.setattr("lavis_mafa.analysis.data_check.cleaning._as_json", interrupt)
+    monkeypatch.setattr("lavis_mafa.tools.check_data._as_json", interrupt)
     with contextlib.suppress(KeyboardInterrupt):
         check(three, "--clean", "clean.jsonl")
     assert not Path("clean.jsonl").exists() and not list(Path().glob(".*"))
@@ -338,13 +338,13 @@ def test_what_json_has_not_becomes_null_and_bytes_are_refused(three, refused):
 
 
 def test_what_lavis_would_end_with_is_a_problem(three, monkeypatch):
-    from lavis_mafa.analysis.data_check import sources
+    from lavis_mafa.tools import check_data
 
     rows = [("a.png", "a dog"), ("a.png", ["a cat"]), ("b.png", None), (None, "a house"), ("gone.png", "x"), ("c.png", "...")]
     write(three / "pairs.json", [{"image": image, "caption": caption} for image, caption in rows])
     info = {"annotations": {"train": {"storage": [str(three / "pairs.json")]}}, "images": {"storage": str(three / "images")}}
-    found = sources._of_lavis("datasets.coco_caption.build_info", OmegaConf.create(info), "train", str.lower)
-    monkeypatch.setattr(sources, "from_files", lambda *_: [found])
+    found = check_data.source_of("coco_caption", OmegaConf.create({"build_info": info}), "train", {"train": str.lower})
+    monkeypatch.setattr(check_data, "from_files", lambda *_: [found])
     assert check(three, "--clean", "clean.json", name="pairs.json") == 1
     kinds = [(problem["row"], problem["kind"]) for problem in problems(kinds=("list_of_captions", "no_image", *BAD))]
     assert kinds == [(2, "list_of_captions"), (3, EMPTY), (4, "no_image"), (5, MISSING), (6, EMPTY)]

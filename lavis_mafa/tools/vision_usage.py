@@ -32,7 +32,7 @@ class Usage:
         self.right = counts if self.right is None else self.right + counts
         self.words += len(words)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """``accuracy@k``, ``accuracy_without_image@k`` and their difference ``uov@k``.
 
         Raises:
@@ -40,10 +40,8 @@ class Usage:
         """
         if self.words == 0 or self.right is None:
             raise UserError("no word was predicted; raise --max-samples, --passes or --mask-probability.")
-        shares = (self.right.double() / self.words).tolist()
         named: dict[str, float] = {}
-        for column, k in enumerate(TOP):
-            seen, blind = shares[0][column], shares[1][column]
+        for k, seen, blind in zip(TOP, *(self.right.double() / self.words).tolist(), strict=True):
             named |= {f"accuracy@{k}": seen, f"accuracy_without_image@{k}": blind, f"uov@{k}": seen - blind}
         return named
 
@@ -70,7 +68,7 @@ def masked_usage(
         seed: of the masks.
 
     Returns:
-        probability -> figures.
+        probability -> what was counted.
     """
     usage = {probability: Usage() for probability in probabilities}
     for samples in batches:

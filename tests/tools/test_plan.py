@@ -10,13 +10,11 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_mafa.analysis.cost.build import build, build_con_d
-from lavis_mafa.analysis.cost.flops import grit_flops_of_pair, step_flops
-from lavis_mafa.analysis.cost.memory import grit_memory, saved_bytes, weights_of
-from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, IMAGE, StepSize
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.schema import Grit, typed_block
 from lavis_mafa.models.base import CONFIGS
+from lavis_mafa.tools.cost import CON_D, CON_D_VIT, IMAGE, LM, TEXT, StepSize, build, build_con_d, cost_of
+from lavis_mafa.tools.plan import grit_flops_of_pair, host_memory
 
 pytestmark = pytest.mark.slow
 
@@ -77,11 +75,10 @@ def real_step(block: Any, con_d: Any) -> tuple[float, int]:
 def test_parts_add_up_to_a_real_step(name):
     block = tiny(name)
     size = StepSize(BATCH, block.max_text_length if name == "stage 2" else LENGTH)
-    counted = sum(part.total for part in step_flops(block, size).values())
-    saved = saved_bytes(block, size, "fp32", "cpu")
+    cost = cost_of(block, size)
     flops, found = real_step(block, build_con_d(block))
-    assert counted == pytest.approx(flops, rel=0.02)
-    assert sum(saved.values()) == pytest.approx(found, rel=0.15)
+    assert sum(part.total for part in cost.flops.values()) == pytest.approx(flops, rel=1e-4)
+    assert sum(cost.saved.values()) == pytest.approx(found, rel=0.03)
 
 
 def paper(arch: str, **changes: Any) -> Any:
@@ -90,10 +87,9 @@ def paper(arch: str, **changes: Any) -> Any:
 
 def test_the_papers_model_and_overhead():
     """MAFA Table 12: 210M, Con-D 210M, an epoch of 3 h 06 min where GRIT-VLP takes 2 h 30 min."""
-    block = paper("albef_mafa")
-    weights = weights_of(block)
+    cost = cost_of(paper("albef_mafa"), StepSize(2, 30))
+    parts, weights = cost.flops, cost.weights
     assert weights.trained == pytest.approx(210e6, rel=0.01) and weights.con_d == pytest.approx(210e6, rel=0.01)
-    parts = step_flops(block, StepSize(2, 30))
     judging = sum(parts[name].total for name in (CON_D, CON_D_VIT))
     alone = sum(part.total for part in parts.values()) - judging
     assert judging / alone == pytest.approx(186 / 150 - 1, abs=0.04)
@@ -101,8 +97,7 @@ def test_the_papers_model_and_overhead():
 
 
 def test_a_con_d_with_the_frozen_vit_of_blip2_costs_a_twentieth():
-    block = paper("blip2_mafa")
-    parts = step_flops(block, StepSize(2, 32), own_vit=True)
+    parts = cost_of(paper("blip2_mafa"), StepSize(2, 32), own_vit=True).flops
     alone = sum(part.total for name, part in parts.items() if name not in (CON_D, CON_D_VIT))
     assert alone / 2 == pytest.approx(761e9, rel=0.005) and parts[IMAGE].backward == 0
     assert parts[CON_D].total / alone == pytest.approx(0.048, abs=0.001)
@@ -112,19 +107,35 @@ def test_a_con_d_with_the_frozen_vit_of_blip2_costs_a_twentieth():
 def test_half_precision_saves_memory_and_checkpointing_more():
     block = paper("albef_mafa", image_encoder={"depth": 3}, text_encoder={"layers": 2, "fusion_layer": 1})
     size = StepSize(64, 30)
-    full, half = (sum(saved_bytes(block, size, precision).values()) for precision in ("fp32", "bf16"))
-    assert 0.5 * full < half < full
+    full, half = (cost_of(block, size, precision, "cuda") for precision in ("fp32", "bf16"))
+    saved, less = sum(full.saved.values()), sum(half.saved.values())
+    assert 0.5 * saved < less < saved
     block.image_encoder.gradient_checkpointing = True
-    assert sum(saved_bytes(block, size, "bf16").values()) < half
+    again = cost_of(block, size, "bf16", "cuda")
+    assert sum(again.saved.values()) < less - 0.5 * half.saved[IMAGE]
+    assert again.flops[IMAGE].backward == pytest.approx(half.flops[IMAGE].backward + half.flops[IMAGE].forward, rel=0.02)
+
+
+def test_what_con_d_finds_and_the_other_ranks_rows_are_counted():
+    block, size = tiny("blip"), StepSize(BATCH, LENGTH)
+    plain, more, gathered = (cost_of(block, s) for s in (size, StepSize(BATCH, LENGTH, 1, 0.5), StepSize(BATCH, LENGTH, 4)))
+    assert more.flops[LM].forward == pytest.approx(1.5 * plain.flops[LM].forward)
+    assert more.flops[IMAGE] == gathered.flops[IMAGE] == plain.flops[IMAGE] and gathered.logits == plain.logits == BATCH * 11 * 30524
+    assert sum(gathered.saved.values()) > sum(plain.saved.values())
+
+
+def test_grits_separate_pass_is_the_encoders_once_more():
+    cost = cost_of(tiny("albef with a teacher"), StepSize(BATCH, LENGTH), collects=True)
+    assert cost.features == pytest.approx(cost.flops[IMAGE].forward + cost.flops[TEXT].forward, rel=0.01)
 
 
 def test_grits_memory_is_that_of_two_queues():
     """L rows of two fp32 vectors and an index; matrices of both directions, a sub-queue of 4,800 at a time being 184 MB."""
-    memory = grit_memory(Grit(queue_size=48000, search_space=4800), 256, 1000)
-    assert memory.queue == 2 * 48000 * (2 * 256 * 4 + 8) and memory.grouping == memory.queue + 2 * 2 * 4800**2 * 4
-    assert grit_memory(Grit(queue_size=48000, search_space=4800, memory="rows"), 256, 1000).grouping == memory.queue
+    memory = host_memory(Grit(queue_size=48000, search_space=4800), 256, 1000)
+    assert memory["queue"] == 2 * 48000 * (2 * 256 * 4 + 8) and memory["grouping"] == memory["queue"] + 2 * 2 * 4800**2 * 4
+    assert host_memory(Grit(queue_size=48000, search_space=4800, memory="rows"), 256, 1000)["grouping"] == memory["queue"]
     assert grit_flops_of_pair(Grit(search_space=4800), 256) == 4 * 4800 * 256
-    assert grit_memory(Grit(enabled=False), 256, 1000).queue == grit_flops_of_pair(Grit(enabled=False), 256) == 0
+    assert host_memory(Grit(enabled=False), 256, 1000)["queue"] == grit_flops_of_pair(Grit(enabled=False), 256) == 0
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys):

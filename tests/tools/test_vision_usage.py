@@ -12,10 +12,10 @@ import torch
 import reduced
 import reduced_blip
 import reduced_blip2
-from lavis_mafa.analysis.vision_usage import Usage, masked_usage, next_word_usage, without_image
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
 from lavis_mafa.objectives import language_modelling_loss
+from lavis_mafa.tools.vision_usage import Usage, masked_usage, next_word_usage, without_image
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def test_accuracy_is_counted_word_by_word():
     usage = Usage()
     for part in (slice(0, 25), slice(25, 40)):
         usage.add(seen[part], unseen[part], words[part])
-    figures = usage.figures()
+    metrics = usage.metrics()
     assert usage.words == 40
     for k in (1, 5):
         share = []
@@ -42,14 +42,14 @@ def test_accuracy_is_counted_word_by_word():
             for row, word in zip(logits.tolist(), words.tolist(), strict=True):
                 right += word in sorted(range(9), key=lambda v, r=row: -r[v])[:k]
             share.append(right / 40)
-        assert figures[f"accuracy@{k}"] == pytest.approx(share[0])
-        assert figures[f"accuracy_without_image@{k}"] == pytest.approx(share[1])
-        assert figures[f"uov@{k}"] == pytest.approx(share[0] - share[1])
+        assert metrics[f"accuracy@{k}"] == pytest.approx(share[0])
+        assert metrics[f"accuracy_without_image@{k}"] == pytest.approx(share[1])
+        assert metrics[f"uov@{k}"] == pytest.approx(share[0] - share[1])
 
 
 def test_nothing_predicted_is_an_error():
     with pytest.raises(UserError, match="no word was predicted"):
-        Usage().figures()
+        Usage().metrics()
 
 
 def test_masked_words_are_the_same_in_both_passes_and_whatever_the_batch(monkeypatch):
@@ -91,8 +91,8 @@ def test_a_model_that_ignores_the_image_has_no_usage_of_vision(kind):
             if "crossattention.output.dense" in name:
                 parameter.zero_()
     usage = masked_usage(model, [samples()], [0.5], 3, 0)[0.5] if kind == "albef" else next_word_usage(model, [samples(kind)])
-    figures = usage.figures()
-    assert figures["uov@1"] == figures["uov@5"] == 0.0 and usage.words > 0
+    metrics = usage.metrics()
+    assert metrics["uov@1"] == metrics["uov@5"] == 0.0 and usage.words > 0
 
 
 @pytest.mark.parametrize("kind", ["albef", "blip", "blip2"])

@@ -10,7 +10,11 @@ import torch
 
 import oracles
 import reduced
-from lavis_mafa.analysis.soft_labels import (
+from lavis_mafa.cli.main import main
+from lavis_mafa.config.schema import Grit
+from lavis_mafa.errors import UserError
+from lavis_mafa.objectives import EncodedBatch, consistency_loss, itc_loss
+from lavis_mafa.tools.soft_labels import (
     CONSISTENCY,
     MOMENTUM,
     PAPERS_SUMS,
@@ -22,10 +26,6 @@ from lavis_mafa.analysis.soft_labels import (
     restore_teacher,
     soft_labels,
 )
-from lavis_mafa.cli.main import main
-from lavis_mafa.config.schema import Grit
-from lavis_mafa.errors import UserError
-from lavis_mafa.objectives import EncodedBatch, consistency_loss, itc_loss
 
 pytestmark = pytest.mark.slow
 

@@ -41,9 +41,8 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
     """Build a YAML's data, and its model with the weights of ``checkpoint``; Con-D is left out.
 
     Args:
-        name: a file, or the name of a shipped YAML.
+        name: a file, or the name of a shipped YAML; options: KEY=VALUE overrides.
         checkpoint: of the YAML's model.
-        options: KEY=VALUE overrides.
         teacher: False leaves out a momentum teacher too.
 
     Raises:
@@ -72,7 +71,7 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
     return Opened(task.build_model(cfg).to(device).eval(), datasets, settings, device, checkpoint)
 
 
-class PairsOfGallery(Dataset):
+class _PairsOfGallery(Dataset):
     """An evaluation split as pairs: each of its texts, with the first image that it is written for."""
 
     def __init__(self, gallery: Any) -> None:
@@ -102,7 +101,7 @@ def open_split(opened: Opened, split: str) -> IndexedDataset:
     if isinstance(dataset, tuple | list | IterableDataset):
         raise UserError(f"split {split!r} is a stream; only data sets with an index can be analysed.")
     if hasattr(dataset, "txt2img") and hasattr(dataset, "text"):
-        dataset = PairsOfGallery(dataset)
+        dataset = _PairsOfGallery(dataset)
     elif split != "train":
         raise UserError(f"split {split!r} is no gallery of images and captions.")
     return IndexedDataset(dataset, opened.settings.seed)
@@ -134,21 +133,3 @@ class Reader:
         for samples in tqdm(loader, desc=what, unit="batch"):
             bad.add(samples, self.batch_size)
             yield samples
-
-
-def new_output(wanted: Path) -> Path:
-    """Make the folder ``wanted``, or ``wanted_2``, ``wanted_3``, ... where it exists: nothing is ever overwritten.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    number = 1
-    while True:
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}_{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            raise UserError(f"--output: cannot write {folder}: {error.strerror}.") from error

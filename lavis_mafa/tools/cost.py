@@ -1,0 +1,409 @@
+"""What one training step takes: weights, FLOPs and saved bytes of the model's own step, run on tensors that have no values."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from lavis.models.blip2_models.modeling_opt import OPTConfig
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lavis_mafa.config.check import FAMILIES, con_d_block
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.albef import AlbefMafa
+from lavis_mafa.models.blip import BlipMafa
+from lavis_mafa.models.blip2 import Blip2Mafa
+from lavis_mafa.models.blip2_encoders import PRECISIONS, build_eva
+from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
+from lavis_mafa.models.con_d import AlbefDiscriminator, Blip2Discriminator, BlipDiscriminator
+
+MODELS: dict[str, Any] = {"albef_mafa": AlbefMafa, "blip_mafa": BlipMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa}
+CON_DS: dict[str, Any] = {"albef_mafa": AlbefDiscriminator, "blip_mafa": BlipDiscriminator, "blip2_mafa": Blip2Discriminator}
+# width, layers, heads as released, all with 50,272 words (OPT, Table 1); 350m is built differently
+OPT = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40)}
+BERT_WORDS = 30522
+# the parts of a step; ITC is also what belongs to no other
+IMAGE, TEXT, TEACHER, ITC, ITM, LM = "image encoder", "text encoder", "momentum teacher", "ITC", "ITM", "LM"
+QUERIES, CON_D, CON_D_VIT = "Q-Former's queries", "Con-D, matching", "Con-D, image encoder"
+BY_MODULE = {"visual_encoder": IMAGE, "text_encoder": TEXT, "Qformer": QUERIES, "opt_proj": QUERIES, "opt_model": LM}
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How large a step is, on one GPU."""
+
+    batch: int  # B, pairs
+    text_length: int  # T, tokens of every caption
+    gathered: int = 1  # ranks whose candidates an anchor sees: all with batch_scope: global
+    new_positives: float = 0.0  # what Con-D adds to the LM's B pairs, as a share of B
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one part, two a multiply-add, matrix products alone: forward, and backward with what it recomputes."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many weights there are, and what they take as they are stored."""
+
+    trained: int
+    frozen: int
+    teacher: int
+    con_d: int
+    bytes_trained: int
+    bytes_frozen: int
+    bytes_teacher: int  # with its queue of features
+    bytes_con_d: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step on one GPU takes."""
+
+    weights: Weights
+    flops: dict[str, Flops]  # by part
+    saved: dict[str, int]  # bytes that are held when backward begins, by the part that first held them; no weights among them
+    logits: int  # numbers that the LM head gives
+    features: float  # FLOPs of GRIT's separate pass over the same batch; 0 where it was not asked for
+
+
+def cost_of(
+    settings: Any, size: StepSize, precision: str = "fp32", device: str = "cpu", own_vit: bool = False, collects: bool = False
+) -> Cost:
+    """Run one step of a typed ``model:`` block, whose files are not needed and never read.
+
+    Args:
+        settings: the block.
+        size: of the step.
+        precision: run.precision.
+        device: cuda or cpu: what is saved has the types that it would have there, whether this machine has a GPU or not.
+        own_vit: a BLIP-2 Con-D brings its own image encoder though it could share the model's frozen one.
+        collects: count GRIT's separate pass too (run.grit.collect: separate).
+
+    Raises:
+        UserError: a language model whose size is neither in the table nor in a local folder.
+
+    Example:
+        >>> cost_of(settings, StepSize(batch=48, text_length=32)).flops["image encoder"].backward  # frozen
+        0.0
+    """
+    settings = deepcopy(settings)
+    settings.max_text_length = size.text_length
+    step = _Step(settings, size, own_vit)
+    with step.without_values("cpu"):  # without a GPU torch cannot run a backward pass on pretended ones
+        step.run("cpu", precision)
+        flops, step.flops = step.flops, {}
+        if collects:
+            step.model.grit_features(samples_of(settings, size, "cpu"))
+        features = sum(part.total for part in step.flops.values())
+    recomputed = step.recomputed
+    if device == "cuda":
+        step = _Step(settings, size, own_vit)
+        with step.without_values("cuda"):
+            step.run("cuda", precision, backward=False)
+    if recomputed:  # with gradient checkpointing one block is whole at a time
+        step.saved[IMAGE] = step.saved.get(IMAGE, 0) + recomputed // settings.image_encoder.depth
+    return Cost(step.weights, flops, step.saved, step.logits, features)
+
+
+# --- the model, without its weights' memory, files or downloads ------------------------------------------------------------
+
+
+def build(settings: Any) -> Any:
+    """The model of a typed ``model:`` block at its real size on the default device, from scratch, in training mode.
+
+    Raises:
+        UserError: a language model whose size is neither in the table nor in a local folder.
+    """
+    plain = _without_files(settings)
+    with _vocabulary(plain), NoValues():
+        if settings.arch != "blip2_opt_mafa":
+            return MODELS[settings.arch](plain).train()
+        plain.max_text_length = min(settings.max_text_length, POSITIONS - settings.qformer.queries)
+        model, language = Blip2OptMafa(plain), settings.language_model
+        if language.init is not None:  # then of the size of what it would download
+            model.opt_model = Opt(_opt_config(language.init)).to(PRECISIONS[language.precision]).requires_grad_(not language.freeze)
+            for module in model.opt_model.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.float()
+            model.opt_proj = nn.Linear(settings.qformer.width, model.opt_model.config.hidden_size)
+        model.max_txt_len = settings.max_text_length
+        return model.train()
+
+
+def build_con_d(settings: Any, own_vit: bool = False) -> Any:
+    """The discriminator that a ``model:`` block names, untrained, on the default device; None where ECM is off."""
+    if not hasattr(settings, "ecm") or not settings.ecm.enabled:
+        return None
+    if settings.discriminator.arch == "ground_truth":
+        return _FreeConD()
+    block, shared = _without_files(con_d_block(settings)), can_share(settings) and not own_vit
+    block.max_text_length = settings.max_text_length
+    more = {"shared": shared} if block.arch == "blip2_mafa" else {}
+    with _vocabulary(block), NoValues():
+        con_d = CON_DS[block.arch](block, settings.discriminator.precision, **more)
+        if block.arch == "blip2_mafa" and not shared:
+            con_d.visual_encoder = build_eva(block.image_encoder).eval().requires_grad_(False)
+    con_d.network.eval().requires_grad_(False).to(con_d.dtype)
+    if block.arch == "blip2_mafa":
+        con_d.network.ln_vision.float()
+    return con_d
+
+
+class _FreeConD:
+    """In the place of the data's own truth, which costs nothing."""
+
+    def match_probability(self, samples: Any, image_index: Tensor, text_index: Tensor) -> Tensor:
+        return torch.zeros_like(image_index, dtype=torch.float32)
+
+
+def can_share(settings: Any) -> bool:
+    """Could Con-D use the model's frozen ViT? (It does where the weights are equal too.)"""
+    con_d = getattr(settings, "discriminator", None)
+    if con_d is None or settings.arch != "blip2_mafa" or FAMILIES.get(con_d.arch) != "blip2_mafa" or not settings.image_encoder.freeze:
+        return False
+    own, theirs = settings.image_encoder, con_d_block(settings).image_encoder
+    return (own.width, own.depth, own.patch_size) == (theirs.width, theirs.depth, theirs.patch_size)
+
+
+def weights_of(model: Any, con_d: Any) -> Weights:
+    """Count the weights of what :func:`build` and :func:`build_con_d` made."""
+    groups: dict[str, list[Tensor]] = {"trained": [], "frozen": [], "teacher": []}
+    for name, weight in model.named_parameters():
+        kind = "teacher" if name.split(".")[0].endswith("_m") else "trained" if weight.requires_grad else "frozen"
+        groups[kind].append(weight)
+    groups["con_d"] = [weight for module in _modules_of(con_d) for weight in module.parameters()]
+    counts = {kind: sum(weight.numel() for weight in group) for kind, group in groups.items()}
+    sizes = {f"bytes_{kind}": sum(weight.nbytes for weight in group) for kind, group in groups.items()}
+    sizes["bytes_teacher"] += sum(buffer.nbytes for name, buffer in model.named_buffers() if "queue" in name)
+    return Weights(**counts, **sizes)
+
+
+def _without_files(settings: Any) -> Any:
+    """The same sizes with nothing that would be read or downloaded."""
+    settings = deepcopy(settings)
+    for part in (settings, *vars(settings).values()):
+        for name in ("pretrained", "stage_1", "init"):
+            if hasattr(part, name):
+                setattr(part, name, None)
+    return settings
+
+
+@contextlib.contextmanager
+def _vocabulary(settings: Any) -> Iterator[None]:
+    """A vocabulary of BERT's size where the block names a hub's or a package's: only its length matters."""
+    if not hasattr(settings, "tokenizer") or Path(settings.tokenizer).exists():
+        yield
+        return
+    special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1037: "a"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocab.txt"
+        path.write_text("\n".join(special.get(i, f"word{i}") for i in range(BERT_WORDS)), encoding="utf-8")
+        settings.tokenizer = str(path)
+        yield
+
+
+def _opt_config(init: str) -> OPTConfig:
+    """Of a local folder, or of a size that is known offline; raises UserError."""
+    if Path(init).is_dir():
+        return OPTConfig.from_pretrained(init)
+    kind = init.lower().rsplit("opt-", 1)[-1]
+    if kind not in OPT:
+        raise UserError(
+            f"model.language_model.init is {init!r}, whose size is not known; known: a local folder, opt-{', opt-'.join(OPT)}."
+        )
+    width, layers, heads = OPT[kind]
+    sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width}
+    return OPTConfig(num_hidden_layers=layers, num_attention_heads=heads, **sizes)
+
+
+# --- the step --------------------------------------------------------------------------------------------------------------
+
+
+class NoValues(TorchDispatchMode):
+    """Counts FLOPs, and answers for tensors without values: yes to a question, the texts' length where a number is read, as many
+    places as the step expects where some are looked for."""
+
+    def __init__(self, step: _Step | None = None) -> None:
+        super().__init__()
+        self.step = step
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        step, kwargs = self.step, kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and (step or args[0].is_meta):
+            return args[0].dtype == torch.bool or (step.size.text_length if step else 0)
+        if step and func is torch.ops.aten.nonzero.default:
+            return torch.empty(round(step.share * args[0].numel()), args[0].dim(), dtype=torch.long, device=args[0].device)
+        if step and func is torch.ops.aten._unique2.default:
+            return args[0], args[0], args[0]
+        output = func(*args, **kwargs)
+        if step and step.part == LM and func is torch.ops.aten._log_softmax.default:
+            step.logits = max(step.logits, output.numel())
+        if step and func._overloadpacket in flop_registry:
+            step.add(flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
+        return output
+
+
+class _Step:
+    """The model's own step. Whose an operation is, is known in forward from the modules and methods that are being called, in backward
+    from what its node has saved."""
+
+    def __init__(self, settings: Any, size: StepSize, own_vit: bool) -> None:
+        with torch.device("meta"):
+            self.model, self.con_d = model, con_d = build(settings), build_con_d(settings, own_vit)
+        self.size, self.weights = size, weights_of(model, con_d)
+        mlm = getattr(settings, "mlm", None)
+        self.words = 1.0 if mlm is None else mlm.mask_probability * (size.text_length - 2) / size.text_length
+        self.part, self.backward = "images", False
+        self.flops: dict[str, Flops] = {}
+        self.saved: dict[str, int] = {}
+        self.logits = self.recomputed = 0
+        self.held: dict[int, Tensor] = {}  # by storage; kept, so that no storage's address is used twice
+        for name, module in model.named_children():
+            self._watch(module, TEACHER if name.endswith("_m") else BY_MODULE.get(name, ITC), reads_words=name == "Qformer")
+        for holder in (con_d, *_modules_of(con_d)):
+            if vit := getattr(holder, "visual_encoder", None):
+                self._watch(vit, IMAGE)
+        if hasattr(model, "set_discriminator"):
+            model.encode = self._encode(model.encode)
+            if con_d is not None:
+                con_d.match_probability = self._of(CON_D, con_d.match_probability)
+            model.set_discriminator(con_d)
+            model.batch_scope = "global" if size.gathered > 1 else "local"
+
+    @contextlib.contextmanager
+    def without_values(self, device: str) -> Iterator[None]:
+        """Inside, tensors have shapes alone, and say that they are on ``device``; so do the other ranks'."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)  # a model's doubts about such a batch
+            if self.size.gathered > 1:
+                dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.size.gathered)
+                stack.callback(dist.destroy_process_group)
+            if device == "cuda":
+                for name, answer in (("cuda.amp.common.amp_definitely_not_available", False), ("cuda.is_bf16_supported", True)):
+                    stack.enter_context(patch(f"torch.{name}", lambda *_, answer=answer, **__: answer))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(NoValues(self))
+            for module in (self.model, *_modules_of(self.con_d)):
+                _move(module, device)
+                self.held |= {t.untyped_storage()._cdata: t for t in (*module.parameters(), *module.buffers())}
+            yield
+
+    def run(self, device: str, precision: str, backward: bool = True) -> None:
+        """Forward and backward."""
+        samples = samples_of(self.model.settings, self.size, device)
+        self._pack(samples["image"])
+        self.part = ITC
+        half = torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32")  # what is recomputed in backward is so too
+        with half, torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            loss = self.model(samples)["loss"]
+            self.backward = backward
+            if backward:
+                loss.backward()
+        self.part, self.backward = ITC, False
+
+    @property
+    def share(self) -> float:
+        """Of the positions that are looked for: words that the LM predicts, or else connections that Con-D has found."""
+        return self.words if self.part == LM else self.size.new_positives / 2
+
+    def add(self, flops: float) -> None:
+        old = self.flops.get(self.part, Flops())
+        new = Flops(0.0, flops) if self.backward else Flops(flops)
+        self.flops[self.part] = Flops(old.forward + new.forward, old.backward + new.backward)
+
+    def _encode(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        def encode_and_watch(*args: Any) -> Any:
+            pairs, *rest = encode(*args)
+            pairs.itm_logits, pairs.lm_loss = self._of(ITM, pairs.itm_logits), self._of(LM, pairs.lm_loss)
+            return pairs, *rest
+
+        return encode_and_watch
+
+    def _of(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def of_part(*args: Any, **kwargs: Any) -> Any:
+            before, self.part = self.part, part
+            output = function(*args, **kwargs)
+            self.part = before
+            return output
+
+        return of_part
+
+    def _watch(self, module: nn.Module, part: str, reads_words: bool = False) -> None:
+        """What ``module`` and those below it do is ``part``'s, unless a loss or Con-D has called them."""
+        before: list[str] = []
+
+        def enter(_: nn.Module, args: Any) -> None:
+            asked = TEXT if reads_words and args else part  # the Q-Former is given words by position, queries by name
+            before.append(self.part)
+            self.part = {ITC: asked, CON_D: CON_D_VIT if part == IMAGE else CON_D}.get(self.part, self.part)
+
+        def leave(*_: Any) -> None:
+            self.part = before.pop()
+
+        for below in module.modules():  # of LAVIS's ViT a method is called, and so only modules below it
+            below.register_forward_pre_hook(enter)
+            below.register_forward_hook(leave)
+
+    def _pack(self, tensor: Tensor) -> tuple[str, Tensor]:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.held:
+            self.held[storage._cdata] = tensor
+            if self.backward:
+                self.recomputed += storage.nbytes()
+            else:
+                self.saved[self.part] = self.saved.get(self.part, 0) + storage.nbytes()
+        return self.part, tensor
+
+    def _unpack(self, packed: tuple[str, Tensor]) -> Tensor:
+        self.part, tensor = packed  # a node of backward fetches what it saved right before it computes
+        return tensor
+
+
+def samples_of(settings: Any, size: StepSize, device: Any) -> dict[str, Any]:
+    """A batch of noise, with captions that differ and are longer than the model reads."""
+    side = settings.image_encoder.image_size
+    captions = [f"{i} " + "a " * size.text_length for i in range(size.batch)]
+    # not of the first epoch: Con-D has been looked at, and a momentum teacher counts in full
+    return {"image": torch.randn(size.batch, 3, side, side, device=device), "text_input": captions, "epoch": 2}
+
+
+def _move(module: nn.Module, device: str) -> None:
+    """Weights without values that say they are on ``device``; ``Module.to`` cannot."""
+    for part in module.modules():
+        stores: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+        for tensors in stores:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    empty = torch.empty_like(tensor, device=device)
+                    tensors[name] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _modules_of(con_d: Any) -> list[nn.Module]:
+    """Con-D holds modules and is none itself."""
+    return [] if con_d is None else [module for module in vars(con_d).values() if isinstance(module, nn.Module)]
