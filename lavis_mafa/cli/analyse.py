@@ -59,7 +59,7 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
 
     from lavis_mafa.analysis import soft_labels as analysis
     from lavis_mafa.analysis.trained_model import Reader, new_output, open_checkpoint, open_split
-    from lavis_mafa.runners.stepping import autocast
+    from lavis_mafa.runners.step import autocast
 
     opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=True)
     settings, model, itc = opened.settings, opened.model, opened.model.settings.itc
@@ -115,7 +115,7 @@ def _vision_usage(arguments: argparse.Namespace) -> None:
 
     from lavis_mafa.analysis import vision_usage as analysis
     from lavis_mafa.analysis.trained_model import Reader, new_output, open_checkpoint, open_split
-    from lavis_mafa.runners.stepping import autocast
+    from lavis_mafa.runners.step import autocast
 
     opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
     block, settings = opened.model.settings, opened.settings

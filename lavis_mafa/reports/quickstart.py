@@ -17,7 +17,7 @@ from lavis_mafa.reports.run_files import last_checkpoint, last_epoch, open_runs,
 from lavis_mafa.reports.tables import ITC, Table, by_score, evaluation_table, figure
 from lavis_mafa.reports.training_rows import Part, TrainingRows
 from lavis_mafa.reports.truth_check import batch_false_negatives, own_text_keys, score_con_d
-from lavis_mafa.runners.checkpoints import rank_file
+from lavis_mafa.runners.checkpoint import rank_file
 from lavis_mafa.weights import read_checkpoint
 
 AT_MOST = 2000  # connections in the page

@@ -14,7 +14,7 @@ from lavis_mafa.config.schema import loss_weights
 from lavis_mafa.models import albef as albef_pairs
 from lavis_mafa.models import base as mafa_model
 from lavis_mafa.objectives import ItcSettings, mafa_step
-from lavis_mafa.runners.checkpoints import load_model
+from lavis_mafa.runners.checkpoint import load_model
 
 spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
 families = importlib.util.module_from_spec(spec)

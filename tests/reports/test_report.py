@@ -20,7 +20,7 @@ from lavis_mafa.reports.run_files import Run, open_runs
 from lavis_mafa.reports.tables import evaluation_tables
 from lavis_mafa.reports.thumbnails import Thumbnails
 from lavis_mafa.reports.training_rows import read_training_rows
-from lavis_mafa.runners.connection_record import ConnectionRecord
+from lavis_mafa.runners.log import ConnectionRecord
 
 spec = importlib.util.spec_from_file_location("run_folder", Path(__file__).with_name("run_folder.py"))
 run_folder = importlib.util.module_from_spec(spec)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.runners.stepping import Stepper
+from lavis_mafa.runners.step import Stepper
 
 spec = importlib.util.spec_from_file_location("outputs", Path(__file__).with_name("outputs.py"))
 outputs = importlib.util.module_from_spec(spec)

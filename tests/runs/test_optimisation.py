@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lavis_mafa.plugin
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.runners.schedule import WarmupCosinePerStep
-from lavis_mafa.runners.stepping import Stepper
+from lavis_mafa.runners.step import Stepper
 
 CPU = torch.device("cpu")
 TASK = SimpleNamespace(train_step=lambda model, samples: F.mse_loss(model(samples["x"]), samples["y"]))

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lavis_mafa.analysis.connections.blocks import Block, Encoder
 from lavis_mafa.errors import UserError
-from lavis_mafa.grit import group_by_similarity
-from lavis_mafa.grit.seeding import seeded_generator
+from lavis_mafa.grit import group_by_similarity, seeded_generator
 from lavis_mafa.models.blip2 import most_similar_query
 from lavis_mafa.models.retrieval import best_query
 from lavis_mafa.objectives import mine_hard_negatives

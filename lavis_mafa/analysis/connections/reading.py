@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lavis_mafa.datasets.indexed import BadSample, IndexedDataset
-from lavis_mafa.grit.seeding import seeded_generator
+from lavis_mafa.grit import seeded_generator
 
 
 class ReadableRows(IndexedDataset):

@@ -14,7 +14,7 @@ import torch
 from lavis_mafa.analysis.cost.build import build, build_con_d
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
-from lavis_mafa.runners.stepping import autocast
+from lavis_mafa.runners.step import autocast
 
 MOST_FLOPS = 2e12  # of a step on a CPU: a minute
 

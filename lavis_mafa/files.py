@@ -1,0 +1,133 @@
+"""Files that are whole or absent, folders that hold nobody else's result, digests, and which checkpoint of a run is its last."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lavis_mafa.errors import UserError
+
+SETTINGS = "settings.json"  # in the folder of a pass that can be gone on with: what was begun there
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A sibling of ``path`` to write to. At the end it is on the disk and takes ``path``'s place: a reader sees the old file or the
+    new one, never half of it, and so it is after a power cut. Where the writing fails, the old file stays.
+
+    Example:
+        >>> with replacing(folder / "pairs.parquet") as part:
+        ...     pq.write_table(table, part)
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        _sync(part)
+        os.replace(part, path)
+        _sync(path.parent)  # the new name too
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def new_folder(wanted: Path, key: str = "--output") -> Path:
+    """Make the folder ``wanted``, or ``wanted_2``, ``wanted_3``, ... where it exists: nothing is ever overwritten.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}_{number}")
+        except OSError as error:
+            raise UserError(f"{key}: cannot write {folder}: {error.strerror}.") from error
+
+
+def check_unfinished(folder: Path, result: str) -> None:
+    """Before anything heavy: ``folder`` holds no ``result`` yet, and nothing of something else.
+
+    Raises:
+        UserError: it does, or is no folder.
+    """
+    if (folder / result).exists():
+        raise UserError(f"--output: {folder} holds a finished result ({result}), which is never overwritten; choose another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output is {str(folder)!r}, but that is a file; give a folder.")
+    if folder.is_dir() and not (folder / SETTINGS).exists() and any(folder.iterdir()):
+        raise UserError(f"--output: {folder} holds files of something else; choose another folder.")
+
+
+def digest(settings: Any) -> str:
+    """16 hexadecimal digits that change with anything that JSON tells of ``settings``, but not with the order of keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_digest(paths: Iterable[Path]) -> str:
+    """16 hexadecimal digits that change with the content of any of the files."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                found.update(piece)
+    return found.hexdigest()[:16]
+
+
+def position(checkpoint: Path) -> tuple[int, int]:
+    """The epoch and the step that come next: ``checkpoint_4.pth`` ends epoch 4, ``checkpoint_4_37.pth`` is in the middle of it.
+
+    Example:
+        >>> position(Path("checkpoint_4.pth")), position(Path("checkpoint_4_37.pth"))
+        ((5, 0), (4, 37))
+    """
+    epoch, *step = map(int, checkpoint.stem.split("_")[1:])
+    return (epoch, step[0]) if step else (epoch + 1, 0)
+
+
+def numbered_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run's folder, the last one first; without the best one, which does not resume."""
+    files = [path for path in run.glob("checkpoint_*.pth") if re.fullmatch(r"checkpoint_\d+(_\d+)?\.pth", path.name)]
+    return sorted(files, key=position, reverse=True)
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The checkpoint after most epochs and steps, whenever its file was written.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = numbered_checkpoints(run)
+    if not found:
+        raise UserError(f"{run} has no checkpoint.")
+    return found[0]
