@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from lavis_mafa.config.check import MODEL_DEFAULTS
 from lavis_mafa.config.schema import typed_block
 from lavis_mafa.models.albef import AlbefMafa
-from lavis_mafa.runners.checkpoints import CheckpointFolder
+from lavis_mafa.runners.checkpoint import CheckpointFolder
 from lavis_mafa.weights import damage
 
 

@@ -233,7 +233,7 @@ HOSTS = [
         'step = samples.get("epoch", 0) * steps_per_epoch + samples.get("iters", 0)',
         'step = samples.get("epoch", 0) * steps_per_epoch',
     ),
-    ("runners/checkpoints.py", '(*may_miss, "text_queue_keys")', "may_miss"),
+    ("runners/checkpoint.py", '(*may_miss, "text_queue_keys")', "may_miss"),
 ]
 RANKS = [
     (

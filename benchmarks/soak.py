@@ -64,9 +64,9 @@ run: {task: mafa_pretrain, runner: runner_mafa, max_epoch: 100000, lr_horizon_ep
 def child(log: Path, arguments: list[str]) -> int:
     """The command line, with a line of ``log`` for each step."""
     from lavis_mafa.cli.main import main
-    from lavis_mafa.runners.training_loop import TrainingLoop
+    from lavis_mafa.runners.runner_mafa import RunnerMafa
 
-    prepare = TrainingLoop._prepare
+    prepare = RunnerMafa._prepare
 
     def prepared(self: Any, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
         # without pages of files, which come and go as the system likes
@@ -76,7 +76,7 @@ def child(log: Path, arguments: list[str]) -> int:
             file.write(json.dumps(record) + "\n")
         return prepare(self, samples, epoch, step)
 
-    TrainingLoop._prepare = prepared  # type: ignore[method-assign]
+    RunnerMafa._prepare = prepared  # type: ignore[method-assign]
     sys.argv = ["lavis-mafa", *arguments]
     return main()
 
@@ -171,10 +171,11 @@ def different_numbers(one: Any, other: Any) -> int:
 
 
 def newest(folder: Path) -> dict[str, Any]:
-    from lavis_mafa.runners.checkpoints import numbered, rank_file
+    from lavis_mafa.files import last_checkpoint
+    from lavis_mafa.runners.checkpoint import rank_file
 
     (run,) = folder.iterdir()
-    path = numbered(run)[0]
+    path = last_checkpoint(run)
     weights, state = (torch.load(file, weights_only=True) for file in (path, rank_file(path, 0)))
     return {"place": path.name, **{k: weights[k] for k in ("model", "optimizer")}, **{k: state[k] for k in ("feed", "random")}}
 

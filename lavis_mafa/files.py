@@ -58,7 +58,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def new_folder(wanted: Path) -> Path:
+def new_folder(wanted: Path, key: str = "--output") -> Path:
     """Make the folder ``wanted``, or ``wanted_2``, ``wanted_3``, ... where it exists: nothing is ever overwritten.
 
     Raises:
@@ -73,7 +73,7 @@ def new_folder(wanted: Path) -> Path:
             number += 1
             folder = wanted.with_name(f"{wanted.name}_{number}")
         except OSError as error:
-            raise UserError(f"--output: cannot write {folder}: {error.strerror}.") from error
+            raise UserError(f"{key}: cannot write {folder}: {error.strerror}.") from error
 
 
 def check_unfinished(folder: Path, result: str) -> None:

@@ -58,7 +58,7 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
     import torch
 
     from lavis_mafa.files import new_folder
-    from lavis_mafa.runners.stepping import autocast
+    from lavis_mafa.runners.step import autocast
     from lavis_mafa.tools import soft_labels as analysis
     from lavis_mafa.tools.trained_model import Reader, open_checkpoint, open_split
 
@@ -115,7 +115,7 @@ def _vision_usage(arguments: argparse.Namespace) -> None:
     import torch
 
     from lavis_mafa.files import new_folder
-    from lavis_mafa.runners.stepping import autocast
+    from lavis_mafa.runners.step import autocast
     from lavis_mafa.tools import vision_usage as analysis
     from lavis_mafa.tools.trained_model import Reader, open_checkpoint, open_split
 

@@ -12,8 +12,7 @@ An epoch goes like this, on every rank::
 """
 
 from lavis_mafa.grit.grouping import group_by_similarity, group_sub_queues
-from lavis_mafa.grit.order import next_epoch_order
 from lavis_mafa.grit.queue import GritQueue
-from lavis_mafa.grit.sampler import GritSampler
+from lavis_mafa.grit.sampler import GritSampler, next_epoch_order, seeded_generator
 
-__all__ = ["GritQueue", "GritSampler", "group_by_similarity", "group_sub_queues", "next_epoch_order"]
+__all__ = ["GritQueue", "GritSampler", "group_by_similarity", "group_sub_queues", "next_epoch_order", "seeded_generator"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lavis_mafa.grit.grouping import Memory
-from lavis_mafa.grit.host_copy import HostCopy, copy_to_host
-from lavis_mafa.grit.indices import SeenIndices
-from lavis_mafa.grit.phases import Rows, check_sizes, shuffle_and_group
-from lavis_mafa.grit.saved import saved_number, saved_rows
+from lavis_mafa.grit.grouping import Memory, group_by_similarity, group_sub_queues
+from lavis_mafa.grit.sampler import first_occurrences, saved_tensor, seeded_generator
+
+Rows = tuple[Tensor, Tensor, Tensor]  # index [n], image features [n, d], text features [n, d]
 
 
 class GritQueue:
@@ -58,7 +58,7 @@ class GritQueue:
         background: bool = True,
         memory: Memory = "matrix",
     ) -> None:
-        check_sizes(queue_size, search_space)
+        _check_sizes(queue_size, search_space)
         self.queue_size = queue_size
         self.search_space = search_space
         self.example_shuffle = example_shuffle
@@ -112,7 +112,7 @@ class GritQueue:
         """
         self._take_in()
         if self._count:
-            self._group(self._count)
+            self._group()
         self._take_grouped(wait=True)
         order = _concatenate(self._finished)
         self.epoch += 1
@@ -131,9 +131,9 @@ class GritQueue:
 
         Example:
             >>> queue = GritQueue(queue_size=4, search_space=2)
-        >>> state = queue.snapshot()
-            >>> queue.collect(torch.arange(2), torch.randn(2, 8), torch.randn(2, 8))
-            >>> state()["epoch"]  # as it was before that batch
+            >>> state = queue.snapshot()
+            >>> queue.collect(torch.arange(2), torch.eye(2), torch.eye(2))
+            >>> len(state()["index"])  # as it was before that batch
             0
         """
         self._take_in()
@@ -158,23 +158,27 @@ class GritQueue:
         """Go on exactly where ``state_dict`` was taken; what this queue held is dropped.
 
         Raises:
-            ValueError: the state was made with other settings, which would not give the same order, or an entry is missing or
-                malformed. The queue is then as it was.
+            ValueError: the state was made with other settings, which would not give the same order, or its rows do not fit each
+                other. The queue is then as it was.
         """
         for key, value in self._settings().items():
-            saved = saved_number(state, key, least=min(0, value))
-            if saved != value:
-                raise ValueError(f"{key} is {value}, but the saved queue had {saved}; resume with the saved value.")
-        epoch, queues_grouped = saved_number(state, "epoch"), saved_number(state, "queues_grouped")
-        finished, *waiting = saved_rows(state, queues_grouped, self.queue_size)
+            if state[key] != value:
+                raise ValueError(f"{key} is {value}, but the saved queue had {state[key]}; resume with the saved value.")
+        epoch, queues_grouped = int(state["epoch"]), int(state["queues_grouped"])
+        finished, index = (saved_tensor(state, name, torch.long, dims=1) for name in ("finished", "index"))
+        image, text = (saved_tensor(state, f"{side}_features", torch.float32, dims=2) for side in ("image", "text"))
+        # a queue is grouped the moment it is full
+        fits = len(finished) == queues_grouped * self.queue_size and len(index) < self.queue_size
+        if not fits or len(image) != len(index) or image.shape != text.shape:
+            raise ValueError("the saved queue's rows do not fit each other.")
         if self._grouping is not None:
             self._grouping.exception()  # waits; what it found belongs to the state that is dropped
             self._grouping = None
         self._start_empty()
         self.epoch, self._queues_grouped = epoch, queues_grouped
         self._finished = [finished.clone()]
-        self._seen.add(finished)
-        self._arriving = copy_to_host(*waiting)
+        self._mark_seen(finished)
+        self._arriving = copy_to_host(index, image, text)
         self._take_in()
 
     def _settings(self) -> dict[str, int]:
@@ -191,7 +195,7 @@ class GritQueue:
         self._count = 0  # rows in _waiting, always below queue_size between calls
         self._finished = []
         self._queues_grouped = 0
-        self._seen = SeenIndices()
+        self._seen = torch.zeros(0, dtype=torch.bool)  # one byte a sample; a Python set of indices takes about 90
 
     def _take_in(self) -> None:
         """Add the batch that was on its way, and hand over the queue each time it is full."""
@@ -199,7 +203,7 @@ class GritQueue:
             return
         arriving, self._arriving = self._arriving, None
         index, image_features, text_features = arriving.wait()
-        new = self._seen.add(index)
+        new = self._mark_seen(index)
         rows = (index[new], image_features[new], text_features[new])
         while len(rows[0]):
             room = self.queue_size - self._count
@@ -207,10 +211,23 @@ class GritQueue:
             self._count += len(self._waiting[-1][0])
             rows = (rows[0][room:], rows[1][room:], rows[2][room:])
             if self._count == self.queue_size:
-                self._group(self.queue_size)
+                self._group()
 
-    def _group(self, count: int) -> None:
-        """Hand the ``count`` waiting rows over for grouping, after the previous ones are done: memory stays at two queues."""
+    def _mark_seen(self, index: Tensor) -> Tensor:
+        """BoolTensor[n]: which of these are met for the first time in this epoch."""
+        if not len(index):
+            return torch.zeros(0, dtype=torch.bool)
+        if int(index.min()) < 0:
+            raise ValueError(f"index {int(index.min())} is negative, but must be a position in the data set.")
+        short = int(index.max()) + 1 - len(self._seen)
+        if short > 0:  # at least doubling, so that growing costs O(1) per sample over an epoch
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(max(short, len(self._seen)))])
+        new = first_occurrences(index) & ~self._seen[index]
+        self._seen[index] = True
+        return new
+
+    def _group(self) -> None:
+        """Hand the waiting rows over for grouping, after the previous ones are done: memory stays at two queues."""
         self._take_grouped(wait=True)
         rows, self._waiting, self._count = self._waiting, [], 0
         work = (rows, self.search_space, self.example_shuffle, (self.seed, self.epoch, self._queues_grouped), self.memory)
@@ -230,6 +247,95 @@ class GritQueue:
             # A failed future stays in place: without its rows the epoch's order is wrong, so no later call may succeed.
             self._finished.append(self._grouping.result())
             self._grouping = None
+
+
+def shuffle_and_group(rows: list[Rows], search_space: int, shuffle: bool, seed: tuple[int, int, int], memory: Memory) -> Tensor:
+    """Phases 2 and 3 for the rows of one queue: shuffle, cut into sub-queues, order each.
+
+    Args:
+        rows: pieces of one queue in the order they were collected, n rows in all, at least one piece.
+        search_space: M. The rows are cut into groups of M; when M does not divide n, the last one is shorter.
+        shuffle: phase 2; without it the groups are cut from the rows as they came.
+        seed: (seed, epoch, number of the queue in the epoch), of the shuffle and of each group's start.
+        memory: see ``group_by_similarity``.
+
+    Returns:
+        LongTensor[n] of data-set indices.
+
+    Raises:
+        ValueError: a feature is NaN or infinite; the message names the data-set indices.
+    """
+    index, image, text = (torch.cat(column) for column in zip(*rows, strict=True))
+    bad = ~(image.isfinite().all(dim=1) & text.isfinite().all(dim=1))
+    if bool(bad.any()):
+        named = ", ".join(map(str, index[bad][:10].tolist()))
+        raise ValueError(f"GRIT cannot group {int(bad.sum())} samples with non-finite features; data-set indices: {named}.")
+    generator = seeded_generator("grit queue", *seed)
+    count, dim = image.shape
+    if shuffle:
+        shuffled = torch.randperm(count, generator=generator)
+        index, image, text = index[shuffled], image[shuffled], text[shuffled]
+    queues, rest = divmod(count, search_space)
+    whole = queues * search_space
+    # Uniform over all rows of a group, the last included.
+    start = torch.randint(search_space, (queues,), generator=generator)
+    cut = (queues, search_space, dim)
+    order = group_sub_queues(image[:whole].view(cut), text[:whole].view(cut), start, memory=memory)
+    parts = [index[:whole].view(queues, search_space).gather(1, order).flatten()]
+    if rest:
+        first = int(torch.randint(rest, (), generator=generator))
+        parts.append(index[whole:][group_by_similarity(image[whole:], text[whole:], first, memory=memory)])
+    return torch.cat(parts)
+
+
+@dataclass
+class HostCopy:
+    """CPU copies that may still be on their way; ``wait()`` returns them when they have arrived."""
+
+    tensors: tuple[Tensor, ...]
+    arrived: torch.cuda.Event | None = None
+
+    def wait(self) -> tuple[Tensor, ...]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensors
+
+
+def copy_to_host(*tensors: Tensor) -> HostCopy:
+    """Copy tensors to CPU memory of their own: floating ones as fp32, integer ones as int64.
+
+    From a CUDA device the copies go to pinned memory and this returns at once, so that no training step waits for the GPU; from
+    any other device they are complete on return (``arrived`` is None).
+
+    Example:
+        >>> copy_to_host(torch.tensor([1.5], dtype=torch.bfloat16)).wait()[0].dtype
+        torch.float32
+    """
+    copies: list[Tensor] = []
+    gpu: torch.device | None = None
+    for tensor in tensors:
+        dtype = torch.float32 if tensor.is_floating_point() else torch.long
+        if tensor.is_cuda:
+            gpu = tensor.device
+            pinned = torch.empty(tensor.shape, dtype=dtype, pin_memory=True)
+            copies.append(pinned.copy_(tensor.detach().to(dtype), non_blocking=True))
+        else:
+            copies.append(tensor.detach().to("cpu", dtype, copy=True))
+    # Recorded on the stream that did the copies: a plain non_blocking copy gives no sign of its arrival.
+    arrived = torch.cuda.current_stream(gpu).record_event() if gpu is not None else None
+    return HostCopy(tuple(copies), arrived)
+
+
+def _check_sizes(queue_size: int, search_space: int) -> None:
+    if search_space < 1:
+        raise ValueError(f"search_space is {search_space}, but must be at least 1.")
+    if search_space > queue_size:
+        raise ValueError(f"search_space is {search_space}, but must not exceed queue_size ({queue_size}); nearest: {queue_size}.")
+    if queue_size % search_space:
+        small = [number for number in range(1, int(queue_size**0.5) + 1) if queue_size % number == 0]
+        divisors = small + [queue_size // number for number in small]
+        nearest = min(divisors, key=lambda number: (abs(number - search_space), number))
+        raise ValueError(f"search_space is {search_space}, but must divide queue_size ({queue_size}); nearest: {nearest}.")
 
 
 def _concatenate(orders: list[Tensor]) -> Tensor:

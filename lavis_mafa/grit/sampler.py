@@ -1,7 +1,8 @@
-"""Who is served when: one global order, of which every rank reads its share."""
+"""Who is served when: one global order, of which every rank reads its share, and how GRIT makes the next one (phase 4)."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,8 +10,108 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lavis_mafa.grit.saved import saved_number, saved_tensor, saved_value
-from lavis_mafa.grit.seeding import seeded_generator
+
+def seeded_generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator whose stream is a function of ``parts``: equal parts give equal streams, on every rank and machine.
+
+    Sums such as ``seed + epoch`` make (seed 0, epoch 1) and (seed 1, epoch 0) draw the same numbers; here each part counts.
+
+    Example:
+        >>> a, b = seeded_generator(7, "epoch", 1), seeded_generator(7, "epoch", 1)
+        >>> torch.equal(torch.randperm(9, generator=a), torch.randperm(9, generator=b))
+        True
+    """
+    # A str seed goes through SHA-512 (random.Random), which Python's randomised hash() does not touch.
+    return torch.Generator().manual_seed(random.Random("/".join(map(str, parts))).getrandbits(63))
+
+
+def first_occurrences(index: Tensor) -> Tensor:
+    """BoolTensor[n]: where each value of LongTensor[n] appears for the first time.
+
+    Example:
+        >>> first_occurrences(torch.tensor([4, 7, 4, 4]))
+        tensor([ True,  True, False, False])
+    """
+    values, positions = torch.sort(index, stable=True)
+    starts_run = torch.ones_like(values, dtype=torch.bool)
+    starts_run[1:] = values[1:] != values[:-1]
+    return torch.zeros_like(starts_run).index_fill_(0, positions[starts_run], True)
+
+
+def next_epoch_order(
+    grouped: list[Tensor],
+    dataset_size: int,
+    block: int,
+    batch_shuffle: bool,
+    generator_seed: int,
+    global_batch: int | None = None,
+) -> Tensor:
+    """Make the next epoch's order of the whole data set from what the ranks grouped (GRIT-VLP, section 4.1, phase 4).
+
+    The ranks' lists are joined in rank order to G. An index met twice keeps its first place. Each list is cut into blocks from
+    its own beginning, and the samples of an incomplete block (the end of a list whose length is no multiple of ``block``, or a
+    block that lost a duplicate) move to the end of G, so that an odd list never shifts the blocks of the ranks after it.
+
+    The k samples that no rank grouped (the tail an incomplete last batch dropped, unreadable images) come first, shuffled:
+    ``missing + G[k:] + G[:k]``. Blocks keep their alignment, missing samples are served before all others, and those they
+    displace form the new tail. When more are missing than grouped, G is rotated only as far as alignment needs.
+
+    Phase 4 then permutes whole blocks, with one seed for all ranks. It stays within the steps that are served; what lies
+    behind the last whole global batch stays there, so that no shuffle can drop a sample twice in a row.
+
+    Args:
+        grouped: one LongTensor per rank, from ``GritQueue.finish_epoch``; with ``batch_scope: global``, one list in all.
+        dataset_size: N.
+        block: samples that were grouped to be one batch: ``GritSampler.block``.
+        batch_shuffle: phase 4 (GRIT-VLP's Table 4 without it: ``False``).
+        generator_seed: equal on all ranks, another one each epoch.
+        global_batch: W * B, samples per step over all ranks (``GritSampler.global_batch``); ``block`` when not given.
+
+    Returns:
+        LongTensor[N], a permutation of ``range(N)``.
+
+    Raises:
+        ValueError: an index lies outside the data set, or ``block`` does not divide ``global_batch``.
+
+    Example:
+        >>> next_epoch_order([torch.tensor([2, 0, 3, 1])], dataset_size=5, block=2, batch_shuffle=False, generator_seed=0)
+        tensor([4, 0, 3, 1, 2])
+    """
+    global_batch = block if global_batch is None else global_batch
+    if block < 1 or global_batch % block:
+        raise ValueError(f"block is {block}, but must be at least 1 and divide global_batch ({global_batch}).")
+    ordered = _join_ranks([indices.to("cpu", torch.long) for indices in grouped], dataset_size, block)
+    generator = seeded_generator("grit order", generator_seed)
+
+    is_missing = torch.ones(dataset_size, dtype=torch.bool)
+    is_missing[ordered] = False
+    missing = is_missing.nonzero().squeeze(1)
+    # Neighbours in a data file are often captions of one image: in file order they would fill whole batches.
+    missing = missing[torch.randperm(len(missing), generator=generator)]
+    displaced = len(missing) if len(missing) <= len(ordered) else min(len(missing) % block, len(ordered))
+    order = torch.cat([missing, ordered[displaced:], ordered[:displaced]])
+
+    if batch_shuffle:
+        blocks = dataset_size // global_batch * global_batch // block
+        shuffled = torch.randperm(blocks, generator=generator)
+        order[: blocks * block] = order[: blocks * block].view(blocks, block)[shuffled].flatten()
+    return order
+
+
+def _join_ranks(grouped: list[Tensor], dataset_size: int, block: int) -> Tensor:
+    """The ranks' lists joined, each index once, whole blocks before the samples of broken ones."""
+    joined = torch.cat([torch.empty(0, dtype=torch.long), *grouped])
+    outside = joined[(joined < 0) | (joined >= dataset_size)]
+    if len(outside):
+        raise ValueError(f"the grouped order holds index {int(outside[0])}, but the data set has {dataset_size} samples.")
+    block_of, blocks = [torch.empty(0, dtype=torch.long)], 0
+    for indices in grouped:
+        block_of.append(torch.arange(len(indices)) // block + blocks)
+        blocks += -(-len(indices) // block)
+    kept = first_occurrences(joined)
+    joined, places = joined[kept], torch.cat(block_of)[kept]
+    whole = (torch.bincount(places, minlength=blocks) == block)[places]
+    return torch.cat([joined[whole], joined[~whole]])
 
 
 class GritSampler(Sampler[int]):
@@ -20,8 +121,8 @@ class GritSampler(Sampler[int]):
     order, so W ranks with batches of B see the same global batches as one rank with batches of W * B. Use it as
     ``DataLoader(sampler=sampler, batch_size=B, drop_last=True)``.
 
-    An epoch's order is a seeded random permutation unless ``set_order`` gave one; ``grouped`` tells which. Rank and world size
-    are passed in, so that one process can stand for any rank.
+    An epoch's order is a seeded random permutation unless ``set_order`` gave one. Rank and world size are passed in, so that one
+    process can stand for any rank.
 
     Args:
         dataset_size: N.
@@ -30,6 +131,13 @@ class GritSampler(Sampler[int]):
         world_size: W.
         batch_scope: "local" when each rank's queue groups batches of B, "global" when one order groups batches of W * B.
         seed: of the random permutations; equal on all ranks.
+
+    Attributes:
+        epoch: that iterating serves.
+        order: LongTensor[N], this epoch's global order.
+        grouped: whether GRIT made this epoch's order: smoothing (``smooth_when: grouped``) asks for it.
+        block: samples that GRIT groups to be one batch.
+        global_batch: W * B.
 
     Raises:
         ValueError: N is smaller than one global batch, ``rank`` is not below ``world_size``, or ``batch_scope`` is neither.
@@ -56,11 +164,8 @@ class GritSampler(Sampler[int]):
             raise ValueError(
                 f"batch_size is {batch_size} and rank {rank} of {world_size}, but must be >= 1 and 0 <= rank < world_size."
             )
-        self.dataset_size = dataset_size
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
+        self.dataset_size, self.batch_size = dataset_size, batch_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
         self.global_batch = world_size * batch_size
         self.block = batch_size if batch_scope == "local" else self.global_batch
         if dataset_size < self.global_batch:
@@ -70,21 +175,6 @@ class GritSampler(Sampler[int]):
             )
         self.steps_per_epoch = dataset_size // self.global_batch
         self._begin(self._random_order(0), epoch=0, grouped=False)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that iterating serves."""
-        return self._epoch
-
-    @property
-    def grouped(self) -> bool:
-        """Whether GRIT made this epoch's order: smoothing (``smooth_when: grouped``) asks for it."""
-        return self._grouped
-
-    @property
-    def order(self) -> Tensor:
-        """LongTensor[N], this epoch's global order."""
-        return self._order
 
     @property
     def start_step(self) -> int:
@@ -102,13 +192,13 @@ class GritSampler(Sampler[int]):
         return self.steps_per_epoch * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        served = self._order[: self.steps_per_epoch * self.global_batch].view(self.steps_per_epoch, self.world_size, self.batch_size)
+        served = self.order[: self.steps_per_epoch * self.global_batch].view(self.steps_per_epoch, self.world_size, self.batch_size)
         # Bound now: setting the next order while a loader still prefetches this one must not mix the two.
-        return _serve(served[self._start_step :, self.rank])
+        return _serve(served[self.start_step :, self.rank])
 
     def set_epoch(self, epoch: int) -> None:
         """Move to ``epoch`` in a random order. The epoch the sampler is in (by ``set_order``, a resume) is left as it is."""
-        if epoch != self._epoch:
+        if epoch != self.epoch:
             self._begin(self._random_order(epoch), epoch, grouped=False)
 
     def set_order(self, order: Tensor, epoch: int, grouped: bool) -> None:
@@ -131,10 +221,10 @@ class GritSampler(Sampler[int]):
             step: steps of this epoch already trained (the sampler cannot know: a loader reads ahead); else ``start_step``.
         """
         return {
-            "order": self._order.clone(),
-            "epoch": self._epoch,
-            "grouped": self._grouped,
-            "start_step": self._start_step if step is None else step,
+            "order": self.order.clone(),
+            "epoch": self.epoch,
+            "grouped": self.grouped,
+            "start_step": self.start_step if step is None else step,
             "global_batch": self.global_batch,
         }
 
@@ -142,15 +232,13 @@ class GritSampler(Sampler[int]):
         """Go on in the saved epoch, after its last trained step. Ranks and batch size may differ if the global batches fit.
 
         Raises:
-            ValueError: the saved order is for another data set, what it already served is no whole number of steps here, or an
-                entry is missing or malformed. The sampler is then as it was.
+            ValueError: the saved order is for another data set, or what it already served is no whole number of steps here. The
+                sampler is then as it was.
         """
         order = self._checked(saved_tensor(state, "order", torch.long, dims=1))
-        epoch, grouped = saved_number(state, "epoch"), saved_value(state, "grouped")
-        if not isinstance(grouped, bool):
-            raise ValueError(f"the saved grouped is {grouped!r}, but must be True or False.")
-        saved_batch = saved_number(state, "global_batch", least=1, most=self.dataset_size)
-        steps = saved_number(state, "start_step", most=self.dataset_size // saved_batch)
+        saved_batch, steps = int(state["global_batch"]), int(state["start_step"])
+        if saved_batch < 1 or not 0 <= steps <= self.dataset_size // saved_batch:
+            raise ValueError(f"the saved epoch cannot stand after {steps} batches of {saved_batch} of {self.dataset_size} samples.")
         step, left = divmod(steps * saved_batch, self.global_batch)
         if steps == self.dataset_size // saved_batch:
             # A complete epoch stays complete, although other batches might squeeze one more step out of its tail.
@@ -160,11 +248,11 @@ class GritSampler(Sampler[int]):
                 f"the saved epoch stopped after {steps} batches of {saved_batch} samples over all ranks, which is no whole "
                 f"number of batches of {self.global_batch}; resume with ranks x batch size = {saved_batch}."
             )
-        self._begin(order, epoch, grouped)
+        self._begin(order, int(state["epoch"]), bool(state["grouped"]))
         self.start_step = step
 
     def _begin(self, order: Tensor, epoch: int, grouped: bool) -> None:
-        self._order, self._epoch, self._grouped, self._start_step = order, epoch, grouped, 0
+        self.order, self.epoch, self.grouped, self._start_step = order, epoch, grouped, 0
 
     def _random_order(self, epoch: int) -> Tensor:
         return torch.randperm(self.dataset_size, generator=seeded_generator("grit sampler", self.seed, epoch))
@@ -174,6 +262,20 @@ class GritSampler(Sampler[int]):
         if order.shape != (self.dataset_size,) or not torch.equal(order.sort().values, torch.arange(self.dataset_size)):
             raise ValueError(f"the order ({list(order.shape)}) is not a permutation of the data set's {self.dataset_size} samples.")
         return order
+
+
+def saved_tensor(state: Mapping[str, Any], name: str, dtype: torch.dtype, dims: int) -> Tensor:
+    """``state[name]``, all of whose values are in memory: a stored view may repeat one number a billion times.
+
+    Raises:
+        ValueError: it is no tensor of that type and number of dimensions.
+    """
+    value = state[name]
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and value.is_contiguous()
+    if not plain or value.dtype != dtype or value.dim() != dims:
+        raise ValueError(f"the saved {name} is no contiguous tensor of {dtype} with {dims} dimensions.")
+    tensor: Tensor = value
+    return tensor
 
 
 def _serve(batches: Tensor) -> Iterator[int]:

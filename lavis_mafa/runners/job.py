@@ -252,7 +252,7 @@ def _check_rows(cfg: Any) -> None:
             return
     from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 
-    from lavis_mafa.runners.loaders import train_loader
+    from lavis_mafa.runners.loading import train_loader
     from lavis_mafa.runners.run_block import run_settings
 
     ours = cfg.run_cfg.task in RUN_BLOCKS

@@ -1,17 +1,14 @@
-"""``run:`` as a typed block, for our task and for LAVIS's, and the folder a run writes to."""
+"""``run:`` as a typed block, for our task and for LAVIS's."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from lavis_mafa.config.schema import RunBlock, typed_block
-from lavis_mafa.errors import UserError
-from lavis_mafa.runners.resuming import lock, newest_good, rewind, same_runs, unlock
 
 
 def run_settings(run: Any, ours: bool) -> RunBlock:
@@ -41,42 +38,3 @@ def run_settings(run: Any, ours: bool) -> RunBlock:
     floats = ("init_lr", "min_lr", "warmup_lr", "weight_decay", "lr_decay_rate")  # YAML reads 1e-4 as text
     values.update({name: float(values[name]) for name in floats if values.get(name) is not None})
     return RunBlock(**values)
-
-
-def open_folder(parent: Path, name: str, settings: RunBlock, config: dict[str, Any]) -> tuple[Path, Path | None]:
-    """The folder of a run, locked; with ``resume_ckpt_path: auto`` the one it goes on in, put back to the checkpoint it goes on from.
-
-    Raises:
-        UserError: it cannot be made, or is in use.
-    """
-    for folder in same_runs(parent, config) if settings.resume_ckpt_path == "auto" and not settings.evaluate else ():
-        lock(folder)  # before looking: who has it may be saving
-        if (checkpoint := newest_good(folder)) is not None:
-            rewind(folder, checkpoint)
-            return folder, checkpoint
-        unlock(folder)
-    folder = new_folder(parent, name)
-    lock(folder)
-    return folder, None
-
-
-def new_folder(parent: Path, name: str) -> Path:
-    """Make ``parent/name``, or ``name_2``, ``name_3``, ... where it exists: a run never writes into another's folder.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        for number in range(1, 10_000):
-            folder = parent / (name if number == 1 else f"{name}_{number}")
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                if folder.is_dir():
-                    continue
-                raise
-            (folder / "result").mkdir()
-            return folder
-    except OSError as error:
-        raise UserError(f"run.output_dir: cannot write in {parent}: {error.strerror}.") from error
-    raise UserError(f"run.output_dir: {parent} holds 10,000 runs named {name}; choose another one.")

@@ -28,9 +28,7 @@ class WarmupCosinePerStep:
     ) -> None:
         if steps_per_epoch is None:
             raise ValueError("lr_sched warmup_cosine_per_step needs run.runner: runner_mafa, which knows the steps per epoch")
-        self.optimizer = optimizer
-        self.min_lr, self.init_lr = min_lr, init_lr
-        self.warmup_steps = warmup_steps
+        self.optimizer, self.min_lr, self.init_lr, self.warmup_steps = optimizer, min_lr, init_lr, warmup_steps
         self.warmup_start_lr = warmup_start_lr if warmup_start_lr >= 0 else init_lr
         self.steps_per_epoch = steps_per_epoch
         self.horizon = max(max_epoch * steps_per_epoch, 1)

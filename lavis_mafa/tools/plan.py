@@ -17,7 +17,7 @@ from lavis_mafa.config.schema import Grit
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.grouping import MATRIX_BUDGET
-from lavis_mafa.runners.stepping import autocast
+from lavis_mafa.runners.step import autocast
 from lavis_mafa.tools.cost import CON_D, CON_D_VIT, IMAGE, Cost, Flops, StepSize, build, build_con_d, can_share, cost_of, samples_of
 from lavis_mafa.tools.training_data import read_annotated, split_files
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.files import last_checkpoint, write_bytes, write_text
-from lavis_mafa.runners.checkpoints import rank_file
+from lavis_mafa.runners.checkpoint import rank_file
 from lavis_mafa.tools import curves
 from lavis_mafa.tools.report import ITC, Table, by_score, con_d_score, number, report_page
 from lavis_mafa.tools.run_files import last_epoch, open_runs, read_connections, read_evaluations, read_metrics

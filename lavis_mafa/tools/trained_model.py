@@ -15,8 +15,8 @@ from tqdm import tqdm
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners.bad_samples import BadSamples
 from lavis_mafa.runners.job import check_yaml, prepare
+from lavis_mafa.runners.loading import BadSamples
 
 # what a checkpoint holds anyway need not be fetched first; a frozen ViT of BLIP-2 has a file of its own
 COVERED = {

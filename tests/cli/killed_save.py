@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from lavis_mafa import weights
-from lavis_mafa.runners.checkpoints import CheckpointFolder, rank_file
-from lavis_mafa.runners.resuming import newest_good
+from lavis_mafa.runners.checkpoint import CheckpointFolder, rank_file
+from lavis_mafa.runners.resume import newest_good
 
-TRACED = ("runners/checkpoints.py", "runners/background.py", "lavis_mafa/weights.py")
+TRACED = ("runners/checkpoint.py", "lavis_mafa/weights.py")
 
 
 class Doom:

@@ -402,7 +402,7 @@ def test_a_folder_that_cannot_be_written(refused, run_yaml, tmp_path):
 
 
 def test_a_full_disk_is_said_in_one_line(refused, run_yaml, monkeypatch):
-    from lavis_mafa.runners.metrics_log import MetricsLog
+    from lavis_mafa.runners.log import MetricsLog
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

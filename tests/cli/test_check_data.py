@@ -143,7 +143,7 @@ def hostile_yaml(tmp_path, hostile) -> Path:
 
 def test_training_replaces_lists_and_counts_what_the_check_finds(tmp_path, hostile, hostile_yaml, monkeypatch):
     from lavis_mafa.models.albef import AlbefMafa
-    from lavis_mafa.runners.bad_samples import BadSamples
+    from lavis_mafa.runners.loading import BadSamples
 
     data, expected = hostile
     assert main(["check-data", "--cfg-path", str(hostile_yaml), "--workers", "0"]) == 1

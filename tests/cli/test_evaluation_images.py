@@ -13,8 +13,8 @@ from PIL import Image, ImageFile
 from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.pairs import ImageQuestions
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners import evaluation_images
-from lavis_mafa.runners.evaluation_images import check_evaluation_images, one_row_an_image, unreadable
+from lavis_mafa.runners import loading
+from lavis_mafa.runners.loading import check_evaluation_images, one_row_an_image, unreadable
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_what_is_not_evaluated_is_not_read(run_yaml, val):
 
 
 def test_workers_find_the_same_and_ranks_share_the_images(pairs, monkeypatch):
-    monkeypatch.setattr(evaluation_images, "FEW", 3)
+    monkeypatch.setattr(loading, "FEW", 3)
     (pairs / "images/7.png").write_text("no image")
     table = pa.table({"image": [f"{n // 2}.png" for n in range(40)], "question": ["what?"] * 40, "answer": [["a"]] * 40})
     dataset = ImageQuestions(lambda image: torch.zeros(1), str, pairs / "images", table)
@@ -54,9 +54,9 @@ def test_workers_find_the_same_and_ranks_share_the_images(pairs, monkeypatch):
     alone = [unreadable(dataset, "val", workers) for workers in (0, 2)]
     assert torch.equal(torch.get_rng_state(), before), "the run that follows draws the same numbers"
     assert alone[0] == alone[1] and [image["image"] for image in alone[0]] == [f"{pairs}/images/7.png"]
-    monkeypatch.setattr(evaluation_images, "world_size", lambda: 2)
+    monkeypatch.setattr(loading, "world_size", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr(evaluation_images, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(loading, "rank", lambda rank=rank: rank)
         assert len(unreadable(dataset, "val", 0)) == (rank == 1)
 
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset
-from lavis_mafa.runners.resuming import rewind, same_runs
+from lavis_mafa.runners.resume import rewind, same_runs
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,9 @@ def test_auto_refuses_other_data_too(run_yaml, refused, pairs, rows, tmp_path):
     assert "row content differs" in refused(*train, "run.max_steps=4")
     write(pairs, rows)
     assert main([*train, "run.max_steps=4"]) == 0
-    assert len(list((tmp_path / "output").iterdir())) == 1
+    (run,) = (tmp_path / "output").iterdir()
+    saved = torch.load(run / "checkpoint_0_4.pth", weights_only=True)["config"]["run"]["resume_ckpt_path"]
+    assert saved == OmegaConf.load(run / "config.yaml").run.resume_ckpt_path == "auto", "what was found is no setting"
 
 
 @pytest.fixture

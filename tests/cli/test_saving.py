@@ -21,10 +21,10 @@ import torch
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners import checkpoints as checkpoints_module
-from lavis_mafa.runners.background import host_copy
-from lavis_mafa.runners.checkpoints import CheckpointFolder, position
-from lavis_mafa.runners.resuming import newest_good
+from lavis_mafa.files import position
+from lavis_mafa.runners import checkpoint as checkpoint_module
+from lavis_mafa.runners.checkpoint import CheckpointFolder, host_copy
+from lavis_mafa.runners.resume import newest_good
 from lavis_mafa.weights import damage, read_checkpoint, write_atomically
 
 pytestmark = pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_save_returns_before_it_is_written_and_one_is_in_flight(tmp_path, monk
         assert go_on.wait(60)
         write_atomically(content, path)
 
-    monkeypatch.setattr(checkpoints_module, "write_atomically", slow)
+    monkeypatch.setattr(checkpoint_module, "write_atomically", slow)
     folder = CheckpointFolder(tmp_path)
     weight = torch.zeros(1000)
     folder.save("0", {"model": {"w": weight}}, None, rank=0)

@@ -17,7 +17,7 @@ import torch
 from lavis_mafa import signals as interrupt
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import death_of_a_worker
-from lavis_mafa.runners.stepping import Stepper
+from lavis_mafa.runners.step import Stepper
 
 pytestmark = pytest.mark.slow
 

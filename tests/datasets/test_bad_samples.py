@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners import bad_samples
-from lavis_mafa.runners.bad_samples import BadSamples
+from lavis_mafa.runners import loading
+from lavis_mafa.runners.loading import BadSamples
 
 
 def batch(*indices: int) -> dict:
@@ -40,7 +40,7 @@ def test_each_is_listed_once_and_counted_each_time(tmp_path, caplog):
 def test_ranks_share_the_list(tmp_path, monkeypatch):
     ranks = [BadSamples(tmp_path / "bad.jsonl", 1) for _ in range(2)]
     for rank, index in ((0, 1), (1, 2), (1, 1), (0, 2), (0, 3), (1, 3)):
-        monkeypatch.setattr(bad_samples, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(loading, "rank", lambda rank=rank: rank)
         ranks[rank].add(batch(index), 4)
     assert [(line["index"], line["rank"]) for line in lines(tmp_path / "bad.jsonl")] == [(1, 0), (2, 1), (3, 0)]
     assert [rank.count for rank in ranks] == [3, 3]

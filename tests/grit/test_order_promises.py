@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lavis_mafa.config.schema import Grit
-from lavis_mafa.runners import grit_feed
-from lavis_mafa.runners.grit_feed import GritFeed
+from lavis_mafa.runners import loading
+from lavis_mafa.runners.loading import GritFeed
 
 EPOCHS = 3
 DIM = 4
@@ -49,7 +49,7 @@ class Ranks:
                 self.barrier.abort()  # the others must not wait for it
                 raise
 
-        with patch.multiple(grit_feed, gather_objects=self.gather, gather_in_rank_order=lambda t: torch.cat(self.gather(t))):
+        with patch.multiple(loading, gather_objects=self.gather, gather_in_rank_order=lambda t: torch.cat(self.gather(t))):
             with ThreadPoolExecutor(self.world) as threads:
                 return list(threads.map(as_rank, range(self.world)))
 
@@ -122,7 +122,7 @@ def _train_rank(plan: Plan, rank: int, save_at: Any, state: Any, first_epoch: in
         feed.load_state_dict(state)
     for epoch in range(first_epoch, EPOCHS):
         step = first_step if epoch == first_epoch else 0
-        feed.begin_epoch(epoch)
+        feed.sampler.set_epoch(epoch)
         if plan.grit.enabled and plan.grit.collect == "separate" and step == 0:
             passed = (torch.tensor(batch) for batch in list(batches(feed)))
             feed.separate_pass(epoch, ((index, *plan.computed(epoch, index)) for index in map(plan.replaced, passed)))

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from lavis_mafa.grit import GritQueue, group_by_similarity
 from lavis_mafa.grit import grouping as grouping_module
-from lavis_mafa.grit import phases as phases_module
 from lavis_mafa.grit import queue as queue_module
-from lavis_mafa.grit.host_copy import HostCopy, copy_to_host
+from lavis_mafa.grit.queue import HostCopy, copy_to_host, shuffle_and_group
 
 
 def features(index: Tensor, epoch: int = 0, dim: int = 6) -> tuple[Tensor, Tensor]:
@@ -173,7 +172,7 @@ def test_same_data_same_order_whatever_the_thread_does(monkeypatch):
 
     def late(*work):
         release.wait(0.01)
-        return phases_module.shuffle_and_group(*work)
+        return shuffle_and_group(*work)
 
     monkeypatch.setattr(queue_module, "shuffle_and_group", late)
     assert orders(background=True) == plain
@@ -262,7 +261,7 @@ def test_at_most_one_full_queue_is_pending(monkeypatch):
             most = max(most, running)
         taken.append(sum(len(row[0]) for row in rows))
         try:
-            return phases_module.shuffle_and_group(rows, *work)
+            return shuffle_and_group(rows, *work)
         finally:
             with lock:
                 running -= 1

@@ -13,7 +13,7 @@ from lavis_mafa.config.schema import loss_weights
 from lavis_mafa.models import albef as albef_pairs
 from lavis_mafa.models import base as mafa_model
 from lavis_mafa.objectives import ItcSettings, mafa_step
-from lavis_mafa.runners.checkpoints import load_model
+from lavis_mafa.runners.checkpoint import load_model
 
 with_teacher = pytest.mark.parametrize("family", [f for f in FAMILIES if f[1]], ids=[n for n in NAMES if "teacher" in n])
 ALBEF = ("albef", True)

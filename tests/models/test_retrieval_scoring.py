@@ -20,7 +20,7 @@ from lavis_mafa.models.base import MafaModel
 from lavis_mafa.models.blip import BlipMafa
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.retrieval import in_fp32, retrieval_scores
-from lavis_mafa.runners.evaluating import evaluate_split
+from lavis_mafa.runners.runner_mafa import evaluate_split
 from lavis_mafa.tasks.pretrain import MafaPretrainTask
 from lavis_mafa.tasks.retrieval_metrics import retrieval_metrics
 

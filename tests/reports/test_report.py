@@ -15,7 +15,7 @@ from PIL import Image
 
 import run_folder
 from lavis_mafa.cli.main import main
-from lavis_mafa.runners.connection_record import ConnectionRecord
+from lavis_mafa.runners.log import ConnectionRecord
 from lavis_mafa.tools.gallery import Thumbnails, distinct_candidates, read_training_rows
 from lavis_mafa.tools.report import evaluation_tables
 from lavis_mafa.tools.run_files import Run, open_runs

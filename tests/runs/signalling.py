@@ -29,7 +29,7 @@ def strike(number: int) -> None:
 
 def at(moment: str, wanted: int, number: int) -> None:
     from lavis_mafa.runners import runner_mafa
-    from lavis_mafa.runners.stepping import Stepper
+    from lavis_mafa.runners.step import Stepper
 
     count = 0
 

@@ -14,7 +14,7 @@ import pytest
 
 import outputs
 from lavis_mafa.cli.main import main
-from lavis_mafa.runners.stepping import Stepper
+from lavis_mafa.runners.step import Stepper
 
 pytestmark = pytest.mark.slow
 

@@ -280,7 +280,7 @@ def test_no_more_candidates_are_asked_for_than_a_gallery_has(caplog):
     from lavis.models.albef_models.albef_retrieval import AlbefRetrieval
 
     from lavis_mafa.models.albef import AlbefMafa
-    from lavis_mafa.runners.evaluating import k_test_within
+    from lavis_mafa.runners.runner_mafa import k_test_within
 
     gallery = SimpleNamespace(image=["a", "b", "c"], text=["x"] * 7)
     for model_class, wanted, inside in ((AlbefRetrieval, 256, 3), (AlbefRetrieval, 2, 2), (AlbefMafa, 256, 256)):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners.nonfinite import NonFinite
-from lavis_mafa.runners.stepping import Stepper
+from lavis_mafa.runners.step import NonFinite, Stepper, StepResult
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +38,7 @@ class Training:
         applied = []
         for step, (number, times) in enumerate(batches):
             part = slice(4 * number, 4 * number + 4)
-            self.stepper({"x": self.x[part], "y": self.y[part], "times": times}, step, len(batches))
-            applied.append(self.stepper.applied)
+            applied.append(self.stepper({"x": self.x[part], "y": self.y[part], "times": times}, step, len(batches)).applied)
         return applied
 
     @property
@@ -105,9 +103,9 @@ def test_any_micro_batch_of_a_window_counts_though_its_gradient_is_finite(scale,
 def test_what_another_rank_says_of_its_step_holds_here(scale):
     training, told = Training(scale=scale), []
     before = training.weights
-    training.stepper.vote = lambda bad: bool(told.append(bad)) or True
+    training.stepper.vote = lambda bad: (0, False, bool(told.append(bad)) or True)
     assert training.run((0, GOOD)) == [False] and torch.equal(training.weights, before) and told == [False]
-    training.stepper.vote = lambda bad: bool(told.append(bad))  # all others are well, and this rank's step is asked about alone
+    training.stepper.vote = lambda bad: (0, False, bool(told.append(bad)))  # the others are well
     assert training.run((0, GOOD), (1, NAN)) == [True, True] and told == [False, False, True]
 
 
@@ -122,9 +120,9 @@ def test_so_many_in_a_row_end_the_run_and_are_written_down(tmp_path, caplog):
     output = {"loss": torch.tensor(NAN), "loss_itc": torch.tensor(2.5), "ranges": {"similarity": torch.tensor([-3.0, INFINITE])}}
     samples = {"index": torch.arange(100, 120)}
     for step, applied in enumerate([False, False, True, False, False]):
-        watch.add(1, step, samples, output, applied)
+        watch.add(1, step, samples, StepResult(output, applied))
     with pytest.raises(UserError) as error:
-        watch.add(1, 5, samples, output, applied=False, norm=torch.tensor(INFINITE))
+        watch.add(1, 5, samples, StepResult(output, applied=False, gradient_norm=torch.tensor(INFINITE)))
     said = str(error.value)
     assert "3 steps in a row (run.max_nonfinite_steps)" in said and "epoch 1, step 6" in said and "loss nan" in said
     assert "similarity -3.0 to inf" in said and "samples 100, 101" in said and "12 more" in said and "gradient norm inf" in said
@@ -137,9 +135,9 @@ def test_so_many_in_a_row_end_the_run_and_are_written_down(tmp_path, caplog):
 @pytest.fixture
 def broken(monkeypatch):
     """Spoil the pixels of chosen steps, on chosen ranks."""
-    from lavis_mafa.runners.training_loop import TrainingLoop
+    from lavis_mafa.runners.runner_mafa import RunnerMafa
 
-    prepare = TrainingLoop._prepare
+    prepare = RunnerMafa._prepare
 
     def spoil(wanted) -> None:
         def prepared(self, samples, epoch, step):
@@ -148,7 +146,7 @@ def broken(monkeypatch):
                 samples["image"] = samples["image"] * NAN
             return samples
 
-        monkeypatch.setattr(TrainingLoop, "_prepare", prepared)
+        monkeypatch.setattr(RunnerMafa, "_prepare", prepared)
 
     return spoil
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lavis_mafa.plugin
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.runners.schedule import WarmupCosinePerStep
-from lavis_mafa.runners.stepping import Stepper
+from lavis_mafa.runners.step import Stepper
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,11 @@ import torch.distributed as dist
 
 from lavis_mafa import plugin
 from lavis_mafa.config.schema import Grit, RunBlock
-from lavis_mafa.runners import grit_feed
-from lavis_mafa.runners import vote as vote_module
-from lavis_mafa.runners.grit_feed import GritFeed
+from lavis_mafa.runners import checkpoint, loading
+from lavis_mafa.runners import step as step_module
+from lavis_mafa.runners.loading import GritFeed
 from lavis_mafa.runners.runner_mafa import RunnerMafa
-from lavis_mafa.runners.saving import Saving
-from lavis_mafa.runners.training_loop import TrainingLoop
-from lavis_mafa.runners.vote import Vote
+from lavis_mafa.runners.step import Vote
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +33,7 @@ def two_votes(monkeypatch):
         flags.copy_(torch.stack(box).amax(0))
         meet.wait()
 
-    monkeypatch.setattr(vote_module, "host_group", lambda: "group")
+    monkeypatch.setattr(step_module, "host_group", lambda: "group")
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
 
     def run(*ranks: tuple[int, bool, bool]) -> list[tuple[int, bool, bool]]:
@@ -43,8 +41,7 @@ def two_votes(monkeypatch):
 
         def one(rank: int) -> None:
             own.rank = rank
-            bad = votes[rank](ranks[rank][2])
-            results[rank] = votes[rank].stop, votes[rank].failed, bad
+            results[rank] = votes[rank](ranks[rank][2])
 
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
         for thread in threads:
@@ -65,9 +62,8 @@ def test_what_one_rank_says_all_hear(two_votes, which, who):
 
 
 def test_a_single_process_hears_itself():
-    vote = Vote(lambda: 2, lambda: True)
-    assert vote(True) is True and (vote.stop, vote.failed) == (2, True)
-    assert Vote(lambda: 0, lambda: False)(False) is False
+    assert Vote(lambda: 2, lambda: True)(True) == (2, True, True)
+    assert Vote()(False) == (0, False, False)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -77,7 +73,7 @@ def test_the_teacher_is_moved_once_a_window(window):
     seen = SimpleNamespace(seen=0, add=lambda samples, size: setattr(seen, "seen", seen.seen + size))
     loop = SimpleNamespace(settings=settings, bad_samples=seen, cuda_enabled=False, steps_per_epoch=7)
     loop.feed = SimpleNamespace(sampler=SimpleNamespace(grouped=True))
-    prepared = [TrainingLoop._prepare(loop, {}, epoch=3, step=step) for step in range(7)]
+    prepared = [RunnerMafa._prepare(loop, {}, epoch=3, step=step) for step in range(7)]
     assert [sample["first_of_window"] for sample in prepared] == [step in range(0, 7, window) for step in range(7)]
     assert [(s["epoch"], s["iters"], s["num_iters_per_epoch"], s["grouped"]) for s in prepared] == [(3, n, 7, True) for n in range(7)]
     assert seen.seen == 28
@@ -101,25 +97,25 @@ def test_the_queue_is_as_the_settings_say(scope, seeds):
 def test_the_learning_rate_falls_over_the_horizon(horizon, end):
     plugin.register()
     settings = RunBlock(max_epoch=20, lr_horizon_epochs=horizon, init_lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_steps=10)
-    runner = SimpleNamespace(_lr_sched=None, settings=settings, max_epoch=20, steps_per_epoch=50)
+    runner = SimpleNamespace(settings=settings, max_epoch=20, steps_per_epoch=50)
     runner.config = SimpleNamespace(run_cfg={})
     runner.optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
-    schedule = RunnerMafa.lr_scheduler.fget(runner)
+    schedule = RunnerMafa.lr_scheduler.func(runner)
     assert [schedule.at(step) for step in (0, 10, end * 50)] == pytest.approx([1e-6, 1e-3, 1e-5])
     assert schedule.at(20 * 50 - 1) == pytest.approx(1e-5, rel=0.01) if horizon is None else schedule.at(20 * 50) > 2e-4
 
 
 @pytest.mark.parametrize(("scope", "queue", "fits"), [("local", "one", False), ("global", "one", True), ("local", None, True)])
 def test_parts_of_an_order_on_several_ranks_need_all_of_them(scope, queue, fits):
-    runner = SimpleNamespace(settings=RunBlock(grit=Grit(batch_scope=scope)), feed=SimpleNamespace(queue=queue))
-    Saving._check_ranks(runner, 1)
+    feed = SimpleNamespace(queue=queue, scope=scope)
+    checkpoint._check_ranks(feed, 1)
     with pytest.raises(ValueError, match="saved by 2 processes and is resumed by 1") if not fits else contextlib.nullcontext():
-        Saving._check_ranks(runner, 2)
+        checkpoint._check_ranks(feed, 2)
 
 
 def test_batches_are_shuffled_anew_each_epoch_and_by_the_runs_seed(monkeypatch):
     seeds = []
-    monkeypatch.setattr(grit_feed, "next_epoch_order", lambda *given: seeds.append(given[4]) or torch.arange(24))
+    monkeypatch.setattr(loading, "next_epoch_order", lambda *given: seeds.append(given[4]) or torch.arange(24))
     for run in (7, 8):
         feed = GritFeed(Grit(queue_size=12, search_space=6), 24, 3, 0, 1, seed=run)
         for epoch in range(3):

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from lavis_mafa.config.schema import CaptioningRun, Grit, RunBlock, VqaRun
 from lavis_mafa.distributed import gather_objects, init_process_group, is_distributed, rank
 from lavis_mafa.models.retrieval import retrieval_scores
-from lavis_mafa.runners.evaluating import evaluate_split
-from lavis_mafa.runners.loaders import eval_loader, train_loader
+from lavis_mafa.runners.loading import eval_loader, train_loader
+from lavis_mafa.runners.runner_mafa import evaluate_split
 from lavis_mafa.tasks.captioning import MafaCaptioningTask
 from lavis_mafa.tasks.vqa import MafaVqaTask
 
@@ -87,7 +87,7 @@ def trained(count: int) -> list[list[list[int]]]:
     """The rows of each batch of each rank."""
     loader, feed = train_loader(Numbers(count), 3, Grit(enabled=False), SETTINGS, False)
     loader.dataset.set_epoch(0)
-    feed.begin_epoch(0)
+    feed.sampler.set_epoch(0)
     return gather_objects([batch["index"].tolist() for batch in loader])
 
 

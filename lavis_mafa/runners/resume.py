@@ -1,4 +1,4 @@
-"""``resume_ckpt_path: auto``: the newest good checkpoint of the same run, and its folder put back to that moment."""
+"""Where a run writes and goes on: its folder, ``resume_ckpt_path: auto``, and the folder put back to its checkpoint's moment."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners.checkpoints import numbered, position, rank_file
+from lavis_mafa.files import new_folder, numbered_checkpoints, position, write_text
+from lavis_mafa.runners.checkpoint import rank_file
 from lavis_mafa.weights import damage, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,32 @@ SHOWN = 12
 _locks: dict[Path, int] = {}
 
 
+def open_run(parent: Path, name: str, settings: RunBlock, config: dict[str, Any]) -> tuple[Path, Path | None]:
+    """The folder of a run, locked, and the checkpoint to go on from, if any.
+
+    With ``resume_ckpt_path: auto`` that is the newest good one of the newest run with these settings, in that run's folder, which is
+    put back to the checkpoint's moment; else the folder is a new one.
+
+    Raises:
+        UserError: the folder cannot be made, or is in use.
+    """
+    given = None if settings.evaluate else settings.resume_ckpt_path
+    for folder in same_runs(parent, config) if given == "auto" else ():
+        lock(folder)  # before looking: who has it may be saving
+        if (checkpoint := newest_good(folder)) is not None:
+            rewind(folder, checkpoint)
+            return folder, checkpoint
+        unlock(folder)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.output_dir: cannot write in {parent}: {error.strerror}.") from error
+    folder = new_folder(parent / name, "run.output_dir")
+    (folder / "result").mkdir()
+    lock(folder)
+    return folder, None if given in (None, "auto") else Path(given)
+
+
 def same_runs(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
     """The folders of saved runs below ``parent`` with these settings, the newest first. Where there is none, the log says so."""
     others, found = [], False
@@ -47,7 +75,7 @@ def same_runs(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
             different = f"its config.yaml cannot be read ({' '.join(str(error).split())})"
         if different:
             others.append(f"{folder.name}: {different}")
-        elif numbered(folder):
+        elif numbered_checkpoints(folder):
             found = True
             yield folder
     if not found and others:
@@ -58,7 +86,7 @@ def same_runs(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
 
 def newest_good(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run; those that are damaged are named and passed over."""
-    for path in numbered(folder):
+    for path in numbered_checkpoints(folder):
         problem = _problem(path)
         if not problem:
             return path
@@ -89,42 +117,14 @@ def rewind(folder: Path, checkpoint: Path) -> None:
         numbers = [int(n) for n in re.findall(r"\d+", file.stem)]  # epoch, (first step,) rank
         if (numbers[0], numbers[1] if len(numbers) > 2 else 0) >= (epoch, step):
             file.unlink()
-    for path in numbered(folder):
+    for path in numbered_checkpoints(folder):
         if position(path) > (epoch, step):
             for file in (path, *folder.glob(f"{path.stem}.rank*.pth")):
                 file.rename(file.with_suffix(".damaged"))
-    whole = {path.stem for path in numbered(folder)}
+    whole = {path.stem for path in numbered_checkpoints(folder)}
     for file in (*folder.glob(".*.part"), *folder.glob("checkpoint_*.rank*.pth")):  # of a save that was killed
         if file.suffix == ".part" or file.name.split(".")[0] not in whole:
             file.unlink()
-
-
-def lock(folder: Path) -> None:
-    """Keep a second process from writing into a run's folder, until :func:`unlock` or the end of this process, however that comes.
-
-    Raises:
-        UserError: another process has it.
-    """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            os.close(descriptor)
-            logger.warning("%s cannot be locked (%s): do not start two runs in it", folder, error.strerror)
-            return
-        owner = os.read(descriptor, 100).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise UserError(f"{folder} is still written by {owner or 'another process'}; wait for its end, or stop it.") from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
-    _locks[folder] = descriptor
-
-
-def unlock(folder: Path) -> None:
-    """Another process may go on in this folder."""
-    if folder in _locks:
-        os.close(_locks.pop(folder))
 
 
 def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -138,13 +138,53 @@ def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
             continue  # the line a killed run was writing
         if isinstance(record, dict) and wanted(record):
             kept.append(line + "\n")
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(kept))
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of a run's folder until :func:`unlock` or the end of this one; raises UserError if one is in it."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(descriptor, 100).decode(errors="replace").strip()
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"{folder} is still written by {owner or 'another process'}; wait for its end, or stop it.") from error
+        logger.warning("%s cannot be locked (%s): do not start two runs in it", folder, error.strerror)
+        return
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+    _locks[folder] = descriptor
+
+
+def unlock(folder: Path) -> None:
+    """Another process may go on in this folder."""
+    if folder in _locks:
+        os.close(_locks.pop(folder))
+
+
+def say_what_differs(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Of a run that goes on with other settings than its checkpoint's: which of them hold from now on, and which never will."""
+    if not there:
+        return
+    before, now = _flat(there), _flat(here)
+    different = _differences(before, now)
+    kept = [key for key in different if any(fnmatch.fnmatch(key, pattern) for pattern in ONLY_AT_THE_START)]
+    applied = [key for key in different if key not in kept]
+
+    def told(keys: list[str]) -> str:
+        changes = [f"{key} {before.get(key, 'not set')} -> {now.get(key, 'not set')}" for key in keys[:SHOWN]]
+        return ", ".join(changes) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
+
+    if applied:
+        logger.info("the run goes on with other settings: %s", told(applied))
+    if kept:
+        logger.warning("no effect on a resumed run, which goes on with the checkpoint's weights: %s", told(kept))
 
 
 def _last_saved(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in numbered(folder)), default=0.0)
+    return max((path.stat().st_mtime for path in numbered_checkpoints(folder)), default=0.0)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -157,21 +197,3 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """The settings that are not the same, but for those that a run stays the same with."""
     keys = sorted({*there, *here})
     return [key for key in keys if key.removeprefix("run.") not in MAY_DIFFER and there.get(key) != here.get(key)]
-
-
-def say_what_differs(there: Any, here: dict[str, Any]) -> None:
-    """Of a run that goes on with other settings than its checkpoint's: which of them hold from now on, and which never will."""
-    if not isinstance(there, dict):
-        return
-    before, now = _flat(there), _flat(here)
-    kept = [key for key in _differences(before, now) if any(fnmatch.fnmatch(key, pattern) for pattern in ONLY_AT_THE_START)]
-    applied = [key for key in _differences(before, now) if key not in kept]
-
-    def told(keys: list[str]) -> str:
-        changes = [f"{key} {before.get(key, 'not set')} -> {now.get(key, 'not set')}" for key in keys[:SHOWN]]
-        return ", ".join(changes) + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
-
-    if applied:
-        logger.info("the run goes on with other settings: %s", told(applied))
-    if kept:
-        logger.warning("no effect on a resumed run, which goes on with the checkpoint's weights: %s", told(kept))

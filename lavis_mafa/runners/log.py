@@ -1,0 +1,179 @@
+"""What a run tells while it trains: ``metrics.jsonl``, TensorBoard curves, a bar or plain lines, and a sample of Con-D's verdicts."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lavis_mafa.distributed import gather_objects
+
+logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 5.0  # short epochs would fill the terminal; metrics.jsonl has every record
+# shown in a line, and how they are called there
+SHORT = {"loss": "loss", "loss_itc": "itc", "loss_itm": "itm", "loss_mlm": "mlm", "loss_lm": "lm"}
+SHORT |= {"itm_accuracy_positive": "acc+", "itm_accuracy_negative": "acc-", "new_positive_share": "new+", "false_negative_share": "fn"}
+
+
+class MetricsLog:
+    """Averages tensors on the device between two log points, so that a step never waits for the host.
+
+    ``folder`` is None on all ranks but the first; ``samples_per_step`` are those of all ranks, ``total_steps`` those of the run.
+    """
+
+    def __init__(self, folder: Path | None, steps_per_epoch: int, samples_per_step: int, total_steps: int) -> None:
+        self.folder, self.steps_per_epoch = folder, steps_per_epoch
+        self.samples_per_step, self.total_steps = samples_per_step, total_steps
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.pending = self.skipped = self.timed = 0
+        self.last_time = time.perf_counter()
+        self.last_line = float("-inf")
+        self.writer: Any = None
+        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if folder is not None and sys.stderr.isatty() else None
+
+    def add(self, metrics: dict[str, Tensor], skipped: bool = False) -> None:
+        """One step; a metric that is not finite (nothing to measure, a step not applied) is left out of its average."""
+        for name, value in metrics.items():
+            value = value.detach().float()
+            there = torch.isfinite(value)
+            self.sums[name] = self.sums.get(name, 0) + torch.where(there, value, 0.0)
+            self.counts[name] = self.counts.get(name, 0) + there
+        self.pending += 1
+        self.timed += 1
+        self.skipped += skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not written yet, so that a resumed run writes the same records."""
+        return {"sums": self.sums, "counts": self.counts, "pending": self.pending, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any] | None, device: torch.device) -> None:
+        """Go on with what was not written yet; checkpoints from before this was kept have None."""
+        if state is not None:
+            self.sums, self.counts = ({k: v.to(device) for k, v in state[name].items()} for name in ("sums", "counts"))
+            self.pending, self.skipped = int(state["pending"]), int(state["skipped"])
+
+    def flush(self, epoch: int, step: int, learning_rate: float, derive: Any = None) -> dict[str, float]:
+        """Average over steps and ranks, write, print. Every rank must call it, after ``step`` steps of the epoch.
+
+        ``derive`` makes further metrics from the averages, such as ratios of averaged counts.
+        """
+        if self.pending == 0:
+            return {}
+        names = sorted(self.sums)
+        table = torch.stack([torch.stack([self.sums[n].float(), self.counts[n].float()]) for n in names]).cpu()
+        parts = gather_objects((names, table))
+        if all(n == names for n, _ in parts):
+            table = torch.stack([t for _, t in parts]).sum(dim=0)
+        averages = {n: float(s / c) for n, (s, c) in zip(names, table, strict=True) if c > 0}
+        if derive is not None:
+            averages = derive(averages)
+        now = time.perf_counter()
+        done = epoch * self.steps_per_epoch + step
+        rate = self.timed / max(now - self.last_time, 1e-9)
+        record = {"epoch": epoch, "step": step, "samples_seen": done * self.samples_per_step, **averages}
+        record |= {"learning_rate": learning_rate, "samples_per_second": rate * self.samples_per_step}
+        if self.skipped:
+            record["skipped_steps"] = self.skipped
+        self.sums, self.counts = {}, {}
+        self.pending = self.skipped = self.timed = 0
+        self.last_time = now
+        if self.folder is not None:
+            self._write(self.folder, record, done, rate)
+        return record
+
+    def restart_clock(self) -> None:
+        """Do not count what happened since the last record (evaluation, building) into the rate."""
+        self.last_time, self.timed = time.perf_counter(), 0
+
+    def close(self) -> None:
+        for open_one in (self.writer, self.bar):
+            if open_one is not None:
+                open_one.close()
+
+    def _write(self, folder: Path, record: dict[str, Any], done: int, rate: float) -> None:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+        for name, value in record.items():
+            if name not in ("epoch", "step", "samples_seen"):
+                self.writer.add_scalar(name, value, done)
+        short = " ".join(f"{name} {record[key]:.3f}" for key, name in SHORT.items() if key in record)
+        if self.bar is not None:
+            self.bar.n = done
+            self.bar.set_postfix_str(short, refresh=True)
+        elif done >= self.total_steps or time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.perf_counter()
+            logger.info(
+                "epoch %d step %d/%d  %s  %.1f samples/s  left %s",
+                *(record["epoch"], record["step"], self.steps_per_epoch, short, record["samples_per_second"]),
+                datetime.timedelta(seconds=int((self.total_steps - done) / max(rate, 1e-9))),
+            )
+
+
+class ConnectionRecord:
+    """A bounded sample of what Con-D decided, as Parquet, so that reports need no second pass.
+
+    At most ``limit`` verdicts an epoch and rank, spread evenly over the epoch's steps and over both directions.
+    """
+
+    def __init__(self, folder: Path, rank: int, limit: int, steps_per_epoch: int) -> None:
+        self.folder, self.rank, self.limit = folder, rank, limit
+        self.every = max(1, math.ceil(steps_per_epoch / max(limit, 1)))
+        self.per_step = max(1, limit * self.every // max(steps_per_epoch, 1))
+        self.rows: list[dict[str, Tensor]] = []
+
+    def add(self, epoch: int, step: int, verdicts: dict[str, Tensor] | None) -> None:
+        """Take some of a step's verdicts; they stay on the device until the epoch ends."""
+        if self.limit == 0 or verdicts is None or "probability" not in verdicts or step % self.every:
+            return
+        count = len(verdicts["image"])
+        stride = max(1, count // self.per_step)
+        # the offset moves with the step, so that no position in the batch is preferred
+        chosen = torch.arange(step % stride, count, stride, device=verdicts["image"].device)[: self.per_step]
+        row = {name: value[chosen] for name, value in verdicts.items()}
+        row |= {"direction": chosen >= count // 2, "step": torch.full_like(chosen, step), "epoch": torch.full_like(chosen, epoch)}
+        self.rows.append(row)
+
+    def write(self, epoch: int, first_step: int = 0) -> Path | None:
+        """Write this epoch's sample to ``connections/``; of a resumed epoch beside the part before ``first_step``."""
+        rows, self.rows = self.rows, []
+        if not rows:
+            return None
+        exists = torch.cat([row["exists"] for row in rows])
+        columns = {name: torch.cat([row[name] for row in rows])[exists].cpu() for name in rows[0]}
+        verdict = torch.where(columns["positive"], 2, torch.where(columns["ambiguous"], 1, 0))
+        table = pa.table(
+            {
+                "epoch": columns["epoch"].numpy(),
+                "step": columns["step"].numpy(),
+                "direction": _words(["text for image", "image for text"], columns["direction"].long()),
+                "image": columns["image"].numpy(),
+                "text": columns["text"].numpy(),
+                "probability": columns["probability"].float().numpy(),
+                "verdict": _words(["negative", "ambiguous", "positive"], verdict),
+            }
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = f"_from_{first_step}" if first_step else ""
+        path = self.folder / f"epoch_{epoch}{part}_rank_{self.rank}.parquet"
+        pq.write_table(table, path)
+        return path
+
+
+def _words(names: list[str], codes: Tensor) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(codes.numpy(), type=pa.int32()), names)
