@@ -31,9 +31,9 @@ from lavis_mafa.analysis.cost.flops import step_flops
 from lavis_mafa.analysis.cost.step import CON_D, CON_D_VIT, StepSize
 from lavis_mafa.config.schema import Blip2Block, DiscriminatorBlock, typed_block
 from lavis_mafa.models.base import CONFIGS
-from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.encoders import MINILM
 
 WORDS = "a red green blue round small big smiling face heart hand animal flag cat dog sign clock moon of with and on".split()
 OFF, SHARED, OWN = "ECM off", "Con-D, ViT shared", "Con-D, own ViT"

@@ -1,6 +1,6 @@
-"""The OPT that stage 2 speaks through: a hub name or a local folder, or a small one from scratch that reads bytes.
+"""``blip2_opt_mafa``: stage 2 of BLIP-2 (LAVIS's ``blip2_opt``) on any device, from our stage 1, with answers to questions.
 
-``blip2_opt_mafa``: stage 2 of BLIP-2 (LAVIS's ``blip2_opt``) on any device, from our stage 1, with answers to questions.
+Its OPT comes from a hub name or a local folder, or is a small one from scratch that reads bytes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,19 @@ from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 from lavis_mafa.config.check import OF_MODEL, check_kind, check_kind_on_hub, from_hub, model_from_hub
 from lavis_mafa.config.schema import Blip2OptBlock, LanguageModel, typed_block
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.base import CONFIGS, PretrainOutput, check_lengths, checked
-from lavis_mafa.models.beams import GeneratedLengths
+from lavis_mafa.models.base import CONFIGS
 from lavis_mafa.models.blip2 import query_pass
-from lavis_mafa.models.blip2_encoders import PRECISIONS, absent, build_eva, build_qformer, resize_positions, with_own_file, without_vit
+from lavis_mafa.models.encoders import (
+    PRECISIONS,
+    GeneratedLengths,
+    absent,
+    build_eva,
+    build_qformer,
+    fit_position_embeddings,
+    with_own_file,
+    without_vit,
+)
+from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples
 from lavis_mafa.objectives import value_range
 from lavis_mafa.weights import load_exactly, read_weights
 
@@ -200,7 +209,7 @@ class Blip2OptMafa(Blip2OPT):
         if any(name.startswith(OF_STAGE_2) for name in state):
             raise UserError(f"{source} is a stage-2 checkpoint; give it as model.pretrained.")
         kept = {name: value for name, value in state.items() if not _of_stage_1_alone(name)}
-        kept = resize_positions(kept, self.visual_encoder)
+        kept = fit_position_embeddings(kept, self.visual_encoder)
         may_miss = without_vit(kept, self.settings.image_encoder, source)
         load_exactly(self, kept, source, may_miss=(*OF_STAGE_2, *may_miss))
         logger.info("stage 1: %d weights taken, %d of its text branch and heads left behind", len(kept), len(state) - len(kept))
@@ -212,7 +221,7 @@ class Blip2OptMafa(Blip2OPT):
     def load_from_pretrained(self, url_or_filename: str) -> Any:
         """Start from a stage-2 checkpoint of ours or LAVIS's; exact, except for parts that have a file of their own."""
         source = f"model.pretrained: {url_or_filename}"
-        state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
+        state = fit_position_embeddings(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
         check_kind(state, OF_MODEL[self.settings.arch], source, self.settings.arch)
         without_vit(state, self.settings.image_encoder, source)
         return load_exactly(self, state, source, may_miss=absent(with_own_file(**self._parts()), state))
@@ -244,7 +253,7 @@ class Blip2OptMafa(Blip2OPT):
         Raises:
             UserError: samples that do not go together.
         """
-        samples = self.checked(samples, "image", "text_input")
+        samples = self.check_samples(samples, "image", "text_input")
         ranges: dict[str, Tensor] = {}
         hook = self.opt_proj.register_forward_hook(lambda _, __, prompt: ranges.update(soft_prompt=value_range(prompt)))
         samples = {**samples, "image": samples["image"].to(self.device)}
@@ -314,7 +323,7 @@ class Blip2OptMafa(Blip2OPT):
             UserError: no images of the model's size, or lengths, beams or numbers of captions that do not go together.
         """
         check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)
-        samples = self.checked(samples, "image")
+        samples = self.check_samples(samples, "image")
         count = len(samples["image"])
         return self._spoken(
             samples["image"],
@@ -330,9 +339,9 @@ class Blip2OptMafa(Blip2OPT):
             num_return_sequences=num_captions,
         )
 
-    def checked(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
-        """See :func:`lavis_mafa.models.base.checked`."""
-        return checked(samples, self.settings.image_encoder.image_size, *keys)
+    def check_samples(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
+        """See :func:`lavis_mafa.models.step.check_samples`."""
+        return check_samples(samples, self.settings.image_encoder.image_size, *keys)
 
     @torch.no_grad()
     def predict_answers(
@@ -366,7 +375,7 @@ class Blip2OptMafa(Blip2OPT):
                 f"inference_method is {inference_method!r}, but blip2_opt_mafa ranks no given answers; allowed: 'generate'."
             )
         check_lengths(min_len, max_len, num_beams)
-        samples = self.checked(samples, "image", "text_input")
+        samples = self.check_samples(samples, "image", "text_input")
         questions = samples["text_input"]
         prompts = _one_each(prompt, len(questions))
         asked = [self._asked(question, how, max_len) for question, how in zip(questions, prompts, strict=True)]

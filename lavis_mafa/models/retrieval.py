@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_mafa.distributed import is_distributed, rank, world_size
 from lavis_mafa.errors import UserError
-from lavis_mafa.tasks.retrieval_metrics import check_scores
 
 NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
 
@@ -102,10 +100,10 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
     return RetrievalScores(rank_by, image_to_text.cpu(), text_to_image.cpu(), similarity.cpu())
 
 
-def in_fp32(head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-    """Matching logits whatever the autocast: the eight bits of bf16 would make ties of a query's best candidates."""
+def without_autocast(head: nn.Linear, states: Tensor) -> Tensor:
+    """Matching logits in the precision of the head's weights: the eight bits of bf16 would make ties of a query's best candidates."""
     with torch.autocast(states.device.type, enabled=False):
-        return head(states.float())
+        return head(states.to(head.weight.dtype))
 
 
 def best_query(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -115,6 +113,29 @@ def best_query(image_features: Tensor, text_features: Tensor) -> Tensor:
             return image_features @ text_features.T
         rows = [(queries @ text_features.T).amax(dim=1) for queries in image_features.split(64)]  # [64, Q, T] at once
     return torch.cat(rows)
+
+
+def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
+    """Every score [queries, gallery] is a finite number; ``query`` is what a row stands for.
+
+    Raises:
+        UserError: how many are not, and of which query the first is.
+    """
+    bad = (~torch.isfinite(scores)).sum(dim=1)
+    queries = bad.nonzero().flatten().tolist()
+    if queries:
+        first = queries[0]
+        raise UserError(
+            f"{int(bad.sum())} of {scores.numel()} retrieval {what} are NaN or infinite, those of {len(queries)} of {len(scores)} "
+            f"{query}s: {query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too "
+            "large for run.precision."
+        )
+
+
+def most_similar_query(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Per image the query most similar to its own text (MAFA section G.7): [B, queries, d], [B, d] -> [B, d]."""
+    best = torch.einsum("bqd,bd->bq", image_features, text_features).argmax(dim=1)
+    return image_features[torch.arange(len(best), device=best.device), best]
 
 
 def _stack(parts: tuple[Tensor, ...]) -> Tensor:

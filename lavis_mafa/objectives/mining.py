@@ -1,7 +1,4 @@
-"""Which pairs of a batch are known to match before anybody is asked: of one image, or with one and the same text.
-
-Which in-batch pair is the hardest wrong one (ALBEF section 3.2; MAFA Algorithm 1, line 11).
-"""
+"""Which pairs are known to match, and which in-batch pair is the hardest wrong one (ALBEF section 3.2; MAFA Algorithm 1, line 11)."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 UNKNOWN = -1  # a key that equals no other, not even itself
+NO_CANDIDATE = -1
 
 
 def text_key(text: str) -> int:
@@ -49,9 +47,6 @@ def known_positives(keys: Tensor, all_keys: Tensor) -> Tensor:
     """
     same = ((keys[:, None] == all_keys[None]) & (keys[:, None] >= 0)).any(dim=2)
     return same | torch.eye(len(keys), len(all_keys), dtype=torch.bool, device=keys.device)
-
-
-NO_CANDIDATE = -1
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lavis_mafa import signals as interrupt
 from lavis_mafa.distributed import barrier, rank, world_size
 from lavis_mafa.errors import WorkerLost
-from lavis_mafa.models.trust import ShareWatch
+from lavis_mafa.models.sanity import ShareWatch
 from lavis_mafa.runners.connection_record import ConnectionRecord
 from lavis_mafa.runners.metrics_log import MetricsLog
 from lavis_mafa.runners.nonfinite import NonFinite
@@ -183,4 +183,4 @@ class TrainingLoop(Saving):
 def losses_and_figures(output: dict[str, Any]) -> dict[str, Tensor]:
     """Every loss and figure of a step, by name."""
     figures = {name: value for name, value in output.items() if name.startswith("loss") and isinstance(value, Tensor)}
-    return {**figures, **(output.get("figures") or {})}
+    return {**figures, **(output.get("metrics") or {})}

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.errors import UserError
+from lavis_mafa.models.retrieval import check_scores
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 500  # queries, bounds memory
@@ -59,26 +60,6 @@ def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) 
     recalls = [v for k, v in results.items() if k.split("_")[1] in ("r1", "r5", "r10")]
     results["agg_metrics"] = sum(recalls) / len(recalls)
     return results
-
-
-def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
-    """Every score is a finite number.
-
-    Args:
-        scores: [queries, gallery]. query: what a row stands for, ``image`` or ``text``. what: the scores' name.
-
-    Raises:
-        UserError: how many are not, and of which query the first is.
-    """
-    bad = (~torch.isfinite(scores)).sum(dim=1)
-    queries = bad.nonzero().flatten().tolist()
-    if queries:
-        first = queries[0]
-        raise UserError(
-            f"{int(bad.sum())} of {scores.numel()} retrieval {what} are NaN or infinite, those of {len(queries)} of {len(scores)} "
-            f"{query}s: {query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too "
-            "large for run.precision."
-        )
 
 
 def best_first(scores: Tensor, relevant: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_mafa.analysis.connections import mining
-from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.trust import Medians
+from lavis_mafa.models.con_d import load_con_d
+from lavis_mafa.models.sanity import Medians
 
 YAML = """
 model:

@@ -20,9 +20,8 @@ from torch import nn
 from transformers import BertConfig
 
 from lavis_mafa.config.schema import BlipBlock, typed_block
-from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip import BlipMafa
-from lavis_mafa.models.encoders import build_blip_tokenizer
+from lavis_mafa.models.encoders import MINILM, build_blip_tokenizer
 
 spec = importlib.util.spec_from_file_location("reduced", Path(__file__).with_name("reduced.py"))
 reduced: Any = importlib.util.module_from_spec(spec)
@@ -44,7 +43,7 @@ def ours(seed: int = 0, **changes: Any) -> BlipMafa:
     model = BlipMafa(block(**changes))
     reduced.spread(model)
     if model.settings.itc.momentum_distillation is not None:
-        model._copy_to_teacher()
+        model._copy_to_momentum_model()
     return model.eval()
 
 

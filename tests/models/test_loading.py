@@ -16,11 +16,10 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.blip.configuration_blip import BlipConfig
 from transformers.models.blip.modeling_blip import BlipForImageTextRetrieval
 
-from lavis_mafa.analysis.connections.con_d import load_con_d
 from lavis_mafa.config.check import check_kinds
 from lavis_mafa.config.schema import ImageEncoder
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.con_d import build_discriminator, load_con_d
 from lavis_mafa.models.encoders import build_image_encoder
 from lavis_mafa.weights import read_weights
 
@@ -215,7 +214,7 @@ def test_transformers_blip_matches_as_it_does_there(tmp_path):
     ids, mask = mine.tokenize(samples["text_input"])
     with torch.no_grad():
         own = torch.arange(3)
-        found = mine.encode(samples)[0].itm_logits(own, own)
+        found = mine.encode(mine.inputs(samples))[0].itm_logits(own, own)
         ids[:, 0] = mine.tokenizer.enc_token_id
         wanted = theirs(ids, samples["image"], attention_mask=mask, use_itm_head=True)[0]
     torch.testing.assert_close(found, wanted.view_as(found), atol=1e-5, rtol=1e-4)

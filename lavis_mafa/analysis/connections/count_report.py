@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lavis_mafa.analysis.connections.counting import Count
-from lavis_mafa.models.trust import UNHEARD_OF
+from lavis_mafa.models.sanity import UNHEARD_OF
 
 
 def count_results(count: Count, correction: float, about: dict[str, Any]) -> dict[str, Any]:

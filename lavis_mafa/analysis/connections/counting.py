@@ -23,7 +23,7 @@ from lavis_mafa.analysis.connections.candidates import (
 from lavis_mafa.analysis.connections.reading import ReadableRows
 from lavis_mafa.analysis.connections.tally import Tally, ratio
 from lavis_mafa.distributed import gather_objects, rank, world_size
-from lavis_mafa.models.trust import Histogram, Medians
+from lavis_mafa.models.sanity import Histogram, Medians
 
 ENOUGH = 20_000  # own and shuffled pairs of a rank: a median needs no more
 

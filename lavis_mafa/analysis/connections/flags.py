@@ -11,7 +11,7 @@ from lavis_mafa.cli.options import positive
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
-    from lavis_mafa.models.trust import Medians
+    from lavis_mafa.models.sanity import Medians
 
 
 def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:

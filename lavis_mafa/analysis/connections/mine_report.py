@@ -14,7 +14,7 @@ from lavis_mafa.analysis.connections.counting import reason_of
 from lavis_mafa.analysis.connections.pairs_file import own_scores
 from lavis_mafa.analysis.connections.tally import ratio
 from lavis_mafa.datasets.formats import pc
-from lavis_mafa.models.trust import Medians
+from lavis_mafa.models.sanity import Medians
 
 QUARTILES = ("minimum", "25 %", "median", "75 %", "maximum")
 

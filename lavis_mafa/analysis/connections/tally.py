@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_mafa.models.trust import Histogram
+from lavis_mafa.models.sanity import Histogram
 
 SIDES = ("image", "text")  # whose negatives: with respect to images, with respect to texts
 BINS = 10

@@ -19,12 +19,11 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.blip import BlipMafa
 from lavis_mafa.models.blip2 import Blip2Mafa
-from lavis_mafa.models.blip2_encoders import PRECISIONS, build_eva
 from lavis_mafa.models.blip2_opt import Blip2OptMafa, build_opt, byte_tokenizer
-from lavis_mafa.models.con_d import AlbefDiscriminator, Blip2Discriminator, BlipDiscriminator
+from lavis_mafa.models.con_d import as_con_d, untrained
+from lavis_mafa.models.encoders import PRECISIONS
 
 MODELS: dict[str, Any] = {"albef_mafa": AlbefMafa, "blip_mafa": BlipMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa}
-CON_DS: dict[str, Any] = {"albef_mafa": AlbefDiscriminator, "blip_mafa": BlipDiscriminator, "blip2_mafa": Blip2Discriminator}
 # width, layers, heads as released, all with 50,272 words (OPT, Table 1); 350m is built differently
 OPT = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40)}
 BERT_WORDS = 30522
@@ -66,19 +65,11 @@ def build_con_d(settings: Any, own_vit: bool = False) -> Any:
     """
     if not hasattr(settings, "ecm") or not settings.ecm.enabled or settings.discriminator.arch == "ground_truth":
         return None
-    family = FAMILIES[settings.discriminator.arch]
     with tempfile.TemporaryDirectory() as folder:
         block = _with_tokenizer(without_files(con_d_block(settings)), folder)
         shared = can_share(settings) and not own_vit
-        more = {"shared": shared} if family == "blip2_mafa" else {}
         with patch("torch.linspace", np.linspace):
-            con_d = CON_DS[family](block, settings.discriminator.precision, **more)
-            if family == "blip2_mafa" and not shared:
-                con_d.visual_encoder = build_eva(replace(block.image_encoder, freeze=True)).eval().requires_grad_(False)
-    con_d.network.eval().requires_grad_(False).to(con_d.dtype)
-    if family == "blip2_mafa":
-        con_d.network.ln_vision.float()
-    return con_d
+            return as_con_d(untrained(block, "shared" if shared else "own"), settings.discriminator.precision, shared)
 
 
 def can_share(settings: Any) -> bool:

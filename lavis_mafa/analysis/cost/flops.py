@@ -120,6 +120,4 @@ def recomputed(settings: Any, parts: dict[str, Flops]) -> dict[str, Flops]:
 def _own_vit(con_d: Any) -> Any:
     if con_d is None:
         return None
-    if hasattr(con_d, "visual_encoder"):
-        return con_d.visual_encoder
-    return con_d.network["visual_encoder"].forward_features
+    return None if con_d.shared else con_d.network.image_states

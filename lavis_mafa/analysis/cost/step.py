@@ -17,6 +17,7 @@ from lavis_mafa.models.albef import AlbefMafa, AlbefPairs
 from lavis_mafa.models.blip import BlipPairs
 from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs, query_pass
 from lavis_mafa.models.blip2_opt import Blip2OptMafa
+from lavis_mafa.models.momentum import project
 from lavis_mafa.models.retrieval import best_query
 
 IMAGE, TEXT, TEACHER, ITC, ITM, LM = "image encoder", "text encoder", "momentum teacher", "ITC", "ITM", "LM"
@@ -55,7 +56,7 @@ def pretend(module: nn.Module, device: str) -> None:
 
 def modules_of(model: nn.Module | None, con_d: Any) -> list[nn.Module]:
     """The model's and Con-D's, which holds its modules without being one."""
-    parts = [model, getattr(con_d, "network", None), getattr(con_d, "visual_encoder", None)]
+    parts = [model, getattr(con_d, "network", None)]
     return [part for part in parts if isinstance(part, nn.Module)]
 
 
@@ -111,10 +112,10 @@ def _captions(size: StepSize) -> list[str]:
     return ["a " * size.text_length] * size.batch
 
 
-def _judge(con_d: Any, samples: dict[str, Any], pairs: Tensor, record: Record) -> None:
+def _judge(con_d: Any, samples: dict[str, Any], pairs: Tensor, record: Record, vit_states: Tensor | None = None) -> None:
     if con_d is not None:
-        con_d.settings.max_text_length = len(samples["text_input"][0].split())
-        record(CON_D, lambda: con_d.match_probability(samples, pairs, pairs))
+        con_d.network.settings.max_text_length = con_d.network.max_txt_len = len(samples["text_input"][0].split())
+        record(CON_D, lambda: con_d.in_step(False, vit_states).match_probability(samples, pairs, pairs))
 
 
 def _dual(model: Any, con_d: Any, image: Tensor, size: StepSize, record: Record) -> None:
@@ -127,12 +128,12 @@ def _dual(model: Any, con_d: Any, image: Tensor, size: StepSize, record: Record)
     def both(states: Tensor, feature: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         return states, feature(states)
 
-    images, image_feature = record(IMAGE, lambda: both(model.visual_encoder.forward_features(image), model.image_feature))
-    texts, text_feature = record(TEXT, lambda: both(model.text_states(ids, mask), model.text_feature))
+    images, image_feature = record(IMAGE, lambda: both(model.image_states(image), model.image_features))
+    texts, text_feature = record(TEXT, lambda: both(model.text_states(ids, mask), lambda states: project(model.text_proj, states)))
     taught = None
     keys = image_feature.detach(), text_feature.detach()
     if distils:
-        taught, *keys = record(TEACHER, lambda: model._teach({"image": image}, ids, mask))
+        taught, *keys = record(TEACHER, lambda: model._momentum_features(image, ids, mask))
     keys = _everyone(size, *keys)
     itc, itm, lm = loss_weights(model.settings).values()
     if distils:
@@ -167,7 +168,7 @@ def _stage_1(model: Any, con_d: Any, image: Tensor, size: StepSize, record: Reco
         return model._image_feature(output), cache
 
     image_feature, cache = record(QUERIES, queries)
-    text_feature = record(TEXT, lambda: model._text_feature(ids, mask))
+    text_feature = record(TEXT, lambda: model.text_features((ids, mask)))
     (states_of_all,) = _everyone(size, states)
     if size.gathered > 1:
         frozen = model.visual_encoder.frozen
@@ -176,7 +177,7 @@ def _stage_1(model: Any, con_d: Any, image: Tensor, size: StepSize, record: Reco
     itc, itm, lm = loss_weights(model.settings).values()
     if itc:
         record(ITC, lambda: _contrast(model, image_feature, text_feature, *keys))
-    _judge(con_d, {"image": image, "text_input": captions, "vit_states": states_of_all}, twice, record)
+    _judge(con_d, {"image": image, "text_input": captions}, twice, record, states_of_all)
     ids, mask = _everyone(size, ids, mask)
     pairs = Blip2Pairs(model, embeds, ids, mask, cache)
     if itm:

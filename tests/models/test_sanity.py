@@ -14,10 +14,10 @@ import torch
 
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.models import sanity
-from lavis_mafa.models.con_d import build_discriminator
-from lavis_mafa.models.sanity import GroundTruthDiscriminator, SanityCheck, is_sane, partners
+from lavis_mafa.models.con_d import GroundTruthDiscriminator, build_discriminator
+from lavis_mafa.models.sanity import SanityCheck, is_sane, partners
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("families", MODELS / "families.py")
 families = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(families)
@@ -82,7 +82,7 @@ def test_medians_are_told_once(said, own, other, level):
 def test_an_anchor_without_a_negative_is_in_no_share(said):
     check, known = SanityCheck("Says", 0.8), torch.eye(4, dtype=torch.bool)
     for number in range(sanity.BATCHES):
-        check.look(Says(0.95, 0.1), samples(("albef", False), number), known, torch.tensor([0.9, float("nan"), 0.7, float("nan")]))
+        check.update(Says(0.95, 0.1), samples(("albef", False), number), known, torch.tensor([0.9, float("nan"), 0.7, float("nan")]))
     [(_, text)] = said()
     assert "hardest negatives 0.800; 100%, 0%, 50% are above" in text
 
@@ -256,5 +256,5 @@ def test_chance_alone_seldom_looks_sane():
 def test_scores_are_dropped_when_they_are_told():
     check = SanityCheck("con_d", 0.8)
     for _ in range(4):
-        check.look(Says(0.9, 0.1), {"text_input": ["a", "b"]}, torch.eye(2, dtype=torch.bool))
+        check.update(Says(0.9, 0.1), {"text_input": ["a", "b"]}, torch.eye(2, dtype=torch.bool))
     assert check.done and check.scores == check.hardest == []
