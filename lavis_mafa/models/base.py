@@ -78,9 +78,7 @@ class MafaModel(nn.Module, Generic[Block]):
     def from_config(cls, cfg: DictConfig, batch_scope: str = "local") -> Any:
         """Build from the ``model:`` block; loads ``pretrained`` and the discriminator where they are named, nothing else.
 
-        Args:
-            cfg: the block, as LAVIS hands it over.
-            batch_scope: whose candidates an anchor sees (``run.grit.batch_scope``): this process's (``local``), or all (``global``).
+        ``batch_scope`` (``run.grit.batch_scope``): does an anchor see this process's candidates (local), or all (global)?
         """
         settings: Any = typed_block("model", cfg)
         model: Any = cls(settings)
@@ -151,13 +149,7 @@ class MafaModel(nn.Module, Generic[Block]):
     # --- one training step -----------------------------------------------------------------------------------------
 
     def forward(self, samples: dict[str, Any]) -> PretrainOutput:
-        """One MAFA step on a batch.
-
-        Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions; from the runner also ``index`` and ``image_key``
-                LongTensor[B], ``grouped`` (does GRIT's order serve this epoch), ``epoch``, ``iters``, ``num_iters_per_epoch``.
-
-        In eval mode without a Con-D the losses are those of the plain labels.
+        """One MAFA step on LAVIS's samples (see :class:`StepInputs`); in eval mode without a Con-D with the plain labels.
 
         Raises:
             UserError: samples that do not go together, training with ECM but without a Con-D, or one that answers no probability.
@@ -171,7 +163,7 @@ class MafaModel(nn.Module, Generic[Block]):
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         pairs, batch, features = self.encode(inputs)
-        con_d = self.discriminator
+        con_d: Any = self.discriminator
         if hasattr(con_d, "in_step"):
             con_d = con_d.in_step(self.gathers, getattr(pairs, "vit_states", None))
         try:
@@ -199,7 +191,6 @@ class MafaModel(nn.Module, Generic[Block]):
         return StepInputs.of(self.check_samples(samples, "image", "text_input"), self.device)
 
     def check_samples(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
-        """See :func:`lavis_mafa.models.step.check_samples`."""
         settings: Any = self.settings
         return check_samples(samples, settings.image_encoder.image_size, *keys)
 
@@ -215,11 +206,9 @@ class MafaModel(nn.Module, Generic[Block]):
         """Similarities of a batch with the keys of this step, which carry no gradient.
 
         Args:
-            inputs: of the step.
-            image_feature: [B, d] or [B, queries, d]. text_feature: [B, d].
-            momentum: features that are the keys, if not the batch's own; their similarities are soft targets then.
+            inputs: of the step; features of its images [B, d] or [B, queries, d], and of its texts [B, d].
+            momentum: features that are the keys, if not the batch's own; their similarities are soft targets (``distillation``).
             queue: features [Q, d] of images and of texts that are contrasted with and never mined, and their keys [Q, 2].
-            distillation: weight of the soft targets.
         """
         keys = all_keys = self._keys(inputs)
         own = momentum or (image_feature.detach(), text_feature.detach())
@@ -237,7 +226,6 @@ class MafaModel(nn.Module, Generic[Block]):
         return EncodedBatch(sim_i2t, sim_t2i, self.temp, known, candidates, teacher_i2t, teacher_t2i, distillation)
 
     def _check_step(self, con_d: Discriminator | None, inputs: StepInputs, batch: EncodedBatch, output: StepOutput) -> None:
-        """What a user should be told about a training step; it changes nothing."""
         self.batch_check.update(inputs.captions, output, self.settings)
         check, hardest = self.con_d_check, output.mined.probability
         if self.settings.ecm.enabled and con_d is not None and check is not None and not check.done:
@@ -302,12 +290,7 @@ class MafaModel(nn.Module, Generic[Block]):
 
         Position embeddings are resized to this model's image size; a momentum model starts as a copy. A file fine-tuned for retrieval
         may lack the whole language head, with a warning; one of BLIP-2 its frozen image encoder, where ``image_encoder.init`` is set.
-
-        Returns:
-            as LAVIS's: the names that were missing.
-
-        Raises:
-            UserError: the file is of another kind, or does not fit.
+        Returns, as LAVIS's, the names that were missing; raises UserError if the file is of another kind, or does not fit.
         """
         source, arch = f"model.pretrained: {url_or_filename}", self.settings.arch
         state = read_weights(url_or_filename, "model.pretrained")
@@ -418,7 +401,7 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         return project(self.vision_proj, tokens)
 
     def tokenize(self, captions: list[str], gathered: bool = False) -> tuple[Tensor, Tensor]:
-        """ids and mask [B, T]; see :func:`lavis_mafa.models.encoders.tokenize`."""
+        """ids and mask [B, T]"""
         return tokenize(self.tokenizer, captions, self.settings.max_text_length, self.device, gathered)
 
     def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -461,10 +444,7 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
             samples: ``image`` [B, 3, H, W] and ``text_input``, a list of B texts or a single text; each only where its mode needs it.
             mode: ``image`` (``image_embeds`` [B, N, width], ``image_embeds_proj`` [B, N, d]), ``text`` (``text_embeds`` [B, T, width],
                 ``text_embeds_proj`` [B, T, d]) or ``multimodal`` (``multimodal_embeds`` [B, T, width], and what LAVIS gives with
-                it); several in a list.
-
-        Raises:
-            UserError: another mode, or samples that lack what it needs.
+                it); several in a list. UserError for another, or for samples that lack what it needs.
         """
         modes, found = [mode] if isinstance(mode, str) else list(mode or []), dict[str, Tensor]()
         wrong = [m for m in modes if m not in ("image", "text", "multimodal")]

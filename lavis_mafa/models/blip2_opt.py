@@ -43,9 +43,15 @@ from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples
 from lavis_mafa.objectives import value_range
 from lavis_mafa.weights import load_exactly, read_weights
 
+logger = logging.getLogger(__name__)
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # with OPT's ids
 POSITIONS = 512
 KEY, WHAT = "model.language_model.init", "a folder with OPT's weights and tokenizer"
+# what stage 1 has and stage 2 does not: its heads, and the text branch of the Q-Former
+WORDS = ("Qformer.bert.embeddings.word_embeddings.", "Qformer.bert.embeddings.position_embeddings.")
+OF_STAGE_1 = ("vision_proj.", "text_proj.", "itm_head.", "temp", "Qformer.cls.", *WORDS)
+TEXT_BRANCH = ("intermediate.", "output.")
+OF_STAGE_2 = ("opt_proj.", "opt_model.")
 
 
 class Opt(GeneratedLengths, OPTForCausalLM):
@@ -53,12 +59,9 @@ class Opt(GeneratedLengths, OPTForCausalLM):
 
 
 def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
-    """LAVIS's OPT (which takes query embeddings) and its tokenizer.
+    """LAVIS's OPT (which takes query embeddings) and its tokenizer; raises UserError.
 
     ``init``: a hub name or a local folder as OPT is published; null builds one of the given sizes from scratch.
-
-    Raises:
-        UserError: neither a folder nor reachable as a hub name.
     """
     dtype = PRECISIONS[settings.precision]
     if settings.init is None:
@@ -69,12 +72,6 @@ def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"{KEY} is {settings.init!r}, whose tokenizer has {len(tokenizer)} words, its model {model.config.vocab_size}.")
     return _norms_in_fp32(model), tokenizer
-
-
-def check_opt(settings: LanguageModel) -> None:
-    """What ``init`` names is an OPT, found from its config before anything large is loaded; raises UserError."""
-    if settings.init is not None:
-        check_kind_on_hub(settings.init, KEY, WHAT, "opt")
 
 
 def byte_tokenizer() -> GPT2Tokenizer:
@@ -125,14 +122,6 @@ def _config(settings: LanguageModel, vocabulary: int) -> OPTConfig:
     )
 
 
-logger = logging.getLogger(__name__)
-# what stage 1 has and stage 2 does not: its heads, and the text branch of the Q-Former
-WORDS = ("Qformer.bert.embeddings.word_embeddings.", "Qformer.bert.embeddings.position_embeddings.")
-OF_STAGE_1 = ("vision_proj.", "text_proj.", "itm_head.", "temp", "Qformer.cls.", *WORDS)
-TEXT_BRANCH = ("intermediate.", "output.")
-OF_STAGE_2 = ("opt_proj.", "opt_model.")
-
-
 class Fp32LayerNorm(LayerNorm):
     """LAVIS's, except that half-precision ViT states come out in fp32: the Q-Former's weights are fp32."""
 
@@ -156,7 +145,8 @@ class Blip2OptMafa(Blip2OPT):
     def __init__(self, settings: Blip2OptBlock) -> None:
         BaseModel.__init__(self)  # Blip2OPT's own would download
         self.settings = settings
-        check_opt(settings.language_model)  # its 5 GB come last, a wrong name is told first
+        if settings.language_model.init is not None:  # its 5 GB come last, a wrong name is found first
+            check_kind_on_hub(settings.language_model.init, KEY, WHAT, "opt")
         self.visual_encoder = build_eva(settings.image_encoder)
         if settings.image_encoder.freeze:
             self.visual_encoder.eval().requires_grad_(False)
@@ -199,11 +189,7 @@ class Blip2OptMafa(Blip2OPT):
     # --- weights ---------------------------------------------------------------------------------------------------
 
     def load_stage_1(self, path: str) -> None:
-        """Take ViT, query tokens and the Q-Former's query branch from a stage-1 checkpoint; nothing else may be left over or missing.
-
-        Raises:
-            UserError: what does not fit.
-        """
+        """Take ViT, query tokens and the Q-Former's query branch from a stage-1 checkpoint; UserError if it does not fit."""
         source = f"model.stage_1: {path}"
         state = read_weights(path, "model.stage_1")
         if any(name.startswith(OF_STAGE_2) for name in state):
@@ -248,10 +234,7 @@ class Blip2OptMafa(Blip2OPT):
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions. Or B questions, ``prompt`` with ``{}`` for the
                 question, and as LAVIS's VQA sets have them: ``n_answers`` [B] (default: one each), ``answer`` the list of them all,
-                ``weight`` of each (default: 1).
-
-        Raises:
-            UserError: samples that do not go together.
+                ``weight`` of each (default: 1). UserError where they do not go together.
         """
         samples = self.check_samples(samples, "image", "text_input")
         ranges: dict[str, Tensor] = {}
@@ -317,10 +300,7 @@ class Blip2OptMafa(Blip2OPT):
             samples: ``image`` [B, 3, H, W], and optionally ``prompt``: one text, or a list of B.
 
         Returns:
-            B x ``num_captions`` captions, those of an image one after another.
-
-        Raises:
-            UserError: no images of the model's size, or lengths, beams or numbers of captions that do not go together.
+            B x ``num_captions`` captions, those of an image one after another; UserError where the arguments do not go together.
         """
         check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)
         samples = self.check_samples(samples, "image")
@@ -355,7 +335,7 @@ class Blip2OptMafa(Blip2OPT):
         inference_method: str = "generate",
         **of_ranking: Any,
     ) -> list[str]:
-        """Answer open questions by beam search (MAFA section G.7: width 5, length penalty -1).
+        """B answers to open questions by beam search (MAFA section G.7: width 5, length penalty -1).
 
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B questions.
@@ -363,9 +343,6 @@ class Blip2OptMafa(Blip2OPT):
             max_len: tokens of an answer at most; min_len: at least.
             inference_method: ``generate``; given answers are not ranked.
             of_ranking: what LAVIS's tasks say for models that do.
-
-        Returns:
-            B answers.
 
         Raises:
             UserError: another ``inference_method``, lengths that do not go together, or no room for question and answer.
@@ -426,7 +403,6 @@ class Blip2OptMafa(Blip2OPT):
 
 
 def _one_each(prompt: Any, count: int) -> list[str]:
-    """A prompt for each of ``count`` samples, from one for all or a list; raises UserError."""
     prompts = [prompt] * count if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or len(prompts) != count or not all(isinstance(text, str) for text in prompts):
         raise UserError(f"prompt is {prompt!r}, but must be a text, or a list of as many texts as there are images ({count}).")

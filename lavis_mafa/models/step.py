@@ -85,15 +85,11 @@ class PretrainOutput(ModelOutput):
 
 
 def check_samples(samples: dict[str, Any], image_size: int, *keys: str) -> dict[str, Any]:
-    """The samples with ``text_input`` as a list; a single text is a list of one.
-
-    Args:
-        samples: of LAVIS's form: ``image`` [B, 3, H, W], ``text_input`` list of B texts.
-        image_size: H and W of the model.
-        keys: what is needed of the two.
+    """LAVIS's samples with ``text_input`` as a list; a single text is a list of one.
 
     Raises:
-        UserError: one is missing or of another form, or there are not as many texts (or keys, or indices) as images.
+        UserError: of ``keys`` (image, text_input) one is missing or of another form, or there are not as many texts (or image keys, or
+            indices) as images.
     """
     for key in keys:
         if samples.get(key) is None:

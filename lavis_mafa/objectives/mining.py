@@ -95,17 +95,9 @@ def mine_hard_negatives(sim_i2t: Tensor, sim_t2i: Tensor, known_positive: Tensor
 def sampling_scores(sim: Tensor, temperature: Tensor | float, how: str = "hardest") -> Tensor:
     """Scores whose argmax is the candidate that ``how`` asks for, so that one miner serves all three ways.
 
-    ``hardest`` returns ``sim`` (GRIT-VLP, MAFA). ``sampled`` adds Gumbel noise to ``sim / temperature``: the argmax is then a
+    ``hardest`` returns ``sim`` [B, K] (GRIT-VLP, MAFA). ``sampled`` adds Gumbel noise to ``sim / temperature``: the argmax is then a
     draw from softmax(sim / temperature), the second best a draw without replacement (ALBEF). ``random`` is uniform
-    (GRIT-VLP's ITM_rand).
-
-    Args:
-        sim: [B, K] raw similarities.
-        temperature: of the softmax; only ``sampled`` uses it.
-        how: hardest | sampled | random.
-
-    Raises:
-        ValueError: another word for ``how``.
+    (GRIT-VLP's ITM_rand). Another word is a ValueError.
     """
     if how == "hardest":
         return sim.detach()

@@ -111,10 +111,7 @@ class StepOutput:
 
 @torch.no_grad()
 def value_range(*tensors: Tensor) -> Tensor:
-    """The least and the greatest value of tensors of any shape, NaN if one is NaN; nothing is copied to the host.
-
-    Returns:
-        Tensor[2] in fp32.
+    """Tensor[2] in fp32: the least and the greatest value of tensors of any shape, NaN if one is NaN; nothing is copied to the host.
 
     Example:
         >>> value_range(torch.tensor([[0.5, -1.0]]), torch.tensor(3.0))

@@ -133,7 +133,7 @@ def test_each_place_that_reads_a_checkpoint_knows_the_layouts(tmp_path, layout):
     state = ALBEF.lavis_retrieval().state_dict()
     path = LAYOUTS[layout](state, tmp_path)
     con_d = build_discriminator(ALBEF.block(discriminator={"arch": "albef_retrieval", "checkpoint": str(path), "precision": "fp32"}))
-    assert torch.equal(con_d.network["itm_head"].weight, state["itm_head.weight"])
+    assert torch.equal(con_d.network.itm_head.weight, state["itm_head.weight"])
     assert torch.equal(load_con_d(ALBEF.block(), str(path), torch.device("cpu")).itm_head.weight, state["itm_head.weight"])
     encoder = build_image_encoder(ImageEncoder(**{**ALBEF.SIZES["image_encoder"], "init": str(path)}))
     assert torch.equal(encoder.cls_token, state["visual_encoder.cls_token"])

@@ -44,7 +44,8 @@ def said(caplog):
     caplog.set_level(logging.INFO, logger=sanity.__name__)
 
     def read() -> list[tuple[str, str]]:
-        return [(r.levelname, r.getMessage()) for r in caplog.records if r.name == sanity.__name__]
+        records = [r for r in caplog.records if r.name == sanity.__name__]
+        return [(r.levelname, r.getMessage()) for r in records if r.getMessage().startswith("Con-D (")]
 
     return read
 
