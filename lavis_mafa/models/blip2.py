@@ -226,11 +226,7 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
     # --- LAVIS's interface -----------------------------------------------------------------------------------------
 
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Any:
-        """LAVIS's, for a single text too.
-
-        Raises:
-            UserError: another mode than image, text, multimodal, or samples that lack what it needs.
-        """
+        """LAVIS's, for a single text too; UserError for another mode than image, text, multimodal, or samples that lack its part."""
         needs = {"image": ("image",), "text": ("text_input",), "multimodal": ("image", "text_input")}
         if not isinstance(mode, str) or mode not in needs:
             raise UserError(f"mode is {mode!r}; allowed: {', '.join(needs)}.")
@@ -264,10 +260,7 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
             num_captions: of each image; with beams at most ``num_beams``.
 
         Returns:
-            B x ``num_captions`` captions, those of an image one after another.
-
-        Raises:
-            UserError: no images of the model's size, or lengths, beams or numbers of captions that do not go together.
+            B x ``num_captions`` captions, those of an image one after another; UserError where the arguments do not go together.
         """
         samples = self.check_samples(samples, "image")
         check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)

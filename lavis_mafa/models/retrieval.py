@@ -17,21 +17,15 @@ NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
 
 
 class RetrievalModel(Protocol):
-    """What scoring asks of a model."""
+    """What scoring asks of a model; see :class:`lavis_mafa.models.base.MafaModel`."""
 
     device: Any
 
-    def text_rows(self, captions: list[str]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Captions -> what matching needs of each text ([B, T, ...], padded with 0), and features [B, d]."""
-        ...
+    def text_rows(self, captions: list[str]) -> tuple[tuple[Tensor, ...], Tensor]: ...
 
-    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] -> token states [B, N, width], and features [B, d] or [B, queries, d]."""
-        ...
+    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def match_rows(self, image_states: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        """P images and P texts -> logits [P, 2]; column 1 is "matches"."""
-        ...
+    def match_rows(self, image_tokens: Tensor, texts: tuple[Tensor, ...], /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,7 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
 
     Returns:
         the score inside the top k and -100 outside, or less where a query's own scores are as low: nothing outside comes first.
-
-    Raises:
-        UserError: scores are not finite, or there is nothing to score.
+        UserError where a score is not finite, or there is nothing to score.
     """
     texts = list(data_loader.dataset.text)
     if not texts or not len(data_loader.dataset.image):

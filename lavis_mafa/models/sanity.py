@@ -290,27 +290,21 @@ class BatchCheck:
         """After each training step, with the batch's own captions."""
         if rank() != 0:
             return
-        ecm = settings.ecm
-        if ecm.enabled and ecm.threshold >= 1.0:
-            self._warn("threshold", threshold=ecm.threshold)
-        if not any(caption.strip() for caption in captions):
-            self._warn("word")
-        elif len(captions) > 1 and len(set(captions)) == 1:
-            self._warn("caption", count=len(captions), caption=captions[0])
+        ecm, asked = settings.ecm, 0
+        empty = not any(caption.strip() for caption in captions)
+        found = {
+            "threshold": ecm.enabled and ecm.threshold >= 1.0,
+            "word": empty,
+            "caption": len(captions) > 1 and len(set(captions)) == 1 and not empty,
+        }
         self.steps += 1
         self.sums = _counts(step) + (0 if self.sums is None else self.sums)
         if self.steps & (self.steps - 1) == 0:
-            no_candidate, no_negative, asked, found = self.sums.tolist()
-            if no_candidate:
-                self._warn("candidate")
-            if no_negative:
-                self._warn("negative", threshold=ecm.threshold)
-            if asked >= ASKED and not found:
-                self._warn("positive", asked=asked, threshold=ecm.threshold)
-
-    def _warn(self, what: str, **values: object) -> None:
-        if what not in self.warned:
+            no_candidate, no_negative, asked, positive = self.sums.tolist()
+            found |= {"candidate": no_candidate, "negative": no_negative, "positive": asked >= ASKED and not positive}
+        for what in [what for what, is_so in found.items() if is_so and what not in self.warned]:
             self.warned.add(what)
+            values = {"threshold": ecm.threshold, "count": len(captions), "caption": captions[0], "asked": asked}
             logger.warning(WARNINGS[what].format(**values))
 
 
