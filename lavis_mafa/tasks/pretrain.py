@@ -45,7 +45,7 @@ class MafaPretrainTask(MafaTask):
 
     def build_model(self, cfg: Any) -> nn.Module:
         model_class = registry.get_model_class(cfg.model_cfg.arch)
-        if not issubclass(model_class, MafaModel):
+        if model_class is None or not issubclass(model_class, MafaModel):
             if (rank_by := self.run.rank_by) is not None:
                 raise UserError(f"run.rank_by is {rank_by}, but {cfg.model_cfg.arch} ranks by LAVIS's own score; allowed: null.")
             return super().build_model(cfg)
