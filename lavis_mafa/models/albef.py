@@ -13,8 +13,6 @@ from lavis_mafa.config.schema import AlbefBlock, loss_weights
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_text_encoder, build_tokenizer, with_bert
-from lavis_mafa.models.momentum import project
-from lavis_mafa.models.retrieval import without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs
 from lavis_mafa.objectives import mask_tokens, masked_lm_loss
 from lavis_mafa.objectives.lm import IGNORED
@@ -34,9 +32,8 @@ class AlbefPairs:
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one fusion pass."""
-        texts, mask = self.text_embeds.index_select(0, text_index), self.text_mask.index_select(0, text_index)
-        states = self.model.fuse(self.image_embeds.index_select(0, image_index), texts, mask)
-        return self.model.itm_head(states[:, 0])
+        texts = self.text_embeds.index_select(0, text_index), self.text_mask.index_select(0, text_index)
+        return self.model.itm_head(self.model.fuse(self.image_embeds.index_select(0, image_index), texts)[:, 0])
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: masked tokens of each text predicted with its image; the head runs on masked positions only."""
@@ -115,29 +112,22 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         pairs = AlbefPairs(self, images, texts, ids, mask, momentum_images, batch.distillation)
         return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
 
-    def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
-        ids, mask = self.tokenize(captions, gathered)
+    def text_inputs(self, ids: Tensor, mask: Tensor) -> Texts:
+        """Texts are read once, and then fused with any image."""
         return self.text_states(ids, mask), mask
 
-    def text_features(self, texts: Texts) -> Tensor:
-        return project(self.text_proj, texts[0])
+    def states_of(self, texts: Texts) -> Tensor:
+        return texts[0]
 
-    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
-        return without_autocast(self.itm_head, self.fuse(image_tokens, *texts)[:, 0])
-
-    def fuse(self, image_embeds: Tensor, text_embeds: Tensor, mask: Tensor) -> Tensor:
-        """LAVIS's fusion layers on P pairs: [P, N, width], [P, T, width], [P, T] -> [P, T, width]."""
+    def fuse(self, image_tokens: Tensor, texts: Texts) -> Tensor:
         return self.text_encoder.bert(
-            encoder_embeds=text_embeds,
-            attention_mask=mask,
-            encoder_hidden_states=image_embeds,
-            encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
+            encoder_embeds=texts[0],
+            attention_mask=texts[1],
+            encoder_hidden_states=image_tokens,
+            encoder_attention_mask=torch.ones(image_tokens.shape[:2], dtype=torch.long, device=image_tokens.device),
             return_dict=True,
             mode="fusion",
         ).last_hidden_state
-
-    def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.fuse(image_embeds, text_embeds, mask)
 
     def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """LAVIS's ``albef_retrieval`` has its text encoder without ``bert.`` in the names."""

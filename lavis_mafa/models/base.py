@@ -24,7 +24,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_image_encoder, fit_position_embeddings, fold_token_type, tokenize
 from lavis_mafa.models.momentum import TEACHERS, MomentumModel, project
-from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores
+from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
 from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
 from lavis_mafa.objectives import (
@@ -388,9 +388,17 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         """Set ``text_encoder``, and a decoder where there is one."""
         raise NotImplementedError
 
-    def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """B texts, each with its image: [B, N, width], [B, T, width], [B, T], [B, T] -> [B, T, width]."""
+    def fuse(self, image_tokens: Tensor, texts: Texts) -> Tensor:
+        """P texts, each read with its image: [P, N, width], texts -> [P, T, width]."""
         raise NotImplementedError
+
+    def text_inputs(self, ids: Tensor, mask: Tensor) -> Texts:
+        """What :meth:`fuse` takes of B texts."""
+        return ids, mask
+
+    def states_of(self, texts: Texts) -> Tensor:
+        """Each of them alone, without the image: -> [B, T, width]."""
+        return self.text_states(*texts)
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
@@ -404,8 +412,16 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         """ids and mask [B, T]"""
         return tokenize(self.tokenizer, captions, self.settings.max_text_length, self.device, gathered)
 
+    def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
+        return self.text_inputs(*self.tokenize(captions, gathered))
+
+    def text_features(self, texts: Texts) -> Tensor:
+        return project(self.text_proj, self.states_of(texts))
+
+    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
+        return without_autocast(self.itm_head, self.fuse(image_tokens, texts)[:, 0])
+
     def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The text alone, without the image: [B, T] -> [B, T, width]."""
         return self.text_encoder.base_model(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
 
     # --- one training step -----------------------------------------------------------------------------------------
@@ -457,11 +473,11 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
             found["image_embeds_proj"] = F.normalize(self.vision_proj(found["image_embeds"]), dim=-1)
         if "text_input" in keys:
             positions = self.text_encoder.config.max_position_embeddings  # LAVIS cuts no text here
-            ids, mask = tokenize(self.tokenizer, samples["text_input"], positions, self.device)
-            found["text_embeds"] = self.text_states(ids, mask)
+            texts = self.text_inputs(*tokenize(self.tokenizer, samples["text_input"], positions, self.device))
+            found["text_embeds"] = self.states_of(texts)
             found["text_embeds_proj"] = F.normalize(self.text_proj(found["text_embeds"]), dim=-1)
         if "multimodal" in modes:
-            found["multimodal_embeds"] = self.fused(found["image_embeds"], found["text_embeds"], ids, mask)
+            found["multimodal_embeds"] = self.fuse(found["image_embeds"], texts)
         asked: dict[str, tuple[str, ...]] = {name: (f"{name}_embeds", f"{name}_embeds_proj") for name in ("image", "text")}
         asked["multimodal"] = self.of_multimodal
         return self.feature_output(**{name: found[name] for m in modes for name in asked[m]})

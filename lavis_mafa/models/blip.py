@@ -13,8 +13,6 @@ from lavis_mafa.config.schema import BlipBlock
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_blip_text, build_blip_tokenizer
-from lavis_mafa.models.momentum import project
-from lavis_mafa.models.retrieval import without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs
 from lavis_mafa.objectives import language_modelling_loss
 
@@ -31,7 +29,7 @@ class BlipPairs:
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one pass."""
         ids, mask, images = self._rows(image_index, text_index)
-        return self.model.itm_head(self.model.read_with_images(images, ids, mask)[:, 0])
+        return self.model.itm_head(self.model.fuse(images, (ids, mask))[:, 0])
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: each token of a text predicted from those before it and its image, labels smoothed by 0.1 as in LAVIS."""
@@ -94,19 +92,8 @@ class BlipMafa(DualEncoder[BlipBlock]):
             ids, mask = gather_own_first(ids), gather_own_first(mask)
         return Encoded(BlipPairs(self, images, ids, mask), batch, (image_feature.detach(), text_feature.detach()))
 
-    def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
-        return self.tokenize(captions, gathered)
-
-    def text_features(self, texts: Texts) -> Tensor:
-        return project(self.text_proj, self.text_states(*texts))
-
-    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
-        return without_autocast(self.itm_head, self.read_with_images(image_tokens, *texts)[:, 0])
-
-    def read_with_images(self, image_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """P texts, whose [CLS] becomes [ENC], read with their images: [P, N, width], [P, T], [P, T] -> [P, T, width]."""
+    def fuse(self, image_tokens: Tensor, texts: Texts) -> Tensor:
+        """Each text, whose [CLS] becomes [ENC], is read together with its image."""
+        ids, mask = texts
         ids = led_by(self.tokenizer.enc_token_id, ids)
-        return self.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image_embeds, return_dict=True).last_hidden_state
-
-    def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.read_with_images(image_embeds, ids, mask)
+        return self.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image_tokens, return_dict=True).last_hidden_state
