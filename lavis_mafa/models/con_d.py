@@ -159,8 +159,12 @@ def untrained(block: Any, vit: str = "own", features: bool = False) -> Any:
     elif vit == "shared":
         parts["image_encoder"] = replace(block.image_encoder, init=None, depth=0)
     itc, ecm = replace(block.itc, momentum_distillation=None), replace(block.ecm, enabled=False)
+    settings = replace(block, pretrained=None, discriminator=None, itc=itc, ecm=ecm, **parts)
+    model_class = registry.get_model_class(block.arch)
+    if model_class is None:
+        raise UserError(f"{block.arch} is not registered with LAVIS; call lavis_mafa.plugin.register() where LAVIS_MAFA_AUTOLOAD is 0.")
     with torch.random.fork_rng(devices=[]):  # training draws the same with and without a Con-D
-        network = registry.get_model_class(block.arch)(replace(block, pretrained=None, discriminator=None, itc=itc, ecm=ecm, **parts))
+        network = model_class(settings)
     for part in _not_scoring(network, features):
         owner, _, name = part.rpartition(".")
         setattr(network.get_submodule(owner), name, None)
