@@ -29,9 +29,9 @@ from torch import Tensor
 
 from lavis_mafa.config.schema import Blip2Block, DiscriminatorBlock, typed_block
 from lavis_mafa.models.base import CONFIGS
-from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.encoders import MINILM
 from lavis_mafa.tools.cost import CON_D, CON_D_VIT, StepSize, cost_of
 
 WORDS = "a red green blue round small big smiling face heart hand animal flag cat dog sign clock moon of with and on".split()

@@ -1,40 +1,36 @@
-"""What our pre-training models return: LAVIS-style attribute and key access, plus what GRIT and the records need.
+"""What our pre-training models share: one MAFA step on an encoded batch, whoever encoded it.
 
-What a model is handed: one caption may be a text, and images and captions must go together.
-
-Batches that leave an objective nothing to do: their losses are finite, and the user is told once.
-
-What our pre-training models share: one MAFA step on an encoded batch, whoever encoded it.
-
-What ALBEF and BLIP share: an image and a text encoder with one feature each, contrasted with or without a momentum teacher.
+A host is a class with :meth:`MafaModel.encode` and the row functions below it; training, retrieval, GRIT and Con-D follow from these.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
+from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from transformers.modeling_outputs import ModelOutput
 
 from lavis_mafa.config.check import LANGUAGE, OF_MODEL, check_kind
 from lavis_mafa.config.schema import CHOICES, MafaBlock, loss_weights, typed_block
-from lavis_mafa.distributed import gather_own_first, rank
+from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.bert import fold_token_type
-from lavis_mafa.models.encoders import fit_position_embeddings, tokenize
-from lavis_mafa.models.momentum import TEACHERS, MomentumTeacher, project
-from lavis_mafa.models.retrieval import RetrievalScores, retrieval_scores
-from lavis_mafa.models.sanity import SanityCheck
+from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.encoders import build_image_encoder, fit_position_embeddings, fold_token_type, tokenize
+from lavis_mafa.models.momentum import TEACHERS, MomentumModel, project
+from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
+from lavis_mafa.models.sanity import BatchCheck, SanityCheck
+from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,
+    ItcSettings,
     StepOutput,
     StepSettings,
     known_positives,
@@ -43,203 +39,25 @@ from lavis_mafa.objectives import (
     value_range,
 )
 from lavis_mafa.objectives.mining import UNKNOWN
-from lavis_mafa.objectives.pretraining import ItcSettings, PairModel
 from lavis_mafa.weights import load_exactly, read_weights
 
-
-@dataclass
-class PretrainOutput(ModelOutput):
-    """Losses, GRIT's features, figures for the log, and what Con-D judged.
-
-    ``stats`` is a dict of plain floats: reading it copies from the device, so read it when logging and not every step.
-    """
-
-    loss: Tensor | None = None
-    loss_itc: Tensor | None = None
-    loss_itm: Tensor | None = None
-    loss_mlm: Tensor | None = None
-    loss_lm: Tensor | None = None
-    image_features: Tensor | None = None  # [B, d] fp32, no gradient
-    text_features: Tensor | None = None  # [B, d]
-    figures: dict[str, Tensor] | None = None  # Tensor[] each, on the device
-    verdicts: dict[str, Tensor] | None = None  # [2B] each: image, text (data set indices), probability, positive, ambiguous
-    ranges: dict[str, Tensor] | None = None  # [2] each, least and greatest: where to look when a loss is not finite
-
-    @property
-    def stats(self) -> dict[str, float]:
-        figures = dict(self.figures or {})
-        for name in ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_lm"):
-            value = getattr(self, name)
-            if value is not None:
-                figures[name] = value.detach()
-        values = torch.stack([v.float() for v in figures.values()]).tolist()
-        return dict(zip(figures, values, strict=True))
-
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def checked(samples: dict[str, Any], image_size: int, *keys: str) -> dict[str, Any]:
-    """The samples with ``text_input`` as a list; a single text is a list of one.
-
-    Args:
-        samples: of LAVIS's form: ``image`` [B, 3, H, W], ``text_input`` list of B texts.
-        image_size: H and W of the model.
-        keys: what is needed of the two.
-
-    Raises:
-        UserError: one is missing or of another form, or there are not as many texts (or keys, or indices) as images.
-    """
-    for key in keys:
-        if samples.get(key) is None:
-            raise UserError(f"samples has no {key!r}; needed: {' and '.join(keys)}.")
-    if "image" in keys:
-        image = samples["image"]
-        if not isinstance(image, Tensor) or image.dim() != 4 or tuple(image.shape[1:]) != (3, image_size, image_size):
-            found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            hint = "; give one image as image.unsqueeze(0)" if isinstance(image, Tensor) and image.dim() == 3 else ""
-            raise UserError(f"samples['image'] is {found}; needed: a tensor [B, 3, {image_size}, {image_size}]{hint}.")
-        if not len(image):
-            raise UserError("samples['image'] has no image; needed: at least one.")
-        if image.dtype not in FLOATS:
-            raise UserError(f"samples['image'] is {image.dtype}; needed: torch.float32, normalised as an image processor gives it.")
-    if "text_input" not in keys:
-        return samples
-    texts = samples["text_input"]
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    wrong = [text for text in texts if not isinstance(text, str)]
-    if wrong or not texts:
-        raise UserError(f"samples['text_input'] holds {wrong[0] if wrong else 'nothing'!r}; needed: a list of texts, one an image.")
-    if "image" in keys and len(texts) != len(samples["image"]):
-        raise UserError(f"samples has {len(samples['image'])} images and {len(texts)} texts (text_input); needed: one text an image.")
-    for key in ("index", "image_key"):
-        if samples.get(key) is not None and (not isinstance(samples[key], Tensor) or samples[key].shape != (len(texts),)):
-            raise UserError(f"samples[{key!r}] is {samples[key]!r}; needed: a LongTensor [{len(texts)}], a number a text.")
-    return {**samples, "text_input": texts}
-
-
-def check_lengths(shortest: int, longest: int, beams: int, lines: int = 1, sampled: bool = False) -> None:
-    """What is generated can be: 1 to ``longest`` tokens, and at least one line, which a search takes from its beams.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if longest < 1 or shortest > longest:
-        raise UserError(
-            f"min_length is {shortest} and max_length {longest}; allowed: a max_length of 1 or more, and at least min_length."
-        )
-    if beams < 1 and not sampled:
-        raise UserError(f"num_beams is {beams}; allowed: 1 or more.")
-    if lines < 1:
-        raise UserError(f"num_captions is {lines}; allowed: 1 or more.")
-    if lines > beams and not sampled:
-        raise UserError(f"num_captions is {lines}, but num_beams is {beams}; allowed: at most as many.")
-
-
 logger = logging.getLogger(__name__)
-ASKED = 16384  # candidates without a single new positive until that is worth a word
-
-LACKING = {
-    "candidate": (
-        "A batch has no negative: it is one sample, or all its samples show one image or have one text. ITM learns from positives "
-        "alone there; use a larger run.batch_size_train, or samples of more images."
-    ),
-    "negative": (
-        "ECM leaves a batch no negative: every hard negative of it was called positive, or ambiguous without a second one. ITM "
-        "learns from positives alone there; raise model.ecm.threshold (now {threshold}), or look at Con-D."
-    ),
-    "caption": (
-        "All {count} captions of a batch are the same text ({caption!r}): nothing tells images that match it from others. Look at the "
-        "annotations."
-    ),
-    "word": "All captions of a batch are empty: there is no word to match or to predict. Look at the annotations.",
-    "threshold": "model.ecm.threshold is {threshold}, and no probability exceeds it: ECM never finds a false negative.",
-    "positive": (
-        "Con-D called none of {asked} hard negatives positive: ECM has not changed a label so far. Lower model.ecm.threshold (now "
-        "{threshold}), or look at Con-D; data without false negatives need no ECM."
-    ),
-}
-
-
-class NothingToDo:
-    """Looks at each training step, and warns on rank 0 at most once of each thing that is lacking.
-
-    What only the device knows is summed there and read after steps 1, 2, 4, 8, ..., so that no step has to wait for it.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.said: set[str] = set()
-        self.sums: Tensor | None = None
-
-    def look(self, captions: list[str], step: StepOutput, settings: MafaBlock) -> None:
-        """After each training step.
-
-        Args:
-            captions: the batch's own.
-            step: what came of it.
-            settings: of the model.
-        """
-        if rank() != 0:
-            return
-        ecm = settings.ecm
-        if ecm.enabled and ecm.threshold >= 1.0:
-            self._say("threshold", threshold=ecm.threshold)
-        if not any(caption.strip() for caption in captions):
-            self._say("word")
-        elif len(captions) > 1 and len(set(captions)) == 1:
-            self._say("caption", count=len(captions), caption=captions[0])
-        self.steps += 1
-        self.sums = _counts(step) + (0 if self.sums is None else self.sums)
-        if self.steps & (self.steps - 1) == 0:
-            no_candidate, no_negative, asked, found = self.sums.tolist()
-            if no_candidate:
-                self._say("candidate")
-            if no_negative:
-                self._say("negative", threshold=ecm.threshold)
-            if asked >= ASKED and not found:
-                self._say("positive", asked=asked, threshold=ecm.threshold)
-
-    def _say(self, what: str, **values: object) -> None:
-        if what not in self.said:
-            self.said.add(what)
-            logger.warning(LACKING[what].format(**values))
-
-
-@torch.no_grad()
-def _counts(step: StepOutput) -> Tensor:
-    """LongTensor[4]: has the batch no candidate; has it some, but no negative is left; candidates judged; those found positive."""
-    verdicts, none = step.mined.connections, torch.zeros((), dtype=torch.long, device=step.loss.device)
-    some = step.mined.pairs.exists.any()
-    accuracy = step.figures.get("itm_accuracy_negative")  # not there without ITM, which then lacks nothing
-    no_negative = none.bool() if accuracy is None else accuracy.isnan()  # a share of nothing
-    asked = none if verdicts is None else step.mined.pairs.exists.sum()
-    found = none if verdicts is None else verdicts.positive.sum()
-    return torch.stack([(no_negative & ~some).long(), (no_negative & some).long(), asked, found])
-
-
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 PROJECTIONS = r"(vision_proj|text_proj)\.|temp$"
 Block = TypeVar("Block", bound=MafaBlock)
-
-
-def may_lack(state: dict[str, Tensor], arch: str, source: str) -> tuple[str, ...]:
-    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature. A warning names it."""
-    part, what, _ = LANGUAGE[arch]
-    if any(name.startswith(part) for name in state):
-        return ()
-    lacking = [part] if "temp" in state else [part, "temp"]
-    logger.warning("%s has no %s (%s): it keeps its first values. Retrieval and features need none.", source, what, ", ".join(lacking))
-    return tuple(lacking)
+Texts = tuple[Tensor, ...]  # what matching needs of B texts: [B, T, ...] each, padded with 0
 
 
 class MafaModel(nn.Module, Generic[Block]):
-    """Methods of a LAVIS model that trains with MAFA (MAFA Algorithm 1). A host adds :meth:`encode` and retrieval's parts."""
+    """Methods of a LAVIS model that trains with MAFA (MAFA Algorithm 1)."""
 
     lm_loss_name = "loss_lm"
     rank_by = "itm+itc"  # what its papers' code ranks retrieval by; run.rank_by overrides it
     # names of weights (regular expressions) that some losses alone train; all others are trained by each of the three
     trained_by: dict[str, set[str]] = {}
+    # of a Con-D: parts that do not score, and beginnings of weights that keep their precision
+    not_scoring: tuple[str, ...] = ("vision_proj", "text_proj", "temp")
+    keeps_precision: tuple[str, ...] = ()
     settings: Block
     temp: nn.Parameter
     device: Any
@@ -250,35 +68,32 @@ class MafaModel(nn.Module, Generic[Block]):
     def _prepare_mafa(self) -> None:
         """To be called at the end of a host's ``__init__``."""
         self._freeze_what_no_loss_trains()
-        self.batch_scope = "local"  # set from run.grit.batch_scope: whose candidates an anchor sees
+        self.batch_scope = "local"
         # the discriminator is no part of the module tree: not trained, not saved, not broadcast
         self.__dict__["discriminator"] = None
         self.con_d_check = None
-        self.nothing_to_do = NothingToDo()
+        self.batch_check = BatchCheck()
 
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> Any:
-        """Build from the ``model:`` block; loads ``pretrained`` and the discriminator where they are named, nothing else."""
-        from lavis_mafa.models.con_d import build_discriminator
+    def from_config(cls, cfg: DictConfig, batch_scope: str = "local") -> Any:
+        """Build from the ``model:`` block; loads ``pretrained`` and the discriminator where they are named, nothing else.
 
+        ``batch_scope`` (``run.grit.batch_scope``): does an anchor see this process's candidates (local), or all (global)?
+        """
         settings: Any = typed_block("model", cfg)
         model: Any = cls(settings)
+        model.batch_scope = batch_scope
         if settings.pretrained is not None:
             model.load_from_pretrained(settings.pretrained)
         if settings.ecm.enabled and settings.discriminator is not None:
             model.set_discriminator(build_discriminator(settings, model))
         return model
 
-    def load_checkpoint(self, url_or_filename: str) -> Any:
-        """LAVIS's name for loading one's own weights (``load_model(..., checkpoint=FILE)``): as exact as ``load_from_pretrained``."""
-        return self.load_from_pretrained(url_or_filename)
-
-    def load_from_pretrained(self, url_or_filename: str) -> Any:
-        """Start from a checkpoint; a host defines it."""
-        raise NotImplementedError
-
     def set_discriminator(self, discriminator: Discriminator | None) -> None:
-        """Use any object with ``match_probability`` as Con-D; it stays out of the module tree and of checkpoints."""
+        """Use any object with ``match_probability`` as Con-D; it stays out of the module tree and of checkpoints.
+
+        One with a method ``in_step(gathered, vit_states)`` is asked for what judges a step: see :class:`lavis_mafa.models.con_d.ConD`.
+        """
         self.__dict__["discriminator"] = discriminator
         block = self.settings.discriminator
         name = type(discriminator).__name__ if block is None else block.checkpoint or block.arch
@@ -293,39 +108,53 @@ class MafaModel(nn.Module, Generic[Block]):
             if any(re.match(names, name) for names in idle):
                 parameter.requires_grad_(False)
 
+    @property
+    def gathers(self) -> bool:
+        return self.batch_scope == "global"
+
     # --- what a host defines ---------------------------------------------------------------------------------------
 
-    def encode(self, samples: dict[str, Any]) -> tuple[PairModel, EncodedBatch, tuple[Tensor, Tensor]]:
-        """Encode a batch once: pair lists for ITM and LM, similarities for ITC and mining, features [B, d] for GRIT."""
+    def encode(self, inputs: StepInputs) -> Encoded:
+        """Encode a batch once. Where the model :attr:`gathers`, pairs hold all ranks' rows, own ones first."""
         raise NotImplementedError
 
-    def text_rows(self, captions: list[str]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """See :class:`lavis_mafa.models.retrieval.RetrievalModel`."""
+    def image_states(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the image encoder's token states [B, N, width]."""
         raise NotImplementedError
 
-    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`lavis_mafa.models.retrieval.RetrievalModel`."""
+    def image_tokens(self, states: Tensor) -> Tensor:
+        """The same as matching reads them."""
+        return states
+
+    def image_features(self, tokens: Tensor) -> Tensor:
+        """[B, N, width] -> fp32 [B, d], or [B, queries, d], of which the most similar to a text counts."""
         raise NotImplementedError
 
-    def match_rows(self, image_states: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        """See :class:`lavis_mafa.models.retrieval.RetrievalModel`."""
+    def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
+        """What matching needs of each text; ``gathered``: padded to the longest of all ranks."""
         raise NotImplementedError
+
+    def text_features(self, texts: Texts) -> Tensor:
+        """-> fp32 [B, d]"""
+        raise NotImplementedError
+
+    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
+        """P images and P texts -> logits [P, 2]; column 1 is "matches"."""
+        raise NotImplementedError
+
+    def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of this kind by this model's names and sizes."""
+        return state
 
     # --- one training step -----------------------------------------------------------------------------------------
 
     def forward(self, samples: dict[str, Any]) -> PretrainOutput:
-        """One MAFA step on a batch.
-
-        Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions; from the runner also ``index`` and ``image_key``
-                LongTensor[B], ``grouped`` (does GRIT's order serve this epoch), ``epoch``, ``iters``, ``num_iters_per_epoch``.
-
-        In eval mode without a Con-D the losses are those of the plain labels.
+        """One MAFA step on LAVIS's samples (see :class:`StepInputs`); in eval mode without a Con-D with the plain labels.
 
         Raises:
             UserError: samples that do not go together, training with ECM but without a Con-D, or one that answers no probability.
         """
-        samples = self.checked(samples, "image", "text_input")
+        inputs = self.inputs(samples)
         if self.training and self.settings.ecm.enabled and self.discriminator is None:
             raise UserError(
                 "model.ecm.enabled is true, but the model has no Con-D to ask; hand it one by model.set_discriminator(con_d), name "
@@ -333,15 +162,17 @@ class MafaModel(nn.Module, Generic[Block]):
             )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
-        samples = {**samples, "gathered": self.batch_scope == "global"}
-        pairs, batch, features = self.encode(samples)
+        pairs, batch, features = self.encode(inputs)
+        con_d: Any = self.discriminator
+        if hasattr(con_d, "in_step"):
+            con_d = con_d.in_step(self.gathers, getattr(pairs, "vit_states", None))
         try:
-            output = mafa_step(pairs, batch, samples, self._step_settings(samples), self.discriminator)
+            output = mafa_step(pairs, batch, inputs.samples, self._step_settings(inputs), con_d)
         except ValueError as error:
-            index = samples["index"].tolist() if "index" in samples else "unknown"
-            raise UserError(f"{self._blamed(str(error))}. Data set indices of the batch: {index}.") from error
+            index = "unknown" if inputs.index is None else inputs.index.tolist()
+            raise UserError(f"{self._explained(str(error))}. Data set indices of the batch: {index}.") from error
         if self.training:
-            self._look_at(samples, batch, output)
+            self._check_step(con_d, inputs, batch, output)
         norms = {"image_feature_norm": features[0].norm(dim=-1), "text_feature_norm": features[1].norm(dim=-1)}
         return PretrainOutput(
             loss=output.loss,
@@ -349,11 +180,139 @@ class MafaModel(nn.Module, Generic[Block]):
             loss_itm=output.loss_itm,
             image_features=features[0],
             text_features=features[1],
-            figures=output.figures,
-            verdicts=self._verdicts(output, samples),
+            metrics=output.metrics,
+            verdicts=self._verdicts(output, inputs),
             ranges=output.ranges | {name: value_range(norm) for name, norm in norms.items()},
             **{self.lm_loss_name: output.loss_lm},
         )
+
+    def inputs(self, samples: dict[str, Any]) -> StepInputs:
+        """LAVIS's samples, checked; raises UserError."""
+        return StepInputs.of(self.check_samples(samples, "image", "text_input"), self.device)
+
+    def check_samples(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
+        settings: Any = self.settings
+        return check_samples(samples, settings.image_encoder.image_size, *keys)
+
+    def contrast(
+        self,
+        inputs: StepInputs,
+        image_feature: Tensor,
+        text_feature: Tensor,
+        momentum: tuple[Tensor, Tensor] | None = None,
+        queue: tuple[Tensor, Tensor, Tensor] | None = None,
+        distillation: float = 0.0,
+    ) -> EncodedBatch:
+        """Similarities of a batch with the keys of this step, which carry no gradient.
+
+        Args:
+            inputs: of the step; features of its images [B, d] or [B, queries, d], and of its texts [B, d].
+            momentum: features that are the keys, if not the batch's own; their similarities are soft targets (``distillation``).
+            queue: features [Q, d] of images and of texts that are contrasted with and never mined, and their keys [Q, 2].
+        """
+        keys = all_keys = self._keys(inputs)
+        own = momentum or (image_feature.detach(), text_feature.detach())
+        keys_image, keys_text = own
+        if self.gathers:
+            all_keys = gather_own_first(keys)
+            keys_image, keys_text = gather_own_first(keys_image), gather_own_first(keys_text)
+        candidates = len(all_keys)
+        if queue is not None:
+            keys_image, keys_text = torch.cat([keys_image, queue[0]]), torch.cat([keys_text, queue[1]])
+            all_keys = torch.cat([all_keys, queue[2]])
+        sim_i2t, sim_t2i = _similarities(image_feature, text_feature, keys_image, keys_text)
+        teacher_i2t, teacher_t2i = (None, None) if momentum is None else _similarities(*own, keys_image, keys_text)
+        known = known_positives(keys, all_keys)
+        return EncodedBatch(sim_i2t, sim_t2i, self.temp, known, candidates, teacher_i2t, teacher_t2i, distillation)
+
+    def _check_step(self, con_d: Discriminator | None, inputs: StepInputs, batch: EncodedBatch, output: StepOutput) -> None:
+        self.batch_check.update(inputs.captions, output, self.settings)
+        check, hardest = self.con_d_check, output.mined.probability
+        if self.settings.ecm.enabled and con_d is not None and check is not None and not check.done:
+            if hardest is not None:
+                hardest = hardest.masked_fill(~output.mined.pairs.exists, float("nan"))
+            check.update(con_d, inputs.samples, batch.known_positive, hardest)
+
+    def _explained(self, error: str) -> str:
+        """What went wrong in a step; of Con-D's answers also whose they are and what to do."""
+        if "match probabilities" not in error:
+            return error
+        name = type(self.discriminator).__name__ if self.con_d_check is None else self.con_d_check.name
+        return (
+            f"Con-D ({name}): {error}. Its weights are broken, or too large for their precision: try "
+            "model.discriminator.precision: fp32, give another model.discriminator.checkpoint, or set model.ecm.enabled: false"
+        )
+
+    def _keys(self, inputs: StepInputs) -> Tensor:
+        """LongTensor[B, 2]: who each sample's image is, and what its text is (see :func:`known_positives`)."""
+        ecm, texts = self.settings.ecm, inputs.captions
+        image = inputs.image_key
+        if image is None or not ecm.same_image:
+            image = inputs.index  # the stand-in of an unreadable sample repeats a row: that one is known to match
+        if image is None:
+            image = torch.full((len(texts),), UNKNOWN)
+        text = torch.tensor([text_key(text) if ecm.same_text else UNKNOWN for text in texts])
+        return torch.stack([image.to(self.device), text.to(self.device)], dim=1)
+
+    def _step_settings(self, inputs: StepInputs) -> StepSettings:
+        itc, when = self.settings.itc, self.settings.itc.smooth_when
+        smooth = when == "always" or (when == "grouped" and inputs.grouped)
+        itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
+        return StepSettings(
+            itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
+            ecm=self.settings.ecm if self.discriminator is not None else replace(self.settings.ecm, enabled=False),
+            negatives=self.settings.itm.negatives,
+            itm_weight=itm_weight,
+            lm_weight=lm_weight,
+        )
+
+    def _verdicts(self, output: StepOutput, inputs: StepInputs) -> dict[str, Tensor] | None:
+        if inputs.index is None:
+            return None
+        index = inputs.index.to(self.device)
+        index = gather_own_first(index) if self.gathers else index
+        pairs, mined = output.mined.pairs, output.mined
+        verdicts = {"image": index[pairs.image_index], "text": index[pairs.text_index], "exists": pairs.exists}
+        verdicts |= {"image_position": pairs.image_index, "text_position": pairs.text_index}
+        if mined.probability is not None and mined.connections is not None:
+            verdicts["probability"] = mined.probability
+            verdicts["positive"], verdicts["ambiguous"] = mined.connections.positive, mined.connections.ambiguous
+        return verdicts
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self, url_or_filename: str) -> Any:
+        """LAVIS's name for loading one's own weights (``load_model(..., checkpoint=FILE)``): as exact as ``load_from_pretrained``."""
+        return self.load_from_pretrained(url_or_filename)
+
+    def load_from_pretrained(self, url_or_filename: str) -> Any:
+        """Start from a checkpoint of ours, LAVIS's or the authors'; anything that does not fit is an error that lists the keys.
+
+        Position embeddings are resized to this model's image size; a momentum model starts as a copy. A file fine-tuned for retrieval
+        may lack the whole language head, with a warning; one of BLIP-2 its frozen image encoder, where ``image_encoder.init`` is set.
+        Returns, as LAVIS's, the names that were missing; raises UserError if the file is of another kind, or does not fit.
+        """
+        source, arch = f"model.pretrained: {url_or_filename}", self.settings.arch
+        state = read_weights(url_or_filename, "model.pretrained")
+        if arch in OF_MODEL:
+            check_kind(state, OF_MODEL[arch], source, arch)
+        state = self.own_weights(state)
+        return self._load(state, source, _may_lack_language(state, arch, source))
+
+    def _load(self, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...]) -> Any:
+        return load_exactly(self, state, source, may_miss=may_miss)
+
+    # --- retrieval, and GRIT's separate pass -----------------------------------------------------------------------
+
+    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] -> what matching needs of each image, and features."""
+        tokens = self.image_tokens(self.image_states(image))
+        return tokens, self.image_features(tokens)
+
+    def text_rows(self, captions: list[str]) -> tuple[Texts, Tensor]:
+        """What matching needs of each text, and features."""
+        texts = self.text_tokens(captions)
+        return texts, self.text_features(texts)
 
     def retrieval_scores(self, data_loader: Any, run: Any) -> RetrievalScores:
         """Scores of an evaluation set by ``run.rank_by`` (null or absent: this model's own) with ``run.k_test``, and cosines."""
@@ -370,72 +329,33 @@ class MafaModel(nn.Module, Generic[Block]):
         scores = self.retrieval_scores(data_loader, task_cfg)
         return scores.i2t.numpy(), scores.t2i.numpy()
 
-    def checked(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
-        """See :func:`lavis_mafa.models.base.checked`."""
-        settings: Any = self.settings
-        return checked(samples, settings.image_encoder.image_size, *keys)
-
-    # --- parts of a step -------------------------------------------------------------------------------------------
-
-    def _look_at(self, samples: dict[str, Any], batch: EncodedBatch, output: StepOutput) -> None:
-        """What a user should be told about a training step; it changes nothing."""
-        self.nothing_to_do.look(samples["text_input"], output, self.settings)
-        check = self.con_d_check
-        if self.settings.ecm.enabled and self.discriminator is not None and check is not None and not check.done:
-            hardest = output.mined.probability
-            if hardest is not None:
-                hardest = hardest.masked_fill(~output.mined.pairs.exists, float("nan"))
-            check.look(self.discriminator, samples, batch.known_positive, hardest)
-
-    def _blamed(self, error: str) -> str:
-        """What went wrong in a step; of Con-D's answers also whose they are and what to do."""
-        if "match probabilities" not in error:
-            return error
-        name = type(self.discriminator).__name__ if self.con_d_check is None else self.con_d_check.name
-        return (
-            f"Con-D ({name}): {error}. Its weights are broken, or too large for their precision: try "
-            "model.discriminator.precision: fp32, give another model.discriminator.checkpoint, or set model.ecm.enabled: false"
-        )
-
-    def _keys(self, samples: dict[str, Any]) -> Tensor:
-        """LongTensor[B, 2]: who each sample's image is, and what its text is (see :func:`known_positives`)."""
-        ecm, texts = self.settings.ecm, samples["text_input"]
-        image = samples.get("image_key")
-        if image is None or not ecm.same_image:
-            image = samples.get("index")  # the stand-in of an unreadable sample repeats a row: that one is known to match
-        if image is None:
-            image = torch.full((len(texts),), UNKNOWN)
-        text = torch.tensor([text_key(text) if ecm.same_text else UNKNOWN for text in texts])
-        return torch.stack([image.to(self.device), text.to(self.device)], dim=1)
-
-    def _step_settings(self, samples: dict[str, Any]) -> StepSettings:
-        itc, when = self.settings.itc, self.settings.itc.smooth_when
-        smooth = when == "always" or (when == "grouped" and bool(samples.get("grouped", False)))
-        itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
-        return StepSettings(
-            itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
-            ecm=self.settings.ecm if self.discriminator is not None else replace(self.settings.ecm, enabled=False),
-            negatives=self.settings.itm.negatives,
-            itm_weight=itm_weight,
-            lm_weight=lm_weight,
-        )
-
-    def _verdicts(self, output: StepOutput, samples: dict[str, Any]) -> dict[str, Tensor] | None:
-        if "index" not in samples:
-            return None
-        index = samples["index"].to(self.device)
-        index = gather_own_first(index) if self.batch_scope == "global" else index
-        pairs, mined = output.mined.pairs, output.mined
-        verdicts = {"image": index[pairs.image_index], "text": index[pairs.text_index], "exists": pairs.exists}
-        verdicts |= {"image_position": pairs.image_index, "text_position": pairs.text_index}
-        if mined.probability is not None and mined.connections is not None:
-            verdicts["probability"] = mined.probability
-            verdicts["positive"], verdicts["ambiguous"] = mined.connections.positive, mined.connections.ambiguous
-        return verdicts
+    @torch.no_grad()
+    def grit_features(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Features [B, d] without a training step, for GRIT's separate pass (GRIT-VLP Table 4, "naive")."""
+        _, image = self.image_rows(samples["image"].to(self.device))
+        _, text = self.text_rows(samples["text_input"])
+        return most_similar_query(image, text) if image.dim() == 3 else image, text
 
 
-class DualEncoder(MafaModel[Block], MomentumTeacher):
-    """Methods of a host whose parts have LAVIS's names: ``visual_encoder``, ``text_encoder``, ``vision_proj``, ``text_proj``."""
+def _similarities(image: Tensor, text: Tensor, keys_image: Tensor, keys_text: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, K] of images with text keys, and of texts with image keys; in fp32, since bf16 would change a tenth of what is mined."""
+    with torch.autocast(image.device.type, enabled=False):
+        t2i = text @ keys_image.T if keys_image.dim() == 2 else best_query(keys_image, text).T
+        return best_query(image, keys_text), t2i
+
+
+def _may_lack_language(state: dict[str, Tensor], arch: str, source: str) -> tuple[str, ...]:
+    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature."""
+    part, what, _ = LANGUAGE.get(arch, ("", "", ""))
+    if any(name.startswith(part) for name in state):
+        return ()
+    lacking = (part,) if "temp" in state else (part, "temp")
+    logger.warning("%s has no %s (%s): it keeps its first values. Retrieval and features need none.", source, what, ", ".join(lacking))
+    return lacking
+
+
+class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
+    """What ALBEF and BLIP share: an image and a text encoder with one feature each, contrasted with or without a momentum model."""
 
     settings: Block
     feature_output: Any  # LAVIS's class of extracted features
@@ -443,40 +363,94 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
     tokenizer: Any
     visual_encoder: Any
     text_encoder: Any
-    vision_proj: Any
-    text_proj: Any
 
-    def load_from_pretrained(self, url_or_filename: str) -> Any:
-        """Start from a checkpoint of ours, LAVIS's or the authors'; anything that does not fit is an error that lists the keys.
+    def __init__(self, settings: Block) -> None:
+        super().__init__()
+        self.settings = settings
+        sizes: Any = settings
+        self.tokenizer = self.build_tokenizer(settings.tokenizer)
+        self.visual_encoder = build_image_encoder(sizes.image_encoder)
+        self.add_text(sizes.text_encoder, sizes.image_encoder.width, len(self.tokenizer))
+        self.vision_proj = nn.Linear(sizes.image_encoder.width, settings.embed_dim)
+        self.text_proj = nn.Linear(sizes.text_encoder.width, settings.embed_dim)
+        self.itm_head = nn.Linear(sizes.text_encoder.width, 2)
+        self.temp = nn.Parameter(torch.tensor(settings.temperature))
+        self._prepare_mafa()
+        if settings.itc.momentum_distillation is not None:
+            self._add_momentum_model(settings.itc.momentum_distillation.queue_size)
 
-        Position embeddings are resized to this model's image size; BERT's token-type row is folded in; a momentum teacher
-        starts as a copy of the student. A file fine-tuned for retrieval may lack the whole language head: a warning says so.
+    # --- what they define ------------------------------------------------------------------------------------------
 
-        Returns:
-            as LAVIS's: the names that were missing.
+    def build_tokenizer(self, name: str) -> Any:
+        raise NotImplementedError
 
-        Raises:
-            UserError: the file is of another kind, or does not fit.
-        """
-        source = f"model.pretrained: {url_or_filename}"
-        state = fold_token_type(read_weights(url_or_filename, "model.pretrained"))
-        check_kind(state, OF_MODEL[self.settings.arch], source, self.settings.arch)
-        state = fit_position_embeddings(self.by_own_names(state), self.visual_encoder)
+    def add_text(self, settings: Any, encoder_width: int, words: int) -> None:
+        """Set ``text_encoder``, and a decoder where there is one."""
+        raise NotImplementedError
+
+    def fuse(self, image_tokens: Tensor, texts: Texts) -> Tensor:
+        """P texts, each read with its image: [P, N, width], texts -> [P, T, width]."""
+        raise NotImplementedError
+
+    def text_inputs(self, ids: Tensor, mask: Tensor) -> Texts:
+        """What :meth:`fuse` takes of B texts."""
+        return ids, mask
+
+    def states_of(self, texts: Texts) -> Tensor:
+        """Each of them alone, without the image: -> [B, T, width]."""
+        return self.text_states(*texts)
+
+    # --- rows ------------------------------------------------------------------------------------------------------
+
+    def image_states(self, image: Tensor) -> Tensor:
+        return self.visual_encoder.forward_features(image)
+
+    def image_features(self, tokens: Tensor) -> Tensor:
+        return project(self.vision_proj, tokens)
+
+    def tokenize(self, captions: list[str], gathered: bool = False) -> tuple[Tensor, Tensor]:
+        """ids and mask [B, T]"""
+        return tokenize(self.tokenizer, captions, self.settings.max_text_length, self.device, gathered)
+
+    def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
+        return self.text_inputs(*self.tokenize(captions, gathered))
+
+    def text_features(self, texts: Texts) -> Tensor:
+        return project(self.text_proj, self.states_of(texts))
+
+    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
+        return without_autocast(self.itm_head, self.fuse(image_tokens, texts)[:, 0])
+
+    def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.text_encoder.base_model(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
+
+    # --- one training step -----------------------------------------------------------------------------------------
+
+    def contrast_with_queue(
+        self, inputs: StepInputs, image_feature: Tensor, text_feature: Tensor, ids: Tensor, mask: Tensor
+    ) -> tuple[EncodedBatch, Tensor | None]:
+        """Similarities with the keys of this step and of the queue, and the momentum model's image states [B, N, width]."""
+        if self.settings.itc.momentum_distillation is None:
+            return self.contrast(inputs, image_feature, text_feature), None
+        if self.training and inputs.first_of_window:  # once in an accumulation window, as the student moves
+            self._momentum_update()
+        states, *own = self._momentum_features(inputs.image, ids, mask)
+        queue = self.image_queue.T, self.text_queue.T, torch.cat([self.idx_queue, self.text_queue_keys]).T
+        batch = self.contrast(inputs, image_feature, text_feature, (own[0], own[1]), queue, self._distillation_weight(inputs))
+        self._enqueue(own[0], own[1], self._keys(inputs))
+        return batch, states
+
+    def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return fit_position_embeddings(fold_token_type(state), self.visual_encoder)
+
+    def _load(self, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...]) -> Any:
         state = {n: v for n, v in state.items() if not n.startswith(TEACHERS) and ".pooler." not in n}
-        told = load_exactly(self, state, source, may_miss=(*TEACHERS, *may_lack(state, self.settings.arch, source)))
+        missing = super()._load(state, source, (*TEACHERS, *may_miss))
         if self.settings.itc.momentum_distillation is not None:
-            self._copy_to_teacher()
-        return told
+            self._copy_to_momentum_model()
+        return missing
 
-    def by_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint of this kind by this model's names."""
-        return state
-
-    @torch.no_grad()
-    def grit_features(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Features [B, d] without a training step, for GRIT's separate pass (GRIT-VLP Table 4, "naive")."""
-        image_embeds, text_embeds, _, _ = self._token_states(samples, gathered=False)
-        return self.image_feature(image_embeds), self.text_feature(text_embeds)
+    # --- LAVIS's interface -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str | list[str] = "multimodal") -> Any:
@@ -486,95 +460,24 @@ class DualEncoder(MafaModel[Block], MomentumTeacher):
             samples: ``image`` [B, 3, H, W] and ``text_input``, a list of B texts or a single text; each only where its mode needs it.
             mode: ``image`` (``image_embeds`` [B, N, width], ``image_embeds_proj`` [B, N, d]), ``text`` (``text_embeds`` [B, T, width],
                 ``text_embeds_proj`` [B, T, d]) or ``multimodal`` (``multimodal_embeds`` [B, T, width], and what LAVIS gives with
-                it); several in a list.
-
-        Raises:
-            UserError: another mode, or samples that lack what it needs.
+                it); several in a list. UserError for another, or for samples that lack what it needs.
         """
         modes, found = [mode] if isinstance(mode, str) else list(mode or []), dict[str, Tensor]()
         wrong = [m for m in modes if m not in ("image", "text", "multimodal")]
         if wrong or not modes:
             raise UserError(f"mode is {mode!r}; allowed: image, text, multimodal.")
         keys = [key for key, m in (("image", "image"), ("text_input", "text")) if m in modes or "multimodal" in modes]
-        samples = self.checked(samples, *keys)
+        samples = self.check_samples(samples, *keys)
         if "image" in keys:
-            found["image_embeds"] = self.visual_encoder.forward_features(samples["image"].to(self.device))
+            found["image_embeds"] = self.image_states(samples["image"].to(self.device))
             found["image_embeds_proj"] = F.normalize(self.vision_proj(found["image_embeds"]), dim=-1)
         if "text_input" in keys:
             positions = self.text_encoder.config.max_position_embeddings  # LAVIS cuts no text here
-            ids, mask = tokenize(self.tokenizer, samples["text_input"], positions, self.device)
-            found["text_embeds"] = self.text_states(ids, mask)
+            texts = self.text_inputs(*tokenize(self.tokenizer, samples["text_input"], positions, self.device))
+            found["text_embeds"] = self.states_of(texts)
             found["text_embeds_proj"] = F.normalize(self.text_proj(found["text_embeds"]), dim=-1)
         if "multimodal" in modes:
-            found["multimodal_embeds"] = self.fused(found["image_embeds"], found["text_embeds"], ids, mask)
+            found["multimodal_embeds"] = self.fuse(found["image_embeds"], texts)
         asked: dict[str, tuple[str, ...]] = {name: (f"{name}_embeds", f"{name}_embeds_proj") for name in ("image", "text")}
         asked["multimodal"] = self.of_multimodal
         return self.feature_output(**{name: found[name] for m in modes for name in asked[m]})
-
-    def fused(self, image_embeds: Tensor, text_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """B texts, each with its image: [B, N, width], [B, T, width], [B, T], [B, T] -> [B, T, width]."""
-        raise NotImplementedError
-
-    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        states = self.visual_encoder.forward_features(image)
-        return states, self.image_feature(states)
-
-    # --- parts of a step -------------------------------------------------------------------------------------------
-
-    def tokenize(self, captions: list[str], gathered: bool = False) -> tuple[Tensor, Tensor]:
-        """ids and mask [B, T]; see :func:`lavis_mafa.models.encoders.tokenize`."""
-        return tokenize(self.tokenizer, captions, self.settings.max_text_length, self.device, gathered)
-
-    def image_feature(self, image_embeds: Tensor) -> Tensor:
-        """[B, N, width] -> [B, d] fp32."""
-        return project(self.vision_proj, image_embeds)
-
-    def text_feature(self, text_embeds: Tensor) -> Tensor:
-        """[B, T, width] -> [B, d] fp32."""
-        return project(self.text_proj, text_embeds)
-
-    def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The text alone, without the image: [B, T] -> [B, T, width]."""
-        return self.text_encoder.base_model(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
-
-    def _token_states(self, samples: dict[str, Any], gathered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ids, mask = self.tokenize(samples["text_input"], gathered)
-        image_embeds = self.visual_encoder.forward_features(samples["image"].to(self.device))
-        return image_embeds, self.text_states(ids, mask), ids, mask
-
-    def _contrast(
-        self, samples: dict[str, Any], image_feature: Tensor, text_feature: Tensor, ids: Tensor, mask: Tensor
-    ) -> tuple[EncodedBatch, Tensor | None]:
-        """Similarities with the keys of this step (and of the queue), and the teacher's image states [B, N, width]."""
-        keys = self._keys(samples)
-        teacher_images, keys_image, keys_text, distillation = None, image_feature.detach(), text_feature.detach(), 0.0
-        momentum = self.settings.itc.momentum_distillation
-        if momentum is not None:
-            teacher_images, keys_image, keys_text = self._teach(samples, ids, mask)
-            distillation = self._distillation(samples)
-        teacher_own = keys_image, keys_text
-        all_keys = keys
-        if self.batch_scope == "global":
-            all_keys = gather_own_first(keys)
-            keys_image, keys_text = gather_own_first(keys_image), gather_own_first(keys_text)
-        candidates = len(all_keys)
-        if momentum is not None:
-            keys_image = torch.cat([keys_image, self.image_queue.T.clone()])
-            keys_text = torch.cat([keys_text, self.text_queue.T.clone()])
-            all_keys = torch.cat([all_keys, torch.cat([self.idx_queue, self.text_queue_keys]).T])
-        with torch.autocast(self.device.type, enabled=False):  # bf16 similarities would change a tenth of what is mined
-            sim_i2t, sim_t2i = image_feature @ keys_text.T, text_feature @ keys_image.T
-            teacher = (teacher_own[0] @ keys_text.T, teacher_own[1] @ keys_image.T) if momentum is not None else (None, None)
-        batch = EncodedBatch(
-            sim_i2t=sim_i2t,
-            sim_t2i=sim_t2i,
-            temperature=self.temp,
-            known_positive=known_positives(keys, all_keys),
-            candidates=candidates,
-            teacher_i2t=teacher[0],
-            teacher_t2i=teacher[1],
-            distillation=distillation,
-        )
-        if momentum is not None:
-            self._remember(*teacher_own, keys)
-        return batch, teacher_images

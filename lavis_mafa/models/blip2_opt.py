@@ -1,6 +1,6 @@
-"""The OPT that stage 2 speaks through: a hub name or a local folder, or a small one from scratch that reads bytes.
+"""``blip2_opt_mafa``: stage 2 of BLIP-2 (LAVIS's ``blip2_opt``) on any device, from our stage 1, with answers to questions.
 
-``blip2_opt_mafa``: stage 2 of BLIP-2 (LAVIS's ``blip2_opt``) on any device, from our stage 1, with answers to questions.
+Its OPT comes from a hub name or a local folder, or is a small one from scratch that reads bytes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,31 @@ from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 from lavis_mafa.config.check import OF_MODEL, check_kind, check_kind_on_hub, from_hub, model_from_hub
 from lavis_mafa.config.schema import Blip2OptBlock, LanguageModel, typed_block
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.base import CONFIGS, PretrainOutput, check_lengths, checked
-from lavis_mafa.models.beams import GeneratedLengths
+from lavis_mafa.models.base import CONFIGS
 from lavis_mafa.models.blip2 import query_pass
-from lavis_mafa.models.blip2_encoders import PRECISIONS, absent, build_eva, build_qformer, resize_positions, with_own_file, without_vit
+from lavis_mafa.models.encoders import (
+    PRECISIONS,
+    GeneratedLengths,
+    absent,
+    build_eva,
+    build_qformer,
+    fit_position_embeddings,
+    with_own_file,
+    without_vit,
+)
+from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples
 from lavis_mafa.objectives import value_range
 from lavis_mafa.weights import load_exactly, read_weights
 
+logger = logging.getLogger(__name__)
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # with OPT's ids
 POSITIONS = 512
 KEY, WHAT = "model.language_model.init", "a folder with OPT's weights and tokenizer"
+# what stage 1 has and stage 2 does not: its heads, and the text branch of the Q-Former
+WORDS = ("Qformer.bert.embeddings.word_embeddings.", "Qformer.bert.embeddings.position_embeddings.")
+OF_STAGE_1 = ("vision_proj.", "text_proj.", "itm_head.", "temp", "Qformer.cls.", *WORDS)
+TEXT_BRANCH = ("intermediate.", "output.")
+OF_STAGE_2 = ("opt_proj.", "opt_model.")
 
 
 class Opt(GeneratedLengths, OPTForCausalLM):
@@ -44,12 +59,9 @@ class Opt(GeneratedLengths, OPTForCausalLM):
 
 
 def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
-    """LAVIS's OPT (which takes query embeddings) and its tokenizer.
+    """LAVIS's OPT (which takes query embeddings) and its tokenizer; raises UserError.
 
     ``init``: a hub name or a local folder as OPT is published; null builds one of the given sizes from scratch.
-
-    Raises:
-        UserError: neither a folder nor reachable as a hub name.
     """
     dtype = PRECISIONS[settings.precision]
     if settings.init is None:
@@ -60,12 +72,6 @@ def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"{KEY} is {settings.init!r}, whose tokenizer has {len(tokenizer)} words, its model {model.config.vocab_size}.")
     return _norms_in_fp32(model), tokenizer
-
-
-def check_opt(settings: LanguageModel) -> None:
-    """What ``init`` names is an OPT, found from its config before anything large is loaded; raises UserError."""
-    if settings.init is not None:
-        check_kind_on_hub(settings.init, KEY, WHAT, "opt")
 
 
 def byte_tokenizer() -> GPT2Tokenizer:
@@ -116,14 +122,6 @@ def _config(settings: LanguageModel, vocabulary: int) -> OPTConfig:
     )
 
 
-logger = logging.getLogger(__name__)
-# what stage 1 has and stage 2 does not: its heads, and the text branch of the Q-Former
-WORDS = ("Qformer.bert.embeddings.word_embeddings.", "Qformer.bert.embeddings.position_embeddings.")
-OF_STAGE_1 = ("vision_proj.", "text_proj.", "itm_head.", "temp", "Qformer.cls.", *WORDS)
-TEXT_BRANCH = ("intermediate.", "output.")
-OF_STAGE_2 = ("opt_proj.", "opt_model.")
-
-
 class Fp32LayerNorm(LayerNorm):
     """LAVIS's, except that half-precision ViT states come out in fp32: the Q-Former's weights are fp32."""
 
@@ -147,7 +145,8 @@ class Blip2OptMafa(Blip2OPT):
     def __init__(self, settings: Blip2OptBlock) -> None:
         BaseModel.__init__(self)  # Blip2OPT's own would download
         self.settings = settings
-        check_opt(settings.language_model)  # its 5 GB come last, a wrong name is told first
+        if settings.language_model.init is not None:  # its 5 GB come last, a wrong name is found first
+            check_kind_on_hub(settings.language_model.init, KEY, WHAT, "opt")
         self.visual_encoder = build_eva(settings.image_encoder)
         if settings.image_encoder.freeze:
             self.visual_encoder.eval().requires_grad_(False)
@@ -190,17 +189,13 @@ class Blip2OptMafa(Blip2OPT):
     # --- weights ---------------------------------------------------------------------------------------------------
 
     def load_stage_1(self, path: str) -> None:
-        """Take ViT, query tokens and the Q-Former's query branch from a stage-1 checkpoint; nothing else may be left over or missing.
-
-        Raises:
-            UserError: what does not fit.
-        """
+        """Take ViT, query tokens and the Q-Former's query branch from a stage-1 checkpoint; UserError if it does not fit."""
         source = f"model.stage_1: {path}"
         state = read_weights(path, "model.stage_1")
         if any(name.startswith(OF_STAGE_2) for name in state):
             raise UserError(f"{source} is a stage-2 checkpoint; give it as model.pretrained.")
         kept = {name: value for name, value in state.items() if not _of_stage_1_alone(name)}
-        kept = resize_positions(kept, self.visual_encoder)
+        kept = fit_position_embeddings(kept, self.visual_encoder)
         may_miss = without_vit(kept, self.settings.image_encoder, source)
         load_exactly(self, kept, source, may_miss=(*OF_STAGE_2, *may_miss))
         logger.info("stage 1: %d weights taken, %d of its text branch and heads left behind", len(kept), len(state) - len(kept))
@@ -212,7 +207,7 @@ class Blip2OptMafa(Blip2OPT):
     def load_from_pretrained(self, url_or_filename: str) -> Any:
         """Start from a stage-2 checkpoint of ours or LAVIS's; exact, except for parts that have a file of their own."""
         source = f"model.pretrained: {url_or_filename}"
-        state = resize_positions(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
+        state = fit_position_embeddings(read_weights(url_or_filename, "model.pretrained"), self.visual_encoder)
         check_kind(state, OF_MODEL[self.settings.arch], source, self.settings.arch)
         without_vit(state, self.settings.image_encoder, source)
         return load_exactly(self, state, source, may_miss=absent(with_own_file(**self._parts()), state))
@@ -239,12 +234,9 @@ class Blip2OptMafa(Blip2OPT):
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B captions. Or B questions, ``prompt`` with ``{}`` for the
                 question, and as LAVIS's VQA sets have them: ``n_answers`` [B] (default: one each), ``answer`` the list of them all,
-                ``weight`` of each (default: 1).
-
-        Raises:
-            UserError: samples that do not go together.
+                ``weight`` of each (default: 1). UserError where they do not go together.
         """
-        samples = self.checked(samples, "image", "text_input")
+        samples = self.check_samples(samples, "image", "text_input")
         ranges: dict[str, Tensor] = {}
         hook = self.opt_proj.register_forward_hook(lambda _, __, prompt: ranges.update(soft_prompt=value_range(prompt)))
         samples = {**samples, "image": samples["image"].to(self.device)}
@@ -308,13 +300,10 @@ class Blip2OptMafa(Blip2OPT):
             samples: ``image`` [B, 3, H, W], and optionally ``prompt``: one text, or a list of B.
 
         Returns:
-            B x ``num_captions`` captions, those of an image one after another.
-
-        Raises:
-            UserError: no images of the model's size, or lengths, beams or numbers of captions that do not go together.
+            B x ``num_captions`` captions, those of an image one after another; UserError where the arguments do not go together.
         """
         check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)
-        samples = self.checked(samples, "image")
+        samples = self.check_samples(samples, "image")
         count = len(samples["image"])
         return self._spoken(
             samples["image"],
@@ -330,9 +319,9 @@ class Blip2OptMafa(Blip2OPT):
             num_return_sequences=num_captions,
         )
 
-    def checked(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
-        """See :func:`lavis_mafa.models.base.checked`."""
-        return checked(samples, self.settings.image_encoder.image_size, *keys)
+    def check_samples(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
+        """See :func:`lavis_mafa.models.step.check_samples`."""
+        return check_samples(samples, self.settings.image_encoder.image_size, *keys)
 
     @torch.no_grad()
     def predict_answers(
@@ -346,7 +335,7 @@ class Blip2OptMafa(Blip2OPT):
         inference_method: str = "generate",
         **of_ranking: Any,
     ) -> list[str]:
-        """Answer open questions by beam search (MAFA section G.7: width 5, length penalty -1).
+        """B answers to open questions by beam search (MAFA section G.7: width 5, length penalty -1).
 
         Args:
             samples: ``image`` [B, 3, H, W], ``text_input`` list of B questions.
@@ -354,9 +343,6 @@ class Blip2OptMafa(Blip2OPT):
             max_len: tokens of an answer at most; min_len: at least.
             inference_method: ``generate``; given answers are not ranked.
             of_ranking: what LAVIS's tasks say for models that do.
-
-        Returns:
-            B answers.
 
         Raises:
             UserError: another ``inference_method``, lengths that do not go together, or no room for question and answer.
@@ -366,7 +352,7 @@ class Blip2OptMafa(Blip2OPT):
                 f"inference_method is {inference_method!r}, but blip2_opt_mafa ranks no given answers; allowed: 'generate'."
             )
         check_lengths(min_len, max_len, num_beams)
-        samples = self.checked(samples, "image", "text_input")
+        samples = self.check_samples(samples, "image", "text_input")
         questions = samples["text_input"]
         prompts = _one_each(prompt, len(questions))
         asked = [self._asked(question, how, max_len) for question, how in zip(questions, prompts, strict=True)]
@@ -417,7 +403,6 @@ class Blip2OptMafa(Blip2OPT):
 
 
 def _one_each(prompt: Any, count: int) -> list[str]:
-    """A prompt for each of ``count`` samples, from one for all or a list; raises UserError."""
     prompts = [prompt] * count if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or len(prompts) != count or not all(isinstance(text, str) for text in prompts):
         raise UserError(f"prompt is {prompt!r}, but must be a text, or a list of as many texts as there are images ({count}).")

@@ -1,313 +1,231 @@
-"""What a Con-D from ALBEF and one from BLIP share: an image encoder, a text encoder that fuses, and a matching head.
-
-Con-D from an ALBEF: LAVIS's ``albef_retrieval`` checkpoints, the authors', and our own ``albef_mafa``.
-
-Con-D from a BLIP: LAVIS's ``blip_image_text_matching`` and ``blip_retrieval`` checkpoints, the authors', our ``blip_mafa``.
-
-Con-D from a BLIP-2 stage 1: LAVIS's ``blip2`` and ``blip2_image_text_matching`` checkpoints, and our own ``blip2_mafa``.
-
-Con-D: who decides whether a hard negative is a false one. One adapter per host model.
-"""
+"""Con-D: who decides whether a hard negative is a false one. Any of our models can, in training and in an offline pass."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import lavis  # noqa: F401 - registers us before a module of ours is half imported
 import torch
-from lavis.models.blip2_models.blip2 import LayerNorm
+from lavis.common.registry import registry
 from torch import Tensor, nn
 
-from lavis_mafa.config.check import FAMILIES, con_d_block
-from lavis_mafa.config.schema import Blip2Block, EvaEncoder, MafaBlock
+from lavis_mafa.config.check import OF_MODEL, con_d_block, kind_of
+from lavis_mafa.config.schema import MafaBlock
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.albef import fuse
-from lavis_mafa.models.bert import build_tokenizer, fold_token_type
-from lavis_mafa.models.blip import match
-from lavis_mafa.models.blip2 import match_queries
-from lavis_mafa.models.blip2_encoders import EvaVit, build_blip2_tokenizer, build_eva, build_qformer, resize_positions
-from lavis_mafa.models.encoders import (
-    build_blip_text_encoder,
-    build_blip_tokenizer,
-    build_image_encoder,
-    build_text_encoder,
-    fit_position_embeddings,
-    tokenize,
-)
+from lavis_mafa.models.encoders import EvaVit, fit_position_embeddings
+from lavis_mafa.models.momentum import TEACHERS
 from lavis_mafa.objectives import Discriminator
 from lavis_mafa.weights import load_exactly, read_weights
 
-Own = TypeVar("Own", bound="DualDiscriminator")
-
-
-class DualDiscriminator:
-    """A matching head as the probability that a pair matches.
-
-    It holds an ordinary module but is none itself, so that a model that uses it neither trains, saves nor broadcasts it.
-    """
-
-    def __init__(self, settings: Any, precision: str = "fp32") -> None:
-        self.settings = settings
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.tokenizer: Any = self.build_tokenizer()
-        self.network: Any = nn.ModuleDict(self.parts())
-
-    # --- what a host defines ---------------------------------------------------------------------------------------
-
-    def parts(self) -> dict[str, nn.Module]:
-        """``visual_encoder``, ``text_encoder`` and ``itm_head`` at the sizes of ``settings``, with the tokenizer's words."""
-        raise NotImplementedError
-
-    def build_tokenizer(self) -> Any:
-        raise NotImplementedError
-
-    def wanted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's weights by this network's names; others may be among them."""
-        return state
-
-    def text_rows(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What matching needs of each text, [B, T, ...], and its mask."""
-        return ids, mask
-
-    def logits(self, text: Tensor, mask: Tensor, images: Tensor) -> Tensor:
-        """P texts and P images -> [P, 2]."""
-        raise NotImplementedError
-
-    # --- shared ----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_checkpoint(cls: type[Own], model: MafaBlock) -> Own:
-        """Build with the model's own sizes (the paper's choice) unless the block names others, and load every weight.
-
-        Raises:
-            UserError: the file is missing, or a weight of the encoders or the matching head is missing or of another size.
-        """
-        block = model.discriminator
-        assert block is not None and block.checkpoint is not None
-        con_d = cls(con_d_block(model), block.precision)
-        con_d.load(read_weights(block.checkpoint, "model.discriminator.checkpoint"), block.checkpoint)
-        return con_d
-
-    def load(self, state: dict[str, Tensor], source: str) -> None:
-        """Take the scoring parts out of a checkpoint; its projections, LM, teacher and queues are not needed."""
-        state = self.wanted(state)
-        state = {name: value for name, value in state.items() if name.startswith(tuple(f"{part}." for part in self.network))}
-        state = fit_position_embeddings(state, self.network["visual_encoder"])
-        load_exactly(self.network, state, f"model.discriminator.checkpoint: {source}")
-        self.network.eval().requires_grad_(False).to(self.dtype)
-
-    @torch.no_grad()
-    def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
-        """One pass over P pairs: [P], [P] -> [P] fp32 in [0, 1].
-
-        Args:
-            samples: ``image`` [B, 3, H, W] and ``text_input``; ``gathered`` true when indices name other ranks' rows too.
-            image_index: LongTensor[P].
-            text_index: LongTensor[P].
-        """
-        device = image_index.device
-        if next(self.network.parameters()).device != device:
-            self.network.to(device)
-        gathered = bool(samples.get("gathered", False))
-        ids, mask = tokenize(self.tokenizer, samples["text_input"], self.settings.max_text_length, device, gathered)
-        with torch.autocast(device.type, enabled=False):
-            images = self.network["visual_encoder"].forward_features(samples["image"].to(device, self.dtype))
-            text, mask = self.text_rows(ids, mask)
-            if gathered:
-                images, text, mask = gather_own_first(images), gather_own_first(text), gather_own_first(mask)
-            logits = self.logits(text[text_index], mask[text_index], images[image_index])
-        return logits.float().softmax(dim=1)[:, 1]
-
-
-class AlbefDiscriminator(DualDiscriminator):
-    """ALBEF's matching head: each text is read once, then fused with its images."""
-
-    def parts(self) -> dict[str, nn.Module]:
-        settings = self.settings
-        text = build_text_encoder(replace(settings.text_encoder, init=None), settings.image_encoder.width, len(self.tokenizer))
-        return {
-            "visual_encoder": build_image_encoder(replace(settings.image_encoder, init=None)),
-            "text_encoder": text.bert,
-            "itm_head": nn.Linear(settings.text_encoder.width, 2),
-        }
-
-    def build_tokenizer(self) -> Any:
-        return build_tokenizer(self.settings.tokenizer)
-
-    def wanted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = {name.replace("text_encoder.bert.", "text_encoder."): value for name, value in fold_token_type(state).items()}
-        return {name: value for name, value in state.items() if not name.startswith(("text_encoder.cls.", "text_encoder.pooler."))}
-
-    def text_rows(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        bert = self.network["text_encoder"]
-        return bert(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state, mask
-
-    def logits(self, text: Tensor, mask: Tensor, images: Tensor) -> Tensor:
-        return self.network["itm_head"](fuse(self.network["text_encoder"], text, mask, images)[:, 0])
-
-
-class BlipDiscriminator(DualDiscriminator):
-    """BLIP's matching head: the text is read together with its image, after [ENC]."""
-
-    def parts(self) -> dict[str, nn.Module]:
-        settings = self.settings
-        return {
-            "visual_encoder": build_image_encoder(replace(settings.image_encoder, init=None)),
-            "text_encoder": build_blip_text_encoder(settings.text_encoder, settings.image_encoder.width, len(self.tokenizer)),
-            "itm_head": nn.Linear(settings.text_encoder.width, 2),
-        }
-
-    def build_tokenizer(self) -> Any:
-        return build_blip_tokenizer(self.settings.tokenizer)
-
-    def logits(self, text: Tensor, mask: Tensor, images: Tensor) -> Tensor:
-        states = match(self.network["text_encoder"], text, mask, images, self.tokenizer.enc_token_id)
-        return self.network["itm_head"](states)
-
-
 logger = logging.getLogger(__name__)
 VIT = "visual_encoder."
-PARTS = ("ln_vision.", "query_tokens", "Qformer.bert.", "itm_head.")
+POOLERS = ("text_encoder.pooler.", "text_encoder.bert.pooler.")
+PROJECTIONS = ("vision_proj", "text_proj")
 
 
-class Blip2Discriminator:
-    """BLIP-2's matching head as the probability that a pair matches.
+@dataclass
+class ConD:
+    """A model's matching head as the probability that a pair matches.
 
-    Where its frozen ViT has the very weights of the model's, the model's ViT states are used and the second ViT is not even built.
-    It holds ordinary modules but is none itself, so that a model that uses it neither trains, saves nor broadcasts it.
+    It holds a module but is none itself, so that a model that uses it neither trains, saves nor broadcasts it.
     """
 
-    def __init__(self, settings: Blip2Block, precision: str = "fp32", shared: bool = False) -> None:
-        self.settings, self.shared = settings, shared
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.tokenizer = build_blip2_tokenizer(settings.tokenizer)
-        width = settings.qformer.width
-        qformer, query_tokens = build_qformer(replace(settings.qformer, init=None), settings.image_encoder.width, len(self.tokenizer))
-        qformer.cls = nn.Identity()  # it judges and never writes
-        self.network: Any = nn.Module()
-        self.network.ln_vision = LayerNorm(settings.image_encoder.width)
-        self.network.Qformer, self.network.query_tokens = qformer, query_tokens
-        self.network.itm_head = nn.Linear(width, 2)
-        self.visual_encoder: EvaVit | None = None
+    network: Any  # a MafaModel in eval mode, without gradients
+    dtype: torch.dtype = torch.float32  # of what it computes in
+    shared: bool = False  # its image encoder is the model's own, frozen one, and does not run twice
+    gathered: bool = False  # do indices name rows of all ranks, own ones first?
+    vit_states: Tensor | None = None  # [K, N, width] of that shared encoder
 
-    @classmethod
-    def from_checkpoint(cls, model: MafaBlock, host: nn.Module | None = None) -> Blip2Discriminator:
-        """Build with the model's own sizes (the paper's choice) unless the block names others, and load every weight.
-
-        Args:
-            model: whose ``discriminator`` block says what to load.
-            host: the model it will work for; its frozen ViT is shared when the checkpoint's has equal weights, or when the
-                checkpoint (as LAVIS writes them) has none, no file is named for it, and the sizes agree.
-
-        Raises:
-            UserError: the file is missing, or a weight of the Q-Former or the matching head is missing or of another size.
-        """
-        block = model.discriminator
-        assert block is not None and block.checkpoint is not None
-        source = f"model.discriminator.checkpoint: {block.checkpoint}"
-        settings = con_d_block(model)
-        state = read_weights(block.checkpoint, "model.discriminator.checkpoint")
-        theirs = getattr(host, "visual_encoder", None)
-        theirs = theirs if isinstance(theirs, EvaVit) and theirs.frozen else None
-        if theirs is not None:
-            state = resize_positions(state, theirs)
-        vit = {name: value for name, value in state.items() if name.startswith(VIT)}
-        shared = theirs is not None and (same_weights(theirs, vit) if vit else _stands_in(theirs, settings.image_encoder))
-        if shared:
-            logger.info("Con-D %s the model's frozen image encoder: it runs once", "has the weights of" if vit else "takes")
-        con_d = cls(settings, block.precision, shared)
-        if not shared:
-            con_d.visual_encoder = _own_vit(settings, vit, source)
-        load_exactly(con_d.network, {n: v for n, v in state.items() if n.startswith(PARTS)}, source)
-        con_d.network.eval().requires_grad_(False).to(con_d.dtype)
-        con_d.network.ln_vision.float()  # it normalises in fp32, whatever comes in
-        return con_d
+    def in_step(self, gathered: bool, vit_states: Tensor | None) -> ConD:
+        """The same for one step of the model that asks it."""
+        return replace(self, gathered=gathered, vit_states=vit_states)
 
     @torch.no_grad()
     def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
-        """One pass over P pairs: [P], [P] -> [P] fp32 in [0, 1].
+        """One pass over P pairs: LongTensor[P], LongTensor[P] -> [P] fp32 in [0, 1].
 
-        Args:
-            samples: ``image`` [B, 3, H, W] and ``text_input``; ``gathered`` true when indices name other ranks' rows too; when
-                the ViT is shared, ``vit_states`` [K, N, width] of all rows that may be named.
-            image_index: LongTensor[P].
-            text_index: LongTensor[P].
+        ``samples``: ``image`` [B, 3, H, W] (none is needed where the image encoder is shared) and ``text_input``.
         """
-        device = image_index.device
-        if next(self.network.parameters()).device != device:
-            self.network.to(device)
-        gathered = bool(samples.get("gathered", False))
-        ids, mask = tokenize(self.tokenizer, samples["text_input"], self.settings.max_text_length, device, gathered)
+        network, device = self.network, image_index.device
+        if network.device != device:
+            network.to(device)
         with torch.autocast(device.type, enabled=False):
-            images = samples["vit_states"] if self.shared else self._vit_states(samples["image"].to(device), gathered)
-            images = self.network.ln_vision(images.detach().to(self.dtype))
-            if gathered:
-                ids, mask = gather_own_first(ids), gather_own_first(mask)
-            network = self.network
-            logits = match_queries(
-                network.Qformer.bert, network.query_tokens, network.itm_head, images[image_index], ids[text_index], mask[text_index]
-            )
+            if self.shared:
+                assert self.vit_states is not None, "a Con-D that shares the model's image encoder is asked through in_step"
+                states = self.vit_states.detach().to(self.dtype)
+            else:
+                image = samples["image"].to(device, torch.float32 if VIT in network.keeps_precision else self.dtype)
+                states = self._gathered(network.image_states(image).to(self.dtype))
+            images = network.image_tokens(states)
+            texts = [self._gathered(part) for part in network.text_tokens(samples["text_input"], self.gathered)]
+            logits = network.match_rows(images[image_index], tuple(part[text_index] for part in texts))
         return logits.float().softmax(dim=1)[:, 1]
 
-    def _vit_states(self, image: Tensor, gathered: bool) -> Tensor:
-        assert self.visual_encoder is not None
-        if self.visual_encoder.pos_embed.device != image.device:
-            self.visual_encoder.to(image.device)
-        states = self.visual_encoder(image).to(self.dtype)
-        return gather_own_first(states) if gathered else states
+    def _gathered(self, rows: Tensor) -> Tensor:
+        return gather_own_first(rows) if self.gathered else rows
 
 
-def same_weights(encoder: EvaVit, state: dict[str, Tensor]) -> bool:
-    """Has a checkpoint's image encoder the weights of ``encoder``, in ``encoder``'s precision?"""
-    own = encoder.state_dict()
-    state = {name.removeprefix(VIT): value for name, value in state.items()}
-    return own.keys() == state.keys() and all(
-        state[name].shape == value.shape and torch.equal(state[name].to(value), value) for name, value in own.items()
-    )
+class Truth(Protocol):
+    """What data know of themselves: see :class:`lavis_mafa.datasets.ground_truth.GroundTruth`."""
+
+    def matches(self, concept: Tensor, text_key: Tensor) -> Tensor: ...
 
 
-def _stands_in(encoder: EvaVit, wanted: EvaEncoder) -> bool:
-    """Can ``encoder`` be what a checkpoint leaves out: frozen as published, of the same size, and no other file is named."""
-    sizes = encoder.num_features, len(encoder.blocks), encoder.patch_embed.patch_size[0]
-    return encoder.as_published and wanted.init is None and sizes == (wanted.width, wanted.depth, wanted.patch_size)
+@dataclass
+class GroundTruthDiscriminator:
+    """The perfect Con-D of data whose truth is known: an upper bound (MAFA Table 16), never a training method for real data.
+
+    Probability 1 where the concepts match and 0 elsewhere; selected only by the name ``ground_truth``.
+    """
+
+    truth: Truth
+    gathered: bool = False
+
+    def in_step(self, gathered: bool, _: Tensor | None) -> GroundTruthDiscriminator:
+        return replace(self, gathered=gathered)
+
+    def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
+        """[P], [P] -> [P]; ``samples`` must carry ``concept`` and ``text_key`` LongTensor[B]."""
+        concept, text_key = samples["concept"].to(image_index.device), samples["text_key"].to(image_index.device)
+        if self.gathered:
+            concept, text_key = gather_own_first(concept), gather_own_first(text_key)
+        return self.truth.matches(concept[image_index].cpu(), text_key[text_index].cpu()).float().to(image_index.device)
 
 
-def _own_vit(settings: Blip2Block, state: dict[str, Tensor], source: str) -> EvaVit:
-    """Con-D's own image encoder, from its checkpoint or else from ``model.discriminator.image_encoder.init``."""
-    if not state and settings.image_encoder.init is None:
-        raise UserError(
-            f"{source} holds no image encoder, and the model has none of its size that is frozen as model.image_encoder.init gives "
-            "it; name the file of Con-D's in model.discriminator.image_encoder.init."
-        )
-    encoder = build_eva(replace(settings.image_encoder, init=None if state else settings.image_encoder.init, freeze=True))
-    if state:
-        state = resize_positions(state, encoder)
-        load_exactly(encoder, {name.removeprefix(VIT): value for name, value in state.items()}, source)
-    return encoder.eval().requires_grad_(False)
+# --- from a checkpoint -------------------------------------------------------------------------------------------------
 
 
 def build_discriminator(model: MafaBlock, host: nn.Module | None = None) -> Discriminator | None:
-    """The discriminator that ``model.discriminator`` names, or None for ``ground_truth`` (the task sets it, knowing the data).
+    """The Con-D that ``model.discriminator`` names, or None for ``ground_truth`` (the task sets it, knowing the data).
+
+    Its sizes are the model's own (the paper's choice) unless the block names others; any family can work for any other. Of a checkpoint
+    the parts that score are taken, whatever else it holds; raises UserError if there is none, or it does not fit.
 
     Args:
-        model: the settings of the model it works for; any family can work for any other.
-        host: that model, whose frozen image encoder a BLIP-2 Con-D may share.
+        model: the settings of the model it works for.
+        host: that model. Its frozen ViT is shared where the checkpoint's has equal weights, or where the checkpoint (as LAVIS writes
+            those of BLIP-2) has none, no file is named for it, and the sizes agree.
+    """
+    block = model.discriminator
+    if block is None or block.arch == "ground_truth":
+        return None
+    if not block.checkpoint:
+        raise UserError("model.discriminator.checkpoint is null; an untrained Con-D is never used.")
+    network, shared = _load(con_d_block(model), block.checkpoint, "model.discriminator.checkpoint", host=host)
+    return as_con_d(network, block.precision, shared)
+
+
+def load_con_d(block: Any, path: str, device: torch.device, flag: str = "--con-d", mines: bool = True) -> Any:
+    """The model of a ``model:`` block with the weights of ``path``, for an offline pass: in eval mode, without gradients.
+
+    What does not score (language heads and decoders, a momentum model, queues, the temperature) may be missing from the checkpoint or
+    left over in it; all else must fit exactly.
+
+    Args:
+        block: of one of our pre-training models. Its encoders' ``init`` is not read, but for a ViT that the checkpoint leaves out.
+        path: a checkpoint of ours or LAVIS's (pre-training, retrieval, image-text matching); ``flag`` is what named it.
+        mines: are its features used; if not, its projections need not fit either.
 
     Raises:
-        UserError: no checkpoint, or one that does not fit.
+        UserError: the file is missing, is of another kind, has no matching head, or does not fit (the message lists the keys).
     """
-    settings = model.discriminator
-    if settings is None or settings.arch == "ground_truth":
-        return None
-    if not settings.checkpoint:
-        raise UserError("model.discriminator.checkpoint is null; an untrained Con-D is never used.")
-    family = FAMILIES[settings.arch]
-    if family == "blip2_mafa":
-        return Blip2Discriminator.from_checkpoint(model, host)
-    if family == "blip_mafa":
-        return BlipDiscriminator.from_checkpoint(model)
+    network, _ = _load(block, path, flag, features=mines, exact=True)
+    return network.eval().requires_grad_(False).to(device)
 
-    return AlbefDiscriminator.from_checkpoint(model)
+
+def as_con_d(network: Any, precision: str = "fp32", shared: bool = False) -> ConD:
+    """A network of :func:`untrained`, with its weights, as it judges in training."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    network.eval().requires_grad_(False)
+    for name, weight in network.named_parameters():
+        if not name.startswith(network.keeps_precision):
+            weight.data = weight.data.to(dtype)
+    return ConD(network, dtype, shared)
+
+
+def untrained(block: Any, vit: str = "own", features: bool = False) -> Any:
+    """The parts that score of the model of a typed block, with first weights; nothing is read but the tokenizer.
+
+    Args:
+        block: of any of our pre-training models.
+        vit: ``own``, ``init`` (from the file that ``image_encoder.init`` names), or ``shared`` (none is built).
+        features: keep the projections, for mining.
+    """
+    parts: Any = {name: replace(getattr(block, name), init=None) for name in ("text_encoder", "qformer") if hasattr(block, name)}
+    if vit == "own":
+        parts["image_encoder"] = replace(block.image_encoder, init=None)
+    elif vit == "shared":
+        parts["image_encoder"] = replace(block.image_encoder, init=None, depth=0)
+    itc, ecm = replace(block.itc, momentum_distillation=None), replace(block.ecm, enabled=False)
+    settings = replace(block, pretrained=None, discriminator=None, itc=itc, ecm=ecm, **parts)
+    model_class = registry.get_model_class(block.arch)
+    if model_class is None:
+        raise UserError(f"{block.arch} is not registered with LAVIS; call lavis_mafa.plugin.register() where LAVIS_MAFA_AUTOLOAD is 0.")
+    with torch.random.fork_rng(devices=[]):  # training draws the same with and without a Con-D
+        network = model_class(settings)
+    for part in _not_scoring(network, features):
+        owner, _, name = part.rpartition(".")
+        setattr(network.get_submodule(owner), name, None)
+    if vit == "shared":
+        network.visual_encoder = None
+    return network
+
+
+def _not_scoring(network: Any, features: bool) -> list[str]:
+    return [part for part in network.not_scoring if not (features and part in PROJECTIONS)]
+
+
+def _load(
+    block: Any, path: str, key: str, features: bool = False, exact: bool = False, host: nn.Module | None = None
+) -> tuple[Any, bool]:
+    """A network that scores, with the weights of a checkpoint; does it share the host's image encoder?"""
+    source, state = f"{key}: {path}", read_weights(path, key)
+    kind, wanted = kind_of(state), OF_MODEL.get(block.arch)
+    if kind is not None and wanted is not None and kind != wanted:
+        raise UserError(f"{source} is {kind}, but {'model.arch' if exact else 'a Con-D of'} {block.arch} needs {wanted}.")
+    if not any(name.startswith("itm_head.") for name in state):
+        raise UserError(
+            f"{source} has no matching head (itm_head), so it cannot judge pairs; give a checkpoint of pre-training, retrieval or "
+            "image-text matching."
+        )
+    has_vit = any(name.startswith(VIT) for name in state)
+    shared = _can_share(getattr(host, "visual_encoder", None), block.image_encoder, state)
+    if shared:
+        logger.info("Con-D %s the model's frozen image encoder: it runs once", "has the weights of" if has_vit else "takes")
+    elif not has_vit and hasattr(block.image_encoder, "freeze") and block.image_encoder.init is None:
+        if exact:
+            raise UserError(f"{source} holds no image encoder; name its file in model.image_encoder.init.")
+        raise UserError(
+            f"{source} holds no image encoder, and the model has none of its size that is frozen as model.image_encoder.init gives it; "
+            "name the file of Con-D's in model.discriminator.image_encoder.init."
+        )
+    from_file = not has_vit and block.image_encoder.init is not None and hasattr(block.image_encoder, "freeze")
+    network = untrained(block, "shared" if shared else "init" if from_file else "own", features)
+    if not shared:
+        state = network.own_weights(state)
+    left_out = (*TEACHERS, *POOLERS, *_not_scoring(network, features), *((VIT,) if shared else ()))
+    parts = {name.split(".")[0] for name in network.state_dict()}
+    state = {n: v for n, v in state.items() if not n.startswith(left_out) and (exact or n.split(".")[0] in parts)}
+    load_exactly(network, state, source, may_miss=(VIT,) if from_file else ())
+    return network, shared
+
+
+def _can_share(encoder: Any, wanted: Any, state: dict[str, Tensor]) -> bool:
+    """Is a model's frozen ViT the one that a checkpoint holds, in the ViT's precision, or that it left out?
+
+    What it left out is a ViT as published, of the same size, if no other file is named.
+    """
+    if not isinstance(encoder, EvaVit) or not encoder.frozen or not hasattr(wanted, "freeze"):
+        return False
+    own = encoder.state_dict()
+    theirs = fit_position_embeddings(state, encoder)
+    theirs = {name.removeprefix(VIT): value for name, value in theirs.items() if name.startswith(VIT)}
+    if not theirs:
+        sizes = encoder.num_features, len(encoder.blocks), encoder.patch_embed.patch_size[0]
+        return encoder.as_published and wanted.init is None and sizes == (wanted.width, wanted.depth, wanted.patch_size)
+    return own.keys() == theirs.keys() and all(
+        theirs[name].shape == value.shape and torch.equal(theirs[name].to(value), value) for name, value in own.items()
+    )

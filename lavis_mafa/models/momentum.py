@@ -1,4 +1,4 @@
-"""The momentum teacher of ALBEF and BLIP with its queue of features (ALBEF section 3.3)."""
+"""The momentum model of ALBEF and BLIP with its queue of features (ALBEF section 3.3)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from lavis_mafa.config.schema import MafaBlock
 from lavis_mafa.distributed import gather_in_rank_order
 from lavis_mafa.errors import UserError
+from lavis_mafa.models.step import StepInputs
 from lavis_mafa.objectives import enqueue, ramp_up, update_teacher
 
-TAUGHT = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-# beginnings of what a teacher has in checkpoints of ours and LAVIS's
-TEACHERS = (*(f"{part}_m." for part in (*TAUGHT, "text_decoder")), "image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue")
+MOMENTUM_PARTS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+# beginnings of what a momentum model has in checkpoints of ours and LAVIS's
+TEACHERS = (
+    *(f"{part}_m." for part in (*MOMENTUM_PARTS, "text_decoder")),
+    *("image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue"),
+)
 
 
-class MomentumTeacher(nn.Module):
-    """Methods of a model that may have a teacher: the parts named in ``TAUGHT`` with ``_m`` appended, as in LAVIS."""
+class MomentumModel(nn.Module):
+    """Methods of a model that may have a momentum copy of its ``MOMENTUM_PARTS``, named with ``_m`` appended, as in LAVIS."""
 
     ramp_up_epochs = 1  # until its targets have their full weight
     settings: MafaBlock
@@ -30,17 +34,16 @@ class MomentumTeacher(nn.Module):
     text_encoder_m: Any
     vision_proj_m: Any
     text_proj_m: Any
-    image_queue: Tensor
-    text_queue: Tensor
-    idx_queue: Tensor
+    image_queue: Tensor  # [d, Q]
+    text_queue: Tensor  # [d, Q]
+    idx_queue: Tensor  # [1, Q]
     text_queue_keys: Tensor  # ours alone: what the texts of text_queue are
     queue_ptr: Tensor
 
-    def _add_teacher(self, queue_size: int) -> None:
+    def _add_momentum_model(self, queue_size: int) -> None:
         """``queue_size`` 0: no queue, whose tensors are there and empty; an anchor then sees the batch alone (MAFA's MD_NQ)."""
-        for part in TAUGHT:
-            copy = deepcopy(getattr(self, part)).requires_grad_(False)
-            setattr(self, f"{part}_m", copy)
+        for part in MOMENTUM_PARTS:
+            setattr(self, f"{part}_m", deepcopy(getattr(self, part)).requires_grad_(False))
         embed_dim = self.settings.embed_dim
         self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
@@ -48,30 +51,33 @@ class MomentumTeacher(nn.Module):
         self.register_buffer("text_queue_keys", torch.full((1, queue_size), -100))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def _copy_to_teacher(self) -> None:
-        for part in TAUGHT:
+    def _copy_to_momentum_model(self) -> None:
+        for part in MOMENTUM_PARTS:
             getattr(self, f"{part}_m").load_state_dict(getattr(self, part).state_dict())
 
     @torch.no_grad()
-    def _teach(self, samples: dict[str, Any], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _momentum_update(self) -> None:
         momentum = self.settings.itc.momentum_distillation
         assert momentum is not None
-        # the student moves once in an accumulation window, and so does its teacher
-        for part in TAUGHT if self.training and samples.get("first_of_window", True) else ():
+        for part in MOMENTUM_PARTS:
             update_teacher(getattr(self, part).parameters(), getattr(self, f"{part}_m").parameters(), momentum.momentum)
-        image_embeds = self.visual_encoder_m.forward_features(samples["image"].to(self.device))
-        text_embeds = self.text_encoder_m.base_model(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
-        return image_embeds, project(self.vision_proj_m, image_embeds), project(self.text_proj_m, text_embeds)
-
-    def _distillation(self, samples: dict[str, Any]) -> float:
-        momentum = self.settings.itc.momentum_distillation
-        assert momentum is not None
-        steps_per_epoch = samples.get("num_iters_per_epoch", 1)
-        step = samples.get("epoch", 0) * steps_per_epoch + samples.get("iters", 0)
-        return ramp_up(momentum.alpha, 0, step, self.ramp_up_epochs * steps_per_epoch)
 
     @torch.no_grad()
-    def _remember(self, image_feature: Tensor, text_feature: Tensor, keys: Tensor) -> None:
+    def _momentum_features(self, image: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The momentum model's image states [B, N, width], and its features [B, d] of images and texts."""
+        states = self.visual_encoder_m.forward_features(image)
+        texts = self.text_encoder_m.base_model(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
+        return states, project(self.vision_proj_m, states), project(self.text_proj_m, texts)
+
+    def _distillation_weight(self, inputs: StepInputs) -> float:
+        momentum = self.settings.itc.momentum_distillation
+        assert momentum is not None
+        step = inputs.epoch * inputs.steps_per_epoch + inputs.step
+        return ramp_up(momentum.alpha, 0, step, self.ramp_up_epochs * inputs.steps_per_epoch)
+
+    @torch.no_grad()
+    def _enqueue(self, image_feature: Tensor, text_feature: Tensor, keys: Tensor) -> None:
+        """Every rank's momentum features and their keys [B, 2] into the queue, in training alone."""
         size = self.image_queue.shape[1]
         if not self.training or size == 0:
             return

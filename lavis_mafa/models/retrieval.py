@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_mafa.distributed import is_distributed, rank, world_size
 from lavis_mafa.errors import UserError
@@ -18,21 +17,15 @@ NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
 
 
 class RetrievalModel(Protocol):
-    """What scoring asks of a model."""
+    """What scoring asks of a model; see :class:`lavis_mafa.models.base.MafaModel`."""
 
     device: Any
 
-    def text_rows(self, captions: list[str]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Captions -> what matching needs of each text ([B, T, ...], padded with 0), and features [B, d]."""
-        ...
+    def text_rows(self, captions: list[str]) -> tuple[tuple[Tensor, ...], Tensor]: ...
 
-    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, H, W] -> token states [B, N, width], and features [B, d] or [B, queries, d]."""
-        ...
+    def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def match_rows(self, image_states: Tensor, text: tuple[Tensor, ...]) -> Tensor:
-        """P images and P texts -> logits [P, 2]; column 1 is "matches"."""
-        ...
+    def match_rows(self, image_tokens: Tensor, texts: tuple[Tensor, ...], /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,7 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
 
     Returns:
         the score inside the top k and -100 outside, or less where a query's own scores are as low: nothing outside comes first.
-
-    Raises:
-        UserError: scores are not finite, or there is nothing to score.
+        UserError where a score is not finite, or there is nothing to score.
     """
     texts = list(data_loader.dataset.text)
     if not texts or not len(data_loader.dataset.image):
@@ -101,15 +92,23 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
     return RetrievalScores(rank_by, image_to_text.cpu(), text_to_image.cpu(), similarity.cpu())
 
 
+def without_autocast(head: nn.Linear, states: Tensor) -> Tensor:
+    """Matching logits in the precision of the head's weights: the eight bits of bf16 would make ties of a query's best candidates."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(head.weight.dtype))
+
+
+def best_query(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Cosines of I images and T texts, of BLIP-2's several features an image the largest: [I, (Q,) d], [T, d] -> [I, T]."""
+    with torch.autocast(image_features.device.type, enabled=False):
+        if image_features.dim() == 2:
+            return image_features @ text_features.T
+        rows = [(queries @ text_features.T).amax(dim=1) for queries in image_features.split(64)]  # [64, Q, T] at once
+    return torch.cat(rows)
+
+
 def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
-    """Every score is a finite number.
-
-    Args:
-        scores: [queries, gallery]. query: what a row stands for, ``image`` or ``text``. what: the scores' name.
-
-    Raises:
-        UserError: how many are not, and of which query the first is.
-    """
+    """Raise UserError if a score [queries, gallery] is NaN or infinite; ``query`` is what a row stands for."""
     bad = (~torch.isfinite(scores)).sum(dim=1)
     queries = bad.nonzero().flatten().tolist()
     if queries:
@@ -121,19 +120,10 @@ def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
         )
 
 
-def in_fp32(head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-    """Matching logits whatever the autocast: the eight bits of bf16 would make ties of a query's best candidates."""
-    with torch.autocast(states.device.type, enabled=False):
-        return head(states.float())
-
-
-def best_query(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Cosines of I images and T texts, of BLIP-2's several features an image the largest: [I, (Q,) d], [T, d] -> [I, T]."""
-    with torch.autocast(image_features.device.type, enabled=False):
-        if image_features.dim() == 2:
-            return image_features @ text_features.T
-        rows = [(queries @ text_features.T).amax(dim=1) for queries in image_features.split(64)]  # [64, Q, T] at once
-    return torch.cat(rows)
+def most_similar_query(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Per image the query most similar to its own text (MAFA section G.7): [B, queries, d], [B, d] -> [B, d]."""
+    best = torch.einsum("bqd,bd->bq", image_features, text_features).argmax(dim=1)
+    return image_features[torch.arange(len(best), device=best.device), best]
 
 
 def _stack(parts: tuple[Tensor, ...]) -> Tensor:

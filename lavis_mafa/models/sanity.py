@@ -1,52 +1,126 @@
-"""The perfect Con-D of data whose truth is known: an upper bound (MAFA Table 16), never a training method for real data.
+"""What a user should be told of a training: can this Con-D judge at all, and is there anything to learn in the batches?
 
-Can Con-D judge? Own pairs against shuffled ones and hardest negatives, on the first batches of a training.
+Nothing here is drawn and nothing enters a loss, so training is the same with and without.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.distributed import gather_own_first, rank
-from lavis_mafa.models.trust import MARGIN, Medians, median
-from lavis_mafa.objectives import Discriminator
-
-
-class GroundTruthDiscriminator:
-    """Probability 1 where the concepts match and 0 elsewhere; selected only by the name ``ground_truth``."""
-
-    def __init__(self, truth: GroundTruth) -> None:
-        self.truth = truth
-
-    def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
-        """[P], [P] -> [P]; ``samples`` must carry ``concept`` and ``text_key`` LongTensor[B]."""
-        concept, text_key = samples["concept"].to(image_index.device), samples["text_key"].to(image_index.device)
-        if samples.get("gathered", False):
-            concept, text_key = gather_own_first(concept), gather_own_first(text_key)
-        return self.truth.matches(concept[image_index].cpu(), text_key[text_index].cpu()).float().to(image_index.device)
-
+from lavis_mafa.config.schema import MafaBlock
+from lavis_mafa.distributed import rank
+from lavis_mafa.objectives import Discriminator, StepOutput
 
 logger = logging.getLogger(__name__)
-BATCHES, PAIRS = 4, 256  # enough of either
+# the largest share of false negatives that a paper counts: 31.7 % (MAFA Table 9, ALBEF 14M on 4M-Clean in GRIT batches, p > 0.5)
+UNHEARD_OF = 1 / 3
+# on the emoji a Con-D of minutes has a mean difference of 0.07 (ALBEF) or 0.27 (BLIP-2), initial weights one below 0.001
+MARGIN = 0.02
+NEARLY_OWN, BETTER = 0.9, 1.5
+BATCHES, PAIRS = 4, 256  # of the sanity check; enough of either
 STANDARD_ERRORS = 3.0
+ASKED = 16384  # candidates without a single new positive until that is worth a word
+
+# --- Con-D's probabilities ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Medians:
+    """Con-D's median match probability of own pairs, of images with some other text, and of hardest negatives; None of nothing.
+
+    ``lift``: where the truth is known, how many times as precise as guessing Con-D is on the hardest negatives.
+    """
+
+    own: float | None
+    shuffled: float | None
+    hardest: float | None
+    lift: float | None = None
+
+    def why_not(self) -> str | None:
+        """Why nothing that this Con-D decides can be trusted, or None where it can.
+
+        - Own pairs must score above shuffled ones by more than 0.02: initial weights score everything alike.
+        - The hardest negatives must score below own pairs. Else Con-D says yes to whatever is similar, or more than half of the
+          hardest negatives do match, which no data of the papers come near. Where the truth is known, being half as precise again as
+          guessing is enough.
+
+        Example:
+            >>> Medians(own=0.9, shuffled=0.01, hardest=0.3).why_not() is None
+            True
+            >>> Medians(own=0.558, shuffled=0.171, hardest=0.594).why_not()
+            'hardest negatives (median 0.594) score like own pairs (0.558)'
+        """
+        if self.own is None:
+            return None
+        if self.shuffled is not None and self.own - self.shuffled <= MARGIN:
+            return f"own pairs (median {self.own:.3f}) score hardly better than shuffled ones ({self.shuffled:.3f})"
+        if self.hardest is not None and self.hardest >= self.own and (self.lift is None or self.lift < BETTER):
+            return f"hardest negatives (median {self.hardest:.3f}) score like own pairs ({self.own:.3f})"
+        return None
+
+    def doubt(self) -> str | None:
+        """A caution where Con-D is of use, but its hardest negatives come close: nine tenths of the way up to own pairs."""
+        if self.own is None or self.hardest is None or self.why_not():
+            return None
+        floor = 0.0 if self.shuffled is None else self.shuffled
+        if self.hardest < floor + NEARLY_OWN * (self.own - floor):
+            return None
+        return f"Con-D hardly tells hardest negatives ({self.hardest:.3f}) from own pairs ({self.own:.3f}): look before you believe it."
+
+    def __str__(self) -> str:
+        shown = {"own pairs": self.own, "shuffled": self.shuffled, "hardest negatives": self.hardest}
+        return ", ".join(f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in shown.items())
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def median(scores: Tensor) -> float | None:
+    """Of what is finite; None of nothing."""
+    scores = scores[scores.isfinite()]
+    return float(scores.double().quantile(0.5)) if len(scores) else None
+
+
+class Histogram:
+    """Probabilities of any number of pairs in little memory: their median to 0.0001."""
+
+    BINS = 10_000
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(self.BINS, dtype=torch.long)
+
+    def add(self, probability: Tensor) -> None:
+        """[n] in [0, 1]; what is NaN is left out."""
+        probability = probability[probability.isfinite()].double()
+        self.counts += torch.bincount((probability * self.BINS).long().clamp(max=self.BINS - 1), minlength=self.BINS)
+
+    def merge(self, other: Histogram) -> None:
+        """Add what another rank saw."""
+        self.counts += other.counts
+
+    def median(self) -> float | None:
+        """The middle of the bin that holds the lower median."""
+        below, total = self.counts.cumsum(0), int(self.counts.sum())
+        if total == 0:
+            return None
+        return (int(torch.searchsorted(below, (total + 1) // 2)) + 0.5) / self.BINS
 
 
 class SanityCheck:
-    """Scores each own pair, and its image with another text of the batch; then says once how they and the hardest negatives compare.
+    """Asks Con-D about own pairs and images with another text of the batch; logs once how these and the hardest negatives compare.
 
     Con-D is sane if the mean of own minus shuffled exceeds both 0.02 and three of its standard errors (weights that know nothing
     differ by chance alone, and a trained Con-D by far more), and if the medians allow it (:meth:`Medians.why_not`). Every rank asks
-    Con-D, so that one that gathers finds the others; rank 0 tells of its own pairs. Nothing is drawn and nothing enters a loss, so
-    training is the same with and without.
+    Con-D, so that one that gathers finds the others; rank 0 reports its own pairs.
 
     Args:
         name: of Con-D, for the message.
-        threshold: ``model.ecm.threshold``; the lists' shares above it are told.
+        threshold: ``model.ecm.threshold``; the message has the shares above it.
     """
 
     def __init__(self, name: str, threshold: float) -> None:
@@ -57,18 +131,17 @@ class SanityCheck:
         self.done = False
 
     @torch.no_grad()
-    def look(self, con_d: Discriminator, samples: dict[str, Any], known_positive: Tensor, hardest: Tensor | None = None) -> None:
+    def update(self, con_d: Discriminator, samples: dict[str, Any], known_positive: Tensor, hardest: Tensor | None = None) -> None:
         """To be called on each training batch; asks Con-D on the first ones alone.
 
         Args:
             con_d: what ECM asks.
             samples: as ECM hands them to it; with ``epoch`` and ``iters`` a resumed run is recognised, and not checked again.
-            known_positive: BoolTensor[B, K], K >= B, own rows first: the same image, so no negative.
-            hardest: Con-D's probabilities of the hardest negatives of this step, which ECM has asked for; NaN where there is none.
+            known_positive: BoolTensor[B, K], K >= B, own rows first: no negatives.
+            hardest: Con-D's probabilities of this step's hardest negatives; NaN where there is none.
         """
-        resumed = self.seen == 0 and (samples.get("epoch", 0) > 0 or samples.get("iters", 0) >= BATCHES)
-        if self.done or resumed:
-            self.done = True
+        self.done |= self.seen == 0 and (samples.get("epoch", 0) > 0 or samples.get("iters", 0) >= BATCHES)
+        if self.done:
             return
         partner, exists = partners(samples["text_input"], known_positive)
         own = torch.arange(len(partner), device=partner.device)
@@ -80,12 +153,12 @@ class SanityCheck:
         self.done = self.seen >= min(BATCHES, samples.get("num_iters_per_epoch", BATCHES)) or self.seen * len(own) >= PAIRS
         if self.done and rank() == 0:
             hardest = torch.cat(self.hardest) if self.hardest else probability[0, :0]
-            self._tell(torch.cat(self.scores, dim=1).float().cpu(), hardest.float().cpu())
+            self._report(torch.cat(self.scores, dim=1).float().cpu(), hardest.float().cpu())
         if self.done:
             self.scores.clear()
             self.hardest.clear()
 
-    def _tell(self, scores: Tensor, hardest: Tensor) -> None:
+    def _report(self, scores: Tensor, hardest: Tensor) -> None:
         count = scores.shape[1]
         if count == 0:
             logger.info("Con-D (%s) is not checked: the first batches hold no two images with different texts.", self.name)
@@ -99,9 +172,8 @@ class SanityCheck:
             reason = "own pairs score hardly better than shuffled ones"
         if reason is None:
             doubt = medians.doubt()
-            logger.log(
-                logging.INFO if doubt is None else logging.WARNING, "Con-D (%s): %s.%s", self.name, found, f" {doubt}" * bool(doubt)
-            )
+            level = logging.INFO if doubt is None else logging.WARNING
+            logger.log(level, "Con-D (%s): %s.%s", self.name, found, "" if doubt is None else f" {doubt}")
             return
         logger.warning(
             "Con-D (%s) CANNOT JUDGE: %s. What it decides is noise. Found: %s. Is it a trained matching model of the architecture in "
@@ -127,12 +199,7 @@ def is_sane(difference: Tensor) -> bool:
 def partners(captions: list[str], known_positive: Tensor) -> tuple[Tensor, Tensor]:
     """For each image the next text of the batch, cyclically, that is another text and of another image.
 
-    Args:
-        captions: B texts.
-        known_positive: BoolTensor[B, K], K >= B.
-
-    Returns:
-        LongTensor[B]; BoolTensor[B], False where there is no such text.
+    ``known_positive`` is a BoolTensor[B, K], K >= B. Returns LongTensor[B], and BoolTensor[B], False where there is no such text.
 
     Example:
         >>> partners(["a cat", "a cat", "a dog"], torch.eye(3, dtype=torch.bool))
@@ -145,3 +212,109 @@ def partners(captions: list[str], known_positive: Tensor) -> tuple[Tensor, Tenso
     following = (own[:, None] + own) % count
     allowed = (text[following] != text[:, None]) & ~known_positive[:, :count].gather(1, following)
     return following.gather(1, allowed.int().argmax(dim=1, keepdim=True)).squeeze(1), allowed.any(dim=1)
+
+
+class ShareWatch:
+    """Warns once an epoch whose share of new positives is one that no paper reaches: a Con-D that says yes to everything.
+
+    Args:
+        steps_per_epoch: an epoch's mean counts from its 50th step on, or at its end.
+    """
+
+    STEPS = 50
+    RIGHT = 0.9  # where the truth is known and Con-D agrees with it, the data are so, and there is nothing to warn of
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.enough = min(self.STEPS, steps_per_epoch)
+        self.epoch, self.step, self.warned = -1, 0, False
+        self.share = 0.0  # times steps
+
+    def look(self, record: dict[str, Any]) -> None:
+        """A record of ``metrics.jsonl``: averages over the steps since the one before it, and over ranks."""
+        if "new_positive_share" not in record:
+            return
+        if record["epoch"] != self.epoch:
+            self.epoch, self.step, self.warned, self.share = record["epoch"], 0, False, 0.0
+        self.share += record["new_positive_share"] * (record["step"] - self.step)
+        self.step = record["step"]
+        mean, precision = self.share / max(self.step, 1), record.get("con_d_precision")
+        if self.warned or self.step < self.enough or mean <= UNHEARD_OF or (precision is not None and precision >= self.RIGHT):
+            return
+        self.warned = True
+        logger.warning(
+            "epoch %d: Con-D turns %.0f %% of the hardest negatives into positives (new_positive_share). No paper counts more than "
+            "31.7 %% false negatives among them (MAFA Table 9), and those at a lower threshold. Does Con-D say yes to everything, or "
+            "do captions fit nearly every image?%s Look before you believe it: lavis-mafa report RUN shows what it joined.",
+            self.epoch,
+            100 * mean,
+            "" if precision is None else f" By the known truth {precision:.0%} of them do match.",
+        )
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+WARNINGS = {
+    "candidate": (
+        "A batch has no negative: it is one sample, or all its samples show one image or have one text. ITM learns from positives "
+        "alone there; use a larger run.batch_size_train, or samples of more images."
+    ),
+    "negative": (
+        "ECM leaves a batch no negative: every hard negative of it was called positive, or ambiguous without a second one. ITM "
+        "learns from positives alone there; raise model.ecm.threshold (now {threshold}), or look at Con-D."
+    ),
+    "caption": (
+        "All {count} captions of a batch are the same text ({caption!r}): nothing tells images that match it from others. Look at the "
+        "annotations."
+    ),
+    "word": "All captions of a batch are empty: there is no word to match or to predict. Look at the annotations.",
+    "threshold": "model.ecm.threshold is {threshold}, and no probability exceeds it: ECM never finds a false negative.",
+    "positive": (
+        "Con-D called none of {asked} hard negatives positive: ECM has not changed a label so far. Lower model.ecm.threshold (now "
+        "{threshold}), or look at Con-D; data without false negatives need no ECM."
+    ),
+}
+
+
+class BatchCheck:
+    """Warns on rank 0, once of each, of batches that leave an objective nothing to do; their losses are finite.
+
+    What only the device knows is summed there and read after steps 1, 2, 4, 8, ..., so that no step has to wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.warned: set[str] = set()
+        self.sums: Tensor | None = None
+
+    def update(self, captions: list[str], step: StepOutput, settings: MafaBlock) -> None:
+        """After each training step, with the batch's own captions."""
+        if rank() != 0:
+            return
+        ecm, asked = settings.ecm, 0
+        empty = not any(caption.strip() for caption in captions)
+        found = {
+            "threshold": ecm.enabled and ecm.threshold >= 1.0,
+            "word": empty,
+            "caption": len(captions) > 1 and len(set(captions)) == 1 and not empty,
+        }
+        self.steps += 1
+        self.sums = _counts(step) + (0 if self.sums is None else self.sums)
+        if self.steps & (self.steps - 1) == 0:
+            no_candidate, no_negative, asked, positive = self.sums.tolist()
+            found |= {"candidate": no_candidate, "negative": no_negative, "positive": asked >= ASKED and not positive}
+        for what in [what for what, is_so in found.items() if is_so and what not in self.warned]:
+            self.warned.add(what)
+            values = {"threshold": ecm.threshold, "count": len(captions), "caption": captions[0], "asked": asked}
+            logger.warning(WARNINGS[what].format(**values))
+
+
+@torch.no_grad()
+def _counts(step: StepOutput) -> Tensor:
+    """LongTensor[4]: has the batch no candidate; has it some, but no negative is left; candidates judged; those found positive."""
+    verdicts, none = step.mined.connections, torch.zeros((), dtype=torch.long, device=step.loss.device)
+    some = step.mined.pairs.exists.any()
+    accuracy = step.metrics.get("itm_accuracy_negative")  # not there without ITM, which then lacks nothing
+    no_negative = none.bool() if accuracy is None else accuracy.isnan()  # a share of nothing
+    asked = none if verdicts is None else step.mined.pairs.exists.sum()
+    found = none if verdicts is None else verdicts.positive.sum()
+    return torch.stack([(no_negative & ~some).long(), (no_negative & some).long(), asked, found])

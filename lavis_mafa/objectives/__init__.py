@@ -1,7 +1,7 @@
 """MAFA's objectives as pure tensor functions: usable with any model, importing torch alone."""
 
 from lavis_mafa.objectives.connections import Connections, judge_connections
-from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets, value_range
+from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
 from lavis_mafa.objectives.itm import ItmPairs, candidate_pairs, itm_loss, itm_pairs
 from lavis_mafa.objectives.lm import language_modelling_loss, mask_tokens, masked_lm_loss
 from lavis_mafa.objectives.mining import HardNegatives, known_positives, mine_hard_negatives, sampling_scores, text_key
@@ -15,6 +15,7 @@ from lavis_mafa.objectives.pretraining import (
     StepOutput,
     StepSettings,
     mafa_step,
+    value_range,
 )
 
 __all__ = [

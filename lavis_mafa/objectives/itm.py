@@ -85,15 +85,7 @@ def itm_pairs(
 
 
 def itm_loss(logits: Tensor, pairs: ItmPairs) -> Tensor:
-    """Cross-entropy of the matching head, averaged over the pairs that remain (MAFA eq. 3).
-
-    Args:
-        logits: [3B, 2], column 1 is "matches".
-        pairs: whose logits they are.
-
-    Returns:
-        Tensor[].
-    """
+    """Cross-entropy of the matching head, averaged over the pairs that remain (MAFA eq. 3): [3B, 2], column 1 "matches" -> []."""
     per_pair = F.cross_entropy(logits.float(), pairs.label, reduction="none")
     return (per_pair * pairs.weight).sum() / pairs.weight.sum()
 

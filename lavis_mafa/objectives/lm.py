@@ -1,7 +1,4 @@
-"""Masked language modelling at any probability (ALBEF eq. 3, GRIT-VLP 4.2), with momentum distillation (ALBEF eq. 7).
-
-Autoregressive language modelling, as BLIP and BLIP-2 train it (BLIP section 3.2; BLIP-2 section 3.2).
-"""
+"""Masked language modelling (ALBEF eq. 3 and 7), and autoregressive as BLIP and BLIP-2 train it (BLIP section 3.2)."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+IGNORED = -100  # no token is to be predicted here
+LABEL_SMOOTHING = 0.1  # of BLIP and BLIP-2
 
 
 def mask_tokens(
@@ -63,9 +61,6 @@ def masked_lm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None
     soft = F.softmax(teacher_logits.float(), dim=1)
     distilled = -(soft * F.log_softmax(logits, dim=1)).sum() / count
     return (1 - alpha) * loss + alpha * distilled
-
-
-LABEL_SMOOTHING = 0.1  # of BLIP and BLIP-2
 
 
 def language_modelling_loss(

@@ -1,7 +1,4 @@
-"""Which pairs of a batch are known to match before anybody is asked: of one image, or with one and the same text.
-
-Which in-batch pair is the hardest wrong one (ALBEF section 3.2; MAFA Algorithm 1, line 11).
-"""
+"""Which pairs are known to match, and which in-batch pair is the hardest wrong one (ALBEF section 3.2; MAFA Algorithm 1, line 11)."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 UNKNOWN = -1  # a key that equals no other, not even itself
+NO_CANDIDATE = -1
 
 
 def text_key(text: str) -> int:
@@ -49,9 +47,6 @@ def known_positives(keys: Tensor, all_keys: Tensor) -> Tensor:
     """
     same = ((keys[:, None] == all_keys[None]) & (keys[:, None] >= 0)).any(dim=2)
     return same | torch.eye(len(keys), len(all_keys), dtype=torch.bool, device=keys.device)
-
-
-NO_CANDIDATE = -1
 
 
 @dataclass(frozen=True)
@@ -100,17 +95,9 @@ def mine_hard_negatives(sim_i2t: Tensor, sim_t2i: Tensor, known_positive: Tensor
 def sampling_scores(sim: Tensor, temperature: Tensor | float, how: str = "hardest") -> Tensor:
     """Scores whose argmax is the candidate that ``how`` asks for, so that one miner serves all three ways.
 
-    ``hardest`` returns ``sim`` (GRIT-VLP, MAFA). ``sampled`` adds Gumbel noise to ``sim / temperature``: the argmax is then a
+    ``hardest`` returns ``sim`` [B, K] (GRIT-VLP, MAFA). ``sampled`` adds Gumbel noise to ``sim / temperature``: the argmax is then a
     draw from softmax(sim / temperature), the second best a draw without replacement (ALBEF). ``random`` is uniform
-    (GRIT-VLP's ITM_rand).
-
-    Args:
-        sim: [B, K] raw similarities.
-        temperature: of the softmax; only ``sampled`` uses it.
-        how: hardest | sampled | random.
-
-    Raises:
-        ValueError: another word for ``how``.
+    (GRIT-VLP's ITM_rand). Another word is a ValueError.
     """
     if how == "hardest":
         return sim.detach()

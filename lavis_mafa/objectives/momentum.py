@@ -17,13 +17,7 @@ def update_teacher(student: Iterable[Tensor], teacher: Iterable[Tensor], momentu
 
 
 def distilled_targets(targets: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
-    """``(1 - alpha) * targets + alpha * softmax(teacher_logits)`` (ALBEF eq. 6 as soft targets).
-
-    Args:
-        targets: [B, K], rows sum to 1.
-        teacher_logits: [B, K], the momentum model's similarities / temperature.
-        alpha: weight of the teacher, in [0, 1].
-    """
+    """``(1 - alpha) * targets + alpha * softmax(teacher_logits)`` (ALBEF eq. 6 as soft targets), all [B, K]."""
     return (1 - alpha) * targets + alpha * F.softmax(teacher_logits.float(), dim=1)
 
 

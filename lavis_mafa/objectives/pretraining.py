@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.objectives.connections import Connections, judge_connections
-from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets, value_range
+from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
 from lavis_mafa.objectives.itm import CandidatePairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
 from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
 from lavis_mafa.objectives.momentum import distilled_targets
@@ -95,7 +95,7 @@ class Mined:
 
 @dataclass
 class StepOutput:
-    """Losses (Tensor[], None where switched off), what was mined, figures (detached Tensor[]) for the log, and the scores' ranges.
+    """Losses (Tensor[], None where switched off), what was mined, metrics (detached Tensor[]) for the log, and the scores' ranges.
 
     ``loss`` is the sum of the losses times their weights (MAFA eq. 6); the others are logged as they are.
     """
@@ -105,8 +105,20 @@ class StepOutput:
     loss_itm: Tensor | None
     loss_lm: Tensor | None
     mined: Mined
-    figures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     ranges: dict[str, Tensor]  # [2] each, the least and the greatest
+
+
+@torch.no_grad()
+def value_range(*tensors: Tensor) -> Tensor:
+    """Tensor[2] in fp32: the least and the greatest value of tensors of any shape, NaN if one is NaN; nothing is copied to the host.
+
+    Example:
+        >>> value_range(torch.tensor([[0.5, -1.0]]), torch.tensor(3.0))
+        tensor([-1.,  3.])
+    """
+    ends = torch.stack([torch.stack(torch.aminmax(tensor.float())) for tensor in tensors])
+    return torch.stack([ends[:, 0].amin(), ends[:, 1].amax()])
 
 
 def mafa_step(
@@ -150,7 +162,7 @@ def mafa_step(
         mined = _ask(discriminator, samples, _with_similarity(mined.pairs, batch), ecm)
     verdicts = mined.connections
 
-    figures, ranges = {}, {"similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach()}
+    metrics, ranges = {}, {"similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach()}
     loss_itc = loss_itm = loss_lm = None
     if settings.itc.weight:
         loss_itc = _contrast(batch, mined, settings)
@@ -158,7 +170,7 @@ def mafa_step(
         pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
         logits = model.itm_logits(pairs.image_index, pairs.text_index)
         loss_itm = itm_loss(logits, pairs)
-        figures["itm_accuracy_positive"], figures["itm_accuracy_negative"] = itm_accuracy(logits.detach(), pairs)
+        metrics["itm_accuracy_positive"], metrics["itm_accuracy_negative"] = itm_accuracy(logits.detach(), pairs)
         ranges["itm_logits"] = value_range(logits)
     if settings.lm_weight:
         own = torch.arange(own_count, device=batch.sim_i2t.device)
@@ -167,14 +179,14 @@ def mafa_step(
 
     if verdicts is not None:
         asked = mined.pairs.exists.sum().clamp_min(1)
-        figures["new_positive_share"] = verdicts.positive.sum() / asked
-        figures["ambiguous_share"] = verdicts.ambiguous.sum() / asked
-    figures["temperature"] = batch.temperature.detach()
+        metrics["new_positive_share"] = verdicts.positive.sum() / asked
+        metrics["ambiguous_share"] = verdicts.ambiguous.sum() / asked
+    metrics["temperature"] = batch.temperature.detach()
     ranges["temperature"] = value_range(batch.temperature)
     if mined.probability is not None:
         ranges["con_d_probability"] = value_range(mined.probability)
     terms = [weight * loss for weight, loss in zip(weights, (loss_itc, loss_itm, loss_lm), strict=True) if loss is not None]
-    return StepOutput(sum(terms[1:], start=terms[0]), loss_itc, loss_itm, loss_lm, mined, figures, ranges)
+    return StepOutput(sum(terms[1:], start=terms[0]), loss_itc, loss_itm, loss_lm, mined, metrics, ranges)
 
 
 @torch.no_grad()

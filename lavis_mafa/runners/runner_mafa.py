@@ -30,7 +30,7 @@ from lavis_mafa.datasets.splits import with_training_splits
 from lavis_mafa.distributed import barrier, broadcast_object, group_of_one, rank, world_size
 from lavis_mafa.errors import UserError, WorkerLost
 from lavis_mafa.files import replacing
-from lavis_mafa.models.trust import ShareWatch
+from lavis_mafa.models.sanity import ShareWatch
 from lavis_mafa.runners.agreement import check_ranks_agree
 from lavis_mafa.runners.checkpoint import CheckpointFolder, RunState, load_model
 from lavis_mafa.runners.loading import BadSamples, GritFeed, check_evaluation_images, eval_loader, patient, train_loader
@@ -292,7 +292,7 @@ class RunnerMafa(RunnerBase):
             result = self.stepper(samples, step, steps)
             output, stop = result.output, result.stop
             norm = {} if result.gradient_norm is None else {"gradient_norm": result.gradient_norm}
-            self.log.add({**losses_of(output), **(output.get("figures") or {}), **norm}, skipped=result.applied is False)
+            self.log.add({**losses_of(output), **(output.get("metrics") or {}), **norm}, skipped=result.applied is False)
             self.nonfinite.add(epoch, step, samples, result)
             if output.get("image_features") is not None and feed.collects("training"):
                 feed.collect(samples["index"], output["image_features"], output["text_features"])

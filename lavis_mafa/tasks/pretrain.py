@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lavis.common.registry import registry
 from torch import Tensor, nn
 
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.base import MafaModel
+from lavis_mafa.models.con_d import GroundTruthDiscriminator
 from lavis_mafa.tasks.retrieval_metrics import CocoGallery, coco_gallery, eccv_metrics, retrieval_metrics
 from lavis_mafa.tasks.task import MafaTask
 
@@ -42,24 +44,24 @@ class MafaPretrainTask(MafaTask):
         return datasets
 
     def build_model(self, cfg: Any) -> nn.Module:
-        model = super().build_model(cfg)
-        if self.run.rank_by is not None and not isinstance(model, MafaModel):
-            raise UserError(f"run.rank_by is {self.run.rank_by}, but {cfg.model_cfg.arch} ranks by LAVIS's own score; allowed: null.")
-        model.batch_scope = self.run.grit.batch_scope
+        model_class = registry.get_model_class(cfg.model_cfg.arch)
+        if model_class is None or not issubclass(model_class, MafaModel):
+            if (rank_by := self.run.rank_by) is not None:
+                raise UserError(f"run.rank_by is {rank_by}, but {cfg.model_cfg.arch} ranks by LAVIS's own score; allowed: null.")
+            return super().build_model(cfg)
+        model: MafaModel = model_class.from_config(cfg.model_cfg, self.run.grit.batch_scope)
         con_d = cfg.model_cfg.get("discriminator", None)
         if con_d is not None and con_d.get("arch") == "ground_truth":
-            from lavis_mafa.models.sanity import GroundTruthDiscriminator
-
             model.set_discriminator(GroundTruthDiscriminator(self.truth))
         return model
 
     # --- training --------------------------------------------------------------------------------------------------
 
     def step_output(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
-        """The model's whole output, with figures from ground truth where there is one."""
+        """The model's whole output, with metrics from ground truth where there is one."""
         output = model(samples)
         if self.truth is not None and output.get("verdicts") is not None:
-            output["figures"] = {**output["figures"], **self._true_counts(output["verdicts"], samples)}
+            output["metrics"] = {**output["metrics"], **self._true_counts(output["verdicts"], samples)}
         return output
 
     @torch.no_grad()

@@ -27,12 +27,11 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.blip import BlipMafa
 from lavis_mafa.models.blip2 import Blip2Mafa
-from lavis_mafa.models.blip2_encoders import PRECISIONS, build_eva
 from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
-from lavis_mafa.models.con_d import AlbefDiscriminator, Blip2Discriminator, BlipDiscriminator
+from lavis_mafa.models.con_d import as_con_d, untrained
+from lavis_mafa.models.encoders import PRECISIONS
 
 MODELS: dict[str, Any] = {"albef_mafa": AlbefMafa, "blip_mafa": BlipMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa}
-CON_DS: dict[str, Any] = {"albef_mafa": AlbefDiscriminator, "blip_mafa": BlipDiscriminator, "blip2_mafa": Blip2Discriminator}
 # width, layers, heads as released, all with 50,272 words (OPT, Table 1); 350m is built differently
 OPT = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40)}
 BERT_WORDS = 30522
@@ -161,19 +160,15 @@ def build_con_d(settings: Any, own_vit: bool = False) -> Any:
         return _FreeConD()
     block, shared = _without_files(con_d_block(settings)), can_share(settings) and not own_vit
     block.max_text_length = settings.max_text_length
-    more = {"shared": shared} if block.arch == "blip2_mafa" else {}
     with _vocabulary(block), NoValues():
-        con_d = CON_DS[block.arch](block, settings.discriminator.precision, **more)
-        if block.arch == "blip2_mafa" and not shared:
-            con_d.visual_encoder = build_eva(block.image_encoder).eval().requires_grad_(False)
-    con_d.network.eval().requires_grad_(False).to(con_d.dtype)
-    if block.arch == "blip2_mafa":
-        con_d.network.ln_vision.float()
-    return con_d
+        return as_con_d(untrained(block, "shared" if shared else "own"), settings.discriminator.precision, shared)
 
 
 class _FreeConD:
     """In the place of the data's own truth, which costs nothing."""
+
+    def in_step(self, *_: Any) -> _FreeConD:
+        return _FreeConD()
 
     def match_probability(self, samples: Any, image_index: Tensor, text_index: Tensor) -> Tensor:
         return torch.zeros_like(image_index, dtype=torch.float32)
@@ -289,7 +284,7 @@ class _Step:
         if hasattr(model, "set_discriminator"):
             model.encode = self._encode(model.encode)
             if con_d is not None:
-                con_d.match_probability = self._of(CON_D, con_d.match_probability)
+                con_d.in_step = self._judge(con_d)
             model.set_discriminator(con_d)
             model.batch_scope = "global" if size.gathered > 1 else "local"
 
@@ -339,11 +334,22 @@ class _Step:
 
     def _encode(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         def encode_and_watch(*args: Any) -> Any:
-            pairs, *rest = encode(*args)
+            encoded = encode(*args)
+            pairs = encoded.pairs
             pairs.itm_logits, pairs.lm_loss = self._of(ITM, pairs.itm_logits), self._of(LM, pairs.lm_loss)
-            return pairs, *rest
+            return encoded
 
         return encode_and_watch
+
+    def _judge(self, con_d: Any) -> Callable[..., Any]:
+        in_step = con_d.in_step
+
+        def in_step_and_watch(*args: Any) -> Any:
+            asked = in_step(*args)
+            asked.match_probability = self._of(CON_D, asked.match_probability)
+            return asked
+
+        return in_step_and_watch
 
     def _of(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def of_part(*args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import broadcast_object, rank, world_size
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import SETTINGS, check_unfinished, file_digest, replacing, write_text
-from lavis_mafa.models.trust import Medians
+from lavis_mafa.models.sanity import Medians
 from lavis_mafa.runners.agreement import data_record
 from lavis_mafa.tools.candidates import (
     Block,

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lavis_mafa.grit import GritQueue, next_epoch_order
-from lavis_mafa.models.bert import fold_token_type
-from lavis_mafa.models.momentum import TAUGHT
+from lavis_mafa.models.encoders import fold_token_type
+from lavis_mafa.models.momentum import MOMENTUM_PARTS
 from lavis_mafa.objectives import EncodedBatch, distilled_targets, itc_targets
 from lavis_mafa.weights import load_exactly, read_weights
 
@@ -25,7 +25,7 @@ PAPERS_SUMS: dict[str, Sums] = {  # MAFA Table 2: B = 96, Q = 48000, the last ep
     MOMENTUM: (0.6746, 0.0009, 0.3245),
 }
 NOT_LAVIS = ("idx_queue", "text_queue_keys")  # a teacher without them is whole: what its queue holds is then not known
-TEACHER = (*(f"{part}_m." for part in TAUGHT), "image_queue", "text_queue", "queue_ptr", "idx_queue")
+TEACHER = (*(f"{part}_m." for part in MOMENTUM_PARTS), "image_queue", "text_queue", "queue_ptr", "idx_queue")
 Labels = dict[str, tuple[Tensor, Tensor]]
 
 

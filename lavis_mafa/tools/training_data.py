@@ -10,7 +10,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
-from lavis_mafa.config.check import ALBEF, BLIP, STAGE_1, kind_of
 from lavis_mafa.config.data_settings import SPLITS, TRAINING_FILES, allows_absolute_paths, own_files
 from lavis_mafa.config.read import find_yaml
-from lavis_mafa.config.schema import RUN_BLOCKS, MafaBlock, RunBlock, typed_block
+from lavis_mafa.config.schema import RUN_BLOCKS, RunBlock, typed_block
 from lavis_mafa.config.storage import AnnotationFile
 from lavis_mafa.datasets.annotations import TEXTS, read_annotations
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
@@ -31,8 +30,8 @@ from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import init_process_group
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import digest
+from lavis_mafa.models.con_d import load_con_d
 from lavis_mafa.runners import job
-from lavis_mafa.weights import load_exactly, read_weights
 
 # --- as files -----------------------------------------------------------------------------------------------------------
 
@@ -270,71 +269,3 @@ def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened
     mines = None if miner is None else load_con_d(block, miner, device, "--miner")
     data_settings = digest(OmegaConf.to_container(cfg.datasets_cfg, resolve=True))
     return Opened(model, mines, dataset, run, block, device, digest(asdict(model.settings)), data_settings)
-
-
-KINDS = {"albef_mafa": ALBEF, "blip_mafa": BLIP, "blip2_mafa": STAGE_1}
-LANGUAGE = ("text_encoder.cls.", "text_encoder.pooler.", "text_encoder.bert.pooler.", "text_decoder.", "Qformer.cls.")
-PROJECTIONS = ("vision_proj.", "text_proj.")
-VIT = "visual_encoder."
-
-
-def load_con_d(block: Any, path: str, device: torch.device, flag: str = "--con-d", mines: bool = True) -> Any:
-    """The model of a YAML's ``model:`` block with the weights of ``path``: in eval mode, without gradients.
-
-    What does not score (language-model heads and decoders, a momentum teacher, queues, the temperature) may be missing from the
-    checkpoint or left over in it; all else must fit exactly.
-
-    Args:
-        block: a typed block of albef_mafa, blip_mafa or blip2_mafa. Its encoders' ``init`` is not read, except for the frozen image
-            encoder that a BLIP-2 checkpoint leaves out.
-        path: a checkpoint of ours or LAVIS's (pre-training, retrieval, image-text matching).
-        device: where it shall work.
-        flag: what named the file.
-        mines: are its features used; if not, its projections need not fit either.
-
-    Raises:
-        UserError: the file is missing, is of another kind, has no matching head, or does not fit (the message lists the keys).
-    """
-    from lavis.common.registry import registry
-
-    from lavis_mafa.models.bert import fold_token_type, with_bert
-    from lavis_mafa.models.blip2_encoders import resize_positions
-    from lavis_mafa.models.encoders import fit_position_embeddings
-    from lavis_mafa.models.momentum import TEACHERS
-
-    state = read_weights(path, flag)
-    kind = kind_of({name: list(value.shape) for name, value in state.items()})
-    if kind is not None and kind != KINDS[block.arch]:
-        raise UserError(f"{flag}: {path} is {kind}, but model.arch {block.arch} needs {KINDS[block.arch]}.")
-    if not any(name.startswith("itm_head.") for name in state):
-        raise UserError(
-            f"{flag}: {path} has no matching head (itm_head), so it cannot judge pairs; give a checkpoint of pre-training, "
-            "retrieval or image-text matching."
-        )
-    stored_vit = any(name.startswith(VIT) for name in state)
-    if not stored_vit and block.arch == "blip2_mafa" and block.image_encoder.init is None:
-        raise UserError(f"{flag}: {path} holds no image encoder; name its file in model.image_encoder.init.")
-    model = registry.get_model_class(block.arch)(_sizes_alone(block, stored_vit or block.arch != "blip2_mafa"))
-    if block.arch == "blip2_mafa":
-        state = resize_positions(state, model.visual_encoder)
-    else:
-        state = fold_token_type(with_bert(state) if block.arch == "albef_mafa" else state)
-        state = fit_position_embeddings(state, model.visual_encoder)
-    may_miss = (*LANGUAGE, *TEACHERS, "temp", *(() if mines else PROJECTIONS))  # mining takes raw cosines
-    state = {name: value for name, value in state.items() if not name.startswith(may_miss)}
-    frozen_elsewhere = block.arch == "blip2_mafa" and not stored_vit
-    may_miss = (*may_miss, VIT) if frozen_elsewhere else may_miss
-    own = model.state_dict()  # full names: `may_miss` of load_exactly looks for parts of names anywhere
-    load_exactly(model, state, f"{flag}: {path}", may_miss=tuple(name for name in own if name.startswith(may_miss)))
-    return model.eval().requires_grad_(False).to(device)
-
-
-def _sizes_alone(block: MafaBlock, vit_from_checkpoint: bool) -> Any:
-    """The same sizes, without what would be loaded only to be overwritten, and without a teacher and a Con-D of its own."""
-    parts: Any = {
-        name: replace(getattr(block, name), init=None)
-        for name in ("image_encoder", "text_encoder", "qformer")
-        if hasattr(block, name) and (name != "image_encoder" or vit_from_checkpoint)
-    }
-    itc, ecm = replace(block.itc, momentum_distillation=None), replace(block.ecm, enabled=False)
-    return replace(block, pretrained=None, discriminator=None, itc=itc, ecm=ecm, **parts)

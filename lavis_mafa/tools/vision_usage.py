@@ -72,7 +72,7 @@ def masked_usage(
     """
     usage = {probability: Usage() for probability in probabilities}
     for samples in batches:
-        pairs = model.encode(samples)[0]
+        pairs = model.encode(model.inputs(samples)).pairs
         blind = without_image(pairs)
         for probability in probabilities:
             for number in range(passes):
@@ -92,7 +92,7 @@ def next_word_usage(model: Any, batches: Iterable[dict[str, Any]]) -> Usage:
     usage = Usage()
     head = model.Qformer.cls if hasattr(model, "Qformer") else model.text_decoder.cls
     for samples in batches:
-        pairs = model.encode(samples)[0]
+        pairs = model.encode(model.inputs(samples)).pairs
         next_words = pairs.text_ids[:, 1:].flatten()
         words = next_words[next_words != model.tokenizer.pad_token_id]
         usage.add(_head_output(head, pairs), _head_output(head, without_image(pairs)), words)

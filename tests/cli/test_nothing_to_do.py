@@ -97,7 +97,7 @@ def test_thresholds_at_the_ends(train):
 
 
 def test_a_con_d_that_joins_everything_is_told_at_the_start_and_in_every_epoch(train, monkeypatch):
-    from lavis_mafa.models.sanity import GroundTruthDiscriminator
+    from lavis_mafa.models.con_d import GroundTruthDiscriminator
 
     monkeypatch.setattr(GroundTruthDiscriminator, "match_probability", lambda self, samples, image, text: torch.ones(len(image)))
     records, said = train()

@@ -17,8 +17,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models import albef as albef_pairs
 from lavis_mafa.models import momentum as momentum_teacher
 from lavis_mafa.models.albef import AlbefMafa
-from lavis_mafa.models.bert import fold_token_type
-from lavis_mafa.models.encoders import build_text_encoder
+from lavis_mafa.models.encoders import build_text_encoder, fold_token_type
 
 batch, ours = reduced.batch, reduced.ours
 TEACHER = {"momentum_distillation": {"queue_size": 8, "momentum": 0.0}}
@@ -64,7 +63,7 @@ def test_a_checkpoint_loads_into_lavis_albef_retrieval_and_scores_the_same(tmp_p
             mode="fusion",
         )
         logits = theirs.itm_head(fused.last_hidden_state[:, 0])
-        pairs, _, features = mine.encode(samples)
+        pairs, _, features = mine.encode(mine.inputs(samples))
         own = torch.arange(4)
         torch.testing.assert_close(features[0], image_feature, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(features[1], text_feature, atol=1e-5, rtol=1e-4)
@@ -240,12 +239,12 @@ def test_features_do_not_depend_on_padding():
     model = ours()
     alone, together = batch(1), batch(2)  # the second caption is longer
     with torch.no_grad():
-        _, _, one = model.encode(alone)
-        pairs, _, two = model.encode(together)
+        _, _, one = model.encode(model.inputs(alone))
+        pairs, _, two = model.encode(model.inputs(together))
         assert pairs.text_ids.shape[1] > 5
         torch.testing.assert_close(one[1][0], two[1][0], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(one[0][0], two[0][0], atol=1e-6, rtol=1e-5)
-        short, _, _ = model.encode(alone)
+        short, _, _ = model.encode(model.inputs(alone))
         own = torch.zeros(1, dtype=torch.long)
         torch.testing.assert_close(short.itm_logits(own, own), pairs.itm_logits(own, own), atol=1e-5, rtol=1e-4)
         features = model.grit_features(together)
@@ -255,22 +254,22 @@ def test_features_do_not_depend_on_padding():
 def test_captions_of_one_image_are_known_positives():
     model = ours()
     keys = torch.tensor([7, 3, 7, 5])
-    _, encoded, _ = model.encode(batch(4, image_key=keys))
+    _, encoded, _ = model.encode(model.inputs(batch(4, image_key=keys)))
     assert torch.equal(encoded.known_positive, keys[:, None] == keys[None, :])
     output = model(batch(4, image_key=keys, index=torch.arange(4)))
     asked = {(int(i), int(t)) for i, t in zip(output.verdicts["image"], output.verdicts["text"], strict=True)}
     assert (0, 2) not in asked and (2, 0) not in asked
     model.settings.ecm.same_image = False
-    assert torch.equal(model.encode(batch(4, image_key=keys))[1].known_positive, torch.eye(4, dtype=torch.bool))
+    assert torch.equal(model.encode(model.inputs(batch(4, image_key=keys)))[1].known_positive, torch.eye(4, dtype=torch.bool))
     model.settings.ecm.same_image = True
-    assert torch.equal(model.encode(batch(4))[1].known_positive, torch.eye(4, dtype=torch.bool))  # nothing is known
+    assert torch.equal(model.encode(model.inputs(batch(4)))[1].known_positive, torch.eye(4, dtype=torch.bool))  # nothing is known
 
 
 def test_without_same_image_a_repeated_sample_is_still_known_to_match():
     """The stand-in of an unreadable sample is another row of its batch once more."""
     model = ours(ecm={"same_image": False})
     index, keys = torch.tensor([7, 3, 7, 5]), torch.tensor([1, 1, 1, 2])
-    _, encoded, _ = model.encode(batch(4, index=index, image_key=keys))
+    _, encoded, _ = model.encode(model.inputs(batch(4, index=index, image_key=keys)))
     assert torch.equal(encoded.known_positive, index[:, None] == index[None, :])
 
 
@@ -278,13 +277,13 @@ def test_without_same_image_a_repeated_sample_is_still_known_to_match():
 def test_similarities_are_fp32_under_autocast(itc):
     model = ours(itc=itc)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        _, encoded, features = model.encode(batch(4, **STEP))
+        _, encoded, features = model.encode(model.inputs(batch(4, **STEP)))
     similarities = [encoded.sim_i2t, encoded.sim_t2i, *([encoded.teacher_i2t, encoded.teacher_t2i] if itc else [])]
     assert all(s.dtype == torch.float32 for s in (*similarities, *features))
     if not itc:  # and nothing was rounded on the way from the features
         torch.testing.assert_close(encoded.sim_i2t.double(), features[0].double() @ features[1].double().T, atol=1e-6, rtol=1e-5)
     with torch.no_grad():
-        assert not torch.equal(model.encode(batch(4, **STEP))[2][0], features[0])  # autocast did act
+        assert not torch.equal(model.encode(model.inputs(batch(4, **STEP)))[2][0], features[0])  # autocast did act
 
 
 def test_smoothing_follows_smooth_when():
@@ -323,12 +322,12 @@ def test_the_queue_takes_the_teachers_features_in_turn():
     torch.testing.assert_close(model.image_queue.norm(dim=0), torch.ones(6))
     model(batch(4, **STEP, image_key=torch.tensor([5, 6, 7, 8])))  # runs over the end of the ring
     assert int(model.queue_ptr) == 2 and model.idx_queue.tolist() == [[7, 8, 3, 4, 5, 6]]
-    _, encoded, _ = model.eval().encode(batch(2, **STEP, image_key=torch.tensor([4, 9])))
+    _, encoded, _ = model.eval().encode(model.inputs(batch(2, **STEP, image_key=torch.tensor([4, 9]))))
     # further back in the queue: the same image, and the same texts, whose last batch lies in columns 4, 5, 0, 1
     assert encoded.known_positive[:, 2:].nonzero().tolist() == [[0, 3], [0, 4], [1, 5]]
     assert encoded.candidates == 2 and int(model.queue_ptr) == 2  # evaluation remembers nothing
     model.settings.ecm.same_text = False
-    _, encoded, _ = model.encode(batch(2, **STEP, image_key=torch.tensor([4, 9])))
+    _, encoded, _ = model.encode(model.inputs(batch(2, **STEP, image_key=torch.tensor([4, 9]))))
     assert encoded.known_positive[:, 2:].nonzero().tolist() == [[0, 3]]
 
 

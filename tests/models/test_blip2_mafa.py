@@ -18,10 +18,9 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 import reduced_blip2 as reduced
 from lavis_mafa.config.schema import QFormer
 from lavis_mafa.errors import UserError
-from lavis_mafa.models import blip2_encoders
-from lavis_mafa.models.bert import MINILM
+from lavis_mafa.models import encoders as blip2_encoders
 from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs, most_similar_query, query_pass
-from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
+from lavis_mafa.models.encoders import MINILM, build_eva, build_qformer
 
 batch, block, ours, save = reduced.batch, reduced.block, reduced.ours, reduced.save
 SMOOTH = {"smoothing": 0.1, "smooth_when": "always"}  # what LAVIS has built in
@@ -103,7 +102,7 @@ def test_one_step_equals_lavis_stage_1(one_process, monkeypatch, freeze, count):
 def test_similarity_is_that_of_the_best_query():
     model, samples = ours(), batch(4)
     image, text = features(model, samples)
-    _, encoded, _ = model.encode(samples)
+    _, encoded, _ = model.encode(model.inputs(samples))
     for i in range(4):
         for t in range(4):
             wanted = max(float(image[i, q] @ text[t]) for q in range(reduced.QUERIES))
@@ -153,8 +152,8 @@ def test_most_similar_query_of_a_known_case():
 def test_features_do_not_depend_on_padding():
     model = ours()
     with torch.no_grad():
-        _, _, alone = model.encode(batch(1))
-        _, _, together = model.encode(batch(2))  # the second caption is longer
+        _, _, alone = model.encode(model.inputs(batch(1)))
+        _, _, together = model.encode(model.inputs(batch(2)))  # the second caption is longer
     close(alone[0][0], together[0][0])
     close(alone[1][0], together[1][0])
 
@@ -162,10 +161,10 @@ def test_features_do_not_depend_on_padding():
 def test_features_are_fp32_under_autocast():
     model = ours()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        _, encoded, pair = model.encode(batch(4))
+        _, encoded, pair = model.encode(model.inputs(batch(4)))
     assert all(x.dtype == torch.float32 for x in (encoded.sim_i2t, encoded.sim_t2i, *pair))
     with torch.no_grad():
-        exact = model.encode(batch(4))[2]
+        exact = model.encode(model.inputs(batch(4)))[2]
     assert not torch.equal(exact[1], pair[1])  # autocast did act
     close(pair[1], exact[1], atol=0.05)
 
@@ -430,7 +429,7 @@ def test_from_config_loads_what_is_named_and_nothing_else(tmp_path, monkeypatch)
         "lavis.models.base_model.BaseModel.load_checkpoint_from_config",
         "lavis.models.blip2_models.blip2.download_cached_file",
         "lavis.models.eva_vit.download_cached_file",
-        "lavis_mafa.models.blip2_encoders.download_cached_file",
+        "lavis_mafa.models.encoders.download_cached_file",
         "transformers.modeling_utils.PreTrainedModel.from_pretrained",
     ):
         monkeypatch.setattr(target, refuse)

@@ -22,8 +22,8 @@ from lavis_mafa.config.schema import VqaRun, typed_block
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2 import Blip2Mafa
-from lavis_mafa.models.blip2_encoders import build_eva, build_qformer
 from lavis_mafa.models.blip2_opt import Blip2OptMafa, byte_tokenizer
+from lavis_mafa.models.encoders import build_eva, build_qformer
 from lavis_mafa.runners.checkpoint import load_model, model_state
 from lavis_mafa.tasks.vqa import MafaVqaTask
 

@@ -47,10 +47,10 @@ def test_one_step_equals_lavis_blip_pretrain(monkeypatch, epoch, iters, alpha):
     theirs, mine = reduced.lavis_pretrain(), ours(itc=TEACHER)
     assert theirs.state_dict().keys() == mine.state_dict().keys() - {"idx_queue", "text_queue_keys"}
     mine.load_state_dict({**theirs.state_dict(), "idx_queue": mine.idx_queue, "text_queue_keys": mine.text_queue_keys})
-    assert mine._distillation({"epoch": 2}) == pytest.approx(0.4)
+    assert mine._distillation_weight(mine.inputs({**batch(2), "epoch": 2})) == pytest.approx(0.4)
     mine.train()  # the teacher moves in training only; there is no dropout
     samples = {**batch(4), "epoch": epoch, "iters": iters, "num_iters_per_epoch": 10}
-    assert mine._distillation(samples) == pytest.approx(alpha)
+    assert mine._distillation_weight(mine.inputs(samples)) == pytest.approx(alpha)
     wanted, found = theirs(samples), mine(samples)
     for name in ("loss_itc", "loss_itm", "loss_lm", "loss"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), atol=1e-5, rtol=1e-5)
@@ -121,7 +121,7 @@ def test_an_index_may_name_gathered_rows():
     """Rows beyond the batch's own, as other ranks' are put there."""
     model, samples = ours(), batch(4)
     with torch.no_grad():
-        pairs, _, _ = model.encode(samples)
+        pairs, _, _ = model.encode(model.inputs(samples))
         order = torch.tensor([2, 3, 0, 1])
         other = BlipPairs(model, pairs.image_embeds[order], pairs.text_ids[order], pairs.text_mask[order])
         close(other.itm_logits(order[IMAGE], order[TEXT]), pairs.itm_logits(IMAGE, TEXT))
@@ -145,7 +145,8 @@ def test_losses_and_gradients_are_finite(count, itc):
 def test_nothing_depends_on_padding():
     model = ours()
     with torch.no_grad():
-        (alone, _, one), (together, _, two) = model.encode(batch(1)), model.encode(batch(2))  # the second caption is longer
+        alone, _, one = model.encode(model.inputs(batch(1)))
+        together, _, two = model.encode(model.inputs(batch(2)))  # the second caption is longer
         assert together.text_ids.shape[1] > alone.text_ids.shape[1]
         close(one[1][0], two[1][0])
         close(alone.itm_logits(OWN[:1], OWN[:1]), together.itm_logits(OWN[:1], OWN[:1]))
@@ -160,7 +161,7 @@ def test_a_checkpoint_loads_into_lavis_blip_pretrain_and_back(tmp_path):
     report = theirs.load_from_pretrained(str(save(mine, tmp_path / "ours.pth")))
     assert not report.missing_keys and set(report.unexpected_keys) == {"idx_queue", "text_queue_keys"}
     with torch.no_grad():
-        pairs, _, _ = mine.encode(samples)
+        pairs, _, _ = mine.encode(mine.inputs(samples))
         wanted = theirs(samples).intermediate_output
         close(pairs.itm_logits(OWN, OWN), wanted.itm_logits[:4])
         close(pairs.lm_loss(OWN, OWN), wanted.decoder_output.loss)
@@ -168,8 +169,8 @@ def test_a_checkpoint_loads_into_lavis_blip_pretrain_and_back(tmp_path):
         for itc in ({}, TEACHER):
             again = ours(5, itc=itc)
             again.load_from_pretrained(str(save(theirs, tmp_path / "theirs.pth")))
-            close(again.encode(samples)[0].itm_logits(OWN, OWN), wanted.itm_logits[:4])
-            close(again.encode(samples)[0].lm_loss(OWN, OWN), wanted.decoder_output.loss)
+            close(again.encode(again.inputs(samples))[0].itm_logits(OWN, OWN), wanted.itm_logits[:4])
+            close(again.encode(again.inputs(samples))[0].lm_loss(OWN, OWN), wanted.decoder_output.loss)
         assert torch.equal(again.vision_proj_m.weight, again.vision_proj.weight)
         assert not torch.equal(again.image_queue, theirs.image_queue)  # another run's features are no negatives of this one
 
@@ -190,7 +191,7 @@ def test_a_checkpoint_loads_into_lavis_matching_and_captioning(tmp_path):
     path = save(mine, tmp_path / "ours.pth")
     matching, captioning = reduced.lavis_itm(), reduced.lavis_caption()
     with torch.no_grad():
-        pairs, _, _ = mine.encode(samples)
+        pairs, _, _ = mine.encode(mine.inputs(samples))
         assert not matching.load_from_pretrained(str(path)).missing_keys
         close(pairs.itm_logits(OWN, OWN), matching(samples))
         assert not captioning.load_from_pretrained(str(path)).missing_keys
@@ -322,14 +323,14 @@ def test_con_d_reads_retrieval_and_our_checkpoints(tmp_path, arch):
         path = save(model, tmp_path / "con_d.pth")
     con_d = build_discriminator(block(discriminator=con_d_of(path, arch)))
     with torch.no_grad():
-        wanted = model.encode(samples)[0].itm_logits(IMAGE, TEXT).softmax(dim=1)[:, 1]
+        wanted = model.encode(model.inputs(samples))[0].itm_logits(IMAGE, TEXT).softmax(dim=1)[:, 1]
     close(con_d.match_probability(samples, IMAGE, TEXT), wanted)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"itm_head.weight": None, "itm_head.bias": None}, "2 missing: itm_head.weight, itm_head.bias"),
+        ({"itm_head.weight": None, "itm_head.bias": None}, "no matching head"),
         ({"itm_head.weight": torch.zeros(2, 5)}, r"1 other size: itm_head.weight \[2, 5\] \(wanted \[2, 32\]\)"),
         ({"text_encoder.another": torch.zeros(1)}, "1 left over: text_encoder.another"),
     ],

@@ -20,9 +20,8 @@ import reduced_opt as STAGE_2
 from lavis_mafa.config.check import check_kinds
 from lavis_mafa.config.schema import ImageEncoder
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.con_d import build_discriminator, load_con_d
 from lavis_mafa.models.encoders import build_image_encoder
-from lavis_mafa.tools.training_data import load_con_d
 from lavis_mafa.weights import read_weights
 
 pytestmark = pytest.mark.slow
@@ -133,7 +132,7 @@ def test_each_place_that_reads_a_checkpoint_knows_the_layouts(tmp_path, layout):
     state = ALBEF.lavis_retrieval().state_dict()
     path = LAYOUTS[layout](state, tmp_path)
     con_d = build_discriminator(ALBEF.block(discriminator={"arch": "albef_retrieval", "checkpoint": str(path), "precision": "fp32"}))
-    assert torch.equal(con_d.network["itm_head"].weight, state["itm_head.weight"])
+    assert torch.equal(con_d.network.itm_head.weight, state["itm_head.weight"])
     assert torch.equal(load_con_d(ALBEF.block(), str(path), torch.device("cpu")).itm_head.weight, state["itm_head.weight"])
     encoder = build_image_encoder(ImageEncoder(**{**ALBEF.SIZES["image_encoder"], "init": str(path)}))
     assert torch.equal(encoder.cls_token, state["visual_encoder.cls_token"])
@@ -214,7 +213,7 @@ def test_transformers_blip_matches_as_it_does_there(tmp_path):
     ids, mask = mine.tokenize(samples["text_input"])
     with torch.no_grad():
         own = torch.arange(3)
-        found = mine.encode(samples)[0].itm_logits(own, own)
+        found = mine.encode(mine.inputs(samples))[0].itm_logits(own, own)
         ids[:, 0] = mine.tokenizer.enc_token_id
         wanted = theirs(ids, samples["image"], attention_mask=mask, use_itm_head=True)[0]
     torch.testing.assert_close(found, wanted.view_as(found), atol=1e-5, rtol=1e-4)

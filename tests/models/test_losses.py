@@ -52,7 +52,7 @@ def test_every_setting_of_the_step_arrives(family, smooth_when, monkeypatch):
 @every_family
 def test_keys_of_itc_carry_no_gradient(family):
     model = build(family)
-    _, encoded, _ = model.encode({**batch(family), "gathered": False})
+    _, encoded, _ = model.encode(model.inputs({**batch(family)}))
     image, text = model.vision_proj.weight, model.text_proj.weight
     for similarity, of_anchor, of_key in ((encoded.sim_i2t, image, text), (encoded.sim_t2i, text, image)):
         found, none = torch.autograd.grad(similarity.sum(), (of_anchor, of_key), allow_unused=True, retain_graph=True)
@@ -97,7 +97,7 @@ def test_the_temperature_stays_below_its_bound(family):
 def test_equal_captions_are_known_positives(family, same_text):
     texts = ["a red dog", "a blue car", " a red  dog", "a red dog now"]
     model = build(family, ecm={"same_text": same_text})
-    known = model.encode({**batch(family, text_input=texts), "gathered": False})[1].known_positive[:, :4]
+    known = model.encode(model.inputs({**batch(family, text_input=texts)}))[1].known_positive[:, :4]
     wanted = torch.eye(4, dtype=torch.bool)
     wanted[0, 2] = wanted[2, 0] = same_text
     assert torch.equal(known, wanted)
@@ -115,9 +115,9 @@ def test_a_teacher_without_a_queue(family, tmp_path):
     itc = {"momentum_distillation": {"queue_size": 0, "momentum": 0.9}}
     model, plain = build(family, itc=itc), build(family)
     plain.load_state_dict({**plain.state_dict(), **{n: v for n, v in model.state_dict().items() if "queue" not in n}})
-    samples = {**batch(family), "gathered": False}
+    samples = {**batch(family)}
     with torch.no_grad():
-        found, wanted = (m.eval().encode(samples)[1] for m in (model, plain))
+        found, wanted = (m.eval().encode(m.inputs(samples))[1] for m in (model, plain))
     assert found.candidates == 4 and found.distillation == wanted.distillation > 0
     for name in ("sim_i2t", "sim_t2i", "teacher_i2t", "teacher_t2i", "known_positive"):
         assert getattr(found, name).shape == (4, 4)
@@ -132,7 +132,7 @@ def test_a_teacher_without_a_queue(family, tmp_path):
     assert not torch.equal(after, before) and int(model.queue_ptr) == 0
     step(model, batch(family, first_of_window=False))  # the student has not moved since, so the teacher does not
     assert torch.equal(model.vision_proj_m.weight, after)
-    ramp = model._distillation({"epoch": 0, "iters": 5, "num_iters_per_epoch": 10})
+    ramp = model._distillation_weight(model.inputs({**batch(family), "epoch": 0, "iters": 5, "num_iters_per_epoch": 10}))
     assert ramp == pytest.approx(0.4 * 0.5 / model.ramp_up_epochs)
     torch.save({"model": model.state_dict()}, tmp_path / "file.pth")
     other = build(family, itc=itc)
@@ -172,8 +172,9 @@ def test_momentum_distillation_of_itc_alone():
 @pytest.mark.parametrize(("mlm", "weight", "asked"), [(True, 1.0, True), (False, 1.0, False), (True, 0.0, False)])
 def test_the_teacher_reads_no_words_in_vain(mlm, weight, asked):
     itc = {"momentum_distillation": {**TEACHER["momentum_distillation"], "mlm": mlm}}
-    pairs, _, _ = build(ALBEF, itc=itc, mlm={"weight": weight}).encode({**batch(ALBEF), "gathered": False})
-    assert (pairs.teacher_image_embeds is not None) == asked
+    model = build(ALBEF, itc=itc, mlm={"weight": weight})
+    pairs = model.encode(model.inputs(batch(ALBEF))).pairs
+    assert (pairs.momentum_image_embeds is not None) == asked
 
 
 def test_masking_nothing_is_no_masked_lm():

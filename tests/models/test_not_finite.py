@@ -89,13 +89,13 @@ def test_the_queue_takes_no_row_that_is_not_finite(family, modality, monkeypatch
     if modality == "image":
         samples = spoilt(family, NAN)
     else:
-        teach = model._teach
+        features = model._momentum_features
 
         def broken(*arguments):
-            images, image, text = teach(*arguments)
+            images, image, text = features(*arguments)
             return images, image, text.index_fill(0, torch.tensor(1), INF)
 
-        monkeypatch.setattr(model, "_teach", broken)
+        monkeypatch.setattr(model, "_momentum_features", broken)
     before = {name: getattr(model, name).clone() for name in ("image_queue", "text_queue", "idx_queue")}
     with torch.no_grad():
         model(samples)
@@ -113,7 +113,7 @@ def test_the_queue_takes_no_row_that_is_not_finite(family, modality, monkeypatch
 @pytest.mark.parametrize("con_d", [None, Always(0.9)], ids=["no ecm", "ecm"])
 def test_ranges_hold_the_least_and_the_greatest_score(family, con_d):
     model, samples = build(family, con_d), batch(family)
-    _, encoded, _ = model.eval().encode({**samples, "gathered": False})
+    _, encoded, _ = model.eval().encode(model.inputs({**samples}))
     output = model(samples)
     similarities = torch.cat([encoded.sim_i2t, encoded.sim_t2i]) / encoded.temperature
     wanted = {"similarity", "itm_logits", "temperature", "image_feature_norm", "text_feature_norm"}

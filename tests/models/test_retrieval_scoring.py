@@ -19,7 +19,7 @@ from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.base import MafaModel
 from lavis_mafa.models.blip import BlipMafa
 from lavis_mafa.models.blip2 import Blip2Mafa
-from lavis_mafa.models.retrieval import in_fp32, retrieval_scores
+from lavis_mafa.models.retrieval import retrieval_scores, without_autocast
 from lavis_mafa.runners.runner_mafa import evaluate_split
 from lavis_mafa.tasks.pretrain import MafaPretrainTask
 from lavis_mafa.tasks.retrieval_metrics import retrieval_metrics
@@ -150,7 +150,7 @@ def test_matching_logits_of_every_family_are_fp32(family):
 def test_matching_logits_are_fp32_under_autocast():
     head, states = torch.nn.Linear(8, 2), torch.randn(50, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = in_fp32(head, states)
+        logits = without_autocast(head, states)
     assert logits.dtype == torch.float32 and torch.equal(logits, head(states))
 
 
@@ -177,12 +177,13 @@ def test_lavis_models_rank_by_their_own_score(monkeypatch):
         def compute_sim_matrix(self, loader: Any, task_cfg: Any) -> Any:
             return torch.eye(3).numpy(), torch.eye(3).numpy()
 
+    of_lavis = OfLavis()
     task = MafaPretrainTask(RunBlock())
     loader: Any = SimpleNamespace(dataset=SimpleNamespace(relevant=torch.eye(3, dtype=torch.bool)))
-    figures = task.after_evaluation(task.evaluation(OfLavis(), loader), "val", 0)
+    figures = task.after_evaluation(task.evaluation(of_lavis, loader), "val", 0)
     assert figures["tr_r1"] == 100 and not any("itc" in name or name == "rank_by" for name in figures)
-    monkeypatch.setattr(BaseTask, "build_model", lambda self, cfg: OfLavis())
+    monkeypatch.setattr(BaseTask, "build_model", lambda self, cfg: of_lavis)
     cfg = SimpleNamespace(model_cfg=SimpleNamespace(arch="albef_retrieval", get=lambda *_: None))
-    assert task.build_model(cfg).batch_scope == "local"
+    assert task.build_model(cfg) is of_lavis
     with pytest.raises(UserError, match="run.rank_by is itc, but albef_retrieval ranks by LAVIS's own score"):
         MafaPretrainTask(RunBlock(rank_by="itc")).build_model(cfg)

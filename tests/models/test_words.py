@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_tokenizer(tmp_path, family):
 
 
 def test_words_of_a_folder_count_added_ones(tmp_path):
-    from lavis_mafa.models.bert import build_tokenizer
+    from lavis_mafa.models.encoders import build_tokenizer
 
     tokenizer = build_tokenizer(VOCABULARY)
     tokenizer.add_tokens(["zebra", "yak"])

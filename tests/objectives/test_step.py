@@ -176,9 +176,9 @@ def test_the_step_equals_the_loops(how, weights, rows, more, queue, teacher, kno
         assert (loss is None) == (name not in wanted.losses)
         if loss is not None:
             close(loss, wanted.losses[name])
-    assert output.figures.keys() == wanted.figures.keys() | {"temperature"}
-    for name, value in wanted.figures.items():
-        assert output.figures[name].item() == pytest.approx(value, rel=1e-5, nan_ok=True), name
+    assert output.metrics.keys() == wanted.metrics.keys() | {"temperature"}
+    for name, value in wanted.metrics.items():
+        assert output.metrics[name].item() == pytest.approx(value, rel=1e-5, nan_ok=True), name
     # no pass of a loss that is off; the others are asked about the right pairs
     assert (pairs.asked_itm is None) == (weights[1] == 0) and (pairs.asked_lm is None) == (weights[2] == 0)
     assert not Counter((i, t) for i, t, _ in wanted.itm) - Counter(pairs.asked_itm or [])
@@ -272,7 +272,7 @@ def test_one_sample_gives_finite_losses():
     encoded = EncodedBatch(torch.ones(1, 1), torch.ones(1, 1), torch.tensor(0.1), torch.ones(1, 1, dtype=torch.bool), candidates=1)
     output = mafa_step(TablePairs(), encoded, {}, StepSettings(), TableConD(torch.ones(K, K)))
     assert torch.isfinite(output.loss)
-    assert output.figures["new_positive_share"] == 0  # its own pair is no new positive
+    assert output.metrics["new_positive_share"] == 0  # its own pair is no new positive
 
 
 def test_ecm_without_a_discriminator_is_refused():

@@ -21,9 +21,8 @@ from transformers import T5TokenizerFast
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.schema import EvaEncoder, LanguageModel, QFormer
-from lavis_mafa.models.bert import MINILM
-from lavis_mafa.models.blip2_encoders import build_blip2_tokenizer, build_eva, build_qformer
 from lavis_mafa.models.blip2_opt import build_opt
+from lavis_mafa.models.encoders import MINILM, build_blip2_tokenizer, build_eva, build_qformer
 
 VIT = EvaEncoder(None, image_size=24, patch_size=12, width=32, depth=2, heads=2, freeze=False, precision="fp32")
 QUERIES = QFormer(None, width=32, layers=2, heads=2, queries=3)

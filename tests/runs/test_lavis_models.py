@@ -31,7 +31,7 @@ from lavis.models.albef_models.albef_pretrain import AlbefPretrain
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.schema import ImageEncoder, TextEncoder
 from lavis_mafa.models.encoders import build_image_encoder, build_text_encoder
-from lavis_mafa.models.bert import MINILM, build_tokenizer
+from lavis_mafa.models.encoders import MINILM, build_tokenizer
 
 class Tiny(AlbefPretrain):
     @classmethod
@@ -223,8 +223,8 @@ def test_missing_annotations_of_a_lavis_builder_are_one_message(coco, tmp_path):
 def test_lavis_stage_2_trains_on_our_stage_1(coco, tmp_path):
     """blip2_opt from LAVIS's YAML on captions, blip2_t5 on captions that are cut in two."""
     from lavis_mafa.config.schema import typed_block
-    from lavis_mafa.models.bert import MINILM
     from lavis_mafa.models.blip2 import Blip2Mafa
+    from lavis_mafa.models.encoders import MINILM
 
     vit = {"init": None, "image_size": 24, "patch_size": 12, "width": 32, "depth": 2, "heads": 2, "freeze": False, "precision": "fp32"}
     block = {"arch": "blip2_mafa", "tokenizer": MINILM, "image_encoder": vit, "ecm": {"enabled": False}}

@@ -17,7 +17,7 @@ from transformers import BertConfig
 
 from lavis_mafa.config.schema import AlbefBlock, typed_block
 from lavis_mafa.models.albef import AlbefMafa
-from lavis_mafa.models.bert import MINILM, build_tokenizer
+from lavis_mafa.models.encoders import MINILM, build_tokenizer
 
 WIDTH, DEPTH, HEADS, LAYERS, FUSION, DIM, SIZE, PATCH = 32, 2, 2, 3, 1, 16, 32, 8
 SIZES: dict[str, Any] = {
@@ -54,7 +54,7 @@ def spread(model: nn.Module) -> None:
             if parameter.dim() > 1 and "_m." not in name:
                 parameter.mul_(4.0)
     if isinstance(model, AlbefMafa) and model.settings.itc.momentum_distillation is not None:
-        model._copy_to_teacher()
+        model._copy_to_momentum_model()
 
 
 def _image_encoder(image_size: int = SIZE) -> VisionTransformerEncoder:

@@ -19,9 +19,8 @@ from transformers import BertConfig
 
 import reduced
 from lavis_mafa.config.schema import BlipBlock, typed_block
-from lavis_mafa.models.bert import MINILM
 from lavis_mafa.models.blip import BlipMafa
-from lavis_mafa.models.encoders import build_blip_tokenizer
+from lavis_mafa.models.encoders import MINILM, build_blip_tokenizer
 
 batch, Gallery, SIZE, DIM, CAPTIONS = reduced.batch, reduced.Gallery, reduced.SIZE, reduced.DIM, reduced.CAPTIONS
 
@@ -40,7 +39,7 @@ def ours(seed: int = 0, **changes: Any) -> BlipMafa:
     model = BlipMafa(block(**changes))
     reduced.spread(model)
     if model.settings.itc.momentum_distillation is not None:
-        model._copy_to_teacher()
+        model._copy_to_momentum_model()
     return model.eval()
 
 

@@ -19,7 +19,7 @@ from transformers import BertConfig
 
 from lavis_mafa.config.schema import Blip2Block, typed_block
 from lavis_mafa.models.blip2 import Blip2Mafa
-from lavis_mafa.models.blip2_encoders import build_blip2_tokenizer
+from lavis_mafa.models.encoders import build_blip2_tokenizer
 
 WIDTH, DEPTH, HEADS, RATIO, SIZE, PATCH = 32, 2, 2, 4.3637, 28, 7
 VOCABULARY = str(Path(__file__).with_name("vocabulary.txt"))  # a few words, and what BERT always has

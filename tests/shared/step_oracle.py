@@ -26,11 +26,11 @@ class Given:
 
 @dataclass
 class Found:
-    """Losses, figures, and the gradients of the whole loss."""
+    """Losses, metrics, and the gradients of the whole loss."""
 
     loss: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     asked: list[tuple[int, int]] = field(default_factory=list)  # Con-D's pairs
     itm: list[tuple[int, int, int]] = field(default_factory=list)  # image, text, label
     lm: list[tuple[int, int]] = field(default_factory=list)
@@ -82,8 +82,8 @@ def step(given: Given, settings) -> Found:
         elif ecm.enabled and given.con_d[pair[0]][pair[1]] > ecm.ambiguous_from:
             ambiguous.add((direction, b))
     if ecm.enabled:
-        found.figures["new_positive_share"] = len(positive) / max(len(found.asked), 1)
-        found.figures["ambiguous_share"] = len(ambiguous) / max(len(found.asked), 1)
+        found.metrics["new_positive_share"] = len(positive) / max(len(found.asked), 1)
+        found.metrics["ambiguous_share"] = len(ambiguous) / max(len(found.asked), 1)
 
     if settings.itc.weight > 0:
         found.losses["itc"] = contrast(given, settings, mined, positive, found.of_sims)
@@ -167,4 +167,4 @@ def match(given: Given, settings, mined, positive, ambiguous, found: Found) -> N
             gradient = settings.itm_weight * (predicted[which] - (which == label)) / len(pairs)
             found.of_itm[place] = found.of_itm.get(place, 0.0) + gradient
     for label, name in ((1, "itm_accuracy_positive"), (0, "itm_accuracy_negative")):
-        found.figures[name] = sum(right[label]) / len(right[label]) if right[label] else math.nan
+        found.metrics[name] = sum(right[label]) / len(right[label]) if right[label] else math.nan

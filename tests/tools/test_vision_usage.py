@@ -101,7 +101,7 @@ def test_without_the_image_nothing_of_it_is_left(kind):
     own, losses = torch.arange(4), []
     with torch.no_grad():
         for seed in (0, 1):
-            pairs = model.encode(samples(kind, seed))[0]
+            pairs = model.encode(model.inputs(samples(kind, seed))).pairs
             torch.manual_seed(0)
             losses.append((float(pairs.lm_loss(own, own)), float(torch.manual_seed(0) and without_image(pairs).lm_loss(own, own))))
     assert losses[0][0] != losses[1][0] and losses[0][1] == losses[1][1]
@@ -111,7 +111,7 @@ def test_without_the_image_nothing_of_it_is_left(kind):
 def test_next_words_are_those_of_the_training_loss(kind, monkeypatch):
     model = MODELS[kind].ours()
     captured: list[tuple] = []
-    module = sys.modules[f"lavis_mafa.models.{kind}_pairs"]
+    module = sys.modules[f"lavis_mafa.models.{kind}"]
 
     def spy(states, ids, head, pad, **more):
         captured.append((states, ids, head, pad))

@@ -14,8 +14,8 @@ import torch
 import families
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.models import sanity
-from lavis_mafa.models.con_d import build_discriminator
-from lavis_mafa.models.sanity import GroundTruthDiscriminator, SanityCheck, is_sane, partners
+from lavis_mafa.models.con_d import GroundTruthDiscriminator, build_discriminator
+from lavis_mafa.models.sanity import SanityCheck, is_sane, partners
 
 FAMILIES = [("albef", False), ("blip", False), ("blip2", False)]
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=[name for name, _ in FAMILIES])
@@ -40,7 +40,8 @@ def said(caplog):
     caplog.set_level(logging.INFO, logger=sanity.__name__)
 
     def read() -> list[tuple[str, str]]:
-        return [(r.levelname, r.getMessage()) for r in caplog.records if r.name == sanity.__name__]
+        records = [r for r in caplog.records if r.name == sanity.__name__]
+        return [(r.levelname, r.getMessage()) for r in records if r.getMessage().startswith("Con-D (")]
 
     return read
 
@@ -78,7 +79,7 @@ def test_medians_are_told_once(said, own, other, level):
 def test_an_anchor_without_a_negative_is_in_no_share(said):
     check, known = SanityCheck("Says", 0.8), torch.eye(4, dtype=torch.bool)
     for number in range(sanity.BATCHES):
-        check.look(Says(0.95, 0.1), samples(("albef", False), number), known, torch.tensor([0.9, float("nan"), 0.7, float("nan")]))
+        check.update(Says(0.95, 0.1), samples(("albef", False), number), known, torch.tensor([0.9, float("nan"), 0.7, float("nan")]))
     [(_, text)] = said()
     assert "hardest negatives 0.800; 100%, 0%, 50% are above" in text
 
@@ -254,5 +255,5 @@ def test_chance_alone_seldom_looks_sane():
 def test_scores_are_dropped_when_they_are_told():
     check = SanityCheck("con_d", 0.8)
     for _ in range(4):
-        check.look(Says(0.9, 0.1), {"text_input": ["a", "b"]}, torch.eye(2, dtype=torch.bool))
+        check.update(Says(0.9, 0.1), {"text_input": ["a", "b"]}, torch.eye(2, dtype=torch.bool))
     assert check.done and check.scores == check.hardest == []

@@ -14,7 +14,7 @@ import reduced as albef
 import reduced_blip2 as reduced
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2 import Blip2Mafa
-from lavis_mafa.models.con_d import Blip2Discriminator, build_discriminator
+from lavis_mafa.models.con_d import ConD, build_discriminator
 
 batch, ours, save = reduced.batch, reduced.ours, reduced.save
 IMAGE, TEXT = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([0, 1, 3, 2, 0, 3])
@@ -24,6 +24,13 @@ def build(checkpoint: Path, host: Any = None, arch: str = "blip2", precision: st
     """Con-D for a model with the settings ``changes``; ``con_d`` are more settings of the block itself."""
     named = {"arch": arch, "checkpoint": str(checkpoint), "precision": precision, **(con_d or {})}
     return build_discriminator(reduced.block(discriminator=named, **changes), host)
+
+
+@torch.no_grad()
+def in_step_of(host: Any, con_d: Any, samples: dict[str, Any]) -> Tensor:
+    """What it says in a step of ``host``."""
+    pairs, _, _ = host.encode(host.inputs(samples))
+    return con_d.in_step(False, pairs.vit_states).match_probability(samples, IMAGE, TEXT)
 
 
 @torch.no_grad()
@@ -75,7 +82,7 @@ def test_our_checkpoint_gives_the_models_own_probabilities(tmp_path, freeze):
     con_d = build(save(model, tmp_path / "ours.pth"), arch="blip2_mafa", image_encoder={"freeze": freeze})
     found = con_d.match_probability(batch(4), IMAGE, TEXT)
     with torch.no_grad():
-        pairs, _, _ = model.encode(batch(4))
+        pairs, _, _ = model.encode(model.inputs(batch(4)))
         close(found, pairs.itm_logits(IMAGE, TEXT).softmax(dim=1)[:, 1])
 
 
@@ -92,8 +99,7 @@ def test_bf16_is_close_to_fp32(checkpoint, matching, host, shared, autocast):
     con_d = build(checkpoint, host if shared else None, precision="bf16")
     assert con_d.shared is shared
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        host.encode(samples)
-        found = con_d.match_probability(samples, IMAGE, TEXT)
+        found = in_step_of(host, con_d, samples)
     assert found.dtype == torch.float32 and 0 <= found.min() and found.max() <= 1
     wanted = of_lavis(matching, samples)
     close(found, wanted, atol=0.05)
@@ -108,7 +114,7 @@ def test_verdicts_of_a_step_are_its_probabilities_of_what_was_mined(checkpoint, 
         samples = batch(4, index=torch.tensor([10, 11, 12, 13]))
         verdicts = host(samples).verdicts
         close(verdicts["probability"], alone.match_probability(samples, verdicts["image"] - 10, verdicts["text"] - 10))
-        assert "vit_states" not in samples  # the caller's batch is left as it was
+        assert samples.keys() == {"image", "text_input", "index"}  # the caller's batch is left as it was
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own encoder", "shared"])
@@ -118,7 +124,8 @@ def test_it_is_no_part_of_the_model_that_uses_it(checkpoint, host, shared):
     con_d = build(checkpoint, host if shared else None)
     host.set_discriminator(con_d)
     assert names == (set(host.state_dict()), len(list(host.parameters())), len(list(host.modules())))
-    parts = [con_d.network] + ([] if shared else [con_d.visual_encoder])
+    assert (con_d.network.visual_encoder is None) == shared
+    parts = [con_d.network]
     before = [{n: v.clone() for n, v in part.state_dict().items()} for part in parts]
     host.train()
     host(batch(4, index=torch.arange(4))).loss.backward()
@@ -133,10 +140,12 @@ def test_it_is_no_part_of_the_model_that_uses_it(checkpoint, host, shared):
 
 def test_equal_frozen_weights_are_shared(checkpoint, matching, host):
     con_d = build(checkpoint, host)
-    assert con_d.shared and con_d.visual_encoder is None
+    assert con_d.shared and con_d.network.visual_encoder is None
     with torch.no_grad():
         states = host.visual_encoder(batch(4)["image"])
-    found = con_d.match_probability({"text_input": batch(4)["text_input"], "vit_states": states}, IMAGE, TEXT)  # no image needed
+    in_step = con_d.in_step(False, states)
+    found = in_step.match_probability({"text_input": batch(4)["text_input"]}, IMAGE, TEXT)  # no image needed
+    assert con_d.vit_states is None  # nothing of a step is kept
     close(found, of_lavis(matching, batch(4)))
 
 
@@ -144,7 +153,7 @@ def test_from_config_gives_con_d_the_models_encoder(tmp_path, checkpoint, host):
     start = save(host, tmp_path / "start.pth")
     named = {"pretrained": str(start), "discriminator": {"arch": "blip2", "checkpoint": str(checkpoint)}, "ecm": {"enabled": True}}
     model = Blip2Mafa.from_config(OmegaConf.merge(OmegaConf.create(reduced.SIZES), named))
-    assert isinstance(model.discriminator, Blip2Discriminator) and model.discriminator.shared
+    assert isinstance(model.discriminator, ConD) and model.discriminator.shared
     assert torch.isfinite(model(batch(4)).loss)
 
 
@@ -152,10 +161,9 @@ def test_weights_that_differ_in_one_value_are_not_shared(checkpoint, matching, h
     with torch.no_grad():
         host.visual_encoder.blocks[1].mlp.fc2.bias[3] += 1e-3
     con_d = build(checkpoint, host)
-    assert not con_d.shared and con_d.visual_encoder is not None
+    assert not con_d.shared and con_d.network.visual_encoder is not None
     samples = batch(4)
-    host.encode(samples)
-    close(con_d.match_probability(samples, IMAGE, TEXT), of_lavis(matching, samples))
+    close(in_step_of(host, con_d, samples), of_lavis(matching, samples))
 
 
 def test_an_encoder_in_training_is_not_shared(checkpoint, matching):
@@ -163,7 +171,7 @@ def test_an_encoder_in_training_is_not_shared(checkpoint, matching):
     model.visual_encoder.load_state_dict(matching.visual_encoder.state_dict())
     con_d = build(checkpoint, model, image_encoder={"freeze": False})
     assert not con_d.shared
-    assert con_d.visual_encoder.frozen and not con_d.visual_encoder.training
+    assert con_d.network.visual_encoder.frozen and not con_d.network.visual_encoder.training
     close(con_d.match_probability(batch(4), IMAGE, TEXT), of_lavis(matching, batch(4)))
 
 
@@ -181,10 +189,9 @@ def test_a_checkpoint_without_an_encoder_takes_the_frozen_one(tmp_path, matching
     host.visual_encoder.as_published = True
     con_d = build(cut, host)
     host.visual_encoder.as_published = False
-    assert con_d.shared and con_d.visual_encoder is None
+    assert con_d.shared and con_d.network.visual_encoder is None
     samples = batch(4)
-    host.encode(samples)
-    close(con_d.match_probability(samples, IMAGE, TEXT), of_lavis(matching, samples))
+    close(in_step_of(host, con_d, samples), of_lavis(matching, samples))
 
 
 def test_without_any_encoder_its_file_must_be_named(tmp_path, matching):
@@ -204,8 +211,7 @@ def test_an_encoder_that_is_named_is_the_one_that_runs(tmp_path, matching):
     other = ours(9)
     con_d = build(cut, other, con_d={"image_encoder": {"init": str(tmp_path / "vit.pth")}})
     samples = batch(4)
-    other.encode(samples)
-    close(con_d.match_probability(samples, IMAGE, TEXT), of_lavis(matching, samples))
+    close(in_step_of(other, con_d, samples), of_lavis(matching, samples))
 
 
 def test_a_frozen_encoder_of_another_width_is_not_taken(tmp_path):
@@ -222,7 +228,7 @@ def test_a_checkpoint_of_another_resolution_is_resized(tmp_path):
     larger = reduced.lavis_matching(3, image_size=42)
     path = save(larger, tmp_path / "larger.pth")
     resized = build(path)
-    assert resized.visual_encoder.pos_embed.shape[1] == 17
+    assert resized.network.visual_encoder.pos_embed.shape[1] == 17
     assert resized.match_probability(batch(4), IMAGE, TEXT).isfinite().all()
     exact = build(path, image_encoder={"image_size": 42})
     samples = batch(4, size=42)
@@ -232,8 +238,7 @@ def test_a_checkpoint_of_another_resolution_is_resized(tmp_path):
     shared = build(path, model)
     assert shared.shared
     samples = batch(4)
-    model.encode(samples)
-    close(shared.match_probability(samples, IMAGE, TEXT), resized.match_probability(samples, IMAGE, TEXT))
+    close(in_step_of(model, shared, samples), resized.match_probability(samples, IMAGE, TEXT))
 
 
 def test_a_qformer_of_another_size_is_refused_with_both_sizes(tmp_path):
@@ -247,10 +252,10 @@ def test_a_qformer_of_another_size_is_refused_with_both_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("without", "changes", "message"),
     [
-        ("itm_head.", {}, "2 missing: itm_head.weight, itm_head.bias"),
+        ("itm_head.", {}, "no matching head"),
         ("ln_vision.bias", {}, "1 missing: ln_vision.bias"),
-        ("visual_encoder.blocks.1.norm2.", {}, "2 missing: blocks.1.norm2.weight, blocks.1.norm2.bias"),
-        ((), {"visual_encoder.another": torch.zeros(1)}, "1 left over: another"),
+        ("visual_encoder.blocks.1.norm2.", {}, "2 missing: visual_encoder.blocks.1.norm2.weight, visual_encoder.blocks.1.norm2.bias"),
+        ((), {"visual_encoder.another": torch.zeros(1)}, "1 left over: visual_encoder.another"),
     ],
 )
 def test_a_partly_matching_checkpoint_lists_the_keys(tmp_path, matching, host, without, changes, message):
@@ -275,10 +280,10 @@ def test_an_albef_may_ask_a_blip2(tmp_path):
         "qformer": {key: reduced.SIZES["qformer"][key] for key in ("width", "layers", "heads", "queries")},
     }
     model = albef.AlbefMafa.from_config(OmegaConf.create({**albef.SIZES, "ecm": {"enabled": True}, "discriminator": named}))
-    assert isinstance(model.discriminator, Blip2Discriminator) and not model.discriminator.shared
+    assert isinstance(model.discriminator, ConD) and not model.discriminator.shared
     samples = albef.batch(4, index=torch.arange(4))
     verdicts = model(samples).verdicts
     with torch.no_grad():
-        pairs, _, _ = judge.encode(samples)
+        pairs, _, _ = judge.encode(judge.inputs(samples))
         wanted = pairs.itm_logits(verdicts["image"], verdicts["text"]).softmax(dim=1)[:, 1]
     close(verdicts["probability"], wanted)

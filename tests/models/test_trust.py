@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from lavis_mafa.models.trust import Histogram, Medians, ShareWatch, median
+from lavis_mafa.models.sanity import Histogram, Medians, ShareWatch, median
 
 
 @pytest.mark.parametrize(

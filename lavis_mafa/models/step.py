@@ -1,0 +1,133 @@
+"""What goes into a training step and what comes out of it, typed; and what users hand us, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+from lavis_mafa.errors import UserError
+from lavis_mafa.objectives import EncodedBatch, PairModel
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What one step reads of LAVIS's ``samples``. Who trains without our runner need not give what has a default."""
+
+    samples: dict[str, Any]  # the whole, with ``text_input`` as a list: Con-D gets it
+    image: Tensor  # [B, 3, H, W] on the model's device
+    captions: list[str]  # B
+    index: Tensor | None = None  # LongTensor[B], rows of the data set
+    image_key: Tensor | None = None  # LongTensor[B], equal for one image
+    grouped: bool = False  # does GRIT's order serve this epoch
+    epoch: int = 0
+    step: int = 0  # of the epoch
+    steps_per_epoch: int = 1
+    first_of_window: bool = True  # of the steps whose gradients are accumulated
+
+    @classmethod
+    def of(cls, samples: dict[str, Any], device: Any) -> StepInputs:
+        """From samples that :func:`check_samples` gives."""
+        return cls(
+            samples,
+            samples["image"].to(device),
+            samples["text_input"],
+            samples.get("index"),
+            samples.get("image_key"),
+            bool(samples.get("grouped", False)),
+            samples.get("epoch", 0),
+            samples.get("iters", 0),
+            samples.get("num_iters_per_epoch", 1),
+            samples.get("first_of_window", True),
+        )
+
+
+class Encoded(NamedTuple):
+    """A batch as its host encoded it."""
+
+    pairs: PairModel  # for ITM, LM; with ``vit_states`` [K, N, width] where a Con-D may share the host's frozen ViT
+    batch: EncodedBatch  # for ITC and mining
+    features: tuple[Tensor, Tensor]  # [B, d] of images and texts, without gradient: for GRIT
+
+
+@dataclass
+class PretrainOutput(ModelOutput):
+    """Losses, GRIT's features, metrics for the log, and what Con-D judged; by attribute and by key, as in LAVIS.
+
+    ``stats`` is a dict of plain floats: reading it copies from the device, so read it when logging and not every step.
+    """
+
+    loss: Tensor | None = None
+    loss_itc: Tensor | None = None
+    loss_itm: Tensor | None = None
+    loss_mlm: Tensor | None = None
+    loss_lm: Tensor | None = None
+    image_features: Tensor | None = None  # [B, d] fp32, no gradient
+    text_features: Tensor | None = None  # [B, d]
+    metrics: dict[str, Tensor] | None = None  # Tensor[] each, on the device
+    verdicts: dict[str, Tensor] | None = None  # [2B] each: image, text (data set indices), probability, positive, ambiguous
+    ranges: dict[str, Tensor] | None = None  # [2] each, least and greatest: where to look when a loss is not finite
+
+    @property
+    def stats(self) -> dict[str, float]:
+        metrics = dict(self.metrics or {})
+        for name in ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_lm"):
+            value = getattr(self, name)
+            if value is not None:
+                metrics[name] = value.detach()
+        values = torch.stack([v.float() for v in metrics.values()]).tolist()
+        return dict(zip(metrics, values, strict=True))
+
+
+def check_samples(samples: dict[str, Any], image_size: int, *keys: str) -> dict[str, Any]:
+    """LAVIS's samples with ``text_input`` as a list; a single text is a list of one.
+
+    Raises:
+        UserError: of ``keys`` (image, text_input) one is missing or of another form, or there are not as many texts (or image keys, or
+            indices) as images.
+    """
+    for key in keys:
+        if samples.get(key) is None:
+            raise UserError(f"samples has no {key!r}; needed: {' and '.join(keys)}.")
+    if "image" in keys:
+        image = samples["image"]
+        if not isinstance(image, Tensor) or image.dim() != 4 or tuple(image.shape[1:]) != (3, image_size, image_size):
+            found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            hint = "; give one image as image.unsqueeze(0)" if isinstance(image, Tensor) and image.dim() == 3 else ""
+            raise UserError(f"samples['image'] is {found}; needed: a tensor [B, 3, {image_size}, {image_size}]{hint}.")
+        if not len(image):
+            raise UserError("samples['image'] has no image; needed: at least one.")
+        if image.dtype not in FLOATS:
+            raise UserError(f"samples['image'] is {image.dtype}; needed: torch.float32, normalised as an image processor gives it.")
+    if "text_input" not in keys:
+        return samples
+    texts = samples["text_input"]
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong or not texts:
+        raise UserError(f"samples['text_input'] holds {wrong[0] if wrong else 'nothing'!r}; needed: a list of texts, one an image.")
+    if "image" in keys and len(texts) != len(samples["image"]):
+        raise UserError(f"samples has {len(samples['image'])} images and {len(texts)} texts (text_input); needed: one text an image.")
+    for key in ("index", "image_key"):
+        if samples.get(key) is not None and (not isinstance(samples[key], Tensor) or samples[key].shape != (len(texts),)):
+            raise UserError(f"samples[{key!r}] is {samples[key]!r}; needed: a LongTensor [{len(texts)}], a number a text.")
+    return {**samples, "text_input": texts}
+
+
+def check_lengths(shortest: int, longest: int, beams: int, lines: int = 1, sampled: bool = False) -> None:
+    """Can texts of these lengths be generated, ``lines`` each? A search takes its lines from its beams. Raises UserError."""
+    if longest < 1 or shortest > longest:
+        raise UserError(
+            f"min_length is {shortest} and max_length {longest}; allowed: a max_length of 1 or more, and at least min_length."
+        )
+    if beams < 1 and not sampled:
+        raise UserError(f"num_beams is {beams}; allowed: 1 or more.")
+    if lines < 1:
+        raise UserError(f"num_captions is {lines}; allowed: 1 or more.")
+    if lines > beams and not sampled:
+        raise UserError(f"num_captions is {lines}, but num_beams is {beams}; allowed: at most as many.")
