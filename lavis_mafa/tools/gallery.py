@@ -164,11 +164,9 @@ def distinct_candidates(run: int, connections: pa.Table, rows: TrainingRows) -> 
 
 
 def gallery_data(runs: list[Run], data: list[TrainingRows], candidates: list[list[Candidate]], at_most: int) -> dict[str, Any]:
-    """What the page's script shows.
+    """What the page's script shows: ``at_most`` connections in the gallery, half of them from each direction, and disagreements.
 
-    Args:
-        runs: all runs. data: their training rows. candidates: of each run, the surest first; empty where none was recorded.
-        at_most: how many go into the gallery, half of them from each direction.
+    ``data`` and ``candidates``, the surest first, are those of each run.
     """
     everyone = sorted((c for found in candidates for c in found), key=lambda c: -c.probability)
     doubted = [c for c in everyone if c.verdict == 2 and c.true is False][:DISAGREEMENTS]

@@ -39,11 +39,7 @@ EXAMPLES = 6
 
 
 def albef_results(runs: dict[str, Path], datasets: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """Every number of the table, from the runs' files and the data of all splits.
-
-    Args:
-        runs: the folders of "start" (Con-D's first half), "GRIT" and "MAFA".
-    """
+    """Every number of the table; ``runs``: the folders of "start" (Con-D's first half), "GRIT" and "MAFA"."""
     dataset = datasets["train"].datasets[0]
     keys, connections = own_text_keys(dataset), read_connections(runs["MAFA"])
     metrics = {name: read_metrics(runs[name]) for name in ("GRIT", "MAFA")}
@@ -124,11 +120,7 @@ def albef_text(results: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path, results: dict[str, Any], runs: dict[str, Path], about: dict[str, str]) -> Path:
-    """Write ``results.json``, ``curves.png`` and ``report.html`` into ``folder``; returns the page.
-
-    Args:
-        runs: the folders of "start" (Con-D's first half), "GRIT" and "MAFA".
-    """
+    """Write ``results.json``, ``curves.png`` and ``report.html`` into ``folder``; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "results.json", json.dumps({**results, "about": about}, indent=2))
     start, *compared = (replace(run, name=name) for run, name in zip(open_runs([*runs.values()]), runs, strict=True))
@@ -169,12 +161,7 @@ def _mean(values: list[float]) -> float:
 
 
 def blip2_results(stage_1: Path, captions: Any, answers: Any) -> dict[str, Any]:
-    """Everything that is shown, as it goes into ``results.json``.
-
-    Args:
-        stage_1: folder of the stage-1 run.
-        captions: the finished runner of the captioning evaluation; answers: that of the question answering.
-    """
+    """Everything that is shown, from the folder of stage 1 and the finished runners that wrote captions and answered questions."""
     last = last_epoch(read_metrics(stage_1))
     return {
         "stage_1": {name: last[name] for name in STAGE_1 if name in last} | {"retrieval": read_evaluations(stage_1).get("val", {})},

@@ -44,7 +44,6 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
     """The page, and the data of its gallery.
 
     Args:
-        runs: at least one.
         at_most: so many connections go into the gallery.
         template: a file of the folder ``page`` that extends ``report.html``. values: what else is in it.
     """
@@ -195,14 +194,9 @@ def truth_table(runs: list[Run], candidates: list[list[Candidate]]) -> Table | N
 
 
 def con_d_score(judged: list[tuple[bool, bool]]) -> dict[str, Any]:
-    """Con-D's verdict "positive" against the truth.
+    """Counts and shares of pairs, given as (does it truly match, was it judged positive); a share of nothing is NaN.
 
-    Args:
-        judged: of each pair whether it truly matches, and whether it was judged positive.
-
-    Returns:
-        ``pairs`` and ``positive``, counts; ``true_share`` of all pairs, which guessing would reach as precision; ``precision`` and
-        ``recall``. A share of nothing is NaN.
+    ``true_share`` of all pairs is the ``precision`` that guessing would reach.
     """
     true, positive = sum(true for true, _ in judged), sum(said for _, said in judged)
     both = sum(true and said for true, said in judged)

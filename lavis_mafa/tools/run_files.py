@@ -28,11 +28,7 @@ class Run:
 
 
 def open_runs(folders: list[Path]) -> list[Run]:
-    """The runs, each named by the shortest end of its path that tells them apart.
-
-    Raises:
-        UserError: a folder is not there, or holds neither metrics nor an evaluation.
-    """
+    """The runs, each named by the shortest end of its path that tells them apart; raises UserError where a folder is none of a run."""
     distinct = list({folder.resolve(): folder for folder in folders}.values())
     names = _names([folder.resolve() for folder in distinct])
     return [_open_run(folder, name) for folder, name in zip(distinct, names, strict=True)]
@@ -49,11 +45,7 @@ def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_connections(run: Path) -> pa.Table:
-    """All recorded verdicts of all epochs and ranks.
-
-    Raises:
-        UserError: there are none, or a file is damaged.
-    """
+    """All recorded verdicts of all epochs and ranks; raises UserError where there are none, or a file is damaged."""
     tables = []
     for file in _connection_files(run):
         try:
