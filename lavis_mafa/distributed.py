@@ -35,6 +35,10 @@ class Launcher:
     local_rank: str
     local_size: str
 
+    @property
+    def size(self) -> int:
+        return next((number for name in self.world_size if (number := _number(name, 1)) is not None), 1)
+
 
 LAUNCHERS = (
     # of a step's own number of tasks: `srun --pty bash` in a job of eight starts one
@@ -56,58 +60,48 @@ def is_one_of_several(url: str = "env://") -> bool:
         UserError: numbers that are none or do not fit, or nobody knows where rank 0 is.
     """
     environment, by_name = os.environ, url == "env://"
-    launcher = _launcher()
-    asked = {name: _number(name, least) for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
-    rank, size, local = asked.values()
-    of_launcher = launcher is not None and (rank is None or size is None)
-    if launcher is not None and of_launcher:
-        rank, size = _number(launcher.rank, 0), _size(launcher)
-    if (rank or 0) >= (size or 1):
+    launcher, rank, size = _place()
+    local = _number("LOCAL_RANK", 0)
+    if (rank or 0) >= (size or 1) or (rank is None and (size or 1) > 1):
+        shown = ["not set" if number is None else number for number in (rank, size)]
         raise UserError(
-            f"RANK is {rank} and WORLD_SIZE {'not set' if size is None else size} in the environment, but ranks count from 0 to "
-            f"WORLD_SIZE - 1. `{HOW}` sets both; for a single process unset them."
+            f"RANK is {shown[0]} and WORLD_SIZE {shown[1]} in the environment, but ranks count from 0 to WORLD_SIZE - 1. "
+            f"`{HOW}` sets both; for a single process unset them."
         )
-    if size is not None and size > 1 and rank is None:
-        raise UserError(f"WORLD_SIZE is {size} in the environment, but RANK is not set. `{HOW}` sets both; else unset it.")
     if size is None or rank is None or (size == 1 and by_name and not environment.get("MASTER_ADDR")):
         return False
-
-    if local is None and launcher is not None and (number := _number(launcher.local_rank, 0)) is not None:
-        environment["LOCAL_RANK"] = str(number)
+    numbered = "RANK" in environment and "WORLD_SIZE" in environment
+    if launcher is not None and local is None and (local := _number(launcher.local_rank, 0)) is not None:
+        environment["LOCAL_RANK"] = str(local)
     if by_name:
-        if not environment.get("MASTER_ADDR"):
-            environment["MASTER_ADDR"] = _address(launcher, rank, size)
-        if not environment.get("MASTER_PORT"):
-            environment["MASTER_PORT"] = str(_port(launcher))
-        port = environment["MASTER_PORT"]
+        environment["MASTER_ADDR"] = environment.get("MASTER_ADDR") or _address(launcher, rank, size)
+        port = environment["MASTER_PORT"] = environment.get("MASTER_PORT") or str(_port(launcher))
         if not port.isdecimal() or not 0 < int(port) < 65536:
             raise UserError(f"MASTER_PORT is {port!r} in the environment; allowed: a number from 1 to 65535, such as {PORT}.")
     environment["RANK"], environment["WORLD_SIZE"] = str(rank), str(size)
-    if launcher is not None and of_launcher and rank == 0:
+    if launcher is not None and not numbered and rank == 0:
         place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}" if by_name else url
         print(
             f"lavis-mafa: this is rank 0 of the {size} tasks that {launcher.name} says there are; waiting for the others at {place}. "
-            f"(In a batch script every task is started by `srun lavis-mafa ...`; RANK=0 WORLD_SIZE=1 in the environment trains alone.)",
+            "(In a batch script every task is started by `srun lavis-mafa ...`; RANK=0 WORLD_SIZE=1 in the environment trains alone.)",
             file=sys.stderr,
         )
     return True
 
 
 def rank_and_size() -> tuple[int, int]:
-    """The same two numbers for a command that runs in one process alone, which writes nothing and waits for nobody.
-
-    Raises:
-        UserError: one is none.
-    """
-    launcher, rank, size = _launcher(), _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if launcher is not None and (rank is None or size is None):
-        rank, size = _number(launcher.rank, 0), _size(launcher)
+    """The same two numbers for a command that runs in one process alone, which writes nothing and waits for nobody."""
+    _, rank, size = _place()
     return rank or 0, size or 1
 
 
-def _launcher() -> Launcher | None:
-    """What started this process beside others, if it is none of PyTorch's."""
-    return next((one for one in LAUNCHERS if one.rank in os.environ and _size(one) > 1), None)
+def _place() -> tuple[Launcher | None, int | None, int | None]:
+    """What started this process beside others, if it is none of PyTorch's; rank and world size, its own where PyTorch's are not set."""
+    launcher = next((one for one in LAUNCHERS if one.rank in os.environ and one.size > 1), None)
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if launcher is not None and (rank is None or size is None):
+        rank, size = _number(launcher.rank, 0), launcher.size
+    return launcher, rank, size
 
 
 def _number(name: str, least: int) -> int | None:
@@ -119,19 +113,15 @@ def _number(name: str, least: int) -> int | None:
     return int(text)
 
 
-def _size(launcher: Launcher) -> int:
-    return next((number for name in launcher.world_size if (number := _number(name, 1)) is not None), 1)
-
-
 def _address(launcher: Launcher | None, rank: int, size: int) -> str:
     """Of rank 0's machine."""
-    if launcher is not None:
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST")
-        one_machine = os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES")) == "1"
-        if launcher.name == "srun" and nodes and not one_machine:
-            return first_node(nodes)
-        if (launcher.name == "srun" and one_machine) or os.environ.get(launcher.local_size) == str(size):
-            return "127.0.0.1"
+    slurm, get = launcher is LAUNCHERS[0], os.environ.get
+    if slurm and get("SLURM_STEP_NUM_NODES", get("SLURM_NNODES")) == "1":
+        return "127.0.0.1"
+    if slurm and (nodes := get("SLURM_STEP_NODELIST") or get("SLURM_JOB_NODELIST") or get("SLURM_NODELIST")):
+        return first_node(nodes)
+    if launcher is not None and get(launcher.local_size) == str(size):
+        return "127.0.0.1"
     started = f"{launcher.name} started {size} processes" if launcher else f"RANK is {rank} and WORLD_SIZE {size} in the environment"
     raise UserError(
         f"{started}, but MASTER_ADDR is not set, so that they cannot find each other. Set it to rank 0's machine (and MASTER_PORT), "
@@ -146,14 +136,14 @@ def first_node(nodes: str) -> str:
         >>> first_node("gpu[003-006,010]-ib,cpu1")
         'gpu003-ib'
     """
-    name = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodes.strip()).group())  # type: ignore[union-attr]
-    return name
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodes.strip()).group()  # type: ignore[union-attr]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _port(launcher: Launcher | None) -> int:
     """The same on all ranks, and most likely another one for each of Slurm's jobs and steps on a machine."""
     job, step = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_STEP_ID", "0")
-    if launcher is None or launcher.name != "srun" or not job.isdecimal() or not step.isdecimal():
+    if launcher is not LAUNCHERS[0] or not job.isdecimal() or not step.isdecimal():
         return PORT
     return 20_000 + (int(job) + 101 * int(step)) % 10_000
 
@@ -199,31 +189,29 @@ def init_process_group(run: Any) -> None:
         RankLost: some rank did not come.
         UserError: see :func:`check_backends`, :func:`is_one_of_several`, :func:`own_gpu`.
     """
-    if not is_one_of_several(run.get("dist_url", "env://")):
-        run.distributed = False
+    global _timeout
+    url = run.get("dist_url", "env://")
+    run.distributed = is_one_of_several(url)
+    if not run.distributed:
         return
     run.rank, run.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = str(run.get("device", "cuda")).startswith("cuda") and torch.cuda.is_available()
     run.gpu = own_gpu(run.rank, torch.cuda.device_count()) if on_gpu else int(os.environ.get("LOCAL_RANK", 0))
-    run.distributed = True
     run.dist_backend = "nccl" if on_gpu else "gloo"
     if on_gpu:
         torch.cuda.set_device(run.gpu)
     from torch.distributed.rendezvous import rendezvous  # not in every build of torch
 
-    # The watch of the ranks knows names and speaks first. This ends what it takes for work: a rank that is busy without end.
-    global _timeout
+    # The watchdog knows names and speaks first. This ends what it takes for work: a rank that is busy without end.
     timeout = _timeout = datetime.timedelta(minutes=2 * rank_timeout_minutes(run) + 1)
     try:
-        url = run.get("dist_url", "env://")
         store, _, _ = next(rendezvous(url, run.rank, run.world_size, timeout=timeout))
         check_backends(store, run.rank, run.world_size, run.dist_backend)
         dist.init_process_group(run.dist_backend, init_method=url, world_size=run.world_size, rank=run.rank, timeout=timeout)
         dist.barrier()
     except dist.DistError as error:
-        raise RankLost(
-            f"rank {run.rank} of {run.world_size} waited up to {timeout} h for the others, but not all came: {error}"
-        ) from error
+        came = f"rank {run.rank} of {run.world_size} waited up to {timeout} h for the others, but not all came"
+        raise RankLost(f"{came}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -257,9 +245,6 @@ def own_gpu(rank: int, visible: int) -> int:
 
 def check_backends(store: dist.Store, rank: int, world_size: int, backend: str) -> None:
     """Before anything waits: gloo here and nccl there, as on a machine whose GPUs are not visible, would wait for each other.
-
-    Args:
-        store: where the ranks find each other. rank, world_size, backend: of this process.
 
     Raises:
         UserError: on rank 0 and on each rank that differs from it.

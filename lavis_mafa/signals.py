@@ -23,13 +23,13 @@ ALWAYS = (signal.SIGINT, signal.SIGTERM)
 # where nobody else has taken them: under nohup SIGHUP is ignored, submitit has handlers of its own
 IF_FREE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
-_process = os.getpid()
 _first: tuple[int, float] | None = None  # the first signal and when it came
+_process = os.getpid()
+_own_process = False
 _postponed = False
-_leaving = False
-_wake: int | None = None  # the end of a pipe: a lock could be held where the signal arrives
-_goodbye = "stopped."
-_finishing: set[int] = set()  # threads that must be done before the process ends
+_leaving = threading.Event()
+_finishing = threading.Lock()
+_goodbye = ""
 
 
 class Stopped(SystemExit):
@@ -54,12 +54,11 @@ def watch(goodbye: str) -> None:
     """From now on the first signal raises ``KeyboardInterrupt`` here, but not in forked workers, and the process ends within
     ``PATIENCE`` seconds whatever becomes of that, or when the checkpoint that is being written is complete. A second ctrl-C ends it
     at once."""
-    global _wake, _goodbye
-    _goodbye = goodbye
-    reader, _wake = os.pipe()
+    global _goodbye, _own_process
+    _goodbye, _own_process = goodbye, True
 
     def end_after_patience() -> None:
-        os.read(reader, 1)
+        _leaving.wait()
         time.sleep(PATIENCE)
         leave()
 
@@ -72,13 +71,9 @@ def postponed() -> Iterator[None]:
     """Inside, the first signal only makes :func:`asked` tell it: who trains looks at it, saves, and raises :class:`Stopped`.
 
     One that came too late for that raises ``KeyboardInterrupt`` at the end. Works without :func:`watch` too.
-
-    Example:
-        >>> with postponed():
-        ...     train_until(asked)
     """
     global _postponed, _first
-    if not _leaving:
+    if not _leaving.is_set():
         _first = None  # of a training that a signal ended earlier in this process
     before = _install()
     _postponed = True
@@ -92,15 +87,10 @@ def postponed() -> Iterator[None]:
         _leave_soon()
 
 
-@contextlib.contextmanager
-def finished_first() -> Iterator[None]:
-    """What this thread does inside (writing a checkpoint) is waited for when a signal ends the process."""
-    thread = threading.get_ident()
-    _finishing.add(thread)
-    try:
-        yield
-    finally:
-        _finishing.discard(thread)
+def finished_first() -> threading.Lock:
+    """``with finished_first():`` what is done inside (writing a checkpoint), by one thread at a time, is waited for when a signal ends
+    the process."""
+    return _finishing
 
 
 def patient_worker(_: int) -> None:
@@ -125,23 +115,24 @@ def patient_worker(_: int) -> None:
 
 
 def leave(at_once: bool = False) -> NoReturn:
-    """Wait for what must be finished, say goodbye, end the workers, and end; without the interpreter's own way out, which would wait
-    for threads and workers."""
-    global _goodbye
-    while _finishing and not at_once:
-        time.sleep(0.05)
-    goodbye, _goodbye = _goodbye, ""  # main and the patient thread may both come here
-    if goodbye:
-        with contextlib.suppress(OSError):
-            print(goodbye, file=sys.stderr, flush=True)
+    """Wait for what must be finished, say goodbye, and end."""
+    if not at_once:
+        _finishing.acquire()  # main and the patient thread may both come here: one goes on
+    with contextlib.suppress(OSError):
+        print(_goodbye, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    end_process(exit_code())
+
+
+def end_process(code: int) -> NoReturn:
+    """Without the interpreter's own way out, which would wait for threads, workers, and a main thread that hangs."""
     for child in multiprocessing.active_children():
         child.kill()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(exit_code())
+    os._exit(code)
 
 
 def _install() -> dict[int, Any]:
+    """Take the signals; returns the handlers they had."""
     global _process
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -154,19 +145,15 @@ def _on_signal(number: int, _: Any) -> None:
     global _first
     if os.getpid() != _process:  # a forked child: the terminal's ctrl-C is not meant for it
         if number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-    elif _first is not None:
-        if number == signal.SIGINT and time.monotonic() - _first[1] > ONCE_MORE and _wake is not None:
+            os._exit(128 + number)
+        return
+    if _first is not None:
+        if number == signal.SIGINT and time.monotonic() - _first[1] > ONCE_MORE and _own_process:
             leave(at_once=True)
-    else:
-        _first = number, time.monotonic()
-        if not _postponed:
-            _leave_soon()
-        _say_that_it_stops()
-
-
-def _say_that_it_stops() -> None:
+        return
+    _first = number, time.monotonic()
+    if not _postponed:
+        _leave_soon()
     try:
         os.write(2, b"\nstopping: this step is finished and the run saved; ctrl-C once more stops at once\n")
     except OSError:  # the terminal is gone: nothing that is said later may end the run before it is saved
@@ -176,9 +163,6 @@ def _say_that_it_stops() -> None:
 
 
 def _leave_soon() -> NoReturn:
-    global _leaving
-    _leaving = True
     sys.unraisablehook = lambda _: None  # half-built loaders complain when they are collected
-    if _wake is not None:
-        os.write(_wake, b"x")
+    _leaving.set()
     raise KeyboardInterrupt

@@ -16,7 +16,6 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.runners import agreement
 from lavis_mafa.runners import agreement as fingerprint
 from lavis_mafa.runners.agreement import (
-    check_agreement,
     check_ranks_agree,
     column_fingerprint,
     data_difference,
@@ -100,14 +99,14 @@ def test_what_a_checkpoint_says_of_its_data():
         return data_record(ConcatDataset([Pairs(list(part)) for part in parts]))
 
     assert data_difference(record("ab", "c"), record("ab", "c")) is None
-    assert data_difference(record("ab", "c"), record("ab", "cde")) == "the data had 3 rows, now 5"
-    assert data_difference(record("ab", "c"), record("a", "bc")) == "the data had parts of 2, 1 rows, now 1, 2"
-    assert data_difference(record("ab"), record("a", "b")) == "the data had parts of 2 rows, now 1, 1"
+    assert data_difference(record("ab", "c"), record("ab", "cde")) == "the data had 2 + 1 rows, now 2 + 3"
+    assert data_difference(record("ab", "c"), record("a", "bc")) == "the data had 2 + 1 rows, now 1 + 2"
+    assert data_difference(record("ab"), record("a", "b")) == "the data had 2 rows, now 1 + 1"
     for other in (record("ab", "x"), record("ba", "c"), [{"rows": 2, "columns": {}}, *record("c")]):
         assert data_difference(record("ab", "c"), other) == "row content differs since the checkpoint was written (image)"
         assert data_difference(other, record("ab", "c")) == "row content differs since the checkpoint was written (image)"
-    for torn in ("x", [3], [{"rows": "3", "columns": {}}], [{"rows": 3, "columns": None}], {}):
-        with pytest.raises(ValueError, match="the saved record of the data must"):
+    for torn in ("x", [3], [{"rows": "x", "columns": {}}], [{"rows": 3, "columns": None}], [{}], 7):
+        with pytest.raises(ValueError, match="the saved record of the data is damaged"):
             data_difference(torn, record("ab"))
 
 
@@ -132,11 +131,11 @@ def test_what_may_differ_is_not_compared():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"init_lr": 0.2}, "setting run.init_lr: 0.1 on ranks 0-1, 3, 0.2 on rank 2 (c). Start every rank with the same YAML"),
-        ({"extra": 5}, "setting run.extra: None on ranks 0-1, 3, 5 on rank 2 (c)."),
-        ({"images": ["a"]}, "data coco.train: samples: 2 on ranks 0-1, 3, 1 on rank 2 (c)"),
+        ({"init_lr": 0.2}, "setting run.init_lr: 0.1 on rank 0 (a), 0.2 on rank 2 (c). Start every rank with the same YAML"),
+        ({"extra": 5}, "setting run.extra: None on rank 0 (a), 5 on rank 2 (c)."),
+        ({"images": ["a"]}, "data coco.train: samples: 2 on rank 0 (a), 1 on rank 2 (c)"),
         ({"images": ["a", "x"]}, "data coco.train: contents of image: "),
-        ({"width": 3}, "model parameters: 3 on ranks 0-1, 3, 4 on rank 2 (c)"),
+        ({"width": 3}, "model parameters: 3 on rank 0 (a), 4 on rank 2 (c)"),
     ],
 )
 def test_the_difference_is_named_with_its_ranks_and_values(changes, named):
@@ -146,14 +145,16 @@ def test_the_difference_is_named_with_its_ranks_and_values(changes, named):
     assert first_differences([facts(), facts()], ["a", "b"]) is None
 
 
-def test_many_differences_are_cut_short():
-    message = first_differences([{f"setting {n}": n for n in range(9)}, {}], ["a", "b"])
+def test_many_differences_and_ranks_are_cut_short():
+    message = first_differences([{f"setting {n}": n for n in range(9)}, *[{} for _ in range(6)]], list("abcdefg"))
     assert message is not None and message.count("setting") == 3 and "; and 6 more. Start every rank" in message
+    assert "setting 0: 0 on rank 0 (a), None on rank 1 (b), None on rank 2 (c), None on rank 3 (d) and 3 more; " in message
 
 
 def test_all_ranks_raise_and_a_single_process_computes_nothing(monkeypatch):
     check_ranks_agree(None, None, None)
-    check_agreement({"setting x": 1})
+    monkeypatch.setattr(agreement, "world_size", lambda: 2)
+    monkeypatch.setattr(agreement, "facts_of_run", lambda *_: {"library torch": "2.6"})
     monkeypatch.setattr(agreement, "gather_objects", lambda mine: [("a", {"library torch": "2.5"}), mine])
     with pytest.raises(UserError, match=r"library torch: 2.5 on rank 0 \(a\), 2.6 on rank 1 .* Install the same versions"):
-        check_agreement({"library torch": "2.6"})
+        check_ranks_agree(None, None, None)

@@ -88,7 +88,7 @@ def test_a_single_process_stays_alone(joined, environment):
         ({**BY_HAND, "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
         ({**BY_HAND, "RANK": "2"}, "RANK is 2 and WORLD_SIZE 2"),
         ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE not set"),
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "WORLD_SIZE is 2 in the environment, but RANK is not set"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "RANK is not set and WORLD_SIZE 2 in the environment"),
         ({**SLURM, "SLURM_PROCID": ""}, "SLURM_PROCID is ''"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "srun started 2 processes, but MASTER_ADDR is not set"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "mpirun started 2 processes, but MASTER_ADDR is not set"),

@@ -16,29 +16,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_mafa import __version__
-from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import gather_objects, world_size
 from lavis_mafa.errors import UserError
 
+pc: Any = pyarrow.compute  # whose functions a type checker cannot see: they are made at the import
 ROWS_AT_ONCE = 10_000
 
 
 def fingerprints(dataset: Any) -> dict[str, str]:
-    """Of every row of our tables, and of a list of annotations as LAVIS's data sets have it.
+    """Of every row, by column of our tables or by list of annotations as LAVIS's data sets have it; images are not looked at.
 
-    Images are not looked at. Five million captions with their paths, half a gigabyte, take half a second in a table, and in
-    LAVIS's lists about as long as reading them took.
-
-    Returns:
-        By column or list, text that differs where the contents do; empty for a data set that has neither.
-
-    Example:
-        >>> fingerprints(ImageTextPairs(...))
-        {'image': '5f1b2c3d', 'caption': '9e107d9d'}
+    Five million captions with their paths, half a gigabyte, take half a second in a table, and in LAVIS's lists about as long as
+    reading them took.
     """
     table = getattr(dataset, "table", None)
     if isinstance(table, pa.Table):
@@ -49,11 +43,10 @@ def fingerprints(dataset: Any) -> dict[str, str]:
 
 def parts(dataset: Any) -> Iterator[Any]:
     """The data sets that one is put together from; itself, if it is not."""
-    children = getattr(dataset, "datasets", None)
-    if children is None and not isinstance(dataset, tuple | list):
+    children = dataset if isinstance(dataset, tuple | list) else getattr(dataset, "datasets", None)
+    if children is None:
         yield dataset
-        return
-    for child in dataset if children is None else children:
+    for child in children or ():
         yield from parts(child)
 
 
@@ -67,26 +60,17 @@ def data_difference(saved: Any, now: Sequence[Mapping[str, Any]]) -> str | None:
 
     Raises:
         ValueError: ``saved`` is no such record.
-
-    Example:
-        >>> data_difference([{"rows": 24, "columns": {}}], [{"rows": 28, "columns": {}}])
-        'the data had 24 rows, now 28'
     """
-    if not isinstance(saved, list) or not all(isinstance(part, dict) for part in saved):
-        raise ValueError("the saved record of the data must be a list of dictionaries.")
-    rows, columns = [part.get("rows") for part in saved], [part.get("columns") for part in saved]
-    if not all(isinstance(count, int) for count in rows) or not all(isinstance(names, dict) for names in columns):
-        raise ValueError("the saved record of the data must have rows and columns.")
+    try:
+        rows, columns = [int(part["rows"]) for part in saved], [dict(part["columns"]) for part in saved]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError("the saved record of the data is damaged.") from error
     here = [part["rows"] for part in now]
-    if sum(rows) != sum(here):
-        return f"the data had {sum(rows)} rows, now {sum(here)}"
     if rows != here:
-        return f"the data had parts of {', '.join(map(str, rows))} rows, now {', '.join(map(str, here))}"
+        return f"the data had {' + '.join(map(str, rows))} rows, now {' + '.join(map(str, here))}"
     pairs = [(then, part["columns"]) for then, part in zip(columns, now, strict=True)]
     names = dict.fromkeys(name for then, today in pairs for name in (*today, *then) if then.get(name) != today.get(name))
-    if names:
-        return f"row content differs since the checkpoint was written ({', '.join(map(str, names))})"
-    return None
+    return f"row content differs since the checkpoint was written ({', '.join(map(str, names))})" if names else None
 
 
 def rows_fingerprint(rows: Sequence[Any]) -> int:
@@ -108,36 +92,31 @@ def column_fingerprint(column: pa.ChunkedArray) -> int:
     return zlib.crc32(repr(sorted(running.items())).encode())
 
 
-def _contents(array: pa.Array, part: str) -> Iterator[tuple[str, memoryview]]:
-    """Names and bytes such that equal arrays, in pieces or whole, give the same bytes under each name."""
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        yield f"lengths of {part}", _numbers(pc.list_value_length(array))
-        yield from _contents(array.flatten(), f"items of {part}")
-    elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-        yield f"lengths of {part}", _numbers(pc.binary_length(array))
-        if array.null_count:
-            array = pc.drop_null(array)  # what a buffer has where a null is means nothing
-        yield part, _text(array)
-    else:
+def _contents(array: pa.Array, part: str) -> Iterator[tuple[str, Any]]:
+    """Names and buffers such that equal arrays, in pieces or whole, give the same bytes under each name."""
+    is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    large = pa.types.is_large_string(array.type)
+    if not is_list and not large and not pa.types.is_string(array.type):
         yield from _contents(array.cast(pa.string()), part)
-
-
-def _numbers(lengths: pa.Array) -> memoryview:
-    return memoryview(pc.fill_null(lengths, -1).cast(pa.int64()).to_numpy(zero_copy_only=False)).cast("B")
-
-
-def _text(array: pa.Array) -> memoryview:
+        return
+    lengths = pc.list_value_length(array) if is_list else pc.binary_length(array)
+    yield f"lengths of {part}", pc.fill_null(lengths, -1).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    if is_list:
+        yield from _contents(array.flatten(), f"items of {part}")
+        return
+    array = pc.drop_null(array) if array.null_count else array  # what a buffer has where a null is means nothing
     _, offsets, data = array.buffers()
-    if data is None or len(array) == 0:
-        return memoryview(b"")
-    starts = np.frombuffer(offsets, np.int64 if pa.types.is_large_string(array.type) else np.int32)
-    return memoryview(data)[starts[array.offset] : starts[array.offset + len(array)]]
+    if data is not None and len(array):
+        starts = np.frombuffer(offsets, np.int64 if large else np.int32)
+        yield part, memoryview(data)[starts[array.offset] : starts[array.offset + len(array)]]
+    else:
+        yield part, b""
 
 
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "salesforce-lavis", "numpy", "pillow", "pyarrow")
 # What differs by rank, or may differ by machine: where data lie (what is in them is compared), how a rank reaches the others.
 LOCAL = ("run.rank", "run.gpu", "run.dist_*", "run.distributed", "run.output_dir", "datasets.*.build_info.*")
-SHOWN = 3
+SHOWN = 3  # differences, and ranks
 ADVICE = {
     "library": "Install the same versions on all machines",
     "setting": "Start every rank with the same YAML and options",
@@ -150,48 +129,33 @@ def check_ranks_agree(cfg: Any, datasets: Any = None, model: nn.Module | None = 
     """Refuse a job whose ranks differ. Call it on every rank; a single process returns at once.
 
     Raises:
-        UserError: on all ranks, see :func:`check_agreement`.
-
-    Example:
-        >>> check_ranks_agree(self.config, self.datasets, self._model)
+        UserError: on all ranks: the first facts that differ, with the values of rank 0 and of the ranks that have others.
     """
-    if world_size() > 1:
-        check_agreement(facts_of_run(cfg, datasets, model))
-
-
-def check_agreement(facts: dict[str, Any]) -> None:
-    """Compare every rank's facts with rank 0's.
-
-    Args:
-        facts: by names like ``setting run.init_lr``, whose first word is a key of ``ADVICE``.
-
-    Raises:
-        UserError: on all ranks: the first facts that differ, each with its values and the ranks that have them.
-    """
-    hosts, everyone = zip(*gather_objects((socket.gethostname(), facts)), strict=True)
+    if world_size() == 1:
+        return
+    hosts, everyone = zip(*gather_objects((socket.gethostname(), facts_of_run(cfg, datasets, model))), strict=True)
     message = first_differences(everyone, hosts)
     if message is not None:
         raise UserError(message)
 
 
 def first_differences(everyone: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str | None:
-    """What to tell about ranks with these facts; None where all have the same.
-
-    Example:
-        >>> first_differences([{"setting run.seed": 1}, {"setting run.seed": 2}], ["a", "b"])
-        'the ranks differ in setting run.seed: 1 on rank 0 (a), 2 on rank 1 (b). Start every rank with the same YAML and options.'
-    """
-    names = dict.fromkeys(name for facts in everyone for name in facts)
-    different = [name for name in names if any(facts.get(name) != everyone[0].get(name) for facts in everyone)]
-    if not different:
+    """What to tell about ranks with these facts; None where all have the same."""
+    told = []
+    for name in dict.fromkeys(name for facts in everyone for name in facts):
+        values = [facts.get(name) for facts in everyone]
+        others = [rank for rank, value in enumerate(values) if value != values[0]]
+        if others:
+            shown = ", ".join(f"{values[rank]} on rank {rank} ({hosts[rank]})" for rank in [0, *others[:SHOWN]])
+            told.append(f"{name}: {shown}" + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""))
+    if not told:
         return None
-    shown = "; ".join(f"{name}: {_values(name, everyone, hosts)}" for name in different[:SHOWN])
-    more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
-    return f"the ranks differ in {shown}{more}. {ADVICE[different[0].split()[0]]}."
+    more = f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+    return f"the ranks differ in {'; '.join(told[:SHOWN])}{more}. {ADVICE[told[0].split()[0]]}."
 
 
 def facts_of_run(cfg: Any, datasets: Any = None, model: nn.Module | None = None) -> dict[str, Any]:
-    """What must be the same on all ranks.
+    """What must be the same on all ranks, by names whose first word is a key of ``ADVICE``.
 
     Weights are left out: rank 0's are sent to the others.
 
@@ -225,28 +189,9 @@ def _version(name: str) -> str | None:
 
 
 def _flat(before: str, tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries, by dotted key."""
     if not isinstance(tree, Mapping) or not tree:
         yield before, tree
         return
     for key, value in tree.items():
         yield from _flat(f"{before}.{key}" if before else str(key), value)
-
-
-def _values(name: str, everyone: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
-    ranks_of: dict[str, list[int]] = {}
-    for rank, facts in enumerate(everyone):
-        ranks_of.setdefault(str(facts.get(name)), []).append(rank)
-    return ", ".join(f"{value} on {_ranks(ranks, hosts)}" for value, ranks in ranks_of.items())
-
-
-def _ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """``rank 3 (node7)`` or ``ranks 0-2, 5``."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} ({hosts[ranks[0]]})"
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return "ranks " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

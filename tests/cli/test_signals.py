@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.slow
 def as_before_any_signal(monkeypatch):
     """Below nohup SIGHUP would be ignored; and the tests that follow in this process have got no signal."""
     monkeypatch.setattr(interrupt, "_first", None)
-    monkeypatch.setattr(interrupt, "_leaving", False)
+    monkeypatch.setattr(interrupt, "_leaving", threading.Event())
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -126,6 +127,31 @@ def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(monkeypatch):
         os.kill(os.getpid(), signal.SIGHUP)
         assert interrupt.asked() == signal.SIGHUP
     assert moved == [1, 2]
+
+
+@pytest.mark.parametrize(("again", "seconds"), [(True, 30.0), (False, 0.5)], ids=["a second ctrl-C", "a swallowed one"])
+def test_ctrl_c_ends_for_sure(again, seconds):
+    """The second at once, whatever is being written; one that Python swallows after ``PATIENCE``."""
+    script = f"""
+import contextlib, os, signal, threading, time
+from lavis_mafa.common import interrupt
+interrupt.PATIENCE, interrupt.ONCE_MORE = {seconds}, 0.1
+interrupt.watch("goodbye")
+def write():
+    with interrupt.finished_first():
+        time.sleep(60)
+if {again}:
+    threading.Thread(target=write).start()
+    time.sleep(0.3)
+with contextlib.suppress(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.3)
+if {again}:
+    os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=25)
+    assert (done.returncode, done.stderr) == (130, "goodbye\n")
 
 
 def test_workers_outlive_what_a_cluster_sends_to_all_processes_and_end_with_their_owner():

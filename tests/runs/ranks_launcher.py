@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import signal
@@ -25,6 +26,11 @@ def hang() -> None:
     time.sleep(3600)
 
 
+def keep_the_lock() -> None:
+    ctypes.PyDLL(None).sleep(30)  # not even the watchdog's thread runs
+    os._exit(9)
+
+
 def on_a_sample(do: Callable[[], None]) -> None:
     """Do it when the AFTERth sample is read, and say when."""
     from lavis_mafa.datasets.pairs import ImageTextPairs
@@ -38,6 +44,14 @@ def on_a_sample(do: Callable[[], None]) -> None:
         return read(self, index)
 
     ImageTextPairs.__getitem__ = read_and_do
+
+
+def one_keeps_the_lock() -> None:
+    from lavis_mafa.runners import watchdog as rank_watch
+
+    rank_watch.DEAD_AFTER = 6.0
+    if os.environ["RANK"] == "1":
+        on_a_sample(keep_the_lock)
 
 
 def start_differently() -> None:
@@ -60,12 +74,13 @@ def do_not_watch() -> None:
 HOW = {
     "dies": lambda: on_a_sample(die),
     "hangs": lambda: on_a_sample(hang),
+    "keeps_the_lock": one_keeps_the_lock,
     "other_start": start_differently,
     "other_data": lambda: sys.argv.append("datasets.grit_emoji.build_info.max_concepts=50"),
     "well": say_threads,
     "unwatched": do_not_watch,
 }
-ON_ALL_RANKS = ("well", "unwatched")
+ON_ALL_RANKS = ("keeps_the_lock", "well", "unwatched")
 
 if __name__ == "__main__":
     name = sys.argv.pop(1)

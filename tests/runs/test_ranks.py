@@ -63,11 +63,11 @@ def lines_of_ours(*texts: str) -> list[str]:
     return [line for text in texts for line in text.splitlines() if line.startswith("lavis-mafa")]
 
 
-def test_a_rank_that_is_killed_ends_the_job_at_once_with_its_name(two_ranks):
+def test_a_rank_that_is_killed_ends_the_job_in_the_stated_time_with_its_name(two_ranks):
     codes, said, seconds = two_ranks("dies")
     assert codes == [3, -9]
     (line,) = lines_of_ours(*said)
-    assert "rank 1 (" in line and "died, last seen " in line and "--resume auto" in line
+    assert "rank 1 (" in line and "died or cannot be reached" in line and "last seen " in line and "--resume auto" in line
     assert "Traceback" not in said[0] and 0 < seconds < 10 + SLACK
 
 
@@ -75,10 +75,18 @@ def test_a_rank_that_hangs_ends_the_job_in_the_stated_time_with_its_name_and_pla
     codes, said, seconds = two_ranks("hangs", "run.rank_timeout_minutes=0.1")
     assert codes == [3, 3], said
     (line,) = lines_of_ours(*said)
-    assert "rank 1 (" in line and "holds the others up: loading data, epoch 0 step" in line and "ranks_launcher.py" in line
-    assert "Rank 0 waits: training, epoch 0 step" in line and 6 < seconds < 6 + 10 + SLACK
+    assert "rank 1 (" in line and "loading data, epoch 0 step" in line and "ranks_launcher.py" in line
+    assert "The others wait for rank 1 (" in line and 6 < seconds < 6 + 10 + SLACK
     run = outputs.only_run(tmp_path)
     assert "ranks_launcher.py" in (run / "hang_rank1.txt").read_text() and (run / "hang_rank0.txt").is_file()
+
+
+def test_a_rank_that_is_stuck_with_pythons_lock_is_named_by_the_others_and_shows_its_stack(two_ranks):
+    codes, said, _ = two_ranks("keeps_the_lock")
+    assert codes == [3, 9], said
+    (line,) = lines_of_ours(*said)
+    assert "rank 1 (" in line and "no heartbeat for" in line
+    assert "Timeout (0:00:06)!" in said[1] and "in keep_the_lock" in said[1]
 
 
 def test_ranks_that_were_started_differently_are_refused(two_ranks):
@@ -100,7 +108,7 @@ def test_ranks_with_other_data_are_refused(two_ranks, tmp_path):
 def test_a_run_that_goes_well_says_nothing_leaves_no_thread_and_is_not_changed(two_ranks, tmp_path):
     codes, said, _ = two_ranks("well")
     assert codes == [0, 0], said
-    assert not lines_of_ours(*said) and "threads left: ['MainThread'" in said[0] and "rank watch" not in said[0]
+    assert not lines_of_ours(*said) and "threads left: ['MainThread'" in said[0] and "watchdog" not in said[0]
     watched = outputs.only_run(tmp_path).rename(tmp_path / "watched")
     codes, said, _ = two_ranks("unwatched")
     assert codes == [0, 0], said
