@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lavis_mafa.config.storage import AnnotationFile, annotation_file, ending
+from lavis_mafa.config.data import AnnotationFile, annotation_file, ending
 from lavis_mafa.datasets.formats import (
     FORMATS,
     PAIRS,

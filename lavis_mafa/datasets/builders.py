@@ -14,8 +14,7 @@ import pyarrow as pa
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 
-from lavis_mafa.config.data_settings import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
-from lavis_mafa.config.storage import AnnotationFile
+from lavis_mafa.config.data import SPLITS, TRAINING_FILES, AnnotationFile, allows_absolute_paths, check_info, own_files
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE, pc
 from lavis_mafa.datasets.ground_truth import GroundTruth

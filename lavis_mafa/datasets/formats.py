@@ -33,7 +33,7 @@ import pyarrow.parquet
 import torch
 from torch.utils.data import default_collate
 
-from lavis_mafa.config.storage import ending
+from lavis_mafa.config.data import ending
 from lavis_mafa.errors import UserError, did_you_mean
 
 pc: Any = pyarrow.compute

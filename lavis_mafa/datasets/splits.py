@@ -17,7 +17,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset, ConcatDataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lavis_mafa.config.storage import AnnotationFile
+from lavis_mafa.config.data import AnnotationFile
 from lavis_mafa.datasets.annotations import clean_caption, image_keys
 from lavis_mafa.datasets.formats import Id, collate_with_ids, pc, typed_ids
 from lavis_mafa.datasets.ground_truth import GroundTruth

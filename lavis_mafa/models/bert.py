@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertTokenizer
 
-from lavis_mafa.config.check import ENGLISH, PADDING, from_hub, model_from_hub
+from lavis_mafa.config.checkpoints import ENGLISH, PADDING, from_hub, model_from_hub
 from lavis_mafa.errors import UserError
 from lavis_mafa.weights import read_weights
 

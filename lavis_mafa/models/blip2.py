@@ -14,7 +14,7 @@ from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from torch import Tensor, nn
 
-from lavis_mafa.config.check import OF_MODEL, check_kind
+from lavis_mafa.config.checkpoints import OF_MODEL, check_kind
 from lavis_mafa.config.schema import Blip2Block
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError

@@ -19,8 +19,7 @@ import torch
 from lavis.models.blip2_models.blip2 import LayerNorm
 from torch import Tensor, nn
 
-from lavis_mafa.config.check import FAMILIES, con_d_block
-from lavis_mafa.config.schema import Blip2Block, EvaEncoder, MafaBlock
+from lavis_mafa.config.schema import FAMILIES, Blip2Block, EvaEncoder, MafaBlock, con_d_block
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.albef import fuse

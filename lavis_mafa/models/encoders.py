@@ -21,7 +21,7 @@ from lavis.models.vit import VisionTransformerEncoder, interpolate_pos_embed
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 
-from lavis_mafa.config.check import ENGLISH
+from lavis_mafa.config.checkpoints import ENGLISH
 from lavis_mafa.config.schema import ImageEncoder, MedEncoder, TextEncoder
 from lavis_mafa.distributed import largest
 from lavis_mafa.errors import UserError

@@ -17,7 +17,7 @@ from transformers.models.blip.configuration_blip import BlipConfig
 from transformers.models.blip.modeling_blip import BlipForImageTextRetrieval
 
 from lavis_mafa.analysis.connections.con_d import load_con_d
-from lavis_mafa.config.check import check_kinds
+from lavis_mafa.config.checkpoints import check_kinds
 from lavis_mafa.config.schema import ImageEncoder
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator

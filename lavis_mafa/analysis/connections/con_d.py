@@ -9,7 +9,7 @@ import torch
 from lavis.common.registry import registry
 from torch import Tensor
 
-from lavis_mafa.config.check import ALBEF, BLIP, STAGE_1, kind_of
+from lavis_mafa.config.checkpoints import ALBEF, BLIP, STAGE_1, kind_of
 from lavis_mafa.config.schema import MafaBlock
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.bert import fold_token_type, with_bert

@@ -67,8 +67,7 @@ def open_pass(config: Any, name: str, options: list[str], con_d: str, miner: str
     from lavis.common.registry import registry
 
     from lavis_mafa.analysis.connections.con_d import load_con_d
-    from lavis_mafa.config.check import con_d_block
-    from lavis_mafa.config.schema import typed_block
+    from lavis_mafa.config.schema import con_d_block, typed_block
     from lavis_mafa.runners.run_block import run_settings
 
     run = run_settings(cfg.run_cfg, config.run.task in RUN_BLOCKS)

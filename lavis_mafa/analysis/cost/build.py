@@ -13,8 +13,7 @@ import torch
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from torch import nn
 
-from lavis_mafa.config.check import FAMILIES, con_d_block
-from lavis_mafa.config.schema import LanguageModel
+from lavis_mafa.config.schema import FAMILIES, LanguageModel, con_d_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.blip import BlipMafa

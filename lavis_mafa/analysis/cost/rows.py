@@ -37,10 +37,10 @@ def training_rows(config: DictConfig) -> int | None:
 
 
 def _of_own(name: str, builder: Any, block: Any) -> int | None:
-    from lavis_mafa.config.read import data_files_missing
+    from lavis_mafa.config.data import missing_files
 
     try:
-        missing = data_files_missing(name, block)
+        missing = missing_files(name, block)
     except UserError:  # no file is named
         return None
     return None if missing else len(builder(block).build_datasets().get("train", ()))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lavis_mafa.analysis.data_check.judging import Verdicts
 from lavis_mafa.analysis.data_check.records import read_records
 from lavis_mafa.analysis.data_check.rows import Numbers, Rows
-from lavis_mafa.config.storage import ending
+from lavis_mafa.config.data import ending
 from lavis_mafa.datasets.annotations import ids_of_other_images, read_rows
 from lavis_mafa.datasets.formats import PAIRS, SAME_IMAGE, Id, one_message, typed_ids
 from lavis_mafa.errors import UserError, did_you_mean

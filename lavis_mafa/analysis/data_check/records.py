@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from lavis_mafa.config.storage import ending
+from lavis_mafa.config.data import ending
 from lavis_mafa.datasets.formats import PAIRS, objects_in_lines, objects_in_list, one_message, open_text, separated_values
 
 

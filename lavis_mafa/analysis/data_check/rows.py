@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from lavis_mafa.analysis.data_check.records import read_records
 from lavis_mafa.analysis.data_check.sources import Source
-from lavis_mafa.config.storage import AnnotationFile
+from lavis_mafa.config.data import AnnotationFile
 from lavis_mafa.datasets.annotations import TEXTS, ids_of_other_images, leaves_folder, read_rows
 from lavis_mafa.datasets.formats import PAIRS, Columns, pc
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lavis_mafa.config.data_settings import SPLITS, allows_absolute_paths, own_files
-from lavis_mafa.config.storage import AnnotationFile, files_of
+from lavis_mafa.config.data import SPLITS, AnnotationFile, allows_absolute_paths, files_of, own_files
 from lavis_mafa.errors import UserError
 
 Process = Callable[[str], str]
