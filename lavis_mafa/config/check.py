@@ -51,6 +51,7 @@ class Checked:
     config: DictConfig  # the model type's defaults, then the file, then the overrides
     model: Any  # the typed block; None for one of LAVIS's models
     run: RunBlock | None  # None for one of LAVIS's tasks
+    readable: bool = True  # its data sets have the right form
 
 
 def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
@@ -115,7 +116,7 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[Checked,
         found(_raise, _image_sizes(model, {key: block if files else datasets[key] for key, block in data.items() if block}, run))
     if files:
         _check_files(settings, model, found)
-    return Checked(OmegaConf.create(settings), model, typed_run), found
+    return Checked(OmegaConf.create(settings), model, typed_run, None not in data.values()), found
 
 
 def check_lavis(config: DictConfig) -> Checked:
@@ -176,8 +177,8 @@ def expand_settings(config: Any) -> None:
         if isinstance(block, dict | DictConfig) and isinstance(block.get(last), str):
             block[last] = found(expanded, block[last], key) or block[last]
     datasets = config.get("datasets")
-    for name in datasets if isinstance(datasets, dict | DictConfig) else ():
-        _expand_all(at(datasets[name], "build_info"), f"datasets.{name}.build_info", found)
+    for key in map("{}.build_info".format, datasets if isinstance(datasets, dict | DictConfig) else ()):
+        _expand_all(at(datasets, key), f"datasets.{key}", found)
     found.end()
 
 
@@ -323,11 +324,11 @@ def check_combinations(model: Any, run: RunBlock | None, files: bool = True) -> 
                 found(_raise, _sizes(con_d, "model.discriminator"))
     if run is not None:
         found(check_device, model, run.device, run.precision)
-        found(_raise, _runs(run))
+        if model is not None:
+            found(_raise, _tasks(model, run))
+            found(_raise, _checkpoints(model, run.evaluate) if files else ())
         found(_raise, _grit(run) if run.grit.enabled else ())
-    if model is not None and run is not None:
-        found(_raise, _tasks(model, run))
-        found(_raise, _checkpoints(model, run.evaluate) if files else ())
+        found(_raise, _runs(run))
     found.end()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lavis_mafa.config.schema import FAMILIES, con_d_block
+from lavis_mafa.config.schema import FAMILIES, con_d_block, loss_weights
 from lavis_mafa.errors import Mistakes, UserError
 from lavis_mafa.weights import read_weights
 
@@ -56,14 +56,7 @@ Loaded = TypeVar("Loaded")
 
 
 def from_hub(load: Callable[[str], Loaded], name: str, key: str, what: str) -> Loaded:
-    """``load(name)``, which is a ``from_pretrained`` of transformers.
-
-    Args:
-        key: the setting that holds ``name``; what: what is expected there, for the message.
-
-    Raises:
-        UserError: ``name`` is neither such a folder nor reachable as a hub name.
-    """
+    """``load(name)``, a ``from_pretrained`` of transformers; UserError says that the setting ``key`` should hold ``what``."""
     try:
         return load(name)
     except (OSError, ValueError, TypeError) as error:  # what transformers says of a wrong or incomplete folder
@@ -81,9 +74,9 @@ def model_from_hub(model_class: Any, name: str, key: str, what: str, kind: str, 
         UserError: no such model, one of another kind, or one without some of its weights.
     """
     check_kind_on_hub(name, key, what, kind)
-    model, told = from_hub(lambda n: model_class.from_pretrained(n, output_loading_info=True, **settings), name, key, what)
-    missing = [n for n in told["missing_keys"] if not n.startswith(may_miss) and not n.endswith("position_ids")]
-    wrong = [*missing, *(entry[0] for entry in told["mismatched_keys"])]
+    model, info = from_hub(lambda n: model_class.from_pretrained(n, output_loading_info=True, **settings), name, key, what)
+    missing = [n for n in info["missing_keys"] if not n.startswith(may_miss) and not n.endswith("position_ids")]
+    wrong = [*missing, *(entry[0] for entry in info["mismatched_keys"])]
     if wrong:
         raise UserError(f"{key} is {name!r}, which lacks {len(wrong)} of its weights, or has them in another size: {wrong[0]}, ...")
     return model
@@ -133,11 +126,7 @@ Shapes = dict[str, list[int]]
 
 
 def shapes_of(path: str | Path, key: str) -> Shapes:
-    """Name -> shape of a checkpoint's weights, without reading them.
-
-    Raises:
-        UserError: the file is missing or no checkpoint.
-    """
+    """Name -> shape of a checkpoint's weights, without reading them; raises UserError where it is missing or none."""
     return {name: list(value.shape) for name, value in read_weights(path, key, names_only=True).items()}
 
 
@@ -157,13 +146,10 @@ def kind_of(names: Mapping[str, Any]) -> str | None:
 
 
 def check_kind(names: Mapping[str, Any], wanted: str, source: str, arch: str) -> None:
-    """A checkpoint is of the kind that ``arch`` needs.
+    """A checkpoint is of the kind that ``arch`` needs; UserError says what it is and where it belongs.
 
     Args:
         source: key and file, as ``model.pretrained: x.pth``.
-
-    Raises:
-        UserError: it is another; the message says what it is and where it belongs.
     """
     found = kind_of(names)
     if found == wanted:
@@ -190,37 +176,28 @@ def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False
     Raises:
         UserError: a mix-up; the message says what the file is and where it belongs.
     """
-    found = Mistakes()
-    if block.pretrained is not None and "model.pretrained" not in absent:
-        shapes = found(_expect, block, OF_MODEL[block.arch], block.pretrained, "model.pretrained")
-        if shapes and not evaluate and _models_language(block) and (lacking := lacks_language(shapes, block.arch)):
-            found.add(
-                f"model.pretrained: {block.pretrained} has no {lacking}, which training would start at random; give a checkpoint of "
-                f"pre-training, or leave it out of training by {LANGUAGE[block.arch][2]}."
-            )
-    if getattr(block, "stage_1", None) is not None and "model.stage_1" not in absent:
-        found(_expect, block, STAGE_1, block.stage_1, "model.stage_1")
-    con_d, key = getattr(block, "discriminator", None), "model.discriminator.checkpoint"
-    if con_d is not None and con_d.checkpoint and block.ecm.enabled and con_d.arch != "ground_truth" and key not in absent:
+    found, con_d = Mistakes(), getattr(block, "discriminator", None)
+    if block.pretrained and "model.pretrained" not in absent:
+        shapes = found(_expect, block, OF_MODEL[block.arch], block.pretrained, "model.pretrained", block.arch)
+        if shapes and not evaluate and block.arch in LANGUAGE and all(list(loss_weights(block).values())[2:]):
+            part, what, off = LANGUAGE[block.arch]
+            if not any(name.startswith(part) for name in shapes):  # half of it is for the loading to name
+                found.add(
+                    f"model.pretrained: {block.pretrained} has no {what} ({part.rstrip('.')}), which training would start at random; "
+                    f"give a checkpoint of pre-training, or leave it out of training by {off}."
+                )
+    if getattr(block, "stage_1", None) and "model.stage_1" not in absent:
+        found(_expect, block, STAGE_1, block.stage_1, "model.stage_1", block.arch)
+    key = "model.discriminator.checkpoint"
+    if con_d and con_d.checkpoint and block.ecm.enabled and con_d.arch != "ground_truth" and key not in absent:
         found(_expect, con_d_block(block), OF_MODEL[FAMILIES[con_d.arch]], con_d.checkpoint, key, con_d.arch)
     found.end()
 
 
-def lacks_language(names: Mapping[str, Any], arch: str) -> str | None:
-    """``MLM head (text_encoder.cls)`` where a checkpoint has nothing of it; half of it is for the loading to name."""
-    part, what, _ = LANGUAGE.get(arch, ("", "", ""))
-    return None if any(name.startswith(part) for name in names) else f"{what} ({part.rstrip('.')})"
-
-
-def _models_language(block: Any) -> bool:
-    weights = [getattr(getattr(block, part, None), "weight", 1.0) for part in ("mlm", "lm")]
-    return all(weights) and getattr(getattr(block, "mlm", None), "mask_probability", 1.0) > 0
-
-
-def _expect(block: Any, wanted: str, path: str, key: str, arch: str = "") -> Shapes:
+def _expect(block: Any, wanted: str, path: str, key: str, arch: str) -> Shapes:
     """The shapes of a file that is of the ``wanted`` kind and fits ``block``, the model's or its Con-D's."""
     shapes, source = shapes_of(path, key), f"{key}: {path}"
-    check_kind(shapes, wanted, source, arch or block.arch)
+    check_kind(shapes, wanted, source, arch)
     _check_sizes(block, shapes, source, key.removesuffix(".checkpoint") if key.endswith(".checkpoint") else "model")
     return shapes
 
@@ -257,27 +234,17 @@ def _size(sizes: dict[str, Any], told: Collection[str]) -> str:
 
 
 def sizes_of(shapes: Shapes) -> dict[str, dict[str, int]]:
-    """The sizes that names and shapes tell, by the part's block in a YAML; tensors of another rank than theirs tell nothing.
-
-    Example:
-        >>> sizes_of(shapes_of("albef.pth", "model.pretrained"))["text_encoder"]
-        {'layers': 12, 'width': 768, 'fusion_layer': 6}
-    """
+    """Block of a YAML -> the sizes that names and shapes tell; tensors of another rank than theirs tell nothing."""
     shapes = {name.replace("text_encoder.bert.", "text_encoder."): shape for name, shape in shapes.items()}
+    patches, tokens = shapes.get("visual_encoder.patch_embed.proj.weight", []), shapes.get("query_tokens", [])
+    words, encoder = shapes.get("text_encoder.embeddings.word_embeddings.weight", []), "text_encoder.encoder.layer."
     sizes: dict[str, dict[str, int]] = {}
-
-    def shape(name: str, rank: int) -> list[int] | None:
-        found = shapes.get(name, [])
-        return found if len(found) == rank else None
-
-    if patches := shape("visual_encoder.patch_embed.proj.weight", 4):
-        width, _, patch, _ = patches
-        sizes["image_encoder"] = {"depth": _count("visual_encoder.blocks.", shapes), "width": width, "patch_size": patch}
-    if tokens := shape("query_tokens", 3):
-        _, queries, width = tokens
-        sizes["qformer"] = {"layers": _count("Qformer.bert.encoder.layer.", shapes), "width": width, "queries": queries}
-    if words := shape("text_encoder.embeddings.word_embeddings.weight", 2):
-        encoder = "text_encoder.encoder.layer."
+    if len(patches) == 4:
+        sizes["image_encoder"] = {"depth": _count("visual_encoder.blocks.", shapes), "width": patches[0], "patch_size": patches[2]}
+    if len(tokens) == 3:
+        layers = _count("Qformer.bert.encoder.layer.", shapes)
+        sizes["qformer"] = {"layers": layers, "width": tokens[2], "queries": tokens[1]}
+    if len(words) == 2:
         sizes["text_encoder"] = {"layers": _count(encoder, shapes), "width": words[1]}
         if f"{encoder}0.crossattention.self.query.weight" not in shapes:
             crossing = [int(n.split(".")[3]) for n in shapes if n.startswith(encoder) and ".crossattention." in n]

@@ -112,10 +112,10 @@ def check_info(name: str, info: Mapping[str, Any]) -> None:
     for split, block in info.get("annotations", {}).items():
         key = f"{where}.annotations.{split}"
         check_keys(f"{where}.annotations", [split], SPLITS[name])
-        if block is not None and not isinstance(block, dict):
+        if not isinstance(block, dict | None):
             raise UserError(f"{key} is {block!r}; allowed: a block, such as {{storage: pairs.jsonl}}.")
         check_keys(key, block or (), ("storage",))
-        if (block or {}).get("storage") is not None:
+        if block and block.get("storage") is not None:
             check_storage(f"{key}.storage", block["storage"])
     check_values(f"{where}.images", info.get("images", {}), IMAGES)
     if info.get("max_images_seed") is not None and info.get("max_images") is None:

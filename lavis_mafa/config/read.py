@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,22 +171,25 @@ def read_settings(path: Path, options: list[str]) -> dict[str, Any]:
         raise UserError(f"{error.full_key or 'a reference (${...})'}: {str(error).splitlines()[0]}.{hint} ({path})") from error
     except RecursionError as error:
         raise UserError(f"{path}: its references (${{...}}) lead to each other without an end.") from error
-    if missing := [
-        f"{key} is ???, which stands for a value that is still to be given. ({path})" for key in OmegaConf.missing_keys(config)
-    ]:
-        raise UserError(*sorted(missing))
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
-    if key := _reference(settings):
-        raise UserError(f"{key} cannot hold ${{...}} as text. ({path})")
+    missing = []
+    for key, text in _texts(settings):
+        # what still looks like a reference was escaped (\${x}), and would be followed wherever the configuration is copied
+        if "${" in text:
+            raise UserError(f"{key} is {text!r}, but a setting cannot hold ${{...}} as text. ({path})")
+        if text == "???":
+            missing.append(f"{key} is ???, which stands for a value that is still to be given. ({path})")
+    if missing:
+        raise UserError(*missing)
     return settings
 
 
-def _reference(node: Any, key: str = "") -> str:
-    """What still looks like a reference was escaped (``\\${x}``), and would be followed wherever the configuration is copied."""
-    if isinstance(node, str) and "${" in node:
-        return f"{key} is {node!r}, but a setting"
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return next((found for name, child in children if (found := _reference(child, f"{key}.{name!s}".lstrip(".")))), "")
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of a tree, by its dotted key."""
+    if isinstance(node, str):
+        yield key, node
+    for name, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from _texts(child, f"{key}.{name}".lstrip("."))
 
 
 # --- trees -------------------------------------------------------------------------------------------------------------

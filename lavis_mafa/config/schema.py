@@ -619,7 +619,7 @@ def _converted(kind: Any, value: Any, only_texts: bool) -> Any:
     if value is None or isinstance(value, bool | dict | list) or (only_texts and not isinstance(value, str)):
         return None
     if isinstance(value, float if kind is int else int) and kind is not str:
-        return value if kind is float else None  # as it is: a whole number may be too large for a float
+        return None if kind is int else float(value) if abs(value) <= LARGEST else value  # which may be too large for a float
     try:
         return kind(value)
     except ValueError:

@@ -73,7 +73,9 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
         if not found(_check_names, checked.config, _lavis_registry()):
             return of_yaml.messages + found.messages
         found(_check_lavis_blocks, checked.config.datasets, _lavis_registry())
-    if files and not (ours and of_yaml.messages):  # LAVIS takes seconds to import, and then knows where its data are
+    if (
+        files and checked.readable and not (ours and of_yaml.messages)
+    ):  # LAVIS takes seconds to import, and then knows where its data are
         found(_check_device, checked)
         cfg = found(_config, name, checked)
         if cfg is not None and not of_yaml.messages + found.messages:
@@ -207,7 +209,7 @@ def _config(name: str, checked: Checked) -> Any:
         if isinstance(processor := at(cfg.datasets_cfg, key), DictConfig) and not isinstance(processor.get("name"), str):
             found(check_processor, f"datasets.{key}", plain(processor))
     of_files = Mistakes(f" ({find_yaml(name)})")
-    of_files(check_splits, cfg.config, _splits(cfg.datasets_cfg))
+    of_files(check_splits, plain(cfg.config), _splits(cfg.datasets_cfg))
     found.messages += of_files.messages
     found.end()
     return cfg

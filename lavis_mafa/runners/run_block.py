@@ -21,7 +21,7 @@ def run_settings(run: Any, ours: bool) -> RunBlock:
         ours: is the task one of ours?
     """
     if ours:
-        return typed_block("run", run)  # type: ignore[no-any-return]
+        return typed_block("run", run)
     on_gpu = torch.cuda.is_available() and str(run.get("device", "cuda")).startswith("cuda")
     values = {
         "precision": "fp16" if run.get("amp", False) and on_gpu else "fp32",

@@ -38,7 +38,8 @@ class MafaTask(BaseTask):
     def setup_task(cls: type[Task], cfg: Any = None, **kwargs: Any) -> Task:
         """With the typed blocks of what was checked; LAVIS's own train.py comes here with a configuration of its own."""
         checked = getattr(cfg, "checked", None) or check_lavis(cfg.config)
-        run, model = checked.run, checked.model
+        run: Any = checked.run
+        model = checked.model
         # LAVIS's own evaluate.py takes RunnerBase whatever run.runner says, and that knows no defaults
         cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(run)), cfg.run_cfg)
         if model is not None:
@@ -49,7 +50,7 @@ class MafaTask(BaseTask):
         task.model_block = model
         return task
 
-    def build_model(self, cfg: Any) -> nn.Module:
+    def build_model(self, cfg: Any) -> Any:
         """One of ours from its typed block, one of LAVIS's as LAVIS does."""
         if self.model_block is None:
             return super().build_model(cfg)

@@ -104,8 +104,9 @@ def build(settings: Any, device: str = "cpu") -> Any:
     """The model of a typed block, shared by all whose sizes are the same; then its losses are this block's."""
     plain = dataclasses.replace(settings, pretrained=None, **({"stage_1": None} if hasattr(settings, "stage_1") else {}))
     if hasattr(settings, "ecm"):
-        itc = dataclasses.replace(type(settings)().itc, momentum_distillation=settings.itc.momentum_distillation)
-        plain = dataclasses.replace(plain, itc=itc, ecm=type(settings)().ecm, itm=type(settings)().itm, discriminator=None)
+        usual = typed_block("model", {"arch": settings.arch})
+        itc = dataclasses.replace(usual.itc, momentum_distillation=settings.itc.momentum_distillation)
+        plain = dataclasses.replace(plain, itc=itc, ecm=usual.ecm, itm=usual.itm, discriminator=None)
     model = built(settings.arch, json.dumps(dataclasses.asdict(plain), sort_keys=True), device)
     model.settings = settings
     return model

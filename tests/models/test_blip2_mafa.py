@@ -491,7 +491,7 @@ def test_the_qformer_starts_from_berts_weights(tmp_path, kind):
 
 def test_the_minilm_init_gives_words_and_nothing_is_downloaded():
     torch.manual_seed(0)
-    qformer, queries = build_qformer(QFormer(init=MINILM, width=48, layers=1, heads=2, queries=3), 32)
+    qformer, queries = build_qformer(QFormer(init=MINILM, width=48, layers=1, heads=2, queries=3, cross_attention_every=2), 32)
     words = F.normalize(qformer.bert.embeddings.word_embeddings.weight.detach(), dim=1)
     tokenizer = blip2_encoders.build_blip2_tokenizer(MINILM)
     dog, cat, seven = tokenizer.convert_tokens_to_ids(["dog", "cat", "seven"])
@@ -516,7 +516,7 @@ def test_a_bert_of_another_size_is_refused(tmp_path, changes, message):
 
 def test_a_missing_bert_is_named(tmp_path):
     with pytest.raises(UserError, match="model.qformer.init is '.*nowhere'"):
-        build_qformer(QFormer(init=str(tmp_path / "nowhere"), width=48, layers=1, heads=2), 32)
+        build_qformer(QFormer(init=str(tmp_path / "nowhere"), width=48, layers=1, heads=2, queries=3, cross_attention_every=2), 32)
 
 
 @pytest.mark.parametrize("prefix", ["", "visual_encoder."])
