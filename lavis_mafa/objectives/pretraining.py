@@ -54,15 +54,11 @@ class EcmSettings:
     enabled: bool = setting(True, "ask Con-D about every hard negative", "MAFA Tables 4, 5")
     threshold: float = setting(0.8, "above this match probability a hard negative is a false one", "MAFA Table 15", low=0, high=1)
     ambiguous_from: float = setting(
-        0.5,
-        "from here to the threshold it is no negative either; equal to the threshold: no such class",
-        "MAFA Table 15",
-        low=0,
-        high=1,
+        0.5, "from here on it is no negative either; the threshold: no such class", "MAFA Table 15", low=0, high=1
     )
     use_in: list[str] = setting(
         ["itc", "itm", "lm"],
-        "which losses get the new positives; `lm` is masked in ALBEF, autoregressive in the others",
+        "losses that get the new positives; `lm` is ALBEF's masked one",
         "MAFA Table 14",
         choices=("itc", "itm", "lm"),
     )
@@ -70,7 +66,7 @@ class EcmSettings:
         "convert", "`convert` to positives, or `eliminate` (ECM-E)", "MAFA Table 5", choices=("convert", "eliminate")
     )
     resample_ambiguous: bool = setting(
-        True, "ITM takes the second hardest in place of an ambiguous pair; false: keeps it as a negative", "MAFA sec. 4.1"
+        True, "in place of an ambiguous pair ITM takes the second hardest; false: keeps it", "MAFA sec. 4.1"
     )
 
 
