@@ -8,15 +8,18 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 import lavis_mafa
 from lavis_mafa.cli.main import COMMANDS, _arguments, main
+from lavis_mafa.config import schema
 from lavis_mafa.config.check import check_yaml, expand_settings
 from lavis_mafa.config.schema import MODEL_BLOCKS, OLD_NAMES, PATHS, RUN_BLOCKS, RunBlock, kind_of_setting, typed_block
 from lavis_mafa.errors import UserError
@@ -245,6 +248,20 @@ def test_an_old_name_is_told_the_new_one():
     parents = {key.rpartition(".")[0] for key in declared}
     new_names = [word.rstrip(":,") for new in OLD_NAMES.values() for word in new.split() if word.startswith(("run.", "model."))]
     assert set(new_names) <= declared | parents
+
+
+def test_a_start_reads_the_file_and_types_each_block_once(run_yaml, monkeypatch):
+    counts: Counter[str] = Counter()
+    typed, compose = schema._typed, yaml.compose
+
+    def counting(kind: Any, values: Any, key: str) -> Any:
+        counts[key] += key in ("model", "run")
+        return typed(kind, values, key)
+
+    monkeypatch.setattr(schema, "_typed", counting)
+    monkeypatch.setattr(yaml, "compose", lambda *args: counts.update(["file"]) or compose(*args))
+    assert main(["train", "--cfg-path", str(run_yaml), "--options", "run.max_steps=1"]) == 0
+    assert {key: count for key, count in counts.items() if count} == {"model": 1, "run": 1, "file": 1}
 
 
 ODD: list[Any] = [{"a": 1}, [["x"]], None, "x", float("nan")]
