@@ -355,13 +355,7 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
     keys = [f"model.{name}.weight" for name in weights]
     if isinstance(model, AlbefBlock) and model.mlm.weight and not model.mlm.mask_probability:
         keys[2] = "model.mlm.mask_probability"
-    off = dict(
-        zip(
-            ("itc", "itm", "lm"),
-            (f"{key} is 0" if not weight else "" for key, weight in zip(keys, weights.values(), strict=True)),
-            strict=True,
-        )
-    )
+    off = {loss: "" if weights[name] else f"{key} is 0" for loss, name, key in zip(("itc", "itm", "lm"), weights, keys, strict=True)}
     if ecm.false_negatives == "eliminate":
         off["lm"] = off["lm"] or "false_negatives: eliminate adds no pairs to lm"
     of_words = getattr(teacher, "mlm", False)  # ALBEF's alone has this switch
