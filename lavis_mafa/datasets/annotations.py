@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lavis_mafa.config.storage import AnnotationFile, annotation_file, ending
+from lavis_mafa.config.data import AnnotationFile, annotation_file, ending
 from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, Columns, one_message
 from lavis_mafa.datasets.ids import id_texts, is_missing, is_text, number_columns, pc, with_numbers
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean

@@ -13,12 +13,11 @@ import pyarrow as pa
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 
-from lavis_mafa.config.data_settings import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
+from lavis_mafa.config.data import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
-from lavis_mafa.datasets.pairs import ImageQuestions, ImageTextPairs, Select, naming_questions, open_annotations
-from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.datasets.pairs import ImageQuestions, ImageTextPairs, RetrievalPairs, Select, naming_questions, open_annotations
 from lavis_mafa.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"

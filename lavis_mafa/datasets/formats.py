@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
-from lavis_mafa.config.storage import ending
+from lavis_mafa.config.data import ending
 from lavis_mafa.datasets.ids import id_of_json, shown_json, with_numbers, written_numbers
 from lavis_mafa.datasets.separated_values import newline_of, other_separator, separated_rows
 from lavis_mafa.errors import UserError, did_you_mean

@@ -12,9 +12,8 @@ from urllib.error import URLError
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.config.data_settings import SPLITS
-from lavis_mafa.datasets.formats import id_of_json
-from lavis_mafa.datasets.ids import is_missing_text
+from lavis_mafa.config.data import SPLITS
+from lavis_mafa.datasets.ids import id_of_json, is_missing_text
 from lavis_mafa.errors import UserError
 
 

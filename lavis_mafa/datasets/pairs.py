@@ -13,7 +13,7 @@ import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from torch.utils.data import default_collate
 
-from lavis_mafa.config.storage import AnnotationFile
+from lavis_mafa.config.data import AnnotationFile
 from lavis_mafa.datasets.annotations import clean_caption, image_keys, path_hint, read_annotations, shown
 from lavis_mafa.datasets.formats import PAIRS, Columns
 from lavis_mafa.datasets.ground_truth import GroundTruth

@@ -17,7 +17,7 @@ from lavis.models.base_model import BaseModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from lavis_mafa.config.check import LANGUAGE, OF_MODEL, check_kind
+from lavis_mafa.config.checkpoints import LANGUAGE, OF_MODEL, check_kind
 from lavis_mafa.config.schema import CHOICES, MafaBlock, loss_weights, typed_block
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError

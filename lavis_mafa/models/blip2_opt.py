@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GPT2Tokenizer
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
-from lavis_mafa.config.check import OF_MODEL, check_kind, check_kind_on_hub, from_hub, model_from_hub
+from lavis_mafa.config.checkpoints import OF_MODEL, check_kind, check_kind_on_hub, from_hub, model_from_hub
 from lavis_mafa.config.schema import Blip2OptBlock, LanguageModel, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.base import CONFIGS

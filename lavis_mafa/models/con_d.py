@@ -11,8 +11,8 @@ import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
-from lavis_mafa.config.check import OF_MODEL, con_d_block, kind_of
-from lavis_mafa.config.schema import MafaBlock
+from lavis_mafa.config.checkpoints import OF_MODEL, kind_of
+from lavis_mafa.config.schema import MafaBlock, con_d_block
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.encoders import EvaVit, fit_position_embeddings

@@ -27,7 +27,7 @@ from transformers import BertConfig, BertTokenizer
 from transformers import BertForMaskedLM as HubBert
 from transformers.generation.beam_search import BeamHypotheses
 
-from lavis_mafa.config.check import ENGLISH, PADDING, from_hub, model_from_hub
+from lavis_mafa.config.checkpoints import ENGLISH, PADDING, from_hub, model_from_hub
 from lavis_mafa.config.schema import EvaEncoder, ImageEncoder, MedEncoder, QFormer, TextEncoder
 from lavis_mafa.distributed import largest
 from lavis_mafa.errors import UserError

@@ -13,6 +13,9 @@ from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
 from lavis_mafa.objectives.itm import CandidatePairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
 from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
 from lavis_mafa.objectives.momentum import distilled_targets
+from lavis_mafa.objectives.setting import setting
+
+OF_THE_SUM = "of the loss in the sum; 0: off, not computed and not logged"
 
 
 class PairModel(Protocol):
@@ -39,21 +42,45 @@ class Discriminator(Protocol):
 class ItcSettings:
     """How much the contrastive loss counts (0: it is switched off), and how it is softened."""
 
-    weight: float = 1.0
-    smoothing: float = 0.5
-    consistency: float = 0.0
+    weight: float = setting(1.0, OF_THE_SUM, "ALBEF Table 1; GRIT-VLP Table 1", low=0)
+    smoothing: float = setting(0.5, "alpha of S-ITC; 0 is off", "MAFA Tables 4, 6, 18, eq. 5", low=0, high=1)
+    consistency: float = setting(0.0, "lambda of GRIT-VLP's consistency loss; 0 is off", "MAFA Table 6; GRIT-VLP Table 4, eq. 6", low=0)
 
 
 @dataclass
 class EcmSettings:
     """How false negatives are found and what is done with them."""
 
-    enabled: bool = True
-    threshold: float = 0.8
-    ambiguous_from: float = 0.5
-    use_in: list[str] = field(default_factory=lambda: ["itc", "itm", "lm"])
-    false_negatives: str = "convert"
-    resample_ambiguous: bool = True
+    enabled: bool = setting(True, "ask Con-D about every hard negative", "MAFA Tables 4, 5")
+    threshold: float = setting(0.8, "above this match probability a hard negative is a false one", "MAFA Table 15", low=0, high=1)
+    ambiguous_from: float = setting(
+        0.5, "from here on it is no negative either; the threshold: no such class", "MAFA Table 15", low=0, high=1
+    )
+    use_in: list[str] = setting(
+        ["itc", "itm", "lm"],
+        "losses that get the new positives; `lm` is ALBEF's masked one",
+        "MAFA Table 14",
+        choices=("itc", "itm", "lm"),
+    )
+    false_negatives: str = setting(
+        "convert", "`convert` to positives, or `eliminate` (ECM-E)", "MAFA Table 5", choices=("convert", "eliminate")
+    )
+    resample_ambiguous: bool = setting(
+        True, "in place of an ambiguous pair ITM takes the second hardest; false: keeps it", "MAFA sec. 4.1"
+    )
+
+
+@dataclass
+class ItmSettings:
+    """How much the matching loss counts (0: it is switched off), and which pairs are its negatives."""
+
+    weight: float = setting(1.0, OF_THE_SUM, "GRIT-VLP Table 5", low=0)
+    negatives: str = setting(
+        "hardest",
+        "`hardest` (GRIT-VLP, MAFA), `sampled` by similarity (ALBEF), `random` (ITM_rand)",
+        "GRIT-VLP Table 4",
+        choices=("hardest", "sampled", "random"),
+    )
 
 
 @dataclass
@@ -62,8 +89,8 @@ class StepSettings:
 
     itc: ItcSettings = field(default_factory=ItcSettings)
     ecm: EcmSettings = field(default_factory=EcmSettings)
-    negatives: str = "hardest"
-    itm_weight: float = 1.0
+    negatives: str = ItmSettings.negatives
+    itm_weight: float = ItmSettings.weight
     lm_weight: float = 1.0
 
 

@@ -1,12 +1,8 @@
-"""What LAVIS's own models take from a checkpoint: they load with ``strict=False`` and keep what did not fit to themselves.
-
-From a YAML to a running job: check first, then do what LAVIS's train.py does.
-"""
+"""From a YAML to a running job: check first, then do what LAVIS's train.py does."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import logging
 import os
@@ -14,7 +10,6 @@ import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,131 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
 from torch import Tensor
 
-from lavis_mafa.config.check import OURS, check_device, check_evaluates, check_splits, shapes_of
-from lavis_mafa.config.data_settings import SPLITS, check_lavis_info, own_splits
-from lavis_mafa.config.processor_settings import SETTINGS
-from lavis_mafa.config.read import check_processor_name, examine, find_yaml
-from lavis_mafa.config.read import check_yaml as check_yaml
-from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
-from lavis_mafa.config.yaml_text import at
+from lavis_mafa.config.check import OURS, Checked, check_device, check_evaluates, check_splits, examine
+from lavis_mafa.config.check import check_yaml as check_yaml
+from lavis_mafa.config.checkpoints import shapes_of
+from lavis_mafa.config.data import SETTINGS, SPLITS, check_lavis_info, check_processor, own_splits
+from lavis_mafa.config.read import at, find_yaml, plain
+from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS
 from lavis_mafa.distributed import is_one_of_several
 from lavis_mafa.errors import Mistakes, RankLost, UserError, did_you_mean
 from lavis_mafa.weights import read_weights
 
 logger = logging.getLogger(__name__)
+PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval")
 OF_TEACHER = "visual_encoder_m.pos_embed"
 READ_THEIR_TEACHER = ("albef_vqa", "blip_retrieval", "blip_classification")
 
-
-def source_of(config: Any) -> tuple[str, str] | None:
-    """Key and path of the local file that LAVIS loads a model from: ``finetuned``, or ``pretrained`` with ``load_finetuned: false``."""
-    key = "finetuned" if config.get("load_finetuned", True) else "pretrained"
-    path = config.get(key)
-    return (f"model.{key}", path) if isinstance(path, str) and Path(path).is_file() else None
-
-
-def check_start(config: Any) -> None:
-    """What LAVIS would answer with a traceback from inside its loading; raises UserError."""
-    source = source_of(config)
-    if source is None or source[0] != "model.pretrained":
-        return
-    key, path = source
-    if config.arch == "albef_nlvr":
-        raise UserError(f"{key} is {path}, but LAVIS 1.0.2's albef_nlvr fails at every such file; give it as model.finetuned.")
-    if config.arch == "albef_vqa" and not config.get("use_distill", True):
-        raise UserError(f"model.use_distill is false, but LAVIS 1.0.2's albef_vqa then fails at every {key}; allowed: true.")
-    if config.arch in READ_THEIR_TEACHER and OF_TEACHER not in shapes_of(path, key):
-        raise UserError(
-            f"{key}: {path} has no momentum teacher ({OF_TEACHER}), which LAVIS's {config.arch} reads from it; give a checkpoint of a "
-            "training with model.itc.momentum_distillation, or copy its weights to names with `_m`."
-        )
-
-
-def build_model(task: Any, config: Any) -> Any:
-    """LAVIS's model, and a word on what it took from its checkpoint.
-
-    Raises:
-        UserError: it cannot be loaded, or gave nothing.
-    """
-    check_start(config.model_cfg)
-    try:
-        model = task.build_model(config)
-    except RuntimeError as error:
-        source = source_of(config.model_cfg)
-        if source is None or "size mismatch for" not in str(error):
-            raise
-        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch for" in line]
-        raise UserError(f"{source[0]}: {source[1]} is of another size than {config.model_cfg.arch}: {sizes[0]}") from error
-    report_keys(model, config.model_cfg)
-    return model
-
-
-def report_keys(model: torch.nn.Module, config: Any) -> None:
-    """Compare what a LAVIS model holds with the file that it was loaded from, by values: LAVIS renames as it loads.
-
-    Args:
-        model: as LAVIS built it.
-        config: its ``model`` block.
-
-    Raises:
-        UserError: it holds none of the file's matrices.
-    """
-    source = source_of(config)
-    if source is None:
-        return
-    key, path = source
-    own, theirs = model.state_dict(), read_weights(path, key)
-    taken = {name for name, value in theirs.items() if _holds(own, name, value)}
-    by_name = {_plain(name) for name in taken}
-    rest = {name: _mark(value) for name, value in own.items() if _plain(name) not in by_name}
-    under_another = {name for name, value in theirs.items() if name not in taken and _mark(value) in set(rest.values()) - {None}}
-    marks = {_mark(theirs[name]) for name in under_another}
-    missing = [name for name, mark in rest.items() if (mark is None or mark not in marks) and not name.endswith("position_ids")]
-    taken |= under_another
-    left_over = [name for name in theirs if name not in taken and not name.endswith("position_ids")]
-    matrices = [name for name, value in theirs.items() if _mark(value) is not None]
-    if matrices and not taken.intersection(matrices):
-        name = next((n for n in matrices if n in own), matrices[0])
-        wanted = f" (wanted {list(own[name].shape)})" if name in own else ", which it has not"
-        raise UserError(
-            f"{key}: {path} gave {config.arch} none of its weights: it has {name} {list(theirs[name].shape)}{wanted}. Give a "
-            "checkpoint of this architecture and size, with LAVIS's names."
-        )
-    misfits = f"{_by_part('missing', missing)}; {_by_part('left over', left_over)}"
-    few = 2 * len(taken.intersection(matrices)) < len(matrices)
-    logger.log(logging.WARNING if few else logging.INFO, "%s: %d weights taken from %s; %s", key, len(taken), path, misfits)
-
-
-def _plain(name: str) -> str:
-    return name.replace("bert.", "")  # LAVIS takes it out of the names of a text encoder
-
-
-def _holds(own: dict[str, Tensor], name: str, value: Tensor) -> bool:
-    """Has the model this weight under its name? Position embeddings may have been resized."""
-    for candidate in (name, _plain(name), name.replace("text_encoder.", "text_encoder.bert.")):
-        held = own.get(candidate)
-        if held is not None and held.shape == value.shape:
-            return torch.equal(value.to(held.dtype), held.cpu())
-        if held is not None and name.endswith("pos_embed"):
-            return held.shape[-1] == value.shape[-1]
-    return False
-
-
-def _mark(value: Tensor) -> tuple[Any, ...] | None:
-    """Nearly as good as the values themselves, to find a matrix under any name; None for what is too plain to be told apart."""
-    if value.dim() < 2 or not value.is_floating_point() or value.numel() < 8:
-        return None
-    some = value.flatten()[:: max(1, value.numel() // 64)].half()
-    return None if bool((some == some[0]).all()) else (*value.shape, *some.tolist())
-
-
-def _by_part(kind: str, names: list[str]) -> str:
-    """``23 missing (opt_model 21, opt_proj 2)``"""
-    parts = Counter(name.split(".")[0] for name in names)
-    return f"{len(names)} {kind}" + (f" ({', '.join(f'{part} {count}' for part, count in parts.items())})" if names else "")
-
-
-PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval")
+# --- the job -----------------------------------------------------------------------------------------------------------
 
 
 def prepare(name: str, options: list[str], files: bool = True, device: bool = True, joins: bool = False) -> tuple[DictConfig, Any]:
@@ -161,10 +47,13 @@ def prepare(name: str, options: list[str], files: bool = True, device: bool = Tr
     Raises:
         UserError: the first mistake found.
     """
-    checked = check_yaml(name, options, files)
+    checked, found = examine(name, options, files)
+    found.end()
     if joins:
-        is_one_of_several(checked.run.get("dist_url", "env://"))
-    return checked, _config(name, checked, device)
+        is_one_of_several(checked.config.run.get("dist_url", "env://"))
+    if device:
+        _check_device(checked)  # before LAVIS is imported, which takes seconds
+    return checked.config, _config(name, checked)
 
 
 def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]:
@@ -175,108 +64,23 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
         files: False looks at the YAML alone, whose data, checkpoints and GPUs may be another machine's.
     """
     try:
-        checked, readable, found = examine(name, options, files)
+        checked, of_yaml = examine(name, options, files)
     except UserError as error:
         return list(error.messages)
-    found(check_evaluates, checked.run, str(find_yaml(name)))
-    ours = _all_ours(checked)
+    of_yaml(check_evaluates, checked.config.run)
+    found, ours = Mistakes(), _all_ours(checked)
     if not ours:
-        if not found(_check_names, checked, _lavis_registry()):
-            return found.messages
-        found(_check_lavis_blocks, checked.datasets, _lavis_registry())
-    if files and readable and not (ours and found.messages):  # LAVIS takes seconds to import, and then knows where its data are
-        cfg = found(_config, name, checked)
-        if cfg is not None and not found.messages:
-            found(_check_rows, cfg)
-    return found.messages
-
-
-def _all_ours(config: DictConfig) -> bool:
-    """Nothing that only LAVIS knows: its names, or the defaults of its data sets."""
-    processors = [at(config, f"datasets.{name}.{which}.name") for name in config.datasets for which in PROCESSORS]
-    return (
-        config.model.arch in MODEL_BLOCKS
-        and config.run.task in RUN_BLOCKS
-        and config.run.get("runner", "runner_mafa") == "runner_mafa"
-        and config.run.get("lr_sched", OURS) == OURS
-        and all(name in SPLITS or not isinstance(name, str) for name in config.datasets)
-        and all(not isinstance(name, str) or name in SETTINGS for name in processors)
-    )
-
-
-def _config(name: str, checked: DictConfig, device: bool = True) -> Any:
-    """LAVIS's ``Config`` of what was checked, with its data sets' defaults.
-
-    Raises:
-        UserError: a name that nobody registered, a device that cannot do it, or data that are not there.
-    """
-    found = Mistakes()
-    if device:
+        if not found(_check_names, checked.config, _lavis_registry()):
+            return of_yaml.messages + found.messages
+        found(_check_lavis_blocks, checked.config.datasets, _lavis_registry())
+    if (
+        files and checked.readable and not (ours and of_yaml.messages)
+    ):  # LAVIS takes seconds to import, and then knows where its data are
         found(_check_device, checked)
-    registry = _lavis_registry()
-    found(_check_names, checked, registry)
-    found.end()
-    found(_check_lavis_blocks, checked.datasets, registry)
-    found.end()
-    registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
-    cfg = _lavis_config(find_yaml(name), checked)
-    found(_check_lavis_files, cfg.datasets_cfg)
-    found(_check_processor_names, cfg.datasets_cfg)
-    found(check_splits, cfg.config, str(find_yaml(name)), _splits(cfg.datasets_cfg))
-    found.end()
-    return cfg
-
-
-def _lavis_registry() -> Any:
-    """LAVIS's, once it knows our names and its own."""
-    with _quiet_imports():
-        import lavis.common.optims  # noqa: F401 - registers LAVIS's schedulers
-        import lavis.runners
-        import lavis.tasks  # noqa: F401
-        from lavis.common.registry import registry
-
-    from lavis_mafa.plugin import register
-
-    register()
-    return registry
-
-
-def _check_rows(cfg: Any) -> None:
-    """Read the data as training does: rows that it refuses, and too few of them; raises UserError. Nothing is downloaded."""
-    from lavis.common.utils import get_cache_path
-
-    for name, data in cfg.datasets_cfg.items():
-        storages = [info.get("storage") for info in (at(data, "build_info.annotations") or {}).values() if info]
-        files = [file for storage in storages for file in ([storage] if isinstance(storage, str) else storage or [])]
-        if name not in SPLITS and not all(Path(get_cache_path(file)).is_file() for file in files):
-            return
-    from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
-
-    from lavis_mafa.runners.loading import train_loader
-    from lavis_mafa.runners.run_block import run_settings
-
-    ours = cfg.run_cfg.task in RUN_BLOCKS
-    datasets = concat_datasets(reorg_datasets_by_split(_datasets(_task(cfg), cfg)))
-    if cfg.run_cfg.get("runner", "runner_mafa") == "runner_mafa" and not cfg.run_cfg.get("evaluate", False) and "train" in datasets:
-        settings = run_settings(cfg.run_cfg, ours)
-        train_loader(datasets["train"], settings.batch_size_train, settings.grit if ours else None, settings, pin=False)
-
-
-def _task(cfg: Any) -> Any:
-    """The task; LAVIS's own look for their settings without a default. Raises UserError."""
-    import lavis.tasks as tasks
-
-    try:
-        return tasks.setup_task(cfg)
-    except ConfigAttributeError as error:
-        raise UserError(f"{error.full_key} is missing, but {cfg.run_cfg.task} needs it.") from error
-
-
-def _datasets(task: Any, cfg: Any) -> dict[str, Any]:
-    """The task's data, every row looked at: by our tasks themselves, for LAVIS's own here."""
-    from lavis_mafa.datasets.lavis_rows import read_checked
-
-    return task.build_datasets(cfg) if cfg.run_cfg.task in RUN_BLOCKS else read_checked(task.build_datasets, cfg)
+        cfg = found(_config, name, checked)
+        if cfg is not None and not of_yaml.messages + found.messages:
+            found(_check_rows, cfg)
+    return of_yaml.messages + [message for message in found.messages if message not in of_yaml.messages]
 
 
 def run_job(name: str, options: list[str]) -> Any:
@@ -286,13 +90,14 @@ def run_job(name: str, options: list[str]) -> Any:
         UserError: a mistake, or ranks that differ.
         RankLost: another rank died or hangs.
     """
-    checked = check_yaml(name, options)
-    check_evaluates(checked.run, str(find_yaml(name)))
-    is_one_of_several(checked.run.get("dist_url", "env://"))
+    checked, found = examine(name, options)
+    found.end()
+    found(check_evaluates, checked.config.run)
+    found.end()
+    is_one_of_several(checked.config.run.get("dist_url", "env://"))
     _check_device(checked)  # before LAVIS is imported, which takes seconds
     cfg = _config(name, checked)
     import numpy as np
-    import torch
     from lavis.common.registry import registry
 
     from lavis_mafa.distributed import init_process_group, rank, rank_timeout_minutes
@@ -314,7 +119,7 @@ def run_job(name: str, options: list[str]) -> Any:
             mark("reading the data sets")
             datasets = _datasets(task, cfg)
             mark("building the model")
-            model = task.build_model(cfg) if checked.model.arch in MODEL_BLOCKS else build_model(task, cfg)
+            model = build_model(task, cfg) if checked.model is None else task.build_model(cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
             job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
             runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
@@ -326,34 +131,122 @@ def run_job(name: str, options: list[str]) -> Any:
     return runner
 
 
-def _check_device(config: DictConfig) -> None:
+def _check_device(checked: Checked) -> None:
     """``run.device: cuda`` falls back to the CPU where there is none, and half-precision weights would not run there."""
-    import torch
-
-    if config.model.arch in MODEL_BLOCKS and not torch.cuda.is_available():
-        precision = str(config.run.get("precision", "fp32")) if config.run.get("task") in RUN_BLOCKS else "fp32"
-        check_device(typed_block("model", config.model), "cpu", precision)
+    if checked.model is not None and not torch.cuda.is_available():
+        check_device(checked.model, "cpu", "fp32" if checked.run is None else checked.run.precision)
 
 
-def _lavis_config(path: Path, checked: DictConfig) -> Any:
+def _check_rows(cfg: Any) -> None:
+    """Read the data as training does: rows that it refuses, and too few of them; raises UserError. Nothing is downloaded."""
+    from lavis.common.utils import get_cache_path
+
+    for name, data in cfg.datasets_cfg.items():
+        storages = [info.get("storage") for info in (at(data, "build_info.annotations") or {}).values() if info]
+        files = [file for storage in storages for file in ([storage] if isinstance(storage, str) else storage or [])]
+        if name not in SPLITS and not all(Path(get_cache_path(file)).is_file() for file in files):
+            return
+    from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
+
+    from lavis_mafa.runners.loading import train_loader
+    from lavis_mafa.runners.run_block import run_settings
+
+    task, run = _task(cfg), cfg.run_cfg
+    datasets = concat_datasets(reorg_datasets_by_split(_datasets(task, cfg)))
+    if run.get("runner", "runner_mafa") == "runner_mafa" and not run.get("evaluate", False) and "train" in datasets:
+        settings = run_settings(cfg.checked.run or run, cfg.checked.run is not None)
+        grit = None if cfg.checked.run is None else settings.grit
+        train_loader(datasets["train"], settings.batch_size_train, grit, settings, pin=False)
+
+
+def _task(cfg: Any) -> Any:
+    """The task; LAVIS's own look for their settings without a default. Raises UserError."""
+    import lavis.tasks as tasks
+
+    try:
+        return tasks.setup_task(cfg)
+    except ConfigAttributeError as error:
+        raise UserError(f"{error.full_key} is missing, but {cfg.run_cfg.task} needs it.") from error
+
+
+def _datasets(task: Any, cfg: Any) -> dict[str, Any]:
+    """The task's data, every row looked at: by our tasks themselves, for LAVIS's own here."""
+    from lavis_mafa.datasets.lavis_rows import read_checked
+
+    return task.build_datasets(cfg) if cfg.run_cfg.task in RUN_BLOCKS else read_checked(task.build_datasets, cfg)
+
+
+# --- LAVIS's configuration ---------------------------------------------------------------------------------------------
+
+
+def _config(name: str, checked: Checked) -> Any:
+    """LAVIS's ``Config`` of what was checked, with its data sets' defaults; the typed blocks are its ``checked``.
+
+    Raises:
+        UserError: a name that nobody registered, or data that are not there.
+    """
+    registry = _lavis_registry()
     from lavis.common.config import Config
 
+    _check_names(checked.config, registry)
+    _check_lavis_blocks(checked.config.datasets, registry)
+    registry.mapping["paths"]["cache_root"] = os.environ.get("LAVIS_CACHE", str(Path.cwd() / ".lavis_cache"))
+
     class CheckedConfig(Config):
-        """LAVIS's configuration of what was checked: overrides and paths are in it, and what they name gets its defaults too."""
+        """The file is not read again: overrides and expanded paths are in what was checked."""
 
-        @staticmethod
-        def build_runner_config(config: Any) -> Any:
-            return {"run": checked.run}
+        def __init__(self) -> None:
+            registry.register("configuration", self)
+            self.args, self.checked = argparse.Namespace(cfg_path=str(find_yaml(name)), options=None), checked
+            model, data = self.build_model_config(checked.config), self.build_dataset_config(checked.config)
+            self.config = OmegaConf.merge({"run": checked.config.run}, model, data)
 
-        @staticmethod
-        def build_model_config(config: Any, **_: Any) -> Any:
-            return Config.build_model_config(OmegaConf.create({**config, "model": checked.model}))
+    cfg = CheckedConfig()
+    found = Mistakes()
+    found(_check_lavis_files, cfg.datasets_cfg)
+    for key in [f"{dataset}.{which}" for dataset in cfg.datasets_cfg for which in PROCESSORS]:
+        # a processor's name may come from the data set's defaults; LAVIS looks for one without a name all the same
+        if isinstance(processor := at(cfg.datasets_cfg, key), DictConfig) and not isinstance(processor.get("name"), str):
+            found(check_processor, f"datasets.{key}", plain(processor))
+    of_files = Mistakes(f" ({find_yaml(name)})")
+    of_files(check_splits, plain(cfg.config), _splits(cfg.datasets_cfg))
+    found.messages += of_files.messages
+    found.end()
+    return cfg
 
-        @staticmethod
-        def build_dataset_config(config: Any) -> Any:
-            return Config.build_dataset_config(OmegaConf.create({**config, "datasets": checked.datasets}))
 
-    return CheckedConfig(argparse.Namespace(cfg_path=str(path), options=None))
+def _lavis_registry() -> Any:
+    """LAVIS's, once it knows our names and its own."""
+    _quiet_imports()
+    from lavis.common.registry import registry
+
+    from lavis_mafa.plugin import register
+
+    register()
+    return registry
+
+
+def _quiet_imports() -> None:
+    """LAVIS's and fairscale's deprecation warnings on import are not the user's business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import lavis.common.optims
+        import lavis.runners
+        import lavis.tasks  # noqa: F401 - each registers what it has
+
+
+def _all_ours(checked: Checked) -> bool:
+    """Nothing that only LAVIS knows: its names, or the defaults of its data sets."""
+    config = checked.config
+    processors = [at(config, f"datasets.{name}.{which}.name") for name in config.datasets for which in PROCESSORS]
+    return (
+        config.model.arch in MODEL_BLOCKS
+        and config.run.task in RUN_BLOCKS
+        and config.run.get("runner", "runner_mafa") == "runner_mafa"
+        and config.run.get("lr_sched", OURS) == OURS
+        and all(name in SPLITS or not isinstance(name, str) for name in config.datasets)
+        and all(not isinstance(name, str) or name in SETTINGS for name in processors)
+    )
 
 
 def _check_names(config: DictConfig, registry: Any) -> bool:
@@ -433,20 +326,112 @@ def _check_lavis_files(datasets: DictConfig) -> None:
     found.end()
 
 
-def _check_processor_names(datasets: DictConfig) -> None:
-    """A processor's name may come from the data set's defaults; LAVIS looks for one without a name all the same."""
-    found = Mistakes()
-    for dataset in map(str, datasets):
-        for which in PROCESSORS:
-            processor = at(datasets, f"{dataset}.{which}")
-            if isinstance(processor, DictConfig):
-                found(check_processor_name, f"datasets.{dataset}.{which}", processor)
-    found.end()
+# --- weights of LAVIS's own models ------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """LAVIS's and fairscale's deprecation warnings on import are not the user's business."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def source_of(config: Any) -> tuple[str, str] | None:
+    """Key and path of the local file that LAVIS loads a model from: ``finetuned``, or ``pretrained`` with ``load_finetuned: false``."""
+    key = "finetuned" if config.get("load_finetuned", True) else "pretrained"
+    path = config.get(key)
+    return (f"model.{key}", path) if isinstance(path, str) and Path(path).is_file() else None
+
+
+def check_start(config: Any) -> None:
+    """What LAVIS would answer with a traceback from inside its loading; raises UserError."""
+    source = source_of(config)
+    if source is None or source[0] != "model.pretrained":
+        return
+    key, path = source
+    if config.arch == "albef_nlvr":
+        raise UserError(f"{key} is {path}, but LAVIS 1.0.2's albef_nlvr fails at every such file; give it as model.finetuned.")
+    if config.arch == "albef_vqa" and not config.get("use_distill", True):
+        raise UserError(f"model.use_distill is false, but LAVIS 1.0.2's albef_vqa then fails at every {key}; allowed: true.")
+    if config.arch in READ_THEIR_TEACHER and OF_TEACHER not in shapes_of(path, key):
+        raise UserError(
+            f"{key}: {path} has no momentum teacher ({OF_TEACHER}), which LAVIS's {config.arch} reads from it; give a checkpoint of a "
+            "training with model.itc.momentum_distillation, or copy its weights to names with `_m`."
+        )
+
+
+def build_model(task: Any, config: Any) -> Any:
+    """LAVIS's model, and a word on what it took from its checkpoint.
+
+    Raises:
+        UserError: it cannot be loaded, or gave nothing.
+    """
+    check_start(config.model_cfg)
+    try:
+        model = task.build_model(config)
+    except RuntimeError as error:
+        source = source_of(config.model_cfg)
+        if source is None or "size mismatch for" not in str(error):
+            raise
+        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch for" in line]
+        raise UserError(f"{source[0]}: {source[1]} is of another size than {config.model_cfg.arch}: {sizes[0]}") from error
+    report_keys(model, config.model_cfg)
+    return model
+
+
+def report_keys(model: torch.nn.Module, config: Any) -> None:
+    """Compare what a LAVIS model holds with the file that it was loaded from, by values: LAVIS renames as it loads.
+
+    Args:
+        model: as LAVIS built it.
+        config: its ``model`` block.
+
+    Raises:
+        UserError: it holds none of the file's matrices.
+    """
+    source = source_of(config)
+    if source is None:
+        return
+    key, path = source
+    own, theirs = model.state_dict(), read_weights(path, key)
+    taken = {name for name, value in theirs.items() if _holds(own, name, value)}
+    by_name = {_without_bert(name) for name in taken}
+    rest = {name: _mark(value) for name, value in own.items() if _without_bert(name) not in by_name}
+    under_another = {name for name, value in theirs.items() if name not in taken and _mark(value) in set(rest.values()) - {None}}
+    marks = {_mark(theirs[name]) for name in under_another}
+    missing = [name for name, mark in rest.items() if (mark is None or mark not in marks) and not name.endswith("position_ids")]
+    taken |= under_another
+    left_over = [name for name in theirs if name not in taken and not name.endswith("position_ids")]
+    matrices = [name for name, value in theirs.items() if _mark(value) is not None]
+    if matrices and not taken.intersection(matrices):
+        name = next((n for n in matrices if n in own), matrices[0])
+        wanted = f" (wanted {list(own[name].shape)})" if name in own else ", which it has not"
+        raise UserError(
+            f"{key}: {path} gave {config.arch} none of its weights: it has {name} {list(theirs[name].shape)}{wanted}. Give a "
+            "checkpoint of this architecture and size, with LAVIS's names."
+        )
+    misfits = f"{_by_part('missing', missing)}; {_by_part('left over', left_over)}"
+    few = 2 * len(taken.intersection(matrices)) < len(matrices)
+    logger.log(logging.WARNING if few else logging.INFO, "%s: %d weights taken from %s; %s", key, len(taken), path, misfits)
+
+
+def _without_bert(name: str) -> str:
+    return name.replace("bert.", "")  # LAVIS takes it out of the names of a text encoder
+
+
+def _holds(own: dict[str, Tensor], name: str, value: Tensor) -> bool:
+    """Has the model this weight under its name? Position embeddings may have been resized."""
+    for candidate in (name, _without_bert(name), name.replace("text_encoder.", "text_encoder.bert.")):
+        held = own.get(candidate)
+        if held is not None and held.shape == value.shape:
+            return torch.equal(value.to(held.dtype), held.cpu())
+        if held is not None and name.endswith("pos_embed"):
+            return held.shape[-1] == value.shape[-1]
+    return False
+
+
+def _mark(value: Tensor) -> tuple[Any, ...] | None:
+    """Nearly as good as the values themselves, to find a matrix under any name; None for what is too plain to be told apart."""
+    if value.dim() < 2 or not value.is_floating_point() or value.numel() < 8:
+        return None
+    some = value.flatten()[:: max(1, value.numel() // 64)].half()
+    return None if bool((some == some[0]).all()) else (*value.shape, *some.tolist())
+
+
+def _by_part(kind: str, names: list[str]) -> str:
+    """``23 missing (opt_model 21, opt_proj 2)``"""
+    parts = Counter(name.split(".")[0] for name in names)
+    return f"{len(names)} {kind}" + (f" ({', '.join(f'{part} {count}' for part, count in parts.items())})" if names else "")

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lavis_mafa.config.schema import Grit, RunBlock
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.indexed import REASON, UNREADABLE, IndexedDataset, image_path, of_a_decoder, seeded
-from lavis_mafa.datasets.pairs import ImageQuestions
-from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.datasets.pairs import ImageQuestions, RetrievalPairs
 from lavis_mafa.distributed import gather_in_rank_order, gather_objects, rank, world_size
 from lavis_mafa.errors import UserError, death_of_a_worker
 from lavis_mafa.grit import GritQueue, GritSampler, next_epoch_order

@@ -58,7 +58,7 @@ class RunnerMafa(RunnerBase):
     log: MetricsLog
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
-        self.settings = run_settings(cfg.run_cfg, isinstance(task, MafaTask))
+        self.settings = task.run if isinstance(task, MafaTask) else run_settings(cfg.run_cfg, ours=False)
         # RunnerBase reads the YAML itself and has no defaults for most keys
         cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(self.settings)), cfg.run_cfg)
         if not isinstance(task, MafaTask):  # ours did so when they built the data

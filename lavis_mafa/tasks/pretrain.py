@@ -49,9 +49,9 @@ class MafaPretrainTask(MafaTask):
             if (rank_by := self.run.rank_by) is not None:
                 raise UserError(f"run.rank_by is {rank_by}, but {cfg.model_cfg.arch} ranks by LAVIS's own score; allowed: null.")
             return super().build_model(cfg)
-        model: MafaModel = model_class.from_config(cfg.model_cfg, self.run.grit.batch_scope)
-        con_d = cfg.model_cfg.get("discriminator", None)
-        if con_d is not None and con_d.get("arch") == "ground_truth":
+        model: Any = model_class.from_config(self.model_block or cfg.model_cfg, self.run.grit.batch_scope)
+        con_d = model.settings.discriminator
+        if con_d is not None and con_d.arch == "ground_truth":
             model.set_discriminator(GroundTruthDiscriminator(self.truth))
         return model
 

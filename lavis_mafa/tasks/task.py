@@ -7,13 +7,13 @@ import logging
 from typing import Any, TypeVar
 
 import torch
+from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_mafa.config.check import check_combinations, check_device, check_kinds, doubtful
-from lavis_mafa.config.read import expand_settings
-from lavis_mafa.config.schema import MODEL_BLOCKS, RunBlock, typed_block
+from lavis_mafa.config.check import check_device, check_lavis, doubtful
+from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.lavis_rows import read_checked
 from lavis_mafa.datasets.splits import with_training_splits
 from lavis_mafa.distributed import rank
@@ -28,24 +28,33 @@ class MafaTask(BaseTask):
 
     evaluates: tuple[str, ...] = ()  # what a sample must have
 
+    model_block: Any = None  # the typed one; None for one of LAVIS's models
+
     def __init__(self, run: Any = None) -> None:
         super().__init__()
         self.run: Any = run or RunBlock()
 
     @classmethod
     def setup_task(cls: type[Task], cfg: Any = None, **kwargs: Any) -> Task:
-        expand_settings(cfg.config)  # here and below once more: LAVIS's own train.py comes here without our command line
-        run = typed_block("run", cfg.run_cfg)
+        """With the typed blocks of what was checked; LAVIS's own train.py comes here with a configuration of its own."""
+        checked = getattr(cfg, "checked", None) or check_lavis(cfg.config)
+        run: Any = checked.run
+        model = checked.model
         # LAVIS's own evaluate.py takes RunnerBase whatever run.runner says, and that knows no defaults
         cfg.config.run = OmegaConf.merge(OmegaConf.create(dataclasses.asdict(run)), cfg.run_cfg)
-        model = typed_block("model", cfg.model_cfg) if cfg.model_cfg.arch in MODEL_BLOCKS else None
-        check_combinations(model, run)
         if model is not None:
-            check_kinds(model, evaluate=run.evaluate and run.task != "mafa_captioning")
             check_device(model, run.device if torch.cuda.is_available() else "cpu", run.precision)
             for text in doubtful(model, run) if rank() == 0 else ():
                 logger.warning(text)
-        return cls(run)
+        task = cls(run)
+        task.model_block = model
+        return task
+
+    def build_model(self, cfg: Any) -> Any:
+        """One of ours from its typed block, one of LAVIS's as LAVIS does."""
+        if self.model_block is None:
+            return super().build_model(cfg)
+        return registry.get_model_class(self.model_block.arch).from_config(self.model_block)
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:
         """LAVIS's, with a look at what the evaluation splits give: the wrong kind of data is found before hours of work."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 
-from lavis_mafa.datasets.formats import id_of_json
+from lavis_mafa.datasets.ids import id_of_json
 from lavis_mafa.errors import UserError
 
 MODEL = "en_core_web_sm"

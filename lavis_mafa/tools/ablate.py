@@ -19,11 +19,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.read import find_yaml
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError, did_you_mean
 from lavis_mafa.files import last_checkpoint, write_bytes, write_text
-from lavis_mafa.runners.job import check_yaml
 from lavis_mafa.tools.run_files import last_epoch, read_evaluations, read_metrics
 
 TABLES = Path(__file__).resolve().parents[1] / "configs" / "ablations.yaml"

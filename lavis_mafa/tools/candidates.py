@@ -25,8 +25,7 @@ from lavis_mafa.distributed import rank
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.sampler import seeded_generator
-from lavis_mafa.models.blip2 import most_similar_query
-from lavis_mafa.models.retrieval import best_query
+from lavis_mafa.models.retrieval import best_query, most_similar_query
 from lavis_mafa.objectives import mine_hard_negatives
 from lavis_mafa.objectives.itm import candidate_pairs
 

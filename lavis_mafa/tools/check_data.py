@@ -19,8 +19,7 @@ import pyarrow.parquet
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lavis_mafa.config.data_settings import SPLITS
-from lavis_mafa.config.storage import AnnotationFile, ending, files_of
+from lavis_mafa.config.data import SPLITS, AnnotationFile, ending, files_of
 from lavis_mafa.datasets.annotations import (
     TEXTS,
     clean_caption,

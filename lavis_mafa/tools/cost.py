@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lavis_mafa.config.check import FAMILIES, con_d_block
+from lavis_mafa.config.schema import FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.blip import BlipMafa

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_mafa.config.yaml_text import read_yaml
+from lavis_mafa.config.read import read_yaml
 from lavis_mafa.errors import UserError
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm import tqdm
 
+from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners.job import check_yaml, prepare
+from lavis_mafa.runners.job import prepare
 from lavis_mafa.runners.loading import BadSamples
 
 # what a checkpoint holds anyway need not be fetched first; a frozen ViT of BLIP-2 has a file of its own

@@ -19,10 +19,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
-from lavis_mafa.config.data_settings import SPLITS, TRAINING_FILES, allows_absolute_paths, own_files
+from lavis_mafa.config.data import SPLITS, TRAINING_FILES, AnnotationFile, allows_absolute_paths, own_files
 from lavis_mafa.config.read import find_yaml
 from lavis_mafa.config.schema import RUN_BLOCKS, RunBlock, typed_block
-from lavis_mafa.config.storage import AnnotationFile
 from lavis_mafa.datasets.annotations import TEXTS, read_annotations
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.ground_truth import GroundTruth
@@ -254,7 +253,7 @@ def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: s
 
 
 def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened:
-    from lavis_mafa.config.check import con_d_block
+    from lavis_mafa.config.schema import con_d_block
     from lavis_mafa.runners.run_block import run_settings
 
     run = run_settings(cfg.run_cfg, config.run.task in RUN_BLOCKS)

@@ -14,7 +14,8 @@ import pytest
 
 from lavis_mafa.cli import ablate
 from lavis_mafa.cli.main import main
-from lavis_mafa.runners.job import check_yaml, run_job
+from lavis_mafa.config.check import check_yaml
+from lavis_mafa.runners.job import run_job
 from lavis_mafa.tools.ablate import collect, concrete, find_table, format_terminal, load_tables, plan_trials
 
 pytestmark = pytest.mark.slow

@@ -165,7 +165,7 @@ def test_fewer_samples_than_a_batch(refused, run_yaml):
         ("images.storage=null", "images.storage is not set"),
         ("images.allow_absolute_paths=maybe", "images.allow_absolute_paths is 'maybe'; allowed: true, false"),
         ("images.storag=x", "Did you mean 'storage'?"),
-        ("max_images=few", "max_images is few; allowed: a whole number"),
+        ("max_images=few", "max_images is 'few'; allowed: a whole number"),
         ("max_image=3", "Did you mean 'max_images'?"),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_con_d_with_the_names_of_lavis_albef_retrieval(tmp_path):
     """Its text encoder has no ``bert.`` in its names, as BLIP's."""
     from safetensors.torch import save_file
 
-    from lavis_mafa.config.check import ALBEF, BLIP, STAGE_1, kind_of, shapes_of
+    from lavis_mafa.config.checkpoints import ALBEF, BLIP, STAGE_1, kind_of, shapes_of
 
     text = "text_encoder.encoder.layer"
     assert kind_of({"text_encoder.embeddings.word_embeddings.weight": [1], f"{text}.6.crossattention.self.key.weight": [1]}) == ALBEF

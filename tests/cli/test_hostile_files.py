@@ -16,7 +16,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_mafa.config.read import check_yaml
+from lavis_mafa.config.check import check_yaml
 
 pytestmark = pytest.mark.slow
 

@@ -118,7 +118,7 @@ def test_without_itc_and_words(train):
 def test_what_is_told_of_losses_that_are_off():
     def told(model: dict[str, Any], **run: Any) -> list[str]:
         block = typed_block("model", {"ecm": {"enabled": False}, **model})
-        return doubtful(block, typed_block("run", {"grit": {"enabled": False}, **run}))
+        return list(doubtful(block, typed_block("run", {"grit": {"enabled": False}, **run})))
 
     no_itc, no_itm = {"itc": {"weight": 0}}, {"itm": {"weight": 0}}
     assert told({}) == told({"itm": {"negatives": "random"}, **no_itc}) == told(no_itm) == []

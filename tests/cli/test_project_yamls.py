@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_mafa.cli.main import main
+from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.read import project_files, projects_root
 from lavis_mafa.config.schema import typed_block
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners.job import check_yaml
 from lavis_mafa.tools.ablate import Row, concrete, load_tables
 
 pytestmark = pytest.mark.slow
@@ -107,8 +107,9 @@ def build(settings: Any, device: str = "cpu") -> Any:
     """The model of a typed block, shared by all whose sizes are the same; then its losses are this block's."""
     plain = dataclasses.replace(settings, pretrained=None, **({"stage_1": None} if hasattr(settings, "stage_1") else {}))
     if hasattr(settings, "ecm"):
-        itc = dataclasses.replace(type(settings)().itc, momentum_distillation=settings.itc.momentum_distillation)
-        plain = dataclasses.replace(plain, itc=itc, ecm=type(settings)().ecm, itm=type(settings)().itm, discriminator=None)
+        usual = typed_block("model", {"arch": settings.arch})
+        itc = dataclasses.replace(usual.itc, momentum_distillation=settings.itc.momentum_distillation)
+        plain = dataclasses.replace(plain, itc=itc, ecm=usual.ecm, itm=usual.itm, discriminator=None)
     model = built(settings.arch, json.dumps(dataclasses.asdict(plain), sort_keys=True), device)
     model.settings = settings
     return model

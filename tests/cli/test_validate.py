@@ -8,18 +8,20 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 import lavis_mafa
 from lavis_mafa.cli.main import COMMANDS, _arguments, main
-from lavis_mafa.config import read as paths
-from lavis_mafa.config.read import check_yaml
-from lavis_mafa.config.schema import MODEL_BLOCKS, OLD_NAMES, RUN_BLOCKS, RunBlock, _resolved, typed_block
+from lavis_mafa.config import schema
+from lavis_mafa.config.check import check_yaml, expand_settings
+from lavis_mafa.config.schema import MODEL_BLOCKS, OLD_NAMES, PATHS, RUN_BLOCKS, RunBlock, kind_of_setting, typed_block
 from lavis_mafa.errors import UserError
 
 
@@ -144,7 +146,7 @@ def test_evaluating_without_a_split(refused_early, run_yaml, trained, told):
 
 
 def leaves(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, hint in _resolved(schema).items():
+    for name, hint in ((name, kind_of_setting(hint)[0]) for name, hint in get_type_hints(schema).items()):
         if dataclasses.is_dataclass(hint):
             yield from leaves(hint, f"{prefix}{name}.")
         else:
@@ -159,7 +161,7 @@ def test_every_setting_is_read_somewhere():
     package = Path(lavis_mafa.__file__).parent
     read: set[str] = set()
     for file in package.rglob("*.py"):
-        if file.name in ("settings.py", "model_settings.py", "paths.py", "old_names.py", "check.py", "agreement.py", "resuming.py"):
+        if file.name in ("schema.py", "check.py", "agreement.py", "resuming.py"):
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             read |= {node.attr} if isinstance(node, ast.Attribute) else set()
@@ -186,18 +188,18 @@ NO_PATHS |= {"collect", "memory", "device", "dist_url", "dist_backend", "prompt"
 
 def test_paths_expand_in_every_setting_that_is_one(run_yaml, monkeypatch, tmp_path):
     texts = {f"{name}.{key}" for name, _, schema in SCHEMAS for key, hint in leaves(schema) if hint is str}
-    assert {key for key in texts if key.split(".")[-1] not in NO_PATHS} <= set(paths.PATHS)
+    assert {key for key in texts if key.split(".")[-1] not in NO_PATHS} <= set(PATHS)
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("RUNS", "/runs")
     config = OmegaConf.load(run_yaml)
-    for key in paths.PATHS:
+    for key in PATHS:
         OmegaConf.update(config, key, "~/x", force_add=True)
     config.run.output_dir = "${oc.env:RUNS}/x"
     info = config.datasets.grit_pairs.build_info
     info.annotations.train.storage, info.images.storage = ["~/a", "$RUNS/b", "c"], "$HOME/c"
     OmegaConf.resolve(config)
-    paths.expand_settings(config)
-    assert all(OmegaConf.select(config, key) == ("/runs/x" if key == "run.output_dir" else "/home/me/x") for key in paths.PATHS)
+    expand_settings(config)
+    assert all(OmegaConf.select(config, key) == ("/runs/x" if key == "run.output_dir" else "/home/me/x") for key in PATHS)
     assert (list(info.annotations.train.storage), info.images.storage) == (["/home/me/a", "/runs/b", "c"], "/home/me/c")
 
 
@@ -246,6 +248,20 @@ def test_an_old_name_is_told_the_new_one():
     parents = {key.rpartition(".")[0] for key in declared}
     new_names = [word.rstrip(":,") for new in OLD_NAMES.values() for word in new.split() if word.startswith(("run.", "model."))]
     assert set(new_names) <= declared | parents
+
+
+def test_a_start_reads_the_file_and_types_each_block_once(run_yaml, monkeypatch):
+    counts: Counter[str] = Counter()
+    typed, compose = schema._typed, yaml.compose
+
+    def counting(kind: Any, values: Any, key: str) -> Any:
+        counts[key] += key in ("model", "run")
+        return typed(kind, values, key)
+
+    monkeypatch.setattr(schema, "_typed", counting)
+    monkeypatch.setattr(yaml, "compose", lambda *args: counts.update(["file"]) or compose(*args))
+    assert main(["train", "--cfg-path", str(run_yaml), "--options", "run.max_steps=1"]) == 0
+    assert {key: count for key, count in counts.items() if count} == {"model": 1, "run": 1, "file": 1}
 
 
 ODD: list[Any] = [{"a": 1}, [["x"]], None, "x", float("nan")]

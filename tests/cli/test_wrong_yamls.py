@@ -493,7 +493,7 @@ def test_a_wrong_value_of_the_data_is_found_by_validate(option, words, untouched
 
 
 @pytest.mark.parametrize(
-    ("option", "words"), [("root=3", "root is 3"), ("captions=[x]", "captions is '['x']'"), ("view=pair", "'pairs'?")]
+    ("option", "words"), [("root=3", "root is 3"), ("captions=[x]", "captions is ['x']"), ("view=pair", "'pairs'?")]
 )
 def test_a_wrong_value_of_the_emoji(option, words, untouched, capsys):
     path = written(untouched, "albef", added("# fine but for an option\n"))

@@ -13,7 +13,7 @@ from lavis.datasets.builders import load_dataset  # noqa: F401 - fills the regis
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_mafa.config.data_settings import check_block
+from lavis_mafa.config.data import check_block
 from lavis_mafa.datasets.builders import GritPairsBuilder, GritVqaBuilder
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.errors import UserError

@@ -13,8 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lavis_mafa.datasets.annotations import SHOWN, clean_caption, read_annotations
 from lavis_mafa.datasets.indexed import REASON, IndexedDataset
-from lavis_mafa.datasets.pairs import ImageTextPairs
-from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.datasets.pairs import ImageTextPairs, RetrievalPairs
 from lavis_mafa.errors import EmptyCaption, UserError
 from lavis_mafa.processors import AlbefCaptionProcessor
 

@@ -18,8 +18,7 @@ from lavis_mafa.datasets.annotations import image_keys, read_annotations
 from lavis_mafa.datasets.formats import QUESTIONS
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import typed_ids
-from lavis_mafa.datasets.pairs import ImageQuestions
-from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.datasets.pairs import ImageQuestions, RetrievalPairs
 from lavis_mafa.errors import UserError
 
 NAN = float("nan")

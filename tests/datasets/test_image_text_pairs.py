@@ -13,8 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.images import load_rgb
-from lavis_mafa.datasets.pairs import ImageTextPairs
-from lavis_mafa.datasets.splits import RetrievalPairs
+from lavis_mafa.datasets.pairs import ImageTextPairs, RetrievalPairs
 from lavis_mafa.errors import UserError
 
 ROWS: list[dict[str, Any]] = [

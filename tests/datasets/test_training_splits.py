@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 
-from lavis_mafa.datasets.annotations import SAME_IMAGE
+from lavis_mafa.datasets.formats import SAME_IMAGE
 from lavis_mafa.datasets.indexed import IndexedDataset
-from lavis_mafa.datasets.pairs import ImageTextPairs
-from lavis_mafa.datasets.splits import RetrievalPairs, shared_keys, with_training_splits
+from lavis_mafa.datasets.pairs import ImageTextPairs, RetrievalPairs
+from lavis_mafa.datasets.splits import shared_keys, with_training_splits
 from lavis_mafa.errors import UserError
 
 ids = st.fixed_dictionaries({image: st.sampled_from([image, "1", "2"]) for image in "abcdef"})

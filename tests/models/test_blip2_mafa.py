@@ -19,8 +19,9 @@ import reduced_blip2 as reduced
 from lavis_mafa.config.schema import QFormer
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import encoders as blip2_encoders
-from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs, most_similar_query, query_pass
+from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs, query_pass
 from lavis_mafa.models.encoders import MINILM, build_eva, build_qformer
+from lavis_mafa.models.retrieval import most_similar_query
 
 batch, block, ours, save = reduced.batch, reduced.block, reduced.ours, reduced.save
 SMOOTH = {"smoothing": 0.1, "smooth_when": "always"}  # what LAVIS has built in
@@ -487,7 +488,7 @@ def test_the_qformer_starts_from_berts_weights(tmp_path, kind):
 
 def test_the_minilm_init_gives_words_and_nothing_is_downloaded():
     torch.manual_seed(0)
-    qformer, queries = build_qformer(QFormer(init=MINILM, width=48, layers=1, heads=2, queries=3), 32)
+    qformer, queries = build_qformer(QFormer(init=MINILM, width=48, layers=1, heads=2, queries=3, cross_attention_every=2), 32)
     words = F.normalize(qformer.bert.embeddings.word_embeddings.weight.detach(), dim=1)
     tokenizer = blip2_encoders.build_blip2_tokenizer(MINILM)
     dog, cat, seven = tokenizer.convert_tokens_to_ids(["dog", "cat", "seven"])
@@ -512,7 +513,7 @@ def test_a_bert_of_another_size_is_refused(tmp_path, changes, message):
 
 def test_a_missing_bert_is_named(tmp_path):
     with pytest.raises(UserError, match="model.qformer.init is '.*nowhere'"):
-        build_qformer(QFormer(init=str(tmp_path / "nowhere"), width=48, layers=1, heads=2), 32)
+        build_qformer(QFormer(init=str(tmp_path / "nowhere"), width=48, layers=1, heads=2, queries=3, cross_attention_every=2), 32)
 
 
 @pytest.mark.parametrize("prefix", ["", "visual_encoder."])

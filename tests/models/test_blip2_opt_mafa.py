@@ -17,8 +17,8 @@ from lavis.models.blip2_models.blip2_t5 import Blip2T5
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_mafa.config.check import MODEL_DEFAULTS, check_kinds
-from lavis_mafa.config.schema import VqaRun, typed_block
+from lavis_mafa.config.checkpoints import check_kinds
+from lavis_mafa.config.schema import MODEL_DEFAULTS, VqaRun, typed_block
 from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2 import Blip2Mafa

@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from transformers import BertConfig, BertForMaskedLM
 
 import reduced_blip as reduced
+from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.schema import MedEncoder, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip import BlipMafa, BlipPairs
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_blip_text
-from lavis_mafa.runners.job import check_yaml
 
 batch, ours, block = reduced.batch, reduced.ours, reduced.block
 TEACHER = {"momentum_distillation": {"queue_size": 8, "momentum": 0.9}}

@@ -216,7 +216,7 @@ ARCHS = {  # who writes such a file, and a weight of the text side as the file n
 
 
 def test_no_architecture_is_forgotten():
-    from lavis_mafa.config.check import FAMILIES
+    from lavis_mafa.config.schema import FAMILIES
 
     assert ARCHS.keys() == FAMILIES.keys() - {"ground_truth"}
 

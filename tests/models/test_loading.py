@@ -17,7 +17,7 @@ from transformers.models.blip.modeling_blip import BlipForImageTextRetrieval
 
 import families
 import reduced_opt as STAGE_2
-from lavis_mafa.config.check import check_kinds
+from lavis_mafa.config.checkpoints import check_kinds
 from lavis_mafa.config.schema import ImageEncoder
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator, load_con_d

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import families
-from lavis_mafa.config.check import check_kinds, check_words, words_of_tokenizer
+from lavis_mafa.config.checkpoints import check_kinds, check_words, words_of_tokenizer
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 

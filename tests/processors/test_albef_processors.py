@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms import RandomHorizontalFlip
 
-from lavis_mafa.config.processor_settings import SETTINGS
+from lavis_mafa.config.data import SETTINGS
 from lavis_mafa.errors import UserError
 from lavis_mafa.processors import PROCESSORS, AlbefCaptionProcessor, AlbefImageEvalProcessor, AlbefImageTrainProcessor, RandAugment
 

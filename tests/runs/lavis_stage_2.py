@@ -24,8 +24,8 @@ from lavis_mafa.config.schema import EvaEncoder, LanguageModel, QFormer
 from lavis_mafa.models.blip2_opt import build_opt
 from lavis_mafa.models.encoders import MINILM, build_blip2_tokenizer, build_eva, build_qformer
 
-VIT = EvaEncoder(None, image_size=24, patch_size=12, width=32, depth=2, heads=2, freeze=False, precision="fp32")
-QUERIES = QFormer(None, width=32, layers=2, heads=2, queries=3)
+VIT = EvaEncoder(init=None, image_size=24, patch_size=12, width=32, depth=2, heads=2, mlp_ratio=4.3637, freeze=False, precision="fp32")
+QUERIES = QFormer(init=None, width=32, layers=2, heads=2, queries=3, cross_attention_every=2)
 WORDS = "a red blue green small large dog cat car tree house boat sitting standing near under the old new bright".split()
 
 
@@ -58,7 +58,7 @@ class TinyT5(LocalParts, Blip2T5):
 
 
 def write_language_models(folder: Path) -> None:
-    opt, tokenizer = build_opt(LanguageModel(None, freeze=False, precision="fp32", width=32, layers=1, heads=2))
+    opt, tokenizer = build_opt(LanguageModel(init=None, freeze=False, precision="fp32", width=32, layers=1, heads=2))
     opt.save_pretrained(folder / "opt")
     tokenizer.save_pretrained(folder / "opt")
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}, unk_token="<unk>"))

@@ -164,8 +164,8 @@ def teacher_checkpoint(tiny_yaml, tmp_path, monkeypatch):
     """An untrained model of the tiny YAML with a teacher."""
     from omegaconf import OmegaConf
 
+    from lavis_mafa.config.check import check_yaml
     from lavis_mafa.models.albef import AlbefMafa
-    from lavis_mafa.runners.job import check_yaml
 
     monkeypatch.chdir(tmp_path)
     block = OmegaConf.merge(check_yaml(str(tiny_yaml), []).model, {"itc": TEACHER, "discriminator": None, "ecm": {"enabled": False}})

@@ -139,8 +139,8 @@ def save_untrained(yaml: Path, path: Path, *options: str) -> list[str]:
     """A checkpoint of the YAML's model; the command's beginning."""
     from lavis.common.registry import registry
 
+    from lavis_mafa.config.check import check_yaml
     from lavis_mafa.plugin import register
-    from lavis_mafa.runners.job import check_yaml
 
     register()
     block = check_yaml(str(yaml), [*options, "model.discriminator=null", "model.ecm.enabled=false"]).model
