@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from families import FAMILIES, Always, batch, build, every_family, step
 from lavis_mafa.models import sanity as nothing_to_do
 
+pytestmark = pytest.mark.slow  # 200 steps of models
+
 NO_NEGATIVE, NONE_LEFT, ONE_TEXT, NO_WORD = (
     "A batch has no negative",
     "ECM leaves a batch",
