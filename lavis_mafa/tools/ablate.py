@@ -6,7 +6,6 @@ where a paper scores a fine-tuned model, fine-tuning. What is finished is found 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -23,7 +22,7 @@ from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.read import find_yaml
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError, did_you_mean
-from lavis_mafa.files import last_checkpoint, write_bytes, write_text
+from lavis_mafa.files import digest, last_checkpoint, write_bytes, write_text
 from lavis_mafa.tools.run_files import last_epoch, read_evaluations, read_metrics
 
 TABLES = Path(__file__).resolve().parents[1] / "configs" / "ablations.yaml"
@@ -214,7 +213,7 @@ def plan_run(yaml: str, options: list[str], runs: Path, files: bool = True, name
     run = typed_block("run", config.run)
     settings: Any = OmegaConf.to_container(config)
     settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("output_dir", "seed")}
-    code = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    code = digest(settings)[:10]
     ecm, con_d = (OmegaConf.select(config.model, key) for key in ("ecm.enabled", "discriminator"))
     return Run(
         yaml,

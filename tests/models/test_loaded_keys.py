@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import families
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners.job import build_model, check_start, report_keys
+from lavis_mafa.models.lavis_weights import build_model, check_start, report_keys
 
 ALBEF, BLIP = families.REDUCED["albef"], families.REDUCED["blip"]
 
