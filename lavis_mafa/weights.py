@@ -333,7 +333,7 @@ def write_atomically(content: dict[str, Any], path: Path) -> None:
         UserError: it cannot be written; what was there before still is.
     """
     try:
-        with replacing(path) as part, part.open("wb") as file:
+        with replacing(path) as part, open(part, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         # torch closes its half-written archive on the way out, which fails in its own words

@@ -7,7 +7,8 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
-from lavis_mafa.cli.count_false_negatives import add_pass_arguments, check_share, refuse_meaningless, sizes
+from lavis_mafa.cli.count_false_negatives import add_pass_arguments, refuse_meaningless, sizes
+from lavis_mafa.cli.options import positive, share
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,22 +20,17 @@ RESULT = "mine.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pass_arguments(parser, "output/mine")
     add = parser.add_argument
-    add("--batch-size", type=int, metavar="B", help="of the GRIT batches (default: run.batch_size_train)")
-    add("--search-space", type=int, metavar="M", help="of GRIT, and of a resumable block (default: run.grit.search_space)")
-    add("--threshold", type=float, default=0.8, metavar="P", help="keep pairs above this probability (default: 0.8)")
+    add("--batch-size", type=positive, metavar="B", help="of the GRIT batches (default: run.batch_size_train)")
+    add("--search-space", type=positive, metavar="M", help="of GRIT, and of a resumable block (default: run.grit.search_space)")
+    add("--threshold", type=share, default=0.8, metavar="P", help="keep pairs above this probability (default: 0.8)")
     text = "and of at least this share of the own pair's probability, e.g. 0.95 (default: 0)"
-    add("--margin", type=float, default=0.0, help=text)
-    add("--per-image", type=int, metavar="K", help="at most so many new captions an image (default: all)")
+    add("--margin", type=share, default=0.0, help=text)
+    add("--per-image", type=positive, metavar="K", help="at most so many new captions an image (default: all)")
     text = "at most so many new pairs, the most probable ones; 2000000 in the paper (default: all)"
-    add("--at-most", type=int, metavar="N", help=text)
+    add("--at-most", type=positive, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check_share("--threshold", arguments.threshold)
-    check_share("--margin", arguments.margin)
-    for flag, value in (("--per-image", arguments.per_image), ("--at-most", arguments.at_most)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}, but must be at least 1.")
     from lavis_mafa.files import check_unfinished
 
     check_unfinished(arguments.output, RESULT)

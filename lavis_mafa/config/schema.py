@@ -459,7 +459,8 @@ MODEL_BLOCKS: dict[str, Any] = {
     "blip2_mafa": Blip2Block,
     "blip2_opt_mafa": Blip2OptBlock,
 }
-FAMILIES |= {arch: arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, MafaBlock)} | {"ground_truth": ""}
+WITH_MATCHING = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, MafaBlock)]
+FAMILIES |= {arch: arch for arch in WITH_MATCHING} | {"ground_truth": ""}
 RUN_BLOCKS: dict[str, Any] = {"mafa_pretrain": RunBlock, "mafa_captioning": CaptioningRun, "mafa_vqa": VqaRun, "mafa_gqa": VqaRun}
 
 # --- from a YAML's block to a typed one --------------------------------------------------------------------------------

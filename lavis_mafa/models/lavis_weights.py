@@ -44,11 +44,7 @@ def check_start(config: Any) -> None:
 
 
 def build_model(task: Any, config: Any) -> Any:
-    """LAVIS's model, and a word on what it took from its checkpoint.
-
-    Raises:
-        UserError: it cannot be loaded, or gave nothing.
-    """
+    """LAVIS's model, and a word on what it took from its checkpoint. Raises UserError: it cannot be loaded, or gave nothing."""
     check_start(config.model_cfg)
     try:
         model = task.build_model(config)

@@ -81,8 +81,7 @@ def run_job(name: str, options: list[str]) -> Any:
     """Check, then build task, data, model and runner, and run. Returns the runner.
 
     Raises:
-        UserError: a mistake, or ranks that differ.
-        RankLost: another rank died or hangs.
+        UserError: a mistake, or ranks that differ. RankLost: another rank died or hangs.
     """
     checked, found = examine(name, options)
     found.end()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from lavis_mafa.grit import GritQueue, next_epoch_order
 from lavis_mafa.models.encoders import fold_token_type
 from lavis_mafa.models.momentum import MOMENTUM_PARTS
 from lavis_mafa.objectives import EncodedBatch, distilled_targets, itc_targets
+from lavis_mafa.tools.curves import as_png
 from lavis_mafa.weights import load_exactly, read_weights
 
 S_ITC, CONSISTENCY, MOMENTUM = "S-ITC", "Consistency Loss", "Momentum Distillation"
@@ -159,6 +159,4 @@ def plot_curves(labels: SortedLabels) -> bytes:
     axis.set(xscale="log", yscale="log", xlabel="rank of the label among an anchor's", ylabel="mean soft label")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(figure)

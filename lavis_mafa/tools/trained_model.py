@@ -91,11 +91,7 @@ class _PairsOfGallery(Dataset):
 
 
 def open_split(opened: Opened, split: str) -> IndexedDataset:
-    """The pairs of a split.
-
-    Raises:
-        UserError: there is no such split, or none of pairs.
-    """
+    """The pairs of a split. Raises UserError: there is no such split, or none of pairs."""
     dataset = opened.datasets.get(split)
     if dataset is None:
         raise UserError(f"the data have no split {split!r}; they have: {', '.join(sorted(opened.datasets))}.")

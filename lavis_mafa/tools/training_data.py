@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
 from lavis_mafa.config.data import SPLITS, TRAINING_FILES, AnnotationFile, allows_absolute_paths, own_files
-from lavis_mafa.config.read import find_yaml
-from lavis_mafa.config.schema import RUN_BLOCKS, RunBlock, typed_block
+from lavis_mafa.config.read import find_yaml, plain
+from lavis_mafa.config.schema import RUN_BLOCKS, WITH_MATCHING, RunBlock, con_d_block, typed_block
 from lavis_mafa.datasets.annotations import TEXTS, read_annotations
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.ground_truth import GroundTruth
@@ -98,8 +98,8 @@ def _from(base: Path, info: DictConfig) -> DictConfig:
 
     if base == Path():
         return info
-    plain: Any = OmegaConf.to_container(info, resolve=True)
-    return OmegaConf.create({key: below(value) if key in ("annotations", "images", "root") else value for key, value in plain.items()})
+    paths = ("annotations", "images", "root")
+    return OmegaConf.create({key: below(value) if key in paths else value for key, value in plain(info).items()})
 
 
 # --- as annotations -----------------------------------------------------------------------------------------------------
@@ -200,8 +200,6 @@ def training_set(datasets: Any) -> Any:
 
 # --- with a Con-D -------------------------------------------------------------------------------------------------------
 
-WITH_MATCHING = ("albef_mafa", "blip_mafa", "blip2_mafa")
-
 
 @dataclass(frozen=True)
 class Opened:
@@ -253,7 +251,6 @@ def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: s
 
 
 def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened:
-    from lavis_mafa.config.schema import con_d_block
     from lavis_mafa.runners.run_block import run_settings
 
     run = run_settings(cfg.run_cfg, config.run.task in RUN_BLOCKS)
@@ -266,5 +263,5 @@ def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened
     judges = miner is not None and block.discriminator is not None and block.discriminator.arch != "ground_truth"
     model = load_con_d(con_d_block(block) if judges else block, con_d, device, mines=miner is None)
     mines = None if miner is None else load_con_d(block, miner, device, "--miner")
-    data_settings = digest(OmegaConf.to_container(cfg.datasets_cfg, resolve=True))
+    data_settings = digest(plain(cfg.datasets_cfg))
     return Opened(model, mines, dataset, run, block, device, digest(asdict(model.settings)), data_settings)
