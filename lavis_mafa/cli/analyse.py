@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
             features = read(order, "features for GRIT")
             order = analysis.grouped_order(model, features, order, size, settings.grit, settings.seed)
         for samples in read(order, "soft labels", drop_last=True):
-            labels.add(analysis.soft_labels(model.encode(samples)[1], softening))
+            labels.add(analysis.soft_labels(model.encode(model.inputs(samples)).batch, softening))
     queue_size = 0 if left_out is not None else itc.momentum_distillation.queue_size
     print(
         f"{labels.anchors} anchors in {arguments.order} batches of {size}; alpha of S-ITC {softening.smoothing:g}, lambda of the "
@@ -99,9 +100,7 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
         "order": arguments.order,
         "anchors": labels.anchors,
         "queue_size": queue_size,
-        "smoothing": softening.smoothing,
-        "consistency": softening.consistency,
-        "distillation": softening.distillation,
+        **asdict(softening),
         "left_out": {analysis.MOMENTUM: left_out} if left_out is not None else {},
         "sums": {method: dict(zip(groups, sums, strict=True)) for method, sums in labels.sums().items()},
         analysis.PAPER: {method: dict(zip(groups, sums, strict=True)) for method, sums in analysis.PAPERS_SUMS.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lavis_mafa.cli.count_false_negatives import add_pass_arguments, refuse_meaningless, sizes
@@ -49,9 +50,10 @@ def _mine(arguments: argparse.Namespace, opened: Opened, batch_size: int, search
     import pyarrow as pa
 
     from lavis_mafa.distributed import barrier, rank, world_size
-    from lavis_mafa.files import write_text
+    from lavis_mafa.files import file_digest, write_text
     from lavis_mafa.tools import mine
     from lavis_mafa.tools.candidates import Encoder, ReadableRows, blocks_of, progress_bar, shuffled
+    from lavis_mafa.weights import weight_files
 
     run, dataset, folder = opened.run, opened.dataset, arguments.output
     rows, source = ReadableRows(dataset, run.seed, run.batch_size_eval, run.num_workers), mine.SourceRows(dataset)
@@ -59,7 +61,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, batch_size: int, search
     blocks = blocks_of(shuffled(len(rows), seed, arguments.samples), search_space)
     rules = mine.Rules(arguments.threshold, arguments.margin, arguments.per_image, arguments.at_most)
     settings = {
-        "con_d": mine.checkpoint_digest(arguments.con_d),
+        "con_d": file_digest(weight_files(Path(arguments.con_d).expanduser(), "--con-d")),
         "data": mine.fingerprint(dataset, rows.image_keys, opened.data_settings),
         "model": opened.model_settings,
         "precision": run.precision,

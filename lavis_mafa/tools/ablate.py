@@ -346,13 +346,8 @@ def _chain(runs: list[Run], con_d: Path | None = None) -> list[str]:
 def collect(table: Table, benchmark: str, base: str, options: list[str], trials: list[Trial]) -> dict[str, Any]:
     """Everything that is known of a table's rows so far, as it goes into ``results.json``.
 
-    Args:
-        benchmark: whose metrics of the paper.
-        base: the YAML that was run. options: what it was run with. trials: every row with every seed, finished or not.
-
-    Returns:
-        per row the options, the paper's metrics, those of each seed and split, and their ``mean`` and ``spread`` (the standard
-        deviation of a sample, None for one seed).
+    Of each row: the options, the metrics of the paper's ``benchmark``, those of each seed and split, and their ``mean`` and ``spread``
+    (the standard deviation of a sample, None for one seed). ``trials``: every row with every seed, finished or not.
     """
     rows = []
     for row in table.rows:

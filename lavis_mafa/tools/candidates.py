@@ -105,12 +105,14 @@ class Encoder:
     @torch.no_grad()
     def rows(self, image: Tensor, captions: list[str]) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
         """Image states, text rows, image features, text features; on the device."""
+        image = image.to(self.device)
         with self.autocast():
-            states, image_features = self.con_d.image_rows(image.to(self.device))
-            texts, text_features = self.con_d.text_rows(captions)
-            if self.miner is not None:
-                _, image_features = self.miner.image_rows(image.to(self.device))
-                _, text_features = self.miner.text_rows(captions)
+            if self.miner is None:
+                states, image_features = self.con_d.image_rows(image)
+                texts, text_features = self.con_d.text_rows(captions)
+            else:  # then Con-D has no projections
+                states, texts = self.con_d.image_tokens(self.con_d.image_states(image)), self.con_d.text_tokens(captions)
+                image_features, text_features = self.miner.image_rows(image)[1], self.miner.text_rows(captions)[1]
         texts = tuple(part.to(self.dtype) if part.is_floating_point() else part for part in texts)
         return states.to(self.dtype), texts, image_features.float(), text_features.float()
 

@@ -113,11 +113,7 @@ def from_files(files: Sequence[Path], root: Path, allow_absolute_paths: bool) ->
 
 
 def from_yaml(name: str, options: list[str]) -> list[Source]:
-    """The data of every split that the YAML's run names, with their text processors. No model is built, so any device will do.
-
-    Raises:
-        UserError: a mistake in the YAML, or a data set without images in files, or without any of these splits.
-    """
+    """The data of every split that the YAML's run names, with their text processors. No model is built, so any device will do."""
     from lavis_mafa.runners import job
 
     _, cfg = job.prepare(name, [*options, "run.device=cuda"], files=False, device=False)
@@ -221,11 +217,7 @@ class Rows:
 
 
 def read_sources(sources: Sequence[Source]) -> Rows:
-    """Read all files, whatever the rows hold.
-
-    Raises:
-        UserError: a file that is no list of images and captions (see :func:`lavis_mafa.datasets.annotations.read_rows`).
-    """
+    """Read all files, whatever the rows hold; raises UserError for one that is no list of images and captions."""
     files = [file for source in sources for file in source.files]
     tables, count = [], 0
     for source in sources:
@@ -527,10 +519,7 @@ def check_ids(rows: Rows) -> None:
 
 
 def write_clean(path: Path, rows: Rows) -> int:
-    """Write the good rows; of a row with several captions the good ones, and null for numbers that JSON has not. Whole or not at all.
-
-    Returns:
-        the number of rows written; without any, no file is.
+    """Write the good rows, of a row with several captions the good ones, whole or not at all; returns their number, 0 without a file.
 
     Raises:
         UserError: an annotation file was changed since it was checked, or a column that training ignores cannot be read.
@@ -584,10 +573,7 @@ def _ids(rows: Rows, number: int) -> dict[str, list[Id | None]]:
 
 def _as_json(record: dict[str, Any]) -> str:
     try:
-        try:
-            return json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
-        except ValueError:
-            return json.dumps(_without_nan(record), ensure_ascii=False, default=str)
+        return json.dumps(_without_nan(record), ensure_ascii=False, default=str)
     except RecursionError as error:
         raise UserError(f"--clean: the row of image {record['image']!r} is nested too deeply to be written.") from error
 

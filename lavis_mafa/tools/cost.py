@@ -92,19 +92,12 @@ def cost_of(
     """Run one step of a typed ``model:`` block, whose files are not needed and never read.
 
     Args:
-        settings: the block.
-        size: of the step.
-        precision: run.precision.
         device: cuda or cpu: what is saved has the types that it would have there, whether this machine has a GPU or not.
         own_vit: a BLIP-2 Con-D brings its own image encoder though it could share the model's frozen one.
         collects: count GRIT's separate pass too (run.grit.collect: separate).
 
     Raises:
         UserError: a language model whose size is neither in the table nor in a local folder.
-
-    Example:
-        >>> cost_of(settings, StepSize(batch=48, text_length=32)).flops["image encoder"].backward  # frozen
-        0.0
     """
     settings = deepcopy(settings)
     settings.max_text_length = size.text_length

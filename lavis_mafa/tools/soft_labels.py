@@ -50,9 +50,7 @@ def soft_labels(batch: EncodedBatch, softening: Softening) -> Labels:
       constant. MAFA writes ``(1 - a) y + a p``; that a is ``lambda / (1 + lambda)``, 1/6 for GRIT-VLP's 0.2.
     - Momentum distillation: ``(1 - alpha) y + alpha p``, with p and y over the batch and the queue, p by the teacher.
 
-    Args:
-        batch: of the model in eval mode, without gradients.
-        softening: the weights; without a teacher in ``batch``, or with ``distillation`` None, the third method is left out.
+    Without a teacher in ``batch``, or with ``distillation`` None, the third method is left out.
 
     Returns:
         method -> rows of images, rows of texts: [B, K], with the queue [B, C]; each row sums to 1.

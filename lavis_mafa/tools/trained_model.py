@@ -39,12 +39,7 @@ class Opened:
 
 
 def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bool) -> Opened:
-    """Build a YAML's data, and its model with the weights of ``checkpoint``; Con-D is left out.
-
-    Args:
-        name: a file, or the name of a shipped YAML; options: KEY=VALUE overrides.
-        checkpoint: of the YAML's model.
-        teacher: False leaves out a momentum teacher too.
+    """Build a YAML's data, and its model with the weights of ``checkpoint``; Con-D is left out, and a ``teacher`` where it is False.
 
     Raises:
         UserError: whatever :func:`lavis_mafa.runners.job.check_yaml` finds, or another model than one that trains with MAFA.
