@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
 from lavis_mafa.config.check import OURS, Checked, check_device, check_evaluates, check_splits, examine
-from lavis_mafa.config.check import check_yaml as check_yaml
 from lavis_mafa.config.data import SETTINGS, SPLITS, check_lavis_info, check_processor, own_splits
 from lavis_mafa.config.read import at, find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS
@@ -30,19 +29,25 @@ PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train
 # --- the job -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, options: list[str], files: bool = True, device: bool = True, joins: bool = False) -> tuple[DictConfig, Any]:
+def prepare(
+    name: str, options: list[str], files: bool = True, device: bool = True, joins: bool = False, runs: bool = False
+) -> tuple[DictConfig, Any]:
     """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
 
     Args:
-        name, options, files: as for :func:`check_yaml`.
+        name, options, files: as for :func:`lavis_mafa.config.check.check_yaml`.
         device: False where no model will be built, so that it does not matter what this machine can compute.
         joins: the job may be one of several processes; what the environment says of them is checked.
+        runs: it will train or evaluate, and must have something to do.
 
     Raises:
         UserError: the first mistake found.
     """
     checked, found = examine(name, options, files)
     found.end()
+    if runs:
+        found(check_evaluates, checked.config.run)
+        found.end()
     if joins:
         is_one_of_several(checked.config.run.get("dist_url", "env://"))
     if device:
@@ -54,7 +59,7 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
     """Whatever keeps ``train`` or ``evaluate`` from its first step, as far as that is known before the model is built.
 
     Args:
-        name, options: as for :func:`check_yaml`.
+        name, options: as for :func:`lavis_mafa.config.check.check_yaml`.
         files: False looks at the YAML alone, whose data, checkpoints and GPUs may be another machine's.
     """
     try:
@@ -83,13 +88,7 @@ def run_job(name: str, options: list[str]) -> Any:
     Raises:
         UserError: a mistake, or ranks that differ. RankLost: another rank died or hangs.
     """
-    checked, found = examine(name, options)
-    found.end()
-    found(check_evaluates, checked.config.run)
-    found.end()
-    is_one_of_several(checked.config.run.get("dist_url", "env://"))
-    _check_device(checked)  # before LAVIS is imported, which takes seconds
-    cfg = _config(name, checked)
+    _, cfg = prepare(name, options, joins=True, runs=True)
     import numpy as np
     from lavis.common.registry import registry
 
@@ -112,7 +111,7 @@ def run_job(name: str, options: list[str]) -> Any:
             mark("reading the data sets")
             datasets = _datasets(task, cfg)
             mark("building the model")
-            model = build_model(task, cfg) if checked.model is None else task.build_model(cfg)
+            model = build_model(task, cfg) if cfg.checked.model is None else task.build_model(cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
             job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
             runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)

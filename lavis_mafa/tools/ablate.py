@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.config.check import check_yaml
-from lavis_mafa.config.read import find_yaml
+from lavis_mafa.config.read import find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError, did_you_mean
 from lavis_mafa.files import digest, last_checkpoint, write_bytes, write_text
@@ -69,9 +69,8 @@ class Table:
 
 def load_tables() -> dict[str, Table]:
     """Every table of ``configs/ablations.yaml`` by its key."""
-    content: Any = OmegaConf.to_container(OmegaConf.load(TABLES))
     tables = {}
-    for key, block in content.items():
+    for key, block in plain(OmegaConf.load(TABLES)).items():
         if key.startswith("_"):
             continue
         columns, always = block.pop("columns"), block.pop("always", [])
@@ -211,7 +210,7 @@ def plan_run(yaml: str, options: list[str], runs: Path, files: bool = True, name
     """
     config = read_base(yaml, options, files)
     run = typed_block("run", config.run)
-    settings: Any = OmegaConf.to_container(config)
+    settings = plain(config)
     settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("output_dir", "seed")}
     code = digest(settings)[:10]
     ecm, con_d = (OmegaConf.select(config.model, key) for key in ("ecm.enabled", "discriminator"))

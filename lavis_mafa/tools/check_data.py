@@ -318,7 +318,7 @@ class _Images(Dataset):
         except FileNotFoundError:
             return "missing", "", 0
         except OSError as error:
-            kinds = {ImageTooLargeError: "too_large", ImageTooSmallError: "too_small"}
+            kinds: dict[type, str] = {ImageTooLargeError: "too_large", ImageTooSmallError: "too_small"}
             return kinds.get(type(error), "unreadable"), str(error), 0
 
 

@@ -11,7 +11,7 @@ import jinja2
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa import __version__
-from lavis_mafa.config.read import flat
+from lavis_mafa.config.read import flat, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools import curves
@@ -220,7 +220,7 @@ def _all_settings(config: DictConfig) -> dict[str, Any]:
         values = config.get(block)
         if not isinstance(values, DictConfig):
             continue
-        written: Any = OmegaConf.to_container(values)
+        written = plain(values)
         if values.get("arch" if block == "model" else "task") in known:
             try:
                 written = asdict(typed_block(block, values))

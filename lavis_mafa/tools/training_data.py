@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
+from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.data import SPLITS, TRAINING_FILES, AnnotationFile, allows_absolute_paths, own_files
 from lavis_mafa.config.read import find_yaml, plain
 from lavis_mafa.config.schema import RUN_BLOCKS, WITH_MATCHING, RunBlock, con_d_block, typed_block
@@ -159,7 +160,7 @@ def read_annotated(name: str, block: Any, base: Path = Path()) -> Annotated | No
         builder = registry.get_builder_class(name)
         if builder is None:
             raise UserError(f"datasets.{name} is not registered with LAVIS.")
-        config: Any = OmegaConf.create(OmegaConf.to_container(block))
+        config: Any = OmegaConf.create(plain(block))
         config.build_info.annotations = {"train": files} if (files := block.build_info.annotations.get("train")) else {}
         dataset = builder(config).build().get("train")  # not build_datasets, which downloads
     return None if dataset is None else annotated(dataset)
@@ -221,7 +222,7 @@ def check_pass(name: str, options: list[str], con_d: str, miner: str | None = No
     Raises:
         UserError: a mistake in it, an architecture without a matching head, or no such checkpoint.
     """
-    config = job.check_yaml(name, options, files=False)
+    config = check_yaml(name, options, files=False)
     if config.model.arch not in WITH_MATCHING:
         allowed = ", ".join(WITH_MATCHING)
         raise UserError(f"model.arch is {config.model.arch}, but Con-D needs a matching head; allowed: {allowed}. ({find_yaml(name)})")
