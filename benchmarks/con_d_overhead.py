@@ -77,7 +77,7 @@ def measure(batch_size: int, rounds: int) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
     size = model.settings.image_encoder.image_size
     # the step's CPU time and its time elapsed, Con-D's CPU time over that of the rest
-    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in judges}
+    metrics: dict[str, list[tuple[float, float, float]]] = {name: [] for name in judges}
     names = list(judges)
     for turn in range(rounds + 2):
         samples = {
@@ -96,10 +96,10 @@ def measure(batch_size: int, rounds: int) -> None:
             cpu, elapsed = time.process_time() - begin[0], time.perf_counter() - begin[1]
             own = 0.0 if judge is None else judge.seconds
             if turn >= 2:  # the first ones warm up
-                figures[name].append((cpu, elapsed, own / (cpu - own)))
+                metrics[name].append((cpu, elapsed, own / (cpu - own)))
     print(f"{'':<20} {'CPU time':>10} {'overhead':>10} {'(quartiles)':>18} {'elapsed':>9} {'overhead':>10} {'Con-D/rest':>12}")
-    for name, rows in figures.items():
-        (cpus, wall, shares), (off_cpus, off_wall, _) = zip(*rows, strict=True), zip(*figures[OFF], strict=True)
+    for name, rows in metrics.items():
+        (cpus, wall, shares), (off_cpus, off_wall, _) = zip(*rows, strict=True), zip(*metrics[OFF], strict=True)
         low, middle, high = overheads(cpus, off_cpus)
         print(
             f"{name:<20} {1000 * median(cpus):>7.0f} ms {middle:>+8.1f} % {f'({low:+.1f} to {high:+.1f} %)':>18}"

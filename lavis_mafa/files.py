@@ -123,11 +123,7 @@ def numbered_checkpoints(run: Path) -> list[Path]:
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The checkpoint after most epochs and steps, whenever its file was written.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint after most epochs and steps, whenever its file was written. Raises UserError: there is none."""
     found = numbered_checkpoints(run)
     if not found:
         raise UserError(f"{run} has no checkpoint.")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_mafa.errors import UserError
+from lavis_mafa.files import replacing
 
 # of a folder, the first that is there: transformers' and diffusers' names, and accelerate's
 IN_FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -328,34 +327,20 @@ def _check_weights(state: dict[str, Tensor], source: str, names_only: bool = Fal
 
 
 def write_atomically(content: dict[str, Any], path: Path) -> None:
-    """Save to a temporary sibling and rename, so that a reader sees the old file or the new one, never half of it.
+    """Save a checkpoint whole or not at all (:func:`lavis_mafa.files.replacing`).
 
     Raises:
         UserError: it cannot be written; what was there before still is.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as file:
+        with replacing(path) as part, open(part, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync_folder(path.parent)  # the new name too must survive a power cut
     except (OSError, RuntimeError) as error:
         # torch closes its half-written archive on the way out, which fails in its own words
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {cause.strerror or cause}. What was saved before is kept.") from error
-    finally:
-        part.unlink(missing_ok=True)  # still there after a full disk or ctrl-C alone: a finished save has renamed it
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network file systems have no such call
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...] = ()) -> Any:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ALBEF with MAFA on 4 GPUs: Con-D in two halves, MAFA, and its figures on COCO and Flickr30K (MAFA Tables 3 and 4), each stage from the
+# ALBEF with MAFA on 4 GPUs: Con-D in two halves, MAFA, and its metrics on COCO and Flickr30K (MAFA Tables 3 and 4), each stage from the
 # newest checkpoint of the one before. In fp32, multiplied in TF32, as the authors' PyTorch did.
 #
 #   bash run_scripts/albef_mafa.sh      everything, below ./output/albef

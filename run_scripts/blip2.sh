@@ -4,7 +4,7 @@
 #   bash run_scripts/blip2.sh      everything, below ./output/blip2
 #   bash run_scripts/blip2.sh 4    from the fourth step on
 #
-# NPROC sets the number of GPUs; nocaps_val_4500_captions.json of nocaps.org must be in the working directory. The baseline's figures in
+# NPROC sets the number of GPUs; nocaps_val_4500_captions.json of nocaps.org must be in the working directory. The baseline's metrics in
 # Tables 8 and 19 take the steps from stage 2 on, from the checkpoint of stage_1_blip2.
 set -euo pipefail
 first=${1:-1} step=0 out=output/blip2

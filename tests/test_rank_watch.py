@@ -18,7 +18,7 @@ from lavis_mafa.runners.watchdog import DEAD_AFTER, ENDED, FAILED, GONE_AFTER, H
 CLOSED = RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:50381.")
 
 
-def beat(rank: int, number: int = 1, **changes: Any) -> Heartbeat:
+def heartbeat(rank: int, number: int = 1, **changes: Any) -> Heartbeat:
     return Heartbeat(rank, f"rank {rank} (host, pid {100 + rank})", number, **changes)
 
 
@@ -46,25 +46,25 @@ def ranks(monkeypatch, tmp_path):
 def test_a_hang_is_when_no_running_rank_moves(ranks):
     zero, one = ranks(timeout=10.0)
     zero.own.still = 9.0
-    assert zero.judge([beat(1, still=11.0)], 0.0) is None
+    assert zero.judge([heartbeat(1, still=11.0)], 0.0) is None
     zero.own.still = 12.0
-    assert "no rank has moved for 11 s." in zero.judge([beat(1, still=11.0)], 0.0)
-    assert one.judge([beat(0, still=11.0)], 0.0) is None, "only rank 0 knows all"
+    assert "no rank has moved for 11 s." in zero.judge([heartbeat(1, still=11.0)], 0.0)
+    assert one.judge([heartbeat(0, still=11.0)], 0.0) is None, "only rank 0 knows all"
     zero.own.state = ENDED
-    assert zero.judge([beat(1, still=11.0)], 0.0) is not None
-    assert zero.judge([beat(1, still=50.0, state=FAILED)], 0.0) is None
+    assert zero.judge([heartbeat(1, still=11.0)], 0.0) is not None
+    assert zero.judge([heartbeat(1, still=50.0, state=FAILED)], 0.0) is None
 
 
 def test_the_rank_with_the_fewest_marks_is_named(ranks):
     zero, *_ = ranks(timeout=40.0, count=9)
     zero.own.still, zero.own.marks = 41.0, 9
-    late = beat(2, still=40.0, marks=8, phase="loading data, epoch 1 step 37", where="a/b.py:3 in read")
-    message = zero.judge([beat(1, still=40.0, marks=9), late], 0.0)
+    late = heartbeat(2, still=40.0, marks=8, phase="loading data, epoch 1 step 37", where="a/b.py:3 in read")
+    message = zero.judge([heartbeat(1, still=40.0, marks=9), late], 0.0)
     wanted = "The others wait for rank 2 (host, pid 102), loading data, epoch 1 step 37, at a/b.py:3 in read."
     assert f"no rank has moved for 40 s. {wanted}" in message and "hang_rank*.txt. run.rank_timeout_minutes is 0.666" in message
-    several = zero.judge([beat(rank, still=40.0) for rank in range(1, 9)], 0.0)
+    several = zero.judge([heartbeat(rank, still=40.0) for rank in range(1, 9)], 0.0)
     assert "rank 4 (host, pid 104), starting, at  and 4 more" in several and "rank 5" not in several
-    equally_far = zero.judge([beat(rank, still=40.0, marks=9, where=f"{rank}.py") for rank in (1, 2)], 0.0)
+    equally_far = zero.judge([heartbeat(rank, still=40.0, marks=9, where=f"{rank}.py") for rank in (1, 2)], 0.0)
     assert "All passed the same marks: " in equally_far and "at 1.py" in equally_far and "at 2.py" in equally_far
 
 
@@ -72,11 +72,11 @@ def test_the_rank_with_the_fewest_marks_is_named(ranks):
 def test_silence_is_death_after_a_stated_time(ranks, rank):
     watchdog = ranks()[rank]
     other = {"rank": 1 - rank, "phase": "training, epoch 0 step 3"}
-    assert watchdog.judge([beat(**other)], 2.0) is None
-    assert watchdog.judge([beat(**other)], DEAD_AFTER - 1.0) is None
-    assert watchdog.judge([beat(**other, number=2)], 5.0) is None
-    assert watchdog.judge([beat(**other, number=2)], DEAD_AFTER - 1.0) is None
-    message = watchdog.judge([beat(**other, number=2)], 1.0)
+    assert watchdog.judge([heartbeat(**other)], 2.0) is None
+    assert watchdog.judge([heartbeat(**other)], DEAD_AFTER - 1.0) is None
+    assert watchdog.judge([heartbeat(**other, number=2)], 5.0) is None
+    assert watchdog.judge([heartbeat(**other, number=2)], DEAD_AFTER - 1.0) is None
+    message = watchdog.judge([heartbeat(**other, number=2)], 1.0)
     assert f"rank {1 - rank} (host, pid 10{1 - rank}) died or cannot be reached" in message
     assert "no heartbeat for 90 s, last seen training, epoch 0 step 3" in message
 
@@ -84,15 +84,15 @@ def test_silence_is_death_after_a_stated_time(ranks, rank):
 def test_a_rank_that_left_is_not_called_dead(ranks):
     zero, _ = ranks()
     for _ in range(5):
-        assert zero.judge([beat(1, state=ENDED)], DEAD_AFTER) is None
+        assert zero.judge([heartbeat(1, state=ENDED)], DEAD_AFTER) is None
 
 
 @pytest.mark.parametrize("other", [{"state": FAILED}, {"alarm": "lost"}])
 def test_an_error_and_a_rank_that_a_collective_misses_are_told_sooner(ranks, other):
     zero, _ = ranks()
-    assert zero.judge([beat(1, **other)], 0.0) is None
-    assert zero.judge([beat(1, **other)], GONE_AFTER - 1.0) is None
-    assert "rank 1 (host, pid 101)" in zero.judge([beat(1, **other)], 1.0)
+    assert zero.judge([heartbeat(1, **other)], 0.0) is None
+    assert zero.judge([heartbeat(1, **other)], GONE_AFTER - 1.0) is None
+    assert "rank 1 (host, pid 101)" in zero.judge([heartbeat(1, **other)], 1.0)
 
 
 def test_a_suspended_job_has_lost_nobody(ranks, monkeypatch):
@@ -139,7 +139,7 @@ def test_rank_0_waits_at_the_end_until_the_others_are_through(ranks):
 def test_after_the_error_of_a_collective_the_dead_rank_is_named_once_and_all_leave(ranks, monkeypatch, capsys, dead):
     monkeypatch.setattr(module, "GONE_AFTER", 0.5)
     survivors = ranks(count=3)
-    gone = survivors.pop(dead)  # never beats again
+    gone = survivors.pop(dead)  # posts no heartbeat any more
     for watchdog in survivors:
         watchdog.start()
     for watchdog in survivors:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.distributed import rank_and_size
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ def run_job(name: str, options: list[str]) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from lavis_mafa.distributed import rank_and_size
     from lavis_mafa.tools import ablate
 
     if arguments.list:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,16 +64,16 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
     from lavis_mafa.tools.trained_model import Reader, open_checkpoint, open_split
 
     opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=True)
-    settings, model, itc = opened.settings, opened.model, opened.model.settings.itc
+    run, model, itc = opened.run, opened.model, opened.model.settings.itc
     left_out = analysis.restore_teacher(model, arguments.checkpoint)
-    size = arguments.batch_size or settings.batch_size_train
+    size = arguments.batch_size or run.batch_size_train
     _check_groups(size)
     dataset = open_split(opened, "train")
     order = _draw(arguments, opened, dataset)
     if size > len(order):
         raise UserError(f"the batch size is {size}, but there are only {len(order)} samples; give a smaller --batch-size.")
-    if arguments.order == "grouped" and size > settings.grit.search_space:
-        raise UserError(f"the batch size is {size}, but must not exceed run.grit.search_space ({settings.grit.search_space}).")
+    if arguments.order == "grouped" and size > run.grit.search_space:
+        raise UserError(f"the batch size is {size}, but must not exceed run.grit.search_space ({run.grit.search_space}).")
     softening = analysis.Softening(
         smoothing=arguments.smoothing if arguments.smoothing is not None else itc.smoothing or 0.5,
         consistency=itc.consistency or 0.2,
@@ -80,12 +81,12 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
     )
     output = new_folder(arguments.output)
     read, labels = Reader(dataset, opened, size, output), analysis.SortedLabels(size)
-    with torch.no_grad(), autocast(settings.precision, opened.device):
+    with torch.no_grad(), autocast(run.precision, opened.device):
         if arguments.order == "grouped":
             features = read(order, "features for GRIT")
-            order = analysis.grouped_order(model, features, order, size, settings.grit, settings.seed)
+            order = analysis.grouped_order(model, features, order, size, run.grit, run.seed)
         for samples in read(order, "soft labels", drop_last=True):
-            labels.add(analysis.soft_labels(model.encode(samples)[1], softening))
+            labels.add(analysis.soft_labels(model.encode(model.inputs(samples)).batch, softening))
     queue_size = 0 if left_out is not None else itc.momentum_distillation.queue_size
     print(
         f"{labels.anchors} anchors in {arguments.order} batches of {size}; alpha of S-ITC {softening.smoothing:g}, lambda of the "
@@ -99,9 +100,7 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
         "order": arguments.order,
         "anchors": labels.anchors,
         "queue_size": queue_size,
-        "smoothing": softening.smoothing,
-        "consistency": softening.consistency,
-        "distillation": softening.distillation,
+        **asdict(softening),
         "left_out": {analysis.MOMENTUM: left_out} if left_out is not None else {},
         "sums": {method: dict(zip(groups, sums, strict=True)) for method, sums in labels.sums().items()},
         analysis.PAPER: {method: dict(zip(groups, sums, strict=True)) for method, sums in analysis.PAPERS_SUMS.items()},
@@ -120,21 +119,21 @@ def _vision_usage(arguments: argparse.Namespace) -> None:
     from lavis_mafa.tools.trained_model import Reader, open_checkpoint, open_split
 
     opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
-    block, settings = opened.model.settings, opened.settings
-    masked = hasattr(block, "mlm")
-    _check_masking(arguments, block, masked)
+    settings, run = opened.model.settings, opened.run
+    masked = hasattr(settings, "mlm")
+    _check_masking(arguments, settings, masked)
     split = arguments.split or ("val" if "val" in opened.datasets else "train")
     dataset = open_split(opened, split)
     order = _draw(arguments, opened, dataset)
-    size = arguments.batch_size or settings.batch_size_eval
+    size = arguments.batch_size or run.batch_size_eval
     if arguments.batch_size is not None and size > len(order):
         raise UserError(f"--batch-size is {size}, but there are only {len(order)} samples; give a smaller one.")
     output = new_folder(arguments.output)
     batches = Reader(dataset, opened, size, output)(order, f"words of {split}")
-    with autocast(settings.precision, opened.device):
+    with autocast(run.precision, opened.device):
         if masked:
-            chances = arguments.mask_probability or [block.mlm.mask_probability]
-            found = analysis.masked_usage(opened.model, batches, chances, arguments.passes, settings.seed)
+            chances = arguments.mask_probability or [settings.mlm.mask_probability]
+            found = analysis.masked_usage(opened.model, batches, chances, arguments.passes, run.seed)
             usage = {f"{100 * chance:g} % masked": one for chance, one in found.items()}
         else:
             usage = {"next word": analysis.next_word_usage(opened.model, batches)}
@@ -143,14 +142,14 @@ def _vision_usage(arguments: argparse.Namespace) -> None:
     print(f"{len(order)} captions of {split}; words predicted: {', '.join(f'{count} ({name})' for name, count in words.items())}")
     print(analysis.format_usage(rows))
     results = {name: {"words": words[name], **row} for name, row in rows.items()}
-    more = {"split": split, "captions": len(order), "passes": arguments.passes, "seed": settings.seed, "torch": torch.__version__}
+    more = {"split": split, "captions": len(order), "passes": arguments.passes, "seed": run.seed, "torch": torch.__version__}
     _write(output / "vision_usage.json", {**_about(arguments, opened, size), **more, "results": results})
 
 
 def _draw(arguments: argparse.Namespace, opened: Opened, dataset: Any) -> Tensor:
     from lavis_mafa.tools.candidates import shuffled
 
-    return shuffled(len(dataset), opened.settings.seed, arguments.max_samples)
+    return shuffled(len(dataset), opened.run.seed, arguments.max_samples)
 
 
 def _check_groups(batch_size: int) -> None:
@@ -158,13 +157,13 @@ def _check_groups(batch_size: int) -> None:
         raise UserError(f"the batch size is {batch_size}, but Table 2 sums Top1-5 and Top6-B; give a --batch-size of at least 6.")
 
 
-def _check_masking(arguments: argparse.Namespace, block: Any, masked: bool) -> None:
-    if masked and 0 in (block.mlm.weight, block.mlm.mask_probability):
-        key = "mask_probability" if block.mlm.weight else "weight"
+def _check_masking(arguments: argparse.Namespace, settings: Any, masked: bool) -> None:
+    if masked and 0 in (settings.mlm.weight, settings.mlm.mask_probability):
+        key = "mask_probability" if settings.mlm.weight else "weight"
         raise UserError(f"model.mlm.{key} is 0: this model does not predict words, so there is nothing to measure.")
     if not masked and (arguments.passes != 1 or arguments.mask_probability):
         raise UserError(
-            f"--passes and --mask-probability are for masked language modelling, but {block.arch} predicts every next word."
+            f"--passes and --mask-probability are for masked language modelling, but {settings.arch} predicts every next word."
         )
     if 0.0 in (arguments.mask_probability or ()):
         raise UserError("--mask-probability is 0, which masks no word; allowed: above 0, up to 1.")

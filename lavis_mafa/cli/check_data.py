@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from lavis_mafa.cli.options import count, positive
 from lavis_mafa.errors import UserError
 
 RESULT, PROBLEMS = "check.json", "problems.jsonl"
@@ -27,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="with --annotations: where image paths start from")
     parser.add_argument("--allow-absolute-paths", action="store_true", help="with --annotations: image paths may leave that folder")
     parser.add_argument(
-        "--min-side", type=int, metavar="N", help="images with a shorter side are too small (default: as in training, 4)"
+        "--min-side", type=positive, metavar="N", help="images with a shorter side are too small (default: as in training, 4)"
     )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that open images (default: 2)")
+    parser.add_argument("--workers", type=count, default=2, metavar="N", help="processes that open images (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("output/check-data"), metavar="FOLDER", help="default: output/check-data")
     parser.add_argument("--clean", type=Path, metavar="FILE", help="write the good rows to this .jsonl or .json file")
 
@@ -58,12 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
     rows = check_data.read_sources(sources)
     if clean is not None:
         check_data.check_ids(rows)
-    verdicts = check_data.judge(rows, [source.process for source in sources], min_side, arguments.workers)
-    found = check_data.find(rows, verdicts)
-    results = check_data.results(rows, verdicts, found)
-    check_data.write_problems(folder / PROBLEMS, rows, verdicts, found)
+    check_data.judge(rows, sources, min_side, arguments.workers)
+    problems = check_data.find(rows)
+    results = check_data.results(rows, problems)
+    check_data.write_problems(folder / PROBLEMS, rows, problems)
     if clean is not None:
-        results["cleaned_rows"] = check_data.write_clean(clean, rows, verdicts)
+        results["cleaned_rows"] = check_data.write_clean(clean, rows)
     write_text(folder / RESULT, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(check_data.format_results(results))
     print(f"\nTraining can use {results['rows'] - results['bad_rows']:,} of {results['rows']:,} rows as they are.")
@@ -75,8 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.workers < 0:
-        raise UserError(f"--workers is {arguments.workers}, but must be at least 0.")
     if arguments.annotations is not None and arguments.images is None:
         raise UserError("--annotations needs --images, the folder that the image paths start from.")
     if arguments.annotations is not None and arguments.options:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.cli.options import positive
+from lavis_mafa.cli.options import positive, share
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,12 +29,6 @@ def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--output", type=Path, default=Path(output), help=f"folder for the result (default: {output})")
     parser.add_argument("--force", action="store_true", help="give a result even where Con-D's scores say that it cannot judge")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings, e.g. run.num_workers=8")
-
-
-def check_share(flag: str, value: float, above_zero: bool = False) -> None:
-    """A probability or share; raises UserError."""
-    if not (0.0 < value <= 1.0 if above_zero else 0.0 <= value <= 1.0):
-        raise UserError(f"{flag} is {value:g}, but must be {'above 0 and at most 1' if above_zero else 'between 0 and 1'}.")
 
 
 def sizes(arguments: argparse.Namespace, config: Any) -> tuple[list[int], list[int]]:
@@ -74,11 +68,11 @@ def refuse_meaningless(found: Iterable[Medians], force: bool) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pass_arguments(parser, "output/count")
     add = parser.add_argument
-    add("--batch-size", type=int, nargs="+", metavar="B", help="batch sizes (default: run.batch_size_train)")
-    add("--search-space", type=int, nargs="+", metavar="M", help="GRIT's search spaces (default: run.grit.search_space)")
+    add("--batch-size", type=positive, nargs="+", metavar="B", help="batch sizes (default: run.batch_size_train)")
+    add("--search-space", type=positive, nargs="+", metavar="M", help="GRIT's search spaces (default: run.grit.search_space)")
     text = "Con-D calls a pair a match above it (default: 0.5, as in the paper's count); the first is for table and plot"
-    add("--threshold", type=float, nargs="+", default=[0.5], metavar="P", help=text)
-    add("--correction", type=float, default=1.0, help="human correction factor; the paper's Table 1 has 0.83 (default: 1)")
+    add("--threshold", type=share, nargs="+", default=[0.5], metavar="P", help=text)
+    add("--correction", type=share, default=1.0, help="human correction factor; the paper's Table 1 has 0.83 (default: 1)")
     text = "whose similarities mine, while --con-d judges: the paper's count (default: Con-D's own)"
     add("--miner", metavar="CHECKPOINT", help=text)
     add("--random-only", action="store_true", help="random batches alone, of any size (MAFA Figure 5)")
@@ -89,9 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    for threshold in arguments.threshold:
-        check_share("--threshold", threshold)
-    check_share("--correction", arguments.correction, above_zero=True)
+    if not arguments.correction:
+        raise UserError("--correction is 0, which leaves no false negatives; allowed: above 0, up to 1.")
     if arguments.random_only and arguments.search_space:
         raise UserError("--random-only and --search-space exclude each other: random batches have no search space.")
     from lavis_mafa.files import check_unfinished

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lavis_mafa.cli.count_false_negatives import add_pass_arguments, check_share, refuse_meaningless, sizes
+from lavis_mafa.cli.count_false_negatives import add_pass_arguments, refuse_meaningless, sizes
+from lavis_mafa.cli.options import positive, share
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,22 +21,17 @@ RESULT = "mine.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pass_arguments(parser, "output/mine")
     add = parser.add_argument
-    add("--batch-size", type=int, metavar="B", help="of the GRIT batches (default: run.batch_size_train)")
-    add("--search-space", type=int, metavar="M", help="of GRIT, and of a resumable block (default: run.grit.search_space)")
-    add("--threshold", type=float, default=0.8, metavar="P", help="keep pairs above this probability (default: 0.8)")
+    add("--batch-size", type=positive, metavar="B", help="of the GRIT batches (default: run.batch_size_train)")
+    add("--search-space", type=positive, metavar="M", help="of GRIT, and of a resumable block (default: run.grit.search_space)")
+    add("--threshold", type=share, default=0.8, metavar="P", help="keep pairs above this probability (default: 0.8)")
     text = "and of at least this share of the own pair's probability, e.g. 0.95 (default: 0)"
-    add("--margin", type=float, default=0.0, help=text)
-    add("--per-image", type=int, metavar="K", help="at most so many new captions an image (default: all)")
+    add("--margin", type=share, default=0.0, help=text)
+    add("--per-image", type=positive, metavar="K", help="at most so many new captions an image (default: all)")
     text = "at most so many new pairs, the most probable ones; 2000000 in the paper (default: all)"
-    add("--at-most", type=int, metavar="N", help=text)
+    add("--at-most", type=positive, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check_share("--threshold", arguments.threshold)
-    check_share("--margin", arguments.margin)
-    for flag, value in (("--per-image", arguments.per_image), ("--at-most", arguments.at_most)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} is {value}, but must be at least 1.")
     from lavis_mafa.files import check_unfinished
 
     check_unfinished(arguments.output, RESULT)
@@ -53,9 +50,10 @@ def _mine(arguments: argparse.Namespace, opened: Opened, batch_size: int, search
     import pyarrow as pa
 
     from lavis_mafa.distributed import barrier, rank, world_size
-    from lavis_mafa.files import write_text
+    from lavis_mafa.files import file_digest, write_text
     from lavis_mafa.tools import mine
     from lavis_mafa.tools.candidates import Encoder, ReadableRows, blocks_of, progress_bar, shuffled
+    from lavis_mafa.weights import weight_files
 
     run, dataset, folder = opened.run, opened.dataset, arguments.output
     rows, source = ReadableRows(dataset, run.seed, run.batch_size_eval, run.num_workers), mine.SourceRows(dataset)
@@ -63,7 +61,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, batch_size: int, search
     blocks = blocks_of(shuffled(len(rows), seed, arguments.samples), search_space)
     rules = mine.Rules(arguments.threshold, arguments.margin, arguments.per_image, arguments.at_most)
     settings = {
-        "con_d": mine.checkpoint_digest(arguments.con_d),
+        "con_d": file_digest(weight_files(Path(arguments.con_d).expanduser(), "--con-d")),
         "data": mine.fingerprint(dataset, rows.image_keys, opened.data_settings),
         "model": opened.model_settings,
         "precision": run.precision,

@@ -8,8 +8,8 @@ import math
 LARGEST = 10**15  # more than there will ever be of anything that is counted here
 
 
-def positive(text: str) -> int:
-    """A whole number from 1.
+def positive(text: str, least: int = 1) -> int:
+    """A whole number from ``least``.
 
     Raises:
         argparse.ArgumentTypeError: something else.
@@ -19,9 +19,14 @@ def positive(text: str) -> int:
         (1000000, 1000)
     """
     value = _float(text)
-    if not 1 <= value <= LARGEST or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    if not least <= value <= LARGEST or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text.replace("_", "")) if text.replace("_", "").isdecimal() else int(value)
+
+
+def count(text: str) -> int:
+    """A whole number from 0; raises ArgumentTypeError."""
+    return positive(text, 0)
 
 
 def number(text: str) -> float:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lavis_mafa.cli.options import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: the one with metrics.jsonl")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="where the page goes (default: report.html)")
     parser.add_argument(
         "--gallery",
-        type=_count,
+        type=count,
         default=5000,
         metavar="N",
         help="show the N surest connections, of both directions in turn (default: 5000; 0: none)",
@@ -39,9 +41,3 @@ def run(arguments: argparse.Namespace) -> int:
     several = "s" * (len(runs) > 1)
     print(f"{output}: {len(runs)} run{several}, {shown:,} of {gallery['candidates']:,} recorded connections, {size:.1f} MB")
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
-    return int(text)

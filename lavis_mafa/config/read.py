@@ -200,6 +200,18 @@ def plain(values: Any) -> Any:
     return OmegaConf.to_container(values, resolve=True) if OmegaConf.is_config(values) else values
 
 
+def flat(tree: Any, before: str = "") -> dict[str, Any]:
+    """The leaves of nested blocks by their dotted keys; an empty block is one.
+
+    Example:
+        >>> flat({"run": {"grit": {"enabled": True}, "seed": 42}})
+        {'run.grit.enabled': True, 'run.seed': 42}
+    """
+    if not isinstance(tree, Mapping) or not tree:
+        return {before: tree}
+    return {key: leaf for name, below in tree.items() for key, leaf in flat(below, f"{before}.{name}" if before else str(name)).items()}
+
+
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """``above`` over ``below``: blocks are joined, anything else is replaced."""
     joined = {**below, **above}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,11 +25,11 @@ MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
 LARGEST = 2**31 - 1  # what a 32-bit integer takes
 LARGEST_SEED = 2**32 - 1  # what numpy's takes
 LARGEST_FLOAT = 1e9  # of rates, weights and minutes: far from what a sum in fp32 overflows at
-# what a Con-D may be -> whose sizes and parameter names it has
+# what a Con-D may be -> whose sizes and parameter names it has: LAVIS's models here, and ours, each its own (see MODEL_BLOCKS)
 FAMILIES = {
-    **dict.fromkeys(("albef_mafa", "albef_retrieval"), "albef_mafa"),
-    **dict.fromkeys(("blip_mafa", "blip_image_text_matching", "blip_retrieval"), "blip_mafa"),
-    **dict.fromkeys(("blip2_mafa", "blip2", "blip2_image_text_matching"), "blip2_mafa"),
+    "albef_retrieval": "albef_mafa",
+    **dict.fromkeys(("blip_image_text_matching", "blip_retrieval"), "blip_mafa"),
+    **dict.fromkeys(("blip2", "blip2_image_text_matching"), "blip2_mafa"),
 }
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -211,7 +211,7 @@ class DiscriminatorBlock:
         "albef_retrieval",
         "whose checkpoint it is, ours or LAVIS's; `ground_truth` knows the answer (data with `concept`): an upper bound",
         "MAFA Table 16",
-        choices=(*FAMILIES, "ground_truth"),
+        choices=FAMILIES.keys(),
     )
     checkpoint: str | None = setting(None, "of a trained model; an untrained Con-D is never used", path="weights")
     precision: str = setting("bf16", "of its frozen weights", choices=("fp32", "bf16"))
@@ -459,6 +459,8 @@ MODEL_BLOCKS: dict[str, Any] = {
     "blip2_mafa": Blip2Block,
     "blip2_opt_mafa": Blip2OptBlock,
 }
+WITH_MATCHING = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, MafaBlock)]
+FAMILIES |= {arch: arch for arch in WITH_MATCHING} | {"ground_truth": ""}
 RUN_BLOCKS: dict[str, Any] = {"mafa_pretrain": RunBlock, "mafa_captioning": CaptioningRun, "mafa_vqa": VqaRun, "mafa_gqa": VqaRun}
 
 # --- from a YAML's block to a typed one --------------------------------------------------------------------------------
@@ -632,7 +634,7 @@ ALL = {
     for schema in schemas.values()
     for key, field in leaves(schema, name)
 }
-CHOICES: dict[str, tuple[str, ...]] = {key: rules["choices"] for key, rules in ALL.items() if rules["choices"]}
+CHOICES: dict[str, Collection[str]] = {key: rules["choices"] for key, rules in ALL.items() if rules["choices"]}
 # key -> what a path names (see setting); LAVIS's models have model.finetuned
 PATHS: dict[str, str] = {key: rules["path"] for key, rules in ALL.items() if rules["path"]} | {"model.finetuned": "weights"}
 PATHS |= {f"model.discriminator.{part}.init": "name" for part in ("image_encoder", "text_encoder", "qformer")}

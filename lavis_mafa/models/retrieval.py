@@ -60,7 +60,7 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
             f"there are {len(data_loader.dataset.image)} images and {len(texts)} texts to score; needed: at least one of each."
         )
     parts = [model.text_rows(texts[start : start + 256]) for start in range(0, len(texts), 256)]
-    text = tuple(_stack(column) for column in zip(*(rows for rows, _ in parts), strict=True))
+    text = tuple(joined_texts(column) for column in zip(*(rows for rows, _ in parts), strict=True))
     text_features = torch.cat([features for _, features in parts])
     images, image_features = torch.empty(0), list[Tensor]()
     for samples in data_loader:
@@ -126,8 +126,8 @@ def most_similar_query(image_features: Tensor, text_features: Tensor) -> Tensor:
     return image_features[torch.arange(len(best), device=best.device), best]
 
 
-def _stack(parts: tuple[Tensor, ...]) -> Tensor:
-    """Texts of all batches, padded to the longest: [B, T, ...] each -> [all, T, ...]."""
+def joined_texts(parts: tuple[Tensor, ...]) -> Tensor:
+    """Texts of all batches, padded with 0 to the longest: [B, T, ...] each -> [all, T, ...]."""
     width = max(part.shape[1] for part in parts)
     return torch.cat([F.pad(part, (0, 0) * (part.dim() - 2) + (0, width - part.shape[1])) for part in parts])
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_mafa import __version__
+from lavis_mafa.config.read import flat, plain
 from lavis_mafa.distributed import gather_objects, world_size
 from lavis_mafa.errors import UserError
 
@@ -166,9 +166,9 @@ def facts_of_run(cfg: Any, datasets: Any = None, model: nn.Module | None = None)
     """
     facts: dict[str, Any] = {"library python": ".".join(platform.python_version_tuple()[:2]), "library lavis_mafa": __version__}
     facts |= {f"library {name}": _version(name) for name in LIBRARIES}
-    settings = _flat("", OmegaConf.to_container(cfg.config, resolve=True))
-    facts |= {f"setting {key}": value for key, value in settings if not any(fnmatch.fnmatch(key, local) for local in LOCAL)}
-    for name, dataset in _flat("", datasets or {}):
+    settings = flat(plain(cfg.config))
+    facts |= {f"setting {key}": value for key, value in settings.items() if not any(fnmatch.fnmatch(key, local) for local in LOCAL)}
+    for name, dataset in flat(datasets or {}).items():
         for number, part in enumerate(parts(dataset)):
             where = f"data {name}" + (f", part {number}" if number else "")
             facts[f"{where}: class"] = f"{type(part).__module__}.{type(part).__qualname__}"
@@ -186,12 +186,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _flat(before: str, tree: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dictionaries, by dotted key."""
-    if not isinstance(tree, Mapping) or not tree:
-        yield before, tree
-        return
-    for key, value in tree.items():
-        yield from _flat(f"{before}.{key}" if before else str(key), value)

@@ -9,46 +9,45 @@ import os
 import random
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
-from torch import Tensor
 
 from lavis_mafa.config.check import OURS, Checked, check_device, check_evaluates, check_splits, examine
-from lavis_mafa.config.check import check_yaml as check_yaml
-from lavis_mafa.config.checkpoints import shapes_of
 from lavis_mafa.config.data import SETTINGS, SPLITS, check_lavis_info, check_processor, own_splits
 from lavis_mafa.config.read import at, find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS
 from lavis_mafa.distributed import is_one_of_several
 from lavis_mafa.errors import Mistakes, RankLost, UserError, did_you_mean
-from lavis_mafa.weights import read_weights
+from lavis_mafa.models.lavis_weights import build_model
 
-logger = logging.getLogger(__name__)
 PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval")
-OF_TEACHER = "visual_encoder_m.pos_embed"
-READ_THEIR_TEACHER = ("albef_vqa", "blip_retrieval", "blip_classification")
 
 # --- the job -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, options: list[str], files: bool = True, device: bool = True, joins: bool = False) -> tuple[DictConfig, Any]:
+def prepare(
+    name: str, options: list[str], files: bool = True, device: bool = True, joins: bool = False, runs: bool = False
+) -> tuple[DictConfig, Any]:
     """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
 
     Args:
-        name, options, files: as for :func:`check_yaml`.
+        name, options, files: as for :func:`lavis_mafa.config.check.check_yaml`.
         device: False where no model will be built, so that it does not matter what this machine can compute.
         joins: the job may be one of several processes; what the environment says of them is checked.
+        runs: it will train or evaluate, and must have something to do.
 
     Raises:
         UserError: the first mistake found.
     """
     checked, found = examine(name, options, files)
     found.end()
+    if runs:
+        found(check_evaluates, checked.config.run)
+        found.end()
     if joins:
         is_one_of_several(checked.config.run.get("dist_url", "env://"))
     if device:
@@ -60,7 +59,7 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
     """Whatever keeps ``train`` or ``evaluate`` from its first step, as far as that is known before the model is built.
 
     Args:
-        name, options: as for :func:`check_yaml`.
+        name, options: as for :func:`lavis_mafa.config.check.check_yaml`.
         files: False looks at the YAML alone, whose data, checkpoints and GPUs may be another machine's.
     """
     try:
@@ -87,16 +86,9 @@ def run_job(name: str, options: list[str]) -> Any:
     """Check, then build task, data, model and runner, and run. Returns the runner.
 
     Raises:
-        UserError: a mistake, or ranks that differ.
-        RankLost: another rank died or hangs.
+        UserError: a mistake, or ranks that differ. RankLost: another rank died or hangs.
     """
-    checked, found = examine(name, options)
-    found.end()
-    found(check_evaluates, checked.config.run)
-    found.end()
-    is_one_of_several(checked.config.run.get("dist_url", "env://"))
-    _check_device(checked)  # before LAVIS is imported, which takes seconds
-    cfg = _config(name, checked)
+    _, cfg = prepare(name, options, joins=True, runs=True)
     import numpy as np
     from lavis.common.registry import registry
 
@@ -119,7 +111,7 @@ def run_job(name: str, options: list[str]) -> Any:
             mark("reading the data sets")
             datasets = _datasets(task, cfg)
             mark("building the model")
-            model = build_model(task, cfg) if checked.model is None else task.build_model(cfg)
+            model = build_model(task, cfg) if cfg.checked.model is None else task.build_model(cfg)
             runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
             job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
             runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
@@ -324,114 +316,3 @@ def _check_lavis_files(datasets: DictConfig) -> None:
             key = f"datasets.{name}.build_info.images.storage"
             found.add(f"{key} is {folder!r}, but there is no folder {get_cache_path(folder)}.")
     found.end()
-
-
-# --- weights of LAVIS's own models ------------------------------------------------------------------------------------
-
-
-def source_of(config: Any) -> tuple[str, str] | None:
-    """Key and path of the local file that LAVIS loads a model from: ``finetuned``, or ``pretrained`` with ``load_finetuned: false``."""
-    key = "finetuned" if config.get("load_finetuned", True) else "pretrained"
-    path = config.get(key)
-    return (f"model.{key}", path) if isinstance(path, str) and Path(path).is_file() else None
-
-
-def check_start(config: Any) -> None:
-    """What LAVIS would answer with a traceback from inside its loading; raises UserError."""
-    source = source_of(config)
-    if source is None or source[0] != "model.pretrained":
-        return
-    key, path = source
-    if config.arch == "albef_nlvr":
-        raise UserError(f"{key} is {path}, but LAVIS 1.0.2's albef_nlvr fails at every such file; give it as model.finetuned.")
-    if config.arch == "albef_vqa" and not config.get("use_distill", True):
-        raise UserError(f"model.use_distill is false, but LAVIS 1.0.2's albef_vqa then fails at every {key}; allowed: true.")
-    if config.arch in READ_THEIR_TEACHER and OF_TEACHER not in shapes_of(path, key):
-        raise UserError(
-            f"{key}: {path} has no momentum teacher ({OF_TEACHER}), which LAVIS's {config.arch} reads from it; give a checkpoint of a "
-            "training with model.itc.momentum_distillation, or copy its weights to names with `_m`."
-        )
-
-
-def build_model(task: Any, config: Any) -> Any:
-    """LAVIS's model, and a word on what it took from its checkpoint.
-
-    Raises:
-        UserError: it cannot be loaded, or gave nothing.
-    """
-    check_start(config.model_cfg)
-    try:
-        model = task.build_model(config)
-    except RuntimeError as error:
-        source = source_of(config.model_cfg)
-        if source is None or "size mismatch for" not in str(error):
-            raise
-        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch for" in line]
-        raise UserError(f"{source[0]}: {source[1]} is of another size than {config.model_cfg.arch}: {sizes[0]}") from error
-    report_keys(model, config.model_cfg)
-    return model
-
-
-def report_keys(model: torch.nn.Module, config: Any) -> None:
-    """Compare what a LAVIS model holds with the file that it was loaded from, by values: LAVIS renames as it loads.
-
-    Args:
-        model: as LAVIS built it.
-        config: its ``model`` block.
-
-    Raises:
-        UserError: it holds none of the file's matrices.
-    """
-    source = source_of(config)
-    if source is None:
-        return
-    key, path = source
-    own, theirs = model.state_dict(), read_weights(path, key)
-    taken = {name for name, value in theirs.items() if _holds(own, name, value)}
-    by_name = {_without_bert(name) for name in taken}
-    rest = {name: _mark(value) for name, value in own.items() if _without_bert(name) not in by_name}
-    under_another = {name for name, value in theirs.items() if name not in taken and _mark(value) in set(rest.values()) - {None}}
-    marks = {_mark(theirs[name]) for name in under_another}
-    missing = [name for name, mark in rest.items() if (mark is None or mark not in marks) and not name.endswith("position_ids")]
-    taken |= under_another
-    left_over = [name for name in theirs if name not in taken and not name.endswith("position_ids")]
-    matrices = [name for name, value in theirs.items() if _mark(value) is not None]
-    if matrices and not taken.intersection(matrices):
-        name = next((n for n in matrices if n in own), matrices[0])
-        wanted = f" (wanted {list(own[name].shape)})" if name in own else ", which it has not"
-        raise UserError(
-            f"{key}: {path} gave {config.arch} none of its weights: it has {name} {list(theirs[name].shape)}{wanted}. Give a "
-            "checkpoint of this architecture and size, with LAVIS's names."
-        )
-    misfits = f"{_by_part('missing', missing)}; {_by_part('left over', left_over)}"
-    few = 2 * len(taken.intersection(matrices)) < len(matrices)
-    logger.log(logging.WARNING if few else logging.INFO, "%s: %d weights taken from %s; %s", key, len(taken), path, misfits)
-
-
-def _without_bert(name: str) -> str:
-    return name.replace("bert.", "")  # LAVIS takes it out of the names of a text encoder
-
-
-def _holds(own: dict[str, Tensor], name: str, value: Tensor) -> bool:
-    """Has the model this weight under its name? Position embeddings may have been resized."""
-    for candidate in (name, _without_bert(name), name.replace("text_encoder.", "text_encoder.bert.")):
-        held = own.get(candidate)
-        if held is not None and held.shape == value.shape:
-            return torch.equal(value.to(held.dtype), held.cpu())
-        if held is not None and name.endswith("pos_embed"):
-            return held.shape[-1] == value.shape[-1]
-    return False
-
-
-def _mark(value: Tensor) -> tuple[Any, ...] | None:
-    """Nearly as good as the values themselves, to find a matrix under any name; None for what is too plain to be told apart."""
-    if value.dim() < 2 or not value.is_floating_point() or value.numel() < 8:
-        return None
-    some = value.flatten()[:: max(1, value.numel() // 64)].half()
-    return None if bool((some == some[0]).all()) else (*value.shape, *some.tolist())
-
-
-def _by_part(kind: str, names: list[str]) -> str:
-    """``23 missing (opt_model 21, opt_proj 2)``"""
-    parts = Counter(name.split(".")[0] for name in names)
-    return f"{len(names)} {kind}" + (f" ({', '.join(f'{part} {count}' for part, count in parts.items())})" if names else "")

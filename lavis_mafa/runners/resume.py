@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lavis_mafa.config.read import flat, plain
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import new_folder, numbered_checkpoints, position, write_text
@@ -68,7 +69,7 @@ def same_runs(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
     others, found = [], False
     for folder in sorted((path.parent for path in parent.glob("*/config.yaml")), key=_last_saved, reverse=True):
         try:
-            there, here = _flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))), _flat(config)
+            there, here = _settings(OmegaConf.load(folder / "config.yaml")), _settings(config)
             key = next(iter(_differences(there, here)), None)
             different = f"{key} is {there.get(key, 'not set')} there and {here.get(key, 'not set')} here" if key else ""
         except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -168,7 +169,7 @@ def say_what_differs(there: dict[str, Any], here: dict[str, Any]) -> None:
     """Of a run that goes on with other settings than its checkpoint's: which of them hold from now on, and which never will."""
     if not there:
         return
-    before, now = _flat(there), _flat(here)
+    before, now = _settings(there), _settings(here)
     different = _differences(before, now)
     kept = [key for key in different if any(fnmatch.fnmatch(key, pattern) for pattern in ONLY_AT_THE_START)]
     applied = [key for key in different if key not in kept]
@@ -187,10 +188,9 @@ def _last_saved(folder: Path) -> float:
     return max((path.stat().st_mtime for path in numbered_checkpoints(folder)), default=0.0)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
+def _settings(config: Any) -> dict[str, Any]:
+    """By their dotted keys; a block without any is none."""
+    return {key: value for key, value in flat(plain(config)).items() if value != {}}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -6,7 +6,6 @@ where a paper scores a fine-tuned model, fine-tuning. What is finished is found 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -20,10 +19,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.config.check import check_yaml
-from lavis_mafa.config.read import find_yaml
+from lavis_mafa.config.read import find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError, did_you_mean
-from lavis_mafa.files import last_checkpoint, write_bytes, write_text
+from lavis_mafa.files import digest, last_checkpoint, write_bytes, write_text
 from lavis_mafa.tools.run_files import last_epoch, read_evaluations, read_metrics
 
 TABLES = Path(__file__).resolve().parents[1] / "configs" / "ablations.yaml"
@@ -70,9 +69,8 @@ class Table:
 
 def load_tables() -> dict[str, Table]:
     """Every table of ``configs/ablations.yaml`` by its key."""
-    content: Any = OmegaConf.to_container(OmegaConf.load(TABLES))
     tables = {}
-    for key, block in content.items():
+    for key, block in plain(OmegaConf.load(TABLES)).items():
         if key.startswith("_"):
             continue
         columns, always = block.pop("columns"), block.pop("always", [])
@@ -212,9 +210,9 @@ def plan_run(yaml: str, options: list[str], runs: Path, files: bool = True, name
     """
     config = read_base(yaml, options, files)
     run = typed_block("run", config.run)
-    settings: Any = OmegaConf.to_container(config)
+    settings = plain(config)
     settings["run"] = {k: v for k, v in settings["run"].items() if k not in ("output_dir", "seed")}
-    code = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    code = digest(settings)[:10]
     ecm, con_d = (OmegaConf.select(config.model, key) for key in ("ecm.enabled", "discriminator"))
     return Run(
         yaml,
@@ -347,13 +345,8 @@ def _chain(runs: list[Run], con_d: Path | None = None) -> list[str]:
 def collect(table: Table, benchmark: str, base: str, options: list[str], trials: list[Trial]) -> dict[str, Any]:
     """Everything that is known of a table's rows so far, as it goes into ``results.json``.
 
-    Args:
-        benchmark: whose metrics of the paper.
-        base: the YAML that was run. options: what it was run with. trials: every row with every seed, finished or not.
-
-    Returns:
-        per row the options, the paper's metrics, those of each seed and split, and their ``mean`` and ``spread`` (the standard
-        deviation of a sample, None for one seed).
+    Of each row: the options, the metrics of the paper's ``benchmark``, those of each seed and split, and their ``mean`` and ``spread``
+    (the standard deviation of a sample, None for one seed). ``trials``: every row with every seed, finished or not.
     """
     rows = []
     for row in table.rows:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -25,7 +24,7 @@ from lavis_mafa.distributed import rank
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.sampler import seeded_generator
-from lavis_mafa.models.retrieval import best_query, most_similar_query
+from lavis_mafa.models.retrieval import best_query, joined_texts, most_similar_query
 from lavis_mafa.objectives import mine_hard_negatives
 from lavis_mafa.objectives.itm import candidate_pairs
 
@@ -106,12 +105,14 @@ class Encoder:
     @torch.no_grad()
     def rows(self, image: Tensor, captions: list[str]) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
         """Image states, text rows, image features, text features; on the device."""
+        image = image.to(self.device)
         with self.autocast():
-            states, image_features = self.con_d.image_rows(image.to(self.device))
-            texts, text_features = self.con_d.text_rows(captions)
-            if self.miner is not None:
-                _, image_features = self.miner.image_rows(image.to(self.device))
-                _, text_features = self.miner.text_rows(captions)
+            if self.miner is None:
+                states, image_features = self.con_d.image_rows(image)
+                texts, text_features = self.con_d.text_rows(captions)
+            else:  # then Con-D has no projections
+                states, texts = self.con_d.image_tokens(self.con_d.image_states(image)), self.con_d.text_tokens(captions)
+                image_features, text_features = self.miner.image_rows(image)[1], self.miner.text_rows(captions)[1]
         texts = tuple(part.to(self.dtype) if part.is_floating_point() else part for part in texts)
         return states.to(self.dtype), texts, image_features.float(), text_features.float()
 
@@ -156,17 +157,11 @@ def _encoded(encoder: Encoder, number: int, size: int, batches: Iterator[dict[st
         number=number,
         captions=captions,
         images=images[: len(captions)],
-        texts=tuple(_stack(column) for column in zip(*texts, strict=True)),
+        texts=tuple(joined_texts(column) for column in zip(*texts, strict=True)),
         truth={name: column for name, column in truth.items() if len(captions) == len(column) > 0},
         bad_samples=bad,
         **joined,
     )
-
-
-def _stack(parts: tuple[Tensor, ...]) -> Tensor:
-    """Texts of several batches, padded with 0 to the longest."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, 0) * (part.dim() - 2) + (0, width - part.shape[1])) for part in parts])
 
 
 def _check_finite(batch: dict[str, Any], source: str) -> None:

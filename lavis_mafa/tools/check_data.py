@@ -113,11 +113,7 @@ def from_files(files: Sequence[Path], root: Path, allow_absolute_paths: bool) ->
 
 
 def from_yaml(name: str, options: list[str]) -> list[Source]:
-    """The data of every split that the YAML's run names, with their text processors. No model is built, so any device will do.
-
-    Raises:
-        UserError: a mistake in the YAML, or a data set without images in files, or without any of these splits.
-    """
+    """The data of every split that the YAML's run names, with their text processors. No model is built, so any device will do."""
     from lavis_mafa.runners import job
 
     _, cfg = job.prepare(name, [*options, "run.device=cuda"], files=False, device=False)
@@ -180,7 +176,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 # --- their rows ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """N rows of all files in turn, naming U distinct images, with C captions."""
 
@@ -199,6 +195,18 @@ class Rows:
     files: list[AnnotationFile]  # with the folder that their image paths start from
     file_of: Numbers  # [N] into `files`
     number: Numbers  # [N] of the row in its file, from 0
+    # what is wrong, once they are judged
+    bad_image: Numbers = field(init=False)  # [U] into IMAGE_KINDS, 0 for a good one
+    content: Numbers = field(init=False)  # uint64 [U], equal for files of the same bytes; of good ones
+    bad_caption: Numbers = field(init=False)  # Bool [C]
+    printed: Numbers = field(init=False)  # Bool [C], which of these are printed lists
+    image_reason: dict[int, str] = field(default_factory=dict)
+    caption_reason: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images, captions = len(self.path), len(self.caption)
+        self.bad_image, self.content = np.zeros(images, np.uint8), np.zeros(images, np.uint64)
+        self.bad_caption, self.printed = np.zeros(captions, bool), np.zeros(captions, bool)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -209,11 +217,7 @@ class Rows:
 
 
 def read_sources(sources: Sequence[Source]) -> Rows:
-    """Read all files, whatever the rows hold.
-
-    Raises:
-        UserError: a file that is no list of images and captions (see :func:`lavis_mafa.datasets.annotations.read_rows`).
-    """
+    """Read all files, whatever the rows hold; raises UserError for one that is no list of images and captions."""
     files = [file for source in sources for file in source.files]
     tables, count = [], 0
     for source in sources:
@@ -281,38 +285,17 @@ def _full_paths(root: Path, image: pa.ChunkedArray, leaves: pa.ChunkedArray) -> 
 # --- what is wrong with images and captions, by the functions that training uses --------------------------------------------
 
 
-@dataclass
-class Verdicts:
-    """What is wrong with U images and C captions."""
-
-    image: Numbers  # [U] into IMAGE_KINDS, 0 for a good one
-    content: Numbers  # uint64 [U], equal for files of the same bytes; of good ones
-    caption: Numbers  # Bool [C], which are bad
-    printed: Numbers  # Bool [C], which of these are printed lists
-    image_reason: dict[int, str] = field(default_factory=dict)
-    caption_reason: dict[int, str] = field(default_factory=dict)
-
-
-def judge(rows: Rows, processors: Sequence[Process], min_side: int, workers: int) -> Verdicts:
-    """Look at everything, with progress bars on stderr.
-
-    Args:
-        processors: the text processor of each source.
-        min_side: a shorter side below it is too small.
-        workers: processes that open images; 0 opens them here.
-    """
-    images, captions = len(rows.path), len(rows.caption)
-    verdicts = Verdicts(np.zeros(images, np.uint8), np.zeros(images, np.uint64), np.zeros(captions, bool), np.zeros(captions, bool))
-    for number, process in enumerate(processors):
-        _judge_captions(rows, number, process, verdicts)
+def judge(rows: Rows, sources: Sequence[Source], min_side: int, workers: int) -> None:
+    """Look at everything, with progress bars on stderr; ``workers`` processes open images, 0 opens them here."""
+    for number, source in enumerate(sources):
+        _judge_captions(rows, number, source.process)
     # its workers die with the command, read ahead no further than needed, and share the Arrow column
     loader = DataLoader(_Images(rows.path, min_side), batch_size=AT_ONCE, num_workers=workers, collate_fn=list)
-    looked_at = tqdm(itertools.chain.from_iterable(loader), total=images, desc="images", unit="image", file=sys.stderr)
+    looked_at = tqdm(itertools.chain.from_iterable(loader), total=len(rows.path), desc="images", unit="image", file=sys.stderr)
     for number, (kind, reason, content) in enumerate(looked_at):
-        verdicts.image[number], verdicts.content[number] = IMAGE_KINDS.index(kind), content
+        rows.bad_image[number], rows.content[number] = IMAGE_KINDS.index(kind), content
         if reason:
-            verdicts.image_reason[number] = reason
-    return verdicts
+            rows.image_reason[number] = reason
 
 
 class _Images(Dataset):
@@ -334,15 +317,12 @@ class _Images(Dataset):
             return "", "", int.from_bytes(digest.digest(), "big")
         except FileNotFoundError:
             return "missing", "", 0
-        except ImageTooLargeError as error:
-            return "too_large", str(error), 0
-        except ImageTooSmallError as error:
-            return "too_small", str(error), 0
         except OSError as error:
-            return "unreadable", str(error), 0
+            kinds: dict[type, str] = {ImageTooLargeError: "too_large", ImageTooSmallError: "too_small"}
+            return kinds.get(type(error), "unreadable"), str(error), 0
 
 
-def _judge_captions(rows: Rows, source: int, process: Process, verdicts: Verdicts) -> None:
+def _judge_captions(rows: Rows, source: int, process: Process) -> None:
     first, end = np.searchsorted(rows.source_of, [source, source + 1])
     captions = rows.caption[first:end]
     distinct = pc.unique(captions)
@@ -356,18 +336,18 @@ def _judge_captions(rows: Rows, source: int, process: Process, verdicts: Verdict
         for wrong, what in ((is_missing, "is how a missing caption is written"), (is_printed_list, "is a printed list")):
             for index in np.flatnonzero(pc.fill_null(wrong(distinct), False).to_numpy(zero_copy_only=False)):
                 reasons.setdefault(int(index), f"The caption {shortened(distinct[index].as_py())} {what}.")
-    verdicts.printed[first:end] = pc.fill_null(is_printed_list(captions), False).to_numpy(zero_copy_only=False)
+    rows.printed[first:end] = pc.fill_null(is_printed_list(captions), False).to_numpy(zero_copy_only=False)
     places = pc.index_in(captions, value_set=distinct).to_numpy()
     for place in np.flatnonzero(np.isin(places, list(reasons))):
-        verdicts.caption[first + place] = True
-        verdicts.caption_reason[int(first + place)] = reasons[int(places[place])]
+        rows.bad_caption[first + place] = True
+        rows.caption_reason[int(first + place)] = reasons[int(places[place])]
 
 
 # --- problems ------------------------------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """All problems, in the order of rows."""
+class Problems(NamedTuple):
+    """In the order of rows."""
 
     kind: Numbers  # its number in KINDS
     row: Numbers
@@ -375,8 +355,8 @@ class Found(NamedTuple):
     first: Numbers  # the image or caption that a duplicate repeats
 
 
-def find(rows: Rows, verdicts: Verdicts) -> Found:
-    """Put the verdicts of images and captions to the rows they belong to."""
+def find(rows: Rows) -> Problems:
+    """What is wrong with images and captions, put to the rows they belong to."""
     parts: list[Numbers] = []
     every = np.arange(len(rows))
 
@@ -388,33 +368,33 @@ def find(rows: Rows, verdicts: Verdicts) -> Found:
     with_image = every[rows.image_of >= 0]
     image = rows.image_of[with_image]
     for number, kind in enumerate(IMAGE_KINDS[1:], 1):
-        of_kind = verdicts.image[image] == number
+        of_kind = rows.bad_image[image] == number
         add(kind, with_image[of_kind], image[of_kind])
-    good = np.flatnonzero(verdicts.image == 0)
-    first = _firsts(len(rows.path), good, verdicts.content[good])[image]  # of the same bytes
+    good = np.flatnonzero(rows.bad_image == 0)
+    first = _firsts(len(rows.path), good, rows.content[good])[image]  # of the same bytes
     add("duplicate_image", with_image[first != image], image[first != image], first[first != image])
     add("empty_caption", every[(rows.text != None) & (rows.captions == 0)])  # noqa: E711 - of an array
     add("list_of_captions", every[rows.lists])
     add("id_of_another", every[rows.id_of_another >= 0])
-    for kind, of_kind in (("empty_caption", ~verdicts.printed), ("list_of_captions", verdicts.printed)):
-        bad = np.flatnonzero(verdicts.caption & of_kind)
+    for kind, of_kind in (("empty_caption", ~rows.printed), ("list_of_captions", rows.printed)):
+        bad = np.flatnonzero(rows.bad_caption & of_kind)
         add(kind, rows.row_of[bad], bad)
-    for kind, firsts in zip(("duplicate_row", "duplicate_caption"), _duplicate_captions(rows, verdicts), strict=True):
+    for kind, firsts in zip(("duplicate_row", "duplicate_caption"), _duplicate_captions(rows), strict=True):
         again = np.flatnonzero(firsts != np.arange(len(firsts)))
         add(kind, rows.row_of[again], again, firsts[again])
     found = np.concatenate(parts, axis=1)
     kinds, row, about, _ = found
-    return Found(*found[:, np.lexsort((about, kinds, row))])
+    return Problems(*found[:, np.lexsort((about, kinds, row))])
 
 
-def _duplicate_captions(rows: Rows, verdicts: Verdicts) -> tuple[Numbers, Numbers]:
+def _duplicate_captions(rows: Rows) -> tuple[Numbers, Numbers]:
     """[C] the first caption of the same text and the same image; [C] the first of the same text where that is another image's.
 
     Itself where there is none. Good captions of good images count, as written; many images have one question, which is no duplicate.
     """
     image = rows.image_of[rows.row_of]
-    good = (rows.text[rows.row_of] == "caption") & ~verdicts.caption & (image >= 0)
-    good[good] = verdicts.image[image[good]] == 0
+    good = (rows.text[rows.row_of] == "caption") & ~rows.bad_caption & (image >= 0)
+    good[good] = rows.bad_image[image[good]] == 0
     good = np.flatnonzero(good)
     captions = rows.caption.take(good)
     text = pc.index_in(captions, value_set=pc.unique(captions)).to_numpy().astype(np.int64)
@@ -433,17 +413,17 @@ def _firsts(count: int, where: Numbers, keys: Numbers) -> Numbers:
     return firsts
 
 
-def describe(rows: Rows, verdicts: Verdicts, found: Found, place: int) -> dict[str, Any]:
-    """The line of ``problems.jsonl`` for ``found``'s entry ``place``."""
-    number, row, about, first = (int(column[place]) for column in found)
+def describe(rows: Rows, problems: Problems, place: int) -> dict[str, Any]:
+    """A line of ``problems.jsonl``."""
+    number, row, about, first = (int(column[place]) for column in problems)
     kind, (file, line) = list(KINDS)[number], rows.where(row)
-    reason = _reason(rows, verdicts, kind, row, about, first)
+    reason = _reason(rows, kind, row, about, first)
     return {"file": str(file), "row": line, "image": rows.image[row].as_py(), "kind": kind, "reason": reason}
 
 
-def _reason(rows: Rows, verdicts: Verdicts, kind: str, row: int, about: int, first: int) -> str:
+def _reason(rows: Rows, kind: str, row: int, about: int, first: int) -> str:
     if kind in ("empty_caption", "list_of_captions") and about >= 0:
-        return verdicts.caption_reason[about]
+        return rows.caption_reason[about]
     if kind in OF_ROW:
         return OF_ROW[kind]
     if kind == "id_of_another":
@@ -454,25 +434,25 @@ def _reason(rows: Rows, verdicts: Verdicts, kind: str, row: int, about: int, fir
         file, number = rows.where(int(rows.row_of[first]))
         return f"{shortened(rows.caption[first].as_py())} is the caption of {file}, row {number} too"
     hint = path_hint(rows.files[rows.file_of[row]].images or Path(), rows.image[row].as_py())
-    return verdicts.image_reason.get(about) or f"no file {shown(rows.path[about].as_py())}{hint and '; ' + hint}"
+    return rows.image_reason.get(about) or f"no file {shown(rows.path[about].as_py())}{hint and '; ' + hint}"
 
 
-def write_problems(path: Path, rows: Rows, verdicts: Verdicts, found: Found) -> None:
+def write_problems(path: Path, rows: Rows, problems: Problems) -> None:
     """One JSON object a line, in the order of rows; whole or not at all."""
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
-        for place in range(len(found.kind)):
-            file.write(json.dumps(describe(rows, verdicts, found, place), ensure_ascii=False) + "\n")
+        for place in range(len(problems.kind)):
+            file.write(json.dumps(describe(rows, problems, place), ensure_ascii=False) + "\n")
 
 
-def results(rows: Rows, verdicts: Verdicts, found: Found) -> dict[str, Any]:
+def results(rows: Rows, problems: Problems) -> dict[str, Any]:
     """Counts and first examples of each kind; ``bad_rows`` are those that training would refuse or replace."""
     kinds = {}
     for number, kind in enumerate(KINDS):
-        places = np.flatnonzero(found.kind == number)
-        affected = len(np.unique(found.row[places]))
-        examples = [describe(rows, verdicts, found, int(place)) for place in places[:EXAMPLES]]
+        places = np.flatnonzero(problems.kind == number)
+        affected = len(np.unique(problems.row[places]))
+        examples = [describe(rows, problems, int(place)) for place in places[:EXAMPLES]]
         kinds[kind] = {"rows": affected, "share": affected / len(rows), "examples": examples}
-    bad = np.unique(found.row[found.kind < len(BAD)])
+    bad = np.unique(problems.row[problems.kind < len(BAD)])
     counts = {"rows": len(rows), "images": len(rows.path), "captions": len(rows.caption), "bad_rows": len(bad)}
     return {"files": [str(file) for file in rows.files], **counts, "kinds": kinds}
 
@@ -538,16 +518,13 @@ def check_ids(rows: Rows) -> None:
             )
 
 
-def write_clean(path: Path, rows: Rows, verdicts: Verdicts) -> int:
-    """Write the good rows; of a row with several captions the good ones, and null for numbers that JSON has not. Whole or not at all.
-
-    Returns:
-        the number of rows written; without any, no file is.
+def write_clean(path: Path, rows: Rows) -> int:
+    """Write the good rows, of a row with several captions the good ones, whole or not at all; returns their number, 0 without a file.
 
     Raises:
         UserError: an annotation file was changed since it was checked, or a column that training ignores cannot be read.
     """
-    good = map(_as_json, tqdm(_good_records(rows, verdicts), desc="clean", unit="row", file=sys.stderr))
+    good = map(_as_json, tqdm(_good_records(rows), desc="clean", unit="row", file=sys.stderr))
     first = next(good, None)
     if first is None:
         return 0
@@ -560,10 +537,10 @@ def write_clean(path: Path, rows: Rows, verdicts: Verdicts) -> int:
     return written
 
 
-def _good_records(rows: Rows, verdicts: Verdicts) -> Iterator[dict[str, Any]]:
+def _good_records(rows: Rows) -> Iterator[dict[str, Any]]:
     """Each good record once, as it was written and with the ids that training reads; ``rows`` may hold only some of a file."""
     bad_row = (rows.image_of < 0) | rows.lists | (rows.id_of_another >= 0)
-    bad_row[~bad_row] = verdicts.image[rows.image_of[~bad_row]] != 0
+    bad_row[~bad_row] = rows.bad_image[rows.image_of[~bad_row]] != 0
     after, row = np.cumsum(rows.captions), 0
     for number, file in enumerate(rows.files):
         end, ids = int(np.searchsorted(rows.file_of, number, side="right")), _ids(rows, number)
@@ -572,7 +549,7 @@ def _good_records(rows: Rows, verdicts: Verdicts) -> Iterator[dict[str, Any]]:
                 break
             if at != rows.number[row]:
                 continue  # not among the rows that the data set keeps
-            bad = verdicts.caption[after[row] - rows.captions[row] : after[row]]
+            bad = rows.bad_caption[after[row] - rows.captions[row] : after[row]]
             if not bad_row[row] and not bad.all():
                 if bad.any():
                     record["caption"] = [text for text, is_bad in zip(record["caption"], bad, strict=True) if not is_bad]
@@ -596,10 +573,7 @@ def _ids(rows: Rows, number: int) -> dict[str, list[Id | None]]:
 
 def _as_json(record: dict[str, Any]) -> str:
     try:
-        try:
-            return json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
-        except ValueError:
-            return json.dumps(_without_nan(record), ensure_ascii=False, default=str)
+        return json.dumps(_without_nan(record), ensure_ascii=False, default=str)
     except RecursionError as error:
         raise UserError(f"--clean: the row of image {record['image']!r} is nested too deeply to be written.") from error
 

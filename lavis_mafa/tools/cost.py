@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from lavis.common.registry import registry
 from lavis.models.blip2_models.modeling_opt import OPTConfig
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -24,14 +25,11 @@ from torch.utils.flop_counter import flop_registry
 
 from lavis_mafa.config.schema import FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.albef import AlbefMafa
-from lavis_mafa.models.blip import BlipMafa
-from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
 from lavis_mafa.models.con_d import as_con_d, untrained
 from lavis_mafa.models.encoders import PRECISIONS
+from lavis_mafa.plugin import register
 
-MODELS: dict[str, Any] = {"albef_mafa": AlbefMafa, "blip_mafa": BlipMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa}
 # width, layers, heads as released, all with 50,272 words (OPT, Table 1); 350m is built differently
 OPT = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40)}
 BERT_WORDS = 30522
@@ -94,19 +92,12 @@ def cost_of(
     """Run one step of a typed ``model:`` block, whose files are not needed and never read.
 
     Args:
-        settings: the block.
-        size: of the step.
-        precision: run.precision.
         device: cuda or cpu: what is saved has the types that it would have there, whether this machine has a GPU or not.
         own_vit: a BLIP-2 Con-D brings its own image encoder though it could share the model's frozen one.
         collects: count GRIT's separate pass too (run.grit.collect: separate).
 
     Raises:
         UserError: a language model whose size is neither in the table nor in a local folder.
-
-    Example:
-        >>> cost_of(settings, StepSize(batch=48, text_length=32)).flops["image encoder"].backward  # frozen
-        0.0
     """
     settings = deepcopy(settings)
     settings.max_text_length = size.text_length
@@ -136,10 +127,11 @@ def build(settings: Any) -> Any:
     Raises:
         UserError: a language model whose size is neither in the table nor in a local folder.
     """
+    register()
     plain = _without_files(settings)
     with _vocabulary(plain), NoValues():
         if settings.arch != "blip2_opt_mafa":
-            return MODELS[settings.arch](plain).train()
+            return registry.get_model_class(settings.arch)(plain).train()
         plain.max_text_length = min(settings.max_text_length, POSITIONS - settings.qformer.queries)
         model, language = Blip2OptMafa(plain), settings.language_model
         if language.init is not None:  # then of the size of what it would download
@@ -172,6 +164,18 @@ class _FreeConD:
 
     def match_probability(self, samples: Any, image_index: Tensor, text_index: Tensor) -> Tensor:
         return torch.zeros_like(image_index, dtype=torch.float32)
+
+
+def watch_con_d(con_d: Any, watched: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the ``match_probability`` of every step by what ``watched`` makes of it."""
+    in_step = con_d.in_step
+
+    def in_step_and_watch(*args: Any) -> Any:
+        asked = in_step(*args)
+        asked.match_probability = watched(asked.match_probability)
+        return asked
+
+    con_d.in_step = in_step_and_watch
 
 
 def can_share(settings: Any) -> bool:
@@ -284,7 +288,7 @@ class _Step:
         if hasattr(model, "set_discriminator"):
             model.encode = self._encode(model.encode)
             if con_d is not None:
-                con_d.in_step = self._judge(con_d)
+                watch_con_d(con_d, lambda ask: self._of(CON_D, ask))
             model.set_discriminator(con_d)
             model.batch_scope = "global" if size.gathered > 1 else "local"
 
@@ -340,16 +344,6 @@ class _Step:
             return encoded
 
         return encode_and_watch
-
-    def _judge(self, con_d: Any) -> Callable[..., Any]:
-        in_step = con_d.in_step
-
-        def in_step_and_watch(*args: Any) -> Any:
-            asked = in_step(*args)
-            asked.match_probability = self._of(CON_D, asked.match_probability)
-            return asked
-
-        return in_step_and_watch
 
     def _of(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def of_part(*args: Any, **kwargs: Any) -> Any:

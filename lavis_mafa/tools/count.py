@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -30,6 +29,7 @@ from lavis_mafa.tools.candidates import (
     reason_of,
     shuffled_pairs,
 )
+from lavis_mafa.tools.curves import as_png
 
 SIDES = ("image", "text")  # whose negatives: with respect to images, with respect to texts
 BINS = 10
@@ -347,9 +347,7 @@ def count_plot(results: dict[str, Any]) -> bytes:
     said += f", hardest negatives {min(hardest):.3f} to {max(hardest):.3f}" if hardest else ""
     meaningless = results["meaningless"]
     figure.suptitle(f"MEANINGLESS: {meaningless}" if meaningless else said, fontsize=7, color="red" if meaningless else "black")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def _plot_shares(axis: Any, ways: list[dict[str, Any]], over: str) -> None:

@@ -125,7 +125,7 @@ def training_curves(runs: dict[str, Records]) -> bytes:
             _draw(axis, {run: _line(records, name) for run, records in runs.items()}, COLOURS, "#dddddd")
             axis.set_title(_title(name), fontsize=10)
         axes[0].legend(list(runs), fontsize=8)
-        return _as_png(figure)
+        return as_png(figure)
 
 
 def search_space_plot(rows: list[dict[str, Any]], shares: dict[str, str]) -> bytes:
@@ -162,7 +162,7 @@ def search_space_plot(rows: list[dict[str, Any]], shares: dict[str, str]) -> byt
     right.set_ylim(bottom=0)
     left.legend(fontsize=8)
     left.grid(alpha=0.3)
-    return _as_png(figure)
+    return as_png(figure)
 
 
 def legend(runs: list[str]) -> list[dict[str, str]]:
@@ -194,7 +194,8 @@ def as_svg(figure: Figure, prefix: str) -> Markup:
     return Markup(re.sub(r"\s*\n\s*", "\n", svg))
 
 
-def _as_png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

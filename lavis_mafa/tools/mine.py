@@ -25,7 +25,7 @@ from lavis_mafa.datasets.formats import SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import broadcast_object, rank, world_size
 from lavis_mafa.errors import UserError
-from lavis_mafa.files import SETTINGS, check_unfinished, file_digest, replacing, write_text
+from lavis_mafa.files import SETTINGS, check_unfinished, replacing, write_text
 from lavis_mafa.models.sanity import Medians
 from lavis_mafa.runners.agreement import data_record
 from lavis_mafa.tools.candidates import (
@@ -44,7 +44,6 @@ from lavis_mafa.tools.candidates import (
 )
 from lavis_mafa.tools.count import ratio
 from lavis_mafa.tools.training_data import annotated
-from lavis_mafa.weights import weight_files
 
 DIRECTIONS = ("text for image", "image for text")
 NOBODY = -1  # in place of a candidate that an anchor does not have
@@ -90,11 +89,6 @@ def fingerprint(dataset: Any, keys: Tensor, settings: str) -> str:
     found = hashlib.sha256(f"{len(dataset)}\n{content}\n{settings}\n".encode())
     found.update(keys.numpy().tobytes())
     return f"of {len(dataset)} rows, fingerprint {found.hexdigest()[:16]}"
-
-
-def checkpoint_digest(con_d: str) -> str:
-    """Changes with any of the weights' files."""
-    return file_digest(weight_files(Path(con_d).expanduser(), "--con-d"))
 
 
 # --- the pass -----------------------------------------------------------------------------------------------------------

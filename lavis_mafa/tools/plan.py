@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,12 +19,24 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.grouping import MATRIX_BUDGET
 from lavis_mafa.runners.step import autocast
-from lavis_mafa.tools.cost import CON_D, CON_D_VIT, IMAGE, Cost, Flops, StepSize, build, build_con_d, can_share, cost_of, samples_of
+from lavis_mafa.tools.cost import (
+    CON_D,
+    CON_D_VIT,
+    IMAGE,
+    Cost,
+    Flops,
+    StepSize,
+    build,
+    build_con_d,
+    can_share,
+    cost_of,
+    samples_of,
+    watch_con_d,
+)
 from lavis_mafa.tools.training_data import read_annotated, split_files
 
 PEAKS = {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0}  # TFLOP/s of an A100 without TF32, as torch multiplies fp32 unless told
 TF32 = 156.0  # with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, as the authors' PyTorch did by itself
-RESERVE = 2e9  # CUDA's context and the allocator's gaps
 MOST_FLOPS = 2e12  # of a measured step on a CPU: a minute
 INDEX, FP32 = 8, 4  # bytes
 
@@ -242,16 +255,18 @@ def measure(settings: Any, run: Any, plan: Plan, own_vit: bool = False, steps: i
     model.to(device)
     seconds: list[float] = []
     judging: list[float] = []
-    ask: Any = getattr(con_d, "match_probability", None)
 
-    def timed(*arguments: Any) -> Tensor:
-        begin = _now(device)
-        probability = ask(*arguments)
-        judging.append(_now(device) - begin)
-        return probability
+    def timed(ask: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def ask_and_time(*arguments: Any) -> Tensor:
+            begin = _now(device)
+            probability = ask(*arguments)
+            judging.append(_now(device) - begin)
+            return probability
+
+        return ask_and_time
 
     if con_d is not None:
-        con_d.match_probability = timed
+        watch_con_d(con_d, timed)
         model.set_discriminator(con_d)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=run.init_lr, weight_decay=run.weight_decay)
     for _ in range(steps + 1):

@@ -11,6 +11,7 @@ import jinja2
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa import __version__
+from lavis_mafa.config.read import flat, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools import curves
@@ -219,22 +220,14 @@ def _all_settings(config: DictConfig) -> dict[str, Any]:
         values = config.get(block)
         if not isinstance(values, DictConfig):
             continue
-        plain = OmegaConf.to_container(values)
+        written = plain(values)
         if values.get("arch" if block == "model" else "task") in known:
             try:
-                plain = asdict(typed_block(block, values))
+                written = asdict(typed_block(block, values))
             except UserError:
                 pass  # settings of another version are shown as they were written
-        _flatten(block, plain, found)
+        found |= flat(written, block)
     return found
-
-
-def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
-    if isinstance(value, dict) and value:
-        for key, below in value.items():
-            _flatten(f"{prefix}.{key}", below, into)
-    else:
-        into[prefix] = value
 
 
 def _setting(value: Any) -> str:

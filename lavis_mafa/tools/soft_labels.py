@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from lavis_mafa.grit import GritQueue, next_epoch_order
 from lavis_mafa.models.encoders import fold_token_type
 from lavis_mafa.models.momentum import MOMENTUM_PARTS
 from lavis_mafa.objectives import EncodedBatch, distilled_targets, itc_targets
+from lavis_mafa.tools.curves import as_png
 from lavis_mafa.weights import load_exactly, read_weights
 
 S_ITC, CONSISTENCY, MOMENTUM = "S-ITC", "Consistency Loss", "Momentum Distillation"
@@ -50,9 +50,7 @@ def soft_labels(batch: EncodedBatch, softening: Softening) -> Labels:
       constant. MAFA writes ``(1 - a) y + a p``; that a is ``lambda / (1 + lambda)``, 1/6 for GRIT-VLP's 0.2.
     - Momentum distillation: ``(1 - alpha) y + alpha p``, with p and y over the batch and the queue, p by the teacher.
 
-    Args:
-        batch: of the model in eval mode, without gradients.
-        softening: the weights; without a teacher in ``batch``, or with ``distillation`` None, the third method is left out.
+    Without a teacher in ``batch``, or with ``distillation`` None, the third method is left out.
 
     Returns:
         method -> rows of images, rows of texts: [B, K], with the queue [B, C]; each row sums to 1.
@@ -159,6 +157,4 @@ def plot_curves(labels: SortedLabels) -> bytes:
     axis.set(xscale="log", yscale="log", xlabel="rank of the label among an anchor's", ylabel="mean soft label")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return as_png(figure)

@@ -33,21 +33,16 @@ class Opened:
 
     model: Any
     datasets: dict[str, Any]
-    settings: RunBlock
+    run: RunBlock
     device: torch.device
     checkpoint: Path
 
 
 def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bool) -> Opened:
-    """Build a YAML's data, and its model with the weights of ``checkpoint``; Con-D is left out.
-
-    Args:
-        name: a file, or the name of a shipped YAML; options: KEY=VALUE overrides.
-        checkpoint: of the YAML's model.
-        teacher: False leaves out a momentum teacher too.
+    """Build a YAML's data, and its model with the weights of ``checkpoint``; Con-D is left out, and a ``teacher`` where it is False.
 
     Raises:
-        UserError: whatever :func:`lavis_mafa.runners.job.check_yaml` finds, or another model than one that trains with MAFA.
+        UserError: whatever :func:`lavis_mafa.config.check.check_yaml` finds, or another model than one that trains with MAFA.
     """
     if not checkpoint.exists():
         raise UserError(f"--checkpoint is {str(checkpoint)!r}, but there is no such file.")
@@ -66,10 +61,10 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
     from lavis_mafa.tasks.task import MafaTask
 
     task = tasks.setup_task(cfg)
-    settings = run_settings(cfg.run_cfg, isinstance(task, MafaTask))
+    run = run_settings(cfg.run_cfg, isinstance(task, MafaTask))
     datasets = concat_datasets(reorg_datasets_by_split(task.build_datasets(cfg)))
-    device = torch.device(settings.device if torch.cuda.is_available() else "cpu")
-    return Opened(task.build_model(cfg).to(device).eval(), datasets, settings, device, checkpoint)
+    device = torch.device(run.device if torch.cuda.is_available() else "cpu")
+    return Opened(task.build_model(cfg).to(device).eval(), datasets, run, device, checkpoint)
 
 
 class _PairsOfGallery(Dataset):
@@ -91,11 +86,7 @@ class _PairsOfGallery(Dataset):
 
 
 def open_split(opened: Opened, split: str) -> IndexedDataset:
-    """The pairs of a split.
-
-    Raises:
-        UserError: there is no such split, or none of pairs.
-    """
+    """The pairs of a split. Raises UserError: there is no such split, or none of pairs."""
     dataset = opened.datasets.get(split)
     if dataset is None:
         raise UserError(f"the data have no split {split!r}; they have: {', '.join(sorted(opened.datasets))}.")
@@ -105,7 +96,7 @@ def open_split(opened: Opened, split: str) -> IndexedDataset:
         dataset = _PairsOfGallery(dataset)
     elif split != "train":
         raise UserError(f"split {split!r} is no gallery of images and captions.")
-    return IndexedDataset(dataset, opened.settings.seed)
+    return IndexedDataset(dataset, opened.run.seed)
 
 
 @dataclass
@@ -119,18 +110,18 @@ class Reader:
 
     def __call__(self, order: Tensor, what: str, drop_last: bool = False) -> Iterator[dict[str, Any]]:
         """The samples of ``order`` (LongTensor[n]), ``batch_size`` at a time."""
-        settings = self.opened.settings
+        run = self.opened.run
         loader: DataLoader = DataLoader(
             self.dataset,
             batch_size=self.batch_size,
             sampler=order.tolist(),
-            num_workers=settings.num_workers,
+            num_workers=run.num_workers,
             pin_memory=self.opened.device.type == "cuda",
             collate_fn=self.dataset.collate,
             drop_last=drop_last,
             generator=torch.Generator(),
         )
-        bad = BadSamples(self.output / "bad_samples.jsonl", settings.max_bad_share)
+        bad = BadSamples(self.output / "bad_samples.jsonl", run.max_bad_share)
         for samples in tqdm(loader, desc=what, unit="batch"):
             bad.add(samples, self.batch_size)
             yield samples

@@ -19,9 +19,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
+from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.data import SPLITS, TRAINING_FILES, AnnotationFile, allows_absolute_paths, own_files
-from lavis_mafa.config.read import find_yaml
-from lavis_mafa.config.schema import RUN_BLOCKS, RunBlock, typed_block
+from lavis_mafa.config.read import find_yaml, plain
+from lavis_mafa.config.schema import RUN_BLOCKS, WITH_MATCHING, RunBlock, con_d_block, typed_block
 from lavis_mafa.datasets.annotations import TEXTS, read_annotations
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.ground_truth import GroundTruth
@@ -98,8 +99,8 @@ def _from(base: Path, info: DictConfig) -> DictConfig:
 
     if base == Path():
         return info
-    plain: Any = OmegaConf.to_container(info, resolve=True)
-    return OmegaConf.create({key: below(value) if key in ("annotations", "images", "root") else value for key, value in plain.items()})
+    paths = ("annotations", "images", "root")
+    return OmegaConf.create({key: below(value) if key in paths else value for key, value in plain(info).items()})
 
 
 # --- as annotations -----------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def read_annotated(name: str, block: Any, base: Path = Path()) -> Annotated | No
         builder = registry.get_builder_class(name)
         if builder is None:
             raise UserError(f"datasets.{name} is not registered with LAVIS.")
-        config: Any = OmegaConf.create(OmegaConf.to_container(block))
+        config: Any = OmegaConf.create(plain(block))
         config.build_info.annotations = {"train": files} if (files := block.build_info.annotations.get("train")) else {}
         dataset = builder(config).build().get("train")  # not build_datasets, which downloads
     return None if dataset is None else annotated(dataset)
@@ -200,8 +201,6 @@ def training_set(datasets: Any) -> Any:
 
 # --- with a Con-D -------------------------------------------------------------------------------------------------------
 
-WITH_MATCHING = ("albef_mafa", "blip_mafa", "blip2_mafa")
-
 
 @dataclass(frozen=True)
 class Opened:
@@ -223,7 +222,7 @@ def check_pass(name: str, options: list[str], con_d: str, miner: str | None = No
     Raises:
         UserError: a mistake in it, an architecture without a matching head, or no such checkpoint.
     """
-    config = job.check_yaml(name, options, files=False)
+    config = check_yaml(name, options, files=False)
     if config.model.arch not in WITH_MATCHING:
         allowed = ", ".join(WITH_MATCHING)
         raise UserError(f"model.arch is {config.model.arch}, but Con-D needs a matching head; allowed: {allowed}. ({find_yaml(name)})")
@@ -253,7 +252,6 @@ def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: s
 
 
 def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened:
-    from lavis_mafa.config.schema import con_d_block
     from lavis_mafa.runners.run_block import run_settings
 
     run = run_settings(cfg.run_cfg, config.run.task in RUN_BLOCKS)
@@ -266,5 +264,5 @@ def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened
     judges = miner is not None and block.discriminator is not None and block.discriminator.arch != "ground_truth"
     model = load_con_d(con_d_block(block) if judges else block, con_d, device, mines=miner is None)
     mines = None if miner is None else load_con_d(block, miner, device, "--miner")
-    data_settings = digest(OmegaConf.to_container(cfg.datasets_cfg, resolve=True))
+    data_settings = digest(plain(cfg.datasets_cfg))
     return Opened(model, mines, dataset, run, block, device, digest(asdict(model.settings)), data_settings)

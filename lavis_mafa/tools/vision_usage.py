@@ -61,14 +61,9 @@ def masked_usage(
     each caption: a caption's masks depend neither on its batch nor on the device, and a larger probability masks more of the same.
 
     Args:
-        model: in eval mode.
         batches: with ``image``, ``text_input`` and ``index``.
         probabilities: to mask with, one result each (GRIT-VLP Fig. 4).
         passes: how often each caption is masked anew.
-        seed: of the masks.
-
-    Returns:
-        probability -> what was counted.
     """
     usage = {probability: Usage() for probability in probabilities}
     for samples in batches:

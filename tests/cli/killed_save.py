@@ -21,7 +21,7 @@ from lavis_mafa import weights
 from lavis_mafa.runners.checkpoint import CheckpointFolder, rank_file
 from lavis_mafa.runners.resume import newest_good
 
-TRACED = ("runners/checkpoint.py", "lavis_mafa/weights.py")
+TRACED = ("runners/checkpoint.py", "lavis_mafa/weights.py", "lavis_mafa/files.py")
 
 
 class Doom:

@@ -478,7 +478,10 @@ def test_nothing_is_overwritten(three, refused):
         (["--annotations", "DATA/none.jsonl", "--images", "DATA/images"], "none.jsonl: no such annotation file"),
         (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/none"], "The image folder"),
         (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--min-side", "1"], "--min-side is 1, but"),
-        (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--workers", "-1"], "--workers is -1"),
+        (
+            ["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--workers", "-1"],
+            "--workers: '-1' is not a whole number of at least 0",
+        ),
         (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--clean", "c.jsnol"], "Did you mean '.jsonl'?"),
         (["--annotations", "DATA/pairs.jsonl", "--images", "DATA/images", "--clean", "no/c.json"], "the folder no does not exist"),
         (["--annotations", "DATA/torn.jsonl", "--images", "DATA/images"], "torn.jsonl, row 1: not valid JSON"),

@@ -307,8 +307,8 @@ def test_the_teacher_follows_slowly_and_is_not_trained():
         model.vision_proj.weight.add_(1.0)
     model(batch(4, **STEP)).loss.backward()
     torch.testing.assert_close(model.vision_proj_m.weight, 0.9 * before + 0.1 * model.vision_proj.weight.detach())
-    taught = [p for n, p in model.named_parameters() if "_m." in n]
-    assert taught and all(p.grad is None and not p.requires_grad for p in taught)
+    of_teacher = [p for n, p in model.named_parameters() if "_m." in n]
+    assert of_teacher and all(p.grad is None and not p.requires_grad for p in of_teacher)
 
 
 def test_the_queue_takes_the_teachers_features_in_turn():
@@ -325,7 +325,7 @@ def test_the_queue_takes_the_teachers_features_in_turn():
     _, encoded, _ = model.eval().encode(model.inputs(batch(2, **STEP, image_key=torch.tensor([4, 9]))))
     # further back in the queue: the same image, and the same texts, whose last batch lies in columns 4, 5, 0, 1
     assert encoded.known_positive[:, 2:].nonzero().tolist() == [[0, 3], [0, 4], [1, 5]]
-    assert encoded.candidates == 2 and int(model.queue_ptr) == 2  # evaluation remembers nothing
+    assert encoded.candidates == 2 and int(model.queue_ptr) == 2  # evaluation enqueues nothing
     model.settings.ecm.same_text = False
     _, encoded, _ = model.encode(model.inputs(batch(2, **STEP, image_key=torch.tensor([4, 9]))))
     assert encoded.known_positive[:, 2:].nonzero().tolist() == [[0, 3]]

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import families
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners.job import build_model, check_start, report_keys
+from lavis_mafa.models.lavis_weights import build_model, check_start, report_keys
 
 ALBEF, BLIP = families.REDUCED["albef"], families.REDUCED["blip"]
 
@@ -78,6 +78,6 @@ def test_files_that_lavis_cannot_start_from_are_named(tmp_path):
         check_start(config(plain, "albef_nlvr"))
     with pytest.raises(UserError, match="use_distill is false, but LAVIS 1.0.2's albef_vqa then fails"):
         check_start(OmegaConf.merge(config(plain, "albef_vqa"), {"use_distill": False}))
-    taught = BLIP.ours(itc={"momentum_distillation": {"queue_size": 8}}).state_dict()
-    model = loading(BLIP.lavis_retrieval(), config(save(taught, tmp_path), "blip_retrieval"))
-    assert torch.equal(model.visual_encoder_m.cls_token, taught["visual_encoder_m.cls_token"])
+    with_teacher = BLIP.ours(itc={"momentum_distillation": {"queue_size": 8}}).state_dict()
+    model = loading(BLIP.lavis_retrieval(), config(save(with_teacher, tmp_path), "blip_retrieval"))
+    assert torch.equal(model.visual_encoder_m.cls_token, with_teacher["visual_encoder_m.cls_token"])

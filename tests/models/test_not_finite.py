@@ -123,7 +123,7 @@ def test_ranges_hold_the_least_and_the_greatest_score(family, con_d):
     torch.testing.assert_close(output.ranges["similarity"], torch.stack([similarities.min(), similarities.max()]).detach())
     torch.testing.assert_close(output.ranges["image_feature_norm"], torch.ones(2))
     assert output.ranges["temperature"].tolist() == pytest.approx([float(model.temp)] * 2)
-    assert not set(output.ranges) & {"loss", *output.stats} - {"temperature"}  # they are no figures
+    assert not set(output.ranges) & {"loss", *output.stats} - {"temperature"}  # they are no metrics
 
 
 def test_a_range_of_something_not_finite_is_not_finite():

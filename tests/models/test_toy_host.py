@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 import torch
@@ -14,30 +14,42 @@ from lavis.models.base_model import BaseModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lavis_mafa.config import check, schema
+from lavis_mafa.config import schema
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import MafaModel, Texts
 from lavis_mafa.models.con_d import ConD
 from lavis_mafa.models.retrieval import without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs
+from lavis_mafa.objectives.setting import as_in, setting
 
 CAPTIONS = ["a red dog", "two birds on a roof", "a blue car", "the cat sleeps"]
 
 # --- a schema block ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ToyEncoder:
-    init: Optional[str] = None  # noqa: UP045 - OmegaConf reads this annotation
-    image_size: int = 8
-    width: int = 12
+    init: str | None = setting(None, "a checkpoint")
+    image_size: int = setting(..., "pixels")
+    width: int = setting(..., "of its states")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ToyBlock(schema.MafaBlock):
-    arch: str = "toy_mafa"
-    image_encoder: ToyEncoder = field(default_factory=ToyEncoder)
-    lm: schema.Lm = field(default_factory=schema.Lm)
+    arch: str = as_in(schema.MafaBlock, "arch", "toy_mafa")
+    image_encoder: ToyEncoder = setting(..., "a linear layer")
+    lm: schema.Lm = setting(schema.Lm, "the first letter from the image")
+
+
+SIZES = """
+model:
+  arch: toy_mafa
+  tokenizer: none
+  max_text_length: 20
+  embed_dim: 6
+  temperature: 0.07
+  image_encoder: {image_size: 8, width: 12}
+"""
 
 
 # --- a class with encode and its row functions -------------------------------------------------------------------------
@@ -102,16 +114,15 @@ def toy_yaml(tmp_path, monkeypatch) -> Path:
     """The host's names where the list says, a checkpoint of it that may judge, and a YAML that names that as Con-D."""
     monkeypatch.setitem(registry.mapping["model_name_mapping"], "toy_mafa", ToyMafa)  # plugin.py
     monkeypatch.setitem(schema.MODEL_BLOCKS, "toy_mafa", ToyBlock)
-    monkeypatch.setitem(check.FAMILIES, "toy_mafa", "toy_mafa")
-    archs = schema.CHOICES["model.discriminator.arch"]
-    monkeypatch.setitem(schema.CHOICES, "model.discriminator.arch", (*archs, "toy_mafa"))
+    monkeypatch.setitem(schema.FAMILIES, "toy_mafa", "toy_mafa")  # as of every block in MODEL_BLOCKS at import
+    monkeypatch.setattr(schema, "MODEL_DEFAULTS", tmp_path)  # configs/models/
+    (tmp_path / "toy_mafa_base.yaml").write_text(SIZES)
     torch.save({"model": judge().state_dict()}, tmp_path / "con_d.pth")
     path = tmp_path / "toy.yaml"
     path.write_text(
         f"""
 model:
   arch: toy_mafa
-  embed_dim: 6
   itc: {{smoothing: 0.0}}
   ecm: {{threshold: 0.5, ambiguous_from: 0.4}}
   discriminator: {{arch: toy_mafa, checkpoint: {tmp_path / "con_d.pth"}, precision: fp32}}
@@ -122,7 +133,7 @@ model:
 
 def judge() -> ToyMafa:
     torch.manual_seed(1)
-    return ToyMafa(ToyBlock(embed_dim=6, ecm=schema.Ecm(enabled=False))).eval()
+    return ToyMafa(schema.typed_block("model", {"arch": "toy_mafa", "ecm": {"enabled": False}})).eval()
 
 
 def build(path: Path, **changes: Any) -> ToyMafa:

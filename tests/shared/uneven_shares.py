@@ -72,7 +72,7 @@ class Model(torch.nn.Module):
 
 
 def generated(task: Any, count: int, folder: Path) -> list[Any]:
-    """Each rank's figures."""
+    """Each rank's metrics."""
     loader = eval_loader(Numbers(count), 2, Numbers.collater, SETTINGS, False, shared=is_distributed())
     return gather_objects(evaluate_split(task, Model(), loader, loader.dataset, f"of{count}", 0, folder, False))
 

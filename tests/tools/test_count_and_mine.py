@@ -183,7 +183,7 @@ COMMANDS = ["count-false-negatives", "mine"]
     [
         (["--batch-size", "32", "--search-space", "16"], "--batch-size is 32, but must not exceed --search-space (16)"),
         (["--batch-size", "1"], "at least 2 samples"),
-        (["--threshold", "1.5"], "--threshold is 1.5, but must be between 0 and 1"),
+        (["--threshold", "1.5"], "--threshold: '1.5' is not a number between 0 and 1"),
         (["--samples", "0"], "--samples: '0' is not a whole number of at least 1"),
         (["--options", "model.arch=albef_retrieval"], "model.arch is albef_retrieval, but Con-D needs a matching head"),
         (["--cfg-path", "mafa/blip2/train/stage_2.yaml"], "model.arch is blip2_opt_mafa, but Con-D needs a matching head"),
