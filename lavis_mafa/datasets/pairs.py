@@ -10,8 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from lavis.datasets.datasets.base_dataset import BaseDataset
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from lavis_mafa.config.data import AnnotationFile
 from lavis_mafa.datasets.annotations import clean_caption, image_keys, path_hint, read_annotations, shown
@@ -51,7 +50,7 @@ def open_annotations(
     return root, table
 
 
-class _AnnotatedImages(BaseDataset):
+class _AnnotatedImages(Dataset):
     """Rows of image and caption(s), as ``read_annotations`` gives them.
 
     Args:
@@ -69,7 +68,6 @@ class _AnnotatedImages(BaseDataset):
 
     glance = 1
 
-    # Not BaseDataset's own: it reads JSON lists into dicts and adds a string to every one.
     def __init__(
         self,
         vis_processor: Process,
@@ -241,7 +239,7 @@ class RetrievalPairs(_AnnotatedImages):
         return collate_with_ids(samples, "image_id")
 
 
-class ImageQuestions(BaseDataset):
+class ImageQuestions(Dataset):
     """A question a row.
 
     Args:

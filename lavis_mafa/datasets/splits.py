@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from lavis.datasets.datasets.base_dataset import ConcatDataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -57,6 +56,8 @@ def _joined(name: str, chosen: Splits, train: Any) -> Any:
                 f"the file of {split!r} as build_info.annotations.train.storage instead."
             )
         return one_training_set(train, [*chosen.values()])
+    from lavis.datasets.datasets.base_dataset import ConcatDataset
+
     parts = []
     for split, part in chosen.items():
         if isinstance(part, IterableDataset):

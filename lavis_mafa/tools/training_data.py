@@ -29,8 +29,6 @@ from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import init_process_group
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import digest
-from lavis_mafa.models.con_d import load_con_d
-from lavis_mafa.runners import job
 
 # --- as files -----------------------------------------------------------------------------------------------------------
 
@@ -223,6 +221,8 @@ def check_pass(name: str, options: list[str], con_d: str, miner: str | None = No
     Raises:
         UserError: a mistake in it, an architecture without a matching head, or no such checkpoint.
     """
+    from lavis_mafa.runners import job
+
     config = job.check_yaml(name, options, files=False)
     if config.model.arch not in WITH_MATCHING:
         allowed = ", ".join(WITH_MATCHING)
@@ -243,6 +243,8 @@ def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: s
     Raises:
         UserError: from the data, the names in the YAML or the checkpoint.
     """
+    from lavis_mafa.runners import job
+
     _, cfg = job.prepare(name, options, files=False, joins=True)
     try:
         init_process_group(cfg.run_cfg)
@@ -254,6 +256,7 @@ def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: s
 
 def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened:
     from lavis_mafa.config.schema import con_d_block
+    from lavis_mafa.models.con_d import load_con_d
     from lavis_mafa.runners.run_block import run_settings
 
     run = run_settings(cfg.run_cfg, config.run.task in RUN_BLOCKS)
