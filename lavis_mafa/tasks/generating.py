@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from lavis.datasets.data_utils import prepare_sample
 from tqdm import tqdm
 
 from lavis_mafa.distributed import gather_objects, rank
+from lavis_mafa.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,6 @@ def write_result(name: str, records: list[dict[str, Any]]) -> Path:
     """Write ``<name>.json`` into the run's ``result`` folder, in the form of COCO's results."""
     path = Path(registry.get_path("result_dir")) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(records, ensure_ascii=False))
     logger.info("%d results are in %s", len(records), path)
     return path

@@ -122,13 +122,13 @@ class MafaVqaTask(MafaTask):
         for example in answered[:EXAMPLES]:
             truth = f" (right: {', '.join(dict.fromkeys(example.truth))})" if example.truth else ""
             logger.info("%s: %s -> %s%s", split_name, example.question, example.answer, truth)
-        figures = self.figures(answered, val_result["dataset"])
-        if figures is None:
+        metrics = self.metrics(answered, val_result["dataset"])
+        if metrics is None:
             logger.info("%s has no right answers: no accuracy.", split_name)
             return None
-        return {**figures, "agg_metrics": figures["accuracy"]}
+        return {**metrics, "agg_metrics": metrics["accuracy"]}
 
-    def figures(self, answered: list[Answered], dataset: Any) -> dict[str, float] | None:
+    def metrics(self, answered: list[Answered], dataset: Any) -> dict[str, float] | None:
         """The accuracies, or None."""
         people = self._people_of(dataset)
         if people is not None:
