@@ -33,7 +33,6 @@ class _LocalBuilder(BaseDatasetBuilder):
     """
 
     def build_datasets(self) -> Datasets:
-        """Split -> data set, for the splits that the configuration names."""
         return self.build()
 
     def _processors(self, split: str) -> tuple[Any, Any]:
@@ -62,9 +61,9 @@ class _OwnFilesBuilder(_LocalBuilder):
         files, root, select = own_files(where, info, SPLITS[self.name])
         anywhere = allows_absolute_paths(where, info)
         self.build_processors()
-        return {split: self._split(split, paths, root, select, anywhere) for split, paths in files.items()}
+        return {split: self._split(split, root, paths, select, anywhere) for split, paths in files.items()}
 
-    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> Dataset:
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
         raise NotImplementedError
 
 
@@ -74,7 +73,7 @@ class GritPairsBuilder(_OwnFilesBuilder):
     name = "grit_pairs"
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_pairs" / "defaults.yaml")}
 
-    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> Dataset:
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
         prefix_lm = self.config.build_info.get("prefix_lm", False)
         return self._pairs(split, root, paths, None, select, anywhere, prefix_lm=prefix_lm)
 
@@ -85,7 +84,7 @@ class GritVqaBuilder(_OwnFilesBuilder):
     name = "grit_vqa"
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_vqa" / "defaults.yaml")}
 
-    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> Dataset:
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
         _, table = open_annotations(root, paths, select, QUESTIONS, anywhere)
         return ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
 
@@ -98,7 +97,6 @@ class GritEmojiBuilder(_LocalBuilder):
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_emoji" / "defaults.yaml")}
-    CAPTIONS = TRAINING_FILES
 
     def build(self) -> Datasets:
         where = "datasets.grit_emoji.build_info"
@@ -119,7 +117,7 @@ class GritEmojiBuilder(_LocalBuilder):
                 kept = kept.append_column(SAME_IMAGE, kept["concept"])
             return kept
 
-        files = {"train": self.CAPTIONS[captions], "val": "seen.jsonl", "test": "unseen.jsonl"}
+        files = {"train": TRAINING_FILES[captions], "val": "seen.jsonl", "test": "unseen.jsonl"}
         datasets: Datasets = {}
         for split, file in files.items():
             select = partial(of_these_concepts, one_image=captions == "curated" and split == "train")

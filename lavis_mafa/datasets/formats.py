@@ -55,7 +55,7 @@ def one_message(path: Path) -> Iterator[None]:
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """A text file, or a compressed one that ends in ``.gz``."""
+    """A text file, compressed where it ends in ``.gz``."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
     return path.open(encoding="utf-8-sig", newline=newline)
@@ -161,15 +161,13 @@ FORMATS: dict[str, Callable[[Path, Columns], pa.Table]] = {
 
 def objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The objects of JSON lines, empty lines left out; a line that is none is a UserError naming its row."""
-    row, decode = 0, json.JSONDecoder(object_pairs_hook=_each_once(columns)).decode
-    for line in lines:
-        if line.strip():
-            row += 1
-            try:
-                value = decode(line)
-            except (ValueError, RecursionError) as error:
-                raise _no_json(path, row, error) from error
-            yield _object(path, columns, row, value)
+    decode = json.JSONDecoder(object_pairs_hook=_each_once(columns)).decode
+    for row, line in enumerate(filter(str.strip, lines), 1):
+        try:
+            value = decode(line)
+        except (ValueError, RecursionError) as error:
+            raise _no_json(path, row, error) from error
+        yield _object(path, columns, row, value)
 
 
 def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -184,7 +182,11 @@ def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
             while at < len(text) and text[at] in ", \t\r\n":
                 at += 1
             if at < len(text) and text[at] == "]":
-                _check_end(path, text[at + 1 :], file)
+                rest = text[at + 1 :]
+                while not rest.strip() and (more := file.read(CHARACTERS_AT_ONCE)):
+                    rest = more
+                if rest.strip():
+                    raise UserError(f"{path}: {rest.strip()[:20]!r} after the end of the list; allowed: one JSON list of objects.")
                 return
             try:
                 value, at = decode(text, at)
@@ -203,14 +205,13 @@ def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
 
 def _each_once(columns: Columns) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     """Objects as ``json`` makes them, where the last of two equal keys wins; but a caption must not be lost so."""
-    names = {*columns.required, *columns.optional}
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            twice = [name for name in names if sum(key == name for key, _ in pairs) > 1]
-            if twice:
-                raise ValueError(f"'{twice[0]}' is there twice")
+            for name in (*columns.required, *columns.optional):
+                if sum(key == name for key, _ in pairs) > 1:
+                    raise ValueError(f"'{name}' is there twice")
         return value
 
     return made
@@ -222,13 +223,6 @@ def _no_json(path: Path, row: int, error: ValueError | RecursionError) -> UserEr
     return UserError(f"{path}, row {row}: not valid JSON ({why}).")
 
 
-def _check_end(path: Path, rest: str, file: TextIO) -> None:
-    while not rest.strip() and (more := file.read(CHARACTERS_AT_ONCE)):
-        rest = more
-    if rest.strip():
-        raise UserError(f"{path}: {rest.strip()[:20]!r} after the end of the list; allowed: one JSON list of objects.")
-
-
 def _object(path: Path, columns: Columns, row: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         form = ", ".join(f"'{name}': ..." for name in columns.required)
@@ -238,8 +232,8 @@ def _object(path: Path, columns: Columns, row: int, value: Any) -> dict[str, Any
 
 def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -> pa.Table:
     several = columns.several
-    types = {name: pa.string() for name in (*columns.required, *columns.optional)} | {several: pa.list_(pa.string())}
-    schema = pa.schema(types)
+    text = {name: pa.string() for name in (*columns.required, *columns.optional)}
+    schema = pa.schema(text | {several: pa.list_(pa.string())})
     tables: list[pa.Table] = []
     numbers = dict.fromkeys(columns.optional, True)
     row = 0

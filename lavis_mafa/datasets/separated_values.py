@@ -28,17 +28,10 @@ def separated_rows(path: Path, file: TextIO, tabs: bool) -> Iterator[list[str]]:
     TSV as of CC3M is not quoted at all, that of pandas is. So a value is unquoted where the quotation marks enclose it whole and
     those within it are doubled, also over several lines; any other quotation mark is part of the text.
 
-    Args:
-        path: for messages.
-        file: opened by :func:`newline_of`.
-        tabs: TSV.
+    The ``file`` is opened as :func:`newline_of` says.
 
     Raises:
         UserError: a row has too many or too few values, or a quotation mark that is not closed where its text ends.
-
-    Example:
-        >>> list(separated_rows(Path("a.tsv"), io.StringIO('image\\tcaption\\na.jpg\\t"hello\\n'), tabs=True))
-        [['image', 'caption'], ['a.jpg', '"hello']]
     """
     csv.field_size_limit(LONGEST_CELL)
     return _tsv_rows(path, file) if tabs else _csv_rows(path, file)

@@ -117,8 +117,7 @@ def caption_metrics(references: Mapping[Id, list[str]], captions: Mapping[Id, st
     Only the captioned images count: references of others are left out, and one log line tells how many.
 
     Args:
-        references: image -> its human captions.
-        captions: image -> its generated caption.
+        references: image -> its human captions. captions: image -> its generated one.
         names: of ``bleu``, ``cider``, ``rouge_l``, ``meteor`` (needs Java) and ``spice`` (needs Java and Stanford CoreNLP). One
             that cannot run here is skipped; one log line tells how to get it.
 
@@ -162,31 +161,25 @@ def metrics_by_domain(
 
 
 def runnable(names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that can run here; the others are logged, a line each.
-
-    Raises:
-        UserError: an unknown name.
-    """
+    """Those of ``names`` that can run here; the others are logged, a line each. UserError for an unknown name."""
     for name in names:
         if name not in NAMES:
             raise UserError(f"run.caption_metrics holds '{name}'; allowed: {', '.join(NAMES)}.{did_you_mean(name, NAMES)}")
-    return [name for name in names if not _is_missing(name)]
+    return [name for name in names if name not in BY_JAVA or _has_java(name)]
 
 
-def _is_missing(name: str) -> bool:
-    if name not in BY_JAVA:
-        return False
+def _has_java(name: str) -> bool:
     if shutil.which("java") is None:
         logger.warning("%s is skipped: it needs Java; install a Java runtime (such as default-jre-headless).", name)
-        return True
+        return False
     if name == "spice":
         from pycocoevalcap.spice import spice
 
         # Its constructor would download them into site-packages.
         if not all((Path(spice.__file__).parent / "lib" / jar).is_file() for jar in SPICE_JARS):
             logger.warning("spice is skipped: it needs Stanford CoreNLP 3.6; download it once with: %s", SPICE_DOWNLOAD)
-            return True
-    return False
+            return False
+    return True
 
 
 def _tokens(texts: Texts) -> Texts:
@@ -231,15 +224,11 @@ def _spice(references: Texts, captions: Texts) -> float:
 def read_references(path: str | Path, key: str) -> tuple[dict[Id, list[str]], dict[Id, str]]:
     """References of captioning, such as COCO's ``captions_val2014.json`` or NoCaps' ``nocaps_val_4500_captions.json``.
 
-    Args:
-        path: JSON with ``images`` (``id``, optionally ``domain``) and ``annotations`` (``image_id``, ``caption``).
-        key: the setting that names the file, for messages.
-
     Returns:
         Image id -> its captions, and image id -> its domain where the file has domains (NoCaps).
 
     Raises:
-        UserError: there is no such file, or it is not of that format.
+        UserError: naming the setting ``key``: there is no such file, or it is not of that format.
     """
     if not Path(path).is_file():
         raise UserError(f"{key}: there is no file {path}; allowed: COCO's captions JSON, or null.")

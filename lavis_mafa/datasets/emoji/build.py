@@ -23,6 +23,9 @@ from lavis_mafa.errors import UserError
 
 SPLITS = ("train", "seen", "unseen")
 UNSEEN_FAMILIES = 0.1
+DRAWN_CAPTIONS = 8
+LAYOUT = 1  # counts up when the same packages, size and seed would give other files
+CARD = Path(__file__).with_name("card.md")
 SEEN_CONCEPTS = 0.3  # enough queries for a short run on a few hundred concepts to tell models apart
 # Captions as web data would have them: mostly what a thing is called, seldom what sort of thing it is.
 CAPTION_WEIGHTS = {"name": 0.50, "alias": 0.20, "keyword": 0.25, "group": 0.05}
@@ -33,9 +36,8 @@ def split_drawings(
 ) -> dict[tuple[str, str], str]:
     """(code, artist) -> split.
 
-    - ``unseen``: all drawings of a tenth of the families. Concepts that differ in gender alone or are the same picture stay
-      together.
-    - ``seen``: one drawing of three tenths of the other concepts, whose remaining drawings are in ``train``.
+    - ``unseen``: all drawings of a tenth of the families: concepts that differ in gender alone or are the same picture stay together
+    - ``seen``: one drawing of three tenths of the other concepts, whose remaining drawings are in ``train``
     """
     family = {concept.code: concept.family for concept in concepts}
     for group in same_pictures:
@@ -61,11 +63,6 @@ def draw_captions(concept: Concept, count: int, rng: random.Random) -> list[str]
     kinds = [kind for kind in CAPTION_WEIGHTS if concept.texts[kind]]
     drawn = rng.choices(kinds, [CAPTION_WEIGHTS[kind] for kind in kinds], k=count)
     return [rng.choice(concept.texts[kind]) for kind in drawn]
-
-
-LAYOUT = 1  # counts up when the same packages, size and seed would give other files
-DRAWN_CAPTIONS = 8
-CARD = Path(__file__).with_name("card.md")
 
 
 def write_card(folder: Path, summary: EmojiSummary) -> None:
@@ -218,12 +215,9 @@ def _write(folder: Path, size: int, seed: int, progress: bool, sources: dict[str
     by_split = {name: {artist.name: images[name][artist.name] for artist in ARTISTS} for name in SPLITS}
     summary = EmojiSummary(size, seed, LAYOUT, len(concepts), dict(kinds), len(pairs), by_split, sources)
     write_card(folder, summary)
-    write_sheet(folder, _for_sheet(concepts, split))
+    # those with a text of each kind, drawn by everyone, show most
+    drawn_by = Counter(code for code, _ in split)
+    best = [concept for concept in concepts if all(concept.texts.values()) and drawn_by[concept.code] == len(ARTISTS)]
+    write_sheet(folder, best[:12])
     (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary
-
-
-def _for_sheet(concepts: list[Concept], split: dict[tuple[str, str], str]) -> list[Concept]:
-    # Those with a text of each kind, drawn by everyone, show most.
-    drawn_by = Counter(code for code, _ in split)
-    return [concept for concept in concepts if all(concept.texts.values()) and drawn_by[concept.code] == len(ARTISTS)][:12]
