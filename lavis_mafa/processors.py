@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from lavis.processors.blip_processors import BlipImageBaseProcessor
@@ -95,9 +94,6 @@ class AlbefImageTrainProcessor(_FromConfig, BlipImageBaseProcessor):
             steps.append(RandAugment(**randaugment))
         self.transform = transforms.Compose([*steps, transforms.ToTensor(), self.normalize])
 
-    def __call__(self, item: Image.Image) -> torch.Tensor:
-        return self.transform(item)
-
 
 class AlbefImageEvalProcessor(_FromConfig, BlipImageBaseProcessor):
     """PIL RGB image -> [3, image_size, image_size], the whole image squeezed into a square, normalised."""
@@ -108,9 +104,6 @@ class AlbefImageEvalProcessor(_FromConfig, BlipImageBaseProcessor):
         super().__init__(mean=mean, std=std)
         resize = transforms.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
         self.transform = transforms.Compose([resize, transforms.ToTensor(), self.normalize])
-
-    def __call__(self, item: Image.Image) -> torch.Tensor:
-        return self.transform(item)
 
 
 class AlbefCaptionProcessor(_FromConfig, BaseProcessor):

@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from lavis_mafa.config.data import ending
 from lavis_mafa.datasets.ids import id_of_json, shown_json, with_numbers, written_numbers
-from lavis_mafa.datasets.separated_values import newline_of, other_separator, separated_rows
+from lavis_mafa.datasets.separated_values import other_separator, separated_rows
 from lavis_mafa.errors import UserError, did_you_mean
 
 ROWS_AT_ONCE = 1 << 16
@@ -98,7 +98,7 @@ def read_separated(path: Path, columns: Columns) -> pa.Table:
 def separated_values(path: Path, columns: Columns) -> Iterator[list[str]]:
     """The header of a .csv or .tsv file, which has the required columns, then its rows."""
     tabs = ending(path) == ".tsv"
-    with open_text(path, newline_of(tabs)) as file:
+    with open_text(path, "\n" if tabs else "") as file:
         rows = separated_rows(path, file, tabs)
         header = next(rows, None)
         if header is not None:
@@ -257,21 +257,14 @@ def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -
                 numbers[name] &= is_number or text is None
         try:
             tables.append(pa.table(cells, schema=schema))
-        except UnicodeEncodeError as error:
-            raise _half_a_character(path, row - len(chunk), chunk, schema.names) from error
+        except UnicodeEncodeError as error:  # JSON can escape half of a pair of UTF-16 (``\ud83d``), which is no text
+            for number, record in enumerate(chunk, row - len(chunk) + 1):
+                for name, value in record.items():
+                    if name in schema.names and error.object in (value if isinstance(value, list) else [value]):
+                        half = f"{json.dumps(value)[:60]}, with half of a character; allowed: whole ones."
+                        raise UserError(f"{path}, row {number}: '{name}' is {half}") from error
+            raise
     return with_numbers(pa.concat_tables(tables), [name for name, all_are in numbers.items() if all_are]) if tables else pa.table({})
-
-
-def _half_a_character(path: Path, before: int, chunk: list[dict[str, Any]], names: list[str]) -> UserError:
-    """JSON can escape half of a pair of UTF-16 (``\\ud83d``), which is no text that anything else could hold."""
-    for row, record in enumerate(chunk, before + 1):
-        for name in names:
-            try:
-                json.dumps(record.get(name), ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                shown = json.dumps(record[name])[:60]
-                return UserError(f"{path}, row {row}: '{name}' is {shown}, with half of a character; allowed: whole ones.")
-    return UserError(f"{path}: a text holds half of a character; allowed: whole ones.")
 
 
 def _typed(path: Path, row: int, record: dict[str, Any], name: str, kind: type | tuple[type, ...], allowed: str) -> Any:

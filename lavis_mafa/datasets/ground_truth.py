@@ -72,7 +72,6 @@ class GroundTruth:
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[str, str]], kinds: Mapping[str, str] | None = None) -> GroundTruth:
-        """From (text, concept) pairs."""
         given = list(pairs)
         texts, concepts = [text for text, _ in given], [concept for _, concept in given]
         return cls(pa.chunked_array([texts], pa.string()), pa.chunked_array([concepts], pa.string()), kinds)

@@ -97,7 +97,6 @@ def id_of_json(what: str, value: Any) -> tuple[str | None, bool]:
 
 
 def shown_json(value: Any, length: int = 60) -> str:
-    """The beginning of a wrong value, as JSON."""
     try:
         return json.dumps(value)[:length]
     except RecursionError:  # it could just be read

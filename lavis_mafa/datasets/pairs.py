@@ -112,11 +112,9 @@ class ImageTextPairs(_AnnotatedImages):
         return self.table.num_rows
 
     def image_path(self, index: int) -> Path:
-        """Where row ``index``'s image is."""
         return self.vis_root / self.table["image"][index].as_py()
 
     def captions(self, index: int) -> list[str]:
-        """Row ``index``'s captions as they were written."""
         return self.table["caption"][index].as_py()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -218,7 +216,6 @@ class RetrievalPairs(_AnnotatedImages):
         return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": self.image_ids[index]}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See ``collate_with_ids``."""
         return collate_with_ids(samples, "image_id")
 
 
@@ -280,7 +277,6 @@ class ImageQuestions(Dataset):
         }
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """See ``collate_with_ids``."""
         return collate_with_ids(samples, "question_id")
 
 

@@ -28,18 +28,14 @@ def separated_rows(path: Path, file: TextIO, tabs: bool) -> Iterator[list[str]]:
     TSV as of CC3M is not quoted at all, that of pandas is. So a value is unquoted where the quotation marks enclose it whole and
     those within it are doubled, also over several lines; any other quotation mark is part of the text.
 
-    The ``file`` is opened as :func:`newline_of` says.
+    The ``file`` is opened with newline "\\n" (TSV) or "" (CSV): line breaks must arrive as they are, and in a text without quotation
+    marks, a lone ``\\r`` is none.
 
     Raises:
         UserError: a row has too many or too few values, or a quotation mark that is not closed where its text ends.
     """
     csv.field_size_limit(LONGEST_CELL)
     return _tsv_rows(path, file) if tabs else _csv_rows(path, file)
-
-
-def newline_of(tabs: bool) -> str:
-    """How to open a file: line breaks must arrive as they are, and in a text without quotation marks, a lone ``\\r`` is none."""
-    return "\n" if tabs else ""
 
 
 def other_separator(line: str, own: str, wanted: tuple[str, ...]) -> str | None:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.tasks.caption_metrics import Id, metrics_by_domain, read_references, runnable
-from lavis_mafa.tasks.generating import as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
-from lavis_mafa.tasks.task import MafaTask
+from lavis_mafa.tasks.task import MafaTask, as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
 
 logger = logging.getLogger(__name__)
 

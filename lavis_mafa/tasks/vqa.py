@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2_opt import Blip2OptMafa
-from lavis_mafa.tasks.generating import as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
-from lavis_mafa.tasks.task import MafaTask
+from lavis_mafa.tasks.task import MafaTask, as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
 from lavis_mafa.tasks.vqa_accuracy import Question, accuracy, check_known, load_lemmatizer, official_accuracy, read_people
 
 logger = logging.getLogger(__name__)
@@ -129,7 +128,6 @@ class MafaVqaTask(MafaTask):
         return {**metrics, "agg_metrics": metrics["accuracy"]}
 
     def metrics(self, answered: list[Answered], dataset: Any) -> dict[str, float] | None:
-        """The accuracies, or None."""
         people = self._people_of(dataset)
         if people is not None:
             return official_accuracy({a.question_id: a.answer for a in answered}, known_ids([a.question_id for a in answered], people))
