@@ -232,8 +232,8 @@ def _object(path: Path, columns: Columns, row: int, value: Any) -> dict[str, Any
 
 def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -> pa.Table:
     several = columns.several
-    text = {name: pa.string() for name in (*columns.required, *columns.optional)}
-    schema = pa.schema(text | {several: pa.list_(pa.string())})
+    types = {name: pa.string() for name in (*columns.required, *columns.optional)}
+    schema = pa.schema(types | {several: pa.list_(pa.string())})
     tables: list[pa.Table] = []
     numbers = dict.fromkeys(columns.optional, True)
     row = 0

@@ -16,7 +16,7 @@ from lavis_mafa.config.data import SPLITS
 from lavis_mafa.datasets.ids import id_of_json, is_missing_text
 from lavis_mafa.errors import UserError
 
-FORMS = {str: "a text", list: "a list of texts"}
+FORMS: dict[type, str] = {str: "a text", list: "a list of texts"}
 
 
 @contextlib.contextmanager
