@@ -222,11 +222,9 @@ class RetrievalPairs(_AnnotatedImages):
 class ImageQuestions(Dataset):
     """A question a row.
 
-    Args:
-        vis_processor, text_processor, vis_root: as above.
+    Args: as above, and
         table: columns ``image``, ``question``, ``answer`` (a list of right answers, or what ten people said) and optionally
-            ``question_id``, as ``read_annotations`` with ``QUESTIONS`` gives it.
-        source: where the table is from, for messages.
+            ``question_id``, as ``read_annotations`` with ``QUESTIONS`` gives it; ``source``: where it is from, for messages.
 
     Attributes:
         questions: [N] as they were written. answers: [N] lists.
@@ -237,12 +235,7 @@ class ImageQuestions(Dataset):
     """
 
     def __init__(
-        self,
-        vis_processor: Process,
-        text_processor: Process,
-        vis_root: str | Path,
-        table: pa.Table,
-        source: str = "questions",
+        self, vis_processor: Process, text_processor: Process, vis_root: str | Path, table: pa.Table, source: str = "questions"
     ) -> None:
         self.vis_root = Path(vis_root)
         self.vis_processor = vis_processor

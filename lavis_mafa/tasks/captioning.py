@@ -84,12 +84,8 @@ class MafaCaptioningTask(MafaTask):
     def _settings(self, model: Any) -> dict[str, Any]:
         run = self.run
         before = 1 if isinstance(model, Blip2Mafa) else 0  # its lengths count [DEC], as LAVIS's
-        settings = {
-            "num_beams": run.num_beams,
-            "max_length": run.max_len + before,
-            "min_length": run.min_len + before,
-            "use_nucleus_sampling": False,
-        }
+        settings = {"max_length": run.max_len + before, "min_length": run.min_len + before}
+        settings |= {"num_beams": run.num_beams, "use_nucleus_sampling": False}
         if "length_penalty" in inspect.signature(model.generate).parameters:
             settings["length_penalty"] = run.length_penalty
         elif run.length_penalty != 1:

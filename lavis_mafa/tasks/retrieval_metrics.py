@@ -163,10 +163,7 @@ def eccv_metrics(scores_i2t: Tensor, scores_t2i: Tensor, gallery: CocoGallery, t
     """
     truth = truth or eccv_truth()
     metrics: dict[str, float] = {}
-    for known, wanted in (
-        (truth.eccv_gts, ("eccv_r1", "eccv_rprecision", "eccv_map_at_r")),
-        (truth.cxc_gts, ("cxc_recalls",)),
-    ):
+    for known, wanted in ((truth.eccv_gts, ("eccv_r1", "eccv_rprecision", "eccv_map_at_r")), (truth.cxc_gts, ("cxc_recalls",))):
         top = max(10, max(len(ids) for side in known.values() for ids in side.values()))  # no metric looks further down
         i2t = _best(scores_i2t, gallery.image_id, gallery.caption_id, known["i2t"], top, gallery.text)
         t2i = _best(scores_t2i[gallery.text], gallery.caption_id, gallery.image_id, known["t2i"], top)

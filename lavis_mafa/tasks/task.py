@@ -77,7 +77,7 @@ class MafaTask(BaseTask):
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
         """The loss alone, which is all that LAVIS's own runners ask for."""
-        return model(samples)["loss"]
+        return self.step_output(model, samples)["loss"]
 
     def step_output(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
         """The model's whole output: every loss in it is logged."""
