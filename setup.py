@@ -62,7 +62,10 @@ setup(
     package_dir={PROJECT_PACKAGE: "projects"},
     py_modules=[AUTOLOAD],
     cmdclass={"editable_wheel": EditableWheel},
-    package_data={PROJECT_PACKAGE: ["**/*.yaml"], "lavis_mafa": ["configs/**/*.yaml", "tools/page/*.html", "py.typed"]},
+    package_data={
+        PROJECT_PACKAGE: ["**/*.yaml"],
+        "lavis_mafa": ["configs/**/*.yaml", "tools/page/*.html", "datasets/emoji/card.md", "py.typed"],
+    },
     install_requires=[
         "torch>=2.6",  # from there on torch.load runs no code unless asked to, which LAVIS and transformers leave to it
         *(f'{package}; python_version < "3.12"' for package in WITH_LAVIS),

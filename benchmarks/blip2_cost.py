@@ -18,9 +18,10 @@ from omegaconf import OmegaConf
 from lavis_mafa.config.schema import typed_block
 from lavis_mafa.models.base import CONFIGS
 from lavis_mafa.tools.cost import StepSize, cost_of
-from lavis_mafa.tools.plan import RESERVE, gpu_memory
+from lavis_mafa.tools.plan import gpu_memory
 
 GB, SIZES, LENGTH = 1e9, (16, 24, 40, 80), 32
+RESERVE = 2e9  # CUDA's context and the allocator's gaps
 CON_D = {"ecm": {"enabled": True}, "discriminator": {"arch": "blip2_mafa"}}
 
 

@@ -27,10 +27,7 @@ class UserError(ValueError):
 
 
 class Mistakes:
-    """What several checks refuse, so that all of it can be told at once.
-
-    Args:
-        end: what every message ends with, such as the file's name.
+    """What several checks refuse, so that all of it can be told at once; ``end`` is what every message ends with.
 
     Example:
         >>> found = Mistakes()
@@ -73,12 +70,7 @@ class RankLost(RuntimeError):
 
 
 class WorkerLost(RankLost):
-    """A data loader worker of this rank or another one was killed.
-
-    Args:
-        death: what is known of it; empty on other ranks.
-        done: what became of the run.
-    """
+    """A data loader worker was killed. ``death``: what is known of it, nothing on other ranks. ``done``: what became of the run."""
 
     def __init__(self, death: str, done: str) -> None:
         cause = f"{death}; the system's log may say why (often: out of memory; fewer run.num_workers need less)." if death else ""
@@ -118,11 +110,6 @@ def of_the_file_system(error: OSError) -> str | None:
 
 
 def death_of_a_worker(error: BaseException) -> str | None:
-    """What is told about a worker that did not end by itself; None where the error is another one.
-
-    Example:
-        >>> death_of_a_worker(RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "))
-        'a data loader worker (pid 12) is killed by signal: Killed'
-    """
+    """``a data loader worker (pid 12) is killed by signal: Killed``; None where the error is another one."""
     found = DEATH.search(str(error)) if isinstance(error, RuntimeError) else None
     return None if found is None else "a " + found[0].replace("DataLoader", "data loader", 1)

@@ -34,8 +34,8 @@ def register() -> None:
     import lavis.common.dist_utils as dist_utils
     from lavis.common.registry import registry
 
-    import lavis_mafa.processors  # noqa: F401 - registers its own
-    from lavis_mafa.datasets.builders import BUILDERS
+    import lavis_mafa.datasets.builders  # these two register their own: they may be half imported now
+    import lavis_mafa.processors  # noqa: F401
     from lavis_mafa.distributed import init_process_group
     from lavis_mafa.models.albef import AlbefMafa
     from lavis_mafa.models.blip import BlipMafa
@@ -61,7 +61,6 @@ def register() -> None:
             "mafa_gqa": MafaGqaTask,
         },
         "runner_name_mapping": {"runner_mafa": RunnerMafa},
-        "builder_name_mapping": BUILDERS,
         "lr_scheduler_name_mapping": {"warmup_cosine_per_step": WarmupCosinePerStep},
     }
     for kind, entries in kinds.items():
@@ -86,7 +85,7 @@ def _device_aware(of_lavis: Any, ours: Any) -> Any:
 def _register_at_the_end(registry: Any) -> None:
     """Let LAVIS's last line register us too; then ``registry.register`` is again what it was.
 
-    Our own modules are no obstacle: their packages import LAVIS before anything else, so none of them is half imported then.
+    Our own modules are no obstacle: packages whose modules need LAVIS import it before anything else, or register their own.
     """
     of_lavis = vars(registry)["register"]
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from lavis.processors.blip_processors import BlipImageBaseProcessor
@@ -24,18 +23,7 @@ from lavis_mafa.config.data import check_settings
 from lavis_mafa.errors import EmptyCaption, UserError
 
 # RandAugment's operations without those that change colours: captions speak of colours.
-COLOUR_KEEPING = [
-    "Identity",
-    "AutoContrast",
-    "Equalize",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-]
+COLOUR_KEEPING = "Identity AutoContrast Equalize Brightness Sharpness ShearX ShearY TranslateX TranslateY Rotate".split()
 
 
 class RandAugment(RandomAugment):
@@ -66,11 +54,7 @@ class _FromConfig:
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Any:
-        """Build from a YAML block.
-
-        Raises:
-            UserError: a key is not an argument, or its value is none.
-        """
+        """Build from a YAML block; UserError if a key is not an argument, or its value is none."""
         settings = {key: value for key, value in (cfg or {}).items() if key != "name"}
         check_settings(cls.registered, settings)
         return cls(**settings)
@@ -80,15 +64,10 @@ class AlbefImageTrainProcessor(_FromConfig, BlipImageBaseProcessor):
     """PIL RGB image -> [3, image_size, image_size], cropped, flipped and augmented at random, normalised.
 
     Args:
-        image_size: width and height.
         min_scale: smallest share of the image's area that a crop keeps; max_scale: the largest.
         flip: mirror half of the images; switch it off where left and right mean something.
         randaugment: ``{n: operations, m: strength of 10}``, or None for none.
         mean: of the three channels; None is LAVIS's. std: likewise.
-
-    Example:
-        >>> AlbefImageTrainProcessor(image_size=64)(Image.new("RGB", (80, 60))).shape
-        torch.Size([3, 64, 64])
     """
 
     registered = "albef_image_train"
@@ -115,9 +94,6 @@ class AlbefImageTrainProcessor(_FromConfig, BlipImageBaseProcessor):
             steps.append(RandAugment(**randaugment))
         self.transform = transforms.Compose([*steps, transforms.ToTensor(), self.normalize])
 
-    def __call__(self, item: Image.Image) -> torch.Tensor:
-        return self.transform(item)
-
 
 class AlbefImageEvalProcessor(_FromConfig, BlipImageBaseProcessor):
     """PIL RGB image -> [3, image_size, image_size], the whole image squeezed into a square, normalised."""
@@ -128,9 +104,6 @@ class AlbefImageEvalProcessor(_FromConfig, BlipImageBaseProcessor):
         super().__init__(mean=mean, std=std)
         resize = transforms.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
         self.transform = transforms.Compose([resize, transforms.ToTensor(), self.normalize])
-
-    def __call__(self, item: Image.Image) -> torch.Tensor:
-        return self.transform(item)
 
 
 class AlbefCaptionProcessor(_FromConfig, BaseProcessor):
@@ -153,11 +126,7 @@ class AlbefCaptionProcessor(_FromConfig, BaseProcessor):
         self.max_words = max_words
 
     def __call__(self, caption: str) -> str:
-        """Clean one caption.
-
-        Raises:
-            EmptyCaption: nothing is left. The runner treats the sample like one with an unreadable image.
-        """
+        """EmptyCaption if nothing is left: the runner treats the sample like one with an unreadable image."""
         text = re.sub(r"[,.'!?\"()*#:;~]", "", caption.lower())
         text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
         words = text.split()

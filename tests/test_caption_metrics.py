@@ -175,7 +175,7 @@ def test_a_java_program_that_fails_costs_its_own_metric_only(
     def fail(references: Any, captions: Any) -> float:
         raise error
 
-    monkeypatch.setattr(module, "_is_missing", lambda name: False)
+    monkeypatch.setattr(module, "_has_java", lambda name: True)
     monkeypatch.setattr(module, "_spice", fail)
     assert set(caption_metrics(REFERENCES, PERFECT, ["spice", "rouge_l"])) == {"rouge_l"}
     assert "spice is skipped: its Java program failed" in caplog.text

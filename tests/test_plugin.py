@@ -74,6 +74,13 @@ def test_importing_the_package_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_what_reads_plain_files_does_not_wait_for_lavis():
+    done = python(
+        "import sys, lavis_mafa.datasets.emoji.build, lavis_mafa.datasets.pairs, lavis_mafa.tools.report; print(*sys.modules)"
+    )
+    assert "torch" in done.stdout.split() and "lavis" not in done.stdout.split(), done.stderr
+
+
 def test_an_editable_install_whose_clone_is_gone_leaves_torch_alone(tmp_path):
     """pip's own step, without the isolated environment: what it puts into site-packages, then the clone is deleted."""
     clone, site = tmp_path / "clone", tmp_path / "site"

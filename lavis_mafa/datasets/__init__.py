@@ -1,1 +1,0 @@
-import lavis  # noqa: F401 - registers us before a module of ours is half imported

@@ -36,8 +36,7 @@ def read_annotations(
 
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
     ``image_id`` (what results call the image), ``concept`` (what it shows: ground truth for reports) and ``same_image`` (equal for
-    rows whose paths count as one image). With ``QUESTIONS`` rows have ``image``, ``question`` and ``answer`` (text or list),
-    optionally ``question_id``. Other columns are ignored.
+    rows whose paths count as one image). ``QUESTIONS`` are ``image``, ``question``, ``answer``, ``question_id`` likewise.
 
     Args:
         files: at least one. Images of one with a folder of its own get absolute paths.
@@ -87,34 +86,22 @@ def in_folder(table: pa.Table, images: Path | None) -> pa.Table:
 
 
 def image_keys(table: pa.Table) -> torch.LongTensor:
-    """One integer per image: rows of the same ``image`` path share a key, as do paths of the same ``same_image``, where there is one.
-
-    Returns:
-        [N], numbered from 0 in the order of first appearance.
-    """
-    return torch.from_numpy(_keys(table))  # type: ignore[return-value]
-
-
-def _keys(table: pa.Table) -> np.ndarray:
+    """[N] keys from 0, in the order of first appearance: one a path, or one for all paths of the same ``same_image``."""
     images = _numbered(table["image"])
     if SAME_IMAGE not in table.column_names:
-        return images
+        return torch.from_numpy(images)  # type: ignore[return-value]
     groups, grouped = _numbered(table[SAME_IMAGE]), np.flatnonzero(table[SAME_IMAGE].is_valid().to_numpy())
     group_of = -1 - np.arange(images.max(initial=0) + 1)  # of each path: itself, or its first group
     group_of[images[grouped[::-1]]] = groups[grouped[::-1]]
     _, first, which = np.unique(group_of[images], return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[which]
+    return torch.from_numpy(np.argsort(np.argsort(first))[which])  # type: ignore[return-value]
 
 
 def ids_of_other_images(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of one file whose ``image_id`` an earlier row gives to another image, and those earlier rows; none without such a column.
-
-    Returns:
-        [K] rows, ascending, and [K] the first row of the same id.
-    """
+    """[K] rows of one file, ascending, whose ``image_id`` an earlier row gives to another image; and [K] the first row of that id."""
     if "image_id" not in table.column_names:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    ids, images = _numbered(table["image_id"]), _keys(table)
+    ids, images = _numbered(table["image_id"]), image_keys(table).numpy()
     with_id = np.flatnonzero(table["image_id"].is_valid().to_numpy())
     first = np.zeros(ids.max(initial=0) + 1, dtype=np.int64)
     first[ids[with_id[::-1]]] = with_id[::-1]  # the first row of each id is written last
@@ -133,14 +120,7 @@ def _numbered(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
-    """The rows of one file, whatever they hold: texts may be null or empty, paths may lead anywhere.
-
-    Returns:
-        as :func:`read_annotations`.
-
-    Raises:
-        UserError: the file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type.
-    """
+    """As :func:`read_annotations`, of one file, whatever its rows hold: texts may be null or empty, paths may lead anywhere."""
     read = FORMATS.get(ending(path))
     if read is None:
         known = ", ".join(FORMATS)
@@ -152,7 +132,11 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
         table = read(path, columns)
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows.")
-    found = {name: _strings(path, table, name) for name in columns.single}
+    found = {}
+    for name in columns.single:
+        if not is_text(_plain(table[name].type)):
+            raise UserError(f"{path}: column '{name}' holds {table[name].type}; allowed: text.")
+        found[name] = table[name].cast(pa.string())
     found[columns.several] = _text_lists(path, table, columns.several)
     numbers = []
     for name in columns.optional:
@@ -193,7 +177,7 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
 
 
 def _refuse(path: Path, values: Any, wrong: Any, message: str, lists: pa.ChunkedArray | None = None) -> None:
-    """The message for the first of ``values`` that is wrong, with the beginning of its text; ``lists`` are the rows they are from."""
+    """Raises for the first of ``values`` that is wrong; ``lists`` are the rows they are from."""
     place = pc.index(wrong, True).as_py()
     if place >= 0:
         row = place if lists is None else pc.list_parent_indices(lists)[place].as_py()
@@ -210,17 +194,11 @@ def is_printed_list(captions: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.match_substring_regex(captions, PRINTED_LIST)
 
 
-def _strings(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
-    column = table[name]
-    if not is_text(_plain(column.type)):
-        raise UserError(f"{path}: column '{name}' holds {column.type}; allowed: text.")
-    return column.cast(pa.string())
-
-
 def _text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
     column = table[name]
     kind = column.type
-    if _is_list(kind) and is_text(_plain(kind.value_type)):
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if is_list and is_text(_plain(kind.value_type)):
         return column.cast(pa.list_(kind.value_type)).cast(TEXTS)
     if not is_text(_plain(kind)):
         raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text or lists of text.")
@@ -234,19 +212,11 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
 def clean_caption(process: Callable[[str], str], caption: str | None) -> str:
     """What the text processor makes of a caption.
 
-    Args:
-        process: str -> str; a ``prompt`` that it puts before every caption does not count.
-        caption: as it was written.
-
     Raises:
-        EmptyCaption: it is null, or nothing but punctuation, blanks and control characters is left.
+        EmptyCaption: it is null, or nothing but punctuation, blanks, control characters and the processor's ``prompt`` is left.
 
     Example:
         >>> clean_caption(str.lower, "A Dog")
@@ -265,7 +235,8 @@ def clean_caption(process: Callable[[str], str], caption: str | None) -> str:
 
 def says_something(text: str, process: Any) -> bool:
     """Whether more than punctuation, blanks and control characters is left of a caption that ``process`` made, its prompt aside."""
-    return any(map(_is_seen, text.removeprefix(getattr(process, "prompt", ""))))
+    said = text.removeprefix(getattr(process, "prompt", ""))
+    return any(unicodedata.category(character)[0] in "LMNS" for character in said)  # letters, accents, digits and symbols of any script
 
 
 def shortened(caption: str) -> str:
@@ -273,15 +244,8 @@ def shortened(caption: str) -> str:
     return repr(caption if len(caption) <= SHOWN else caption[:SHOWN] + "…")
 
 
-def _is_seen(character: str) -> bool:
-    """A letter, digit, accent or symbol of any script, not punctuation, a blank or a control character."""
-    return unicodedata.category(character)[0] in "LMNS"
-
-
 def leaves_folder(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Which paths are absolute or hold a component ``..`` (even one that would come back); Bool [N], null where a path is null.
-
-    The text alone decides: a symbolic link inside the folder was put there by whoever owns it, and may lead anywhere.
+    """Which paths are absolute or hold a component ``..``; Bool [N], null where a path is null. Links are not followed.
 
     Example:
         >>> leaves_folder(pa.chunked_array([["a/b.png", "/a.png", "a/../b.png", "a..b/c.png"]])).to_pylist()
@@ -291,22 +255,12 @@ def leaves_folder(images: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def shown(path: str | Path) -> str:
-    """The path in a message of one line: as it is, or its representation where it holds a line break or the like.
-
-    Example:
-        >>> shown("a b.png"), shown("a\\nb.png")
-        ('a b.png', "'a\\\\nb.png'")
-    """
+    """The path in a message of one line: as it is, or its representation where it holds a line break or the like."""
     return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def path_hint(root: Path, image: str) -> str:
-    """Why there may be no image of this path, and an empty text where nothing is odd about it.
-
-    Example:
-        >>> path_hint(Path("images"), "http://a.org/a.jpg")
-        'it is an address; download the images first, and name the files.'
-    """
+    """Why there may be no image of this path, and an empty text where nothing is odd about it."""
     if "://" in image:
         return "it is an address; download the images first, and name the files."
     odd = [name for name, holds in (("a backslash", "\\" in image), ("a blank at its end", image != image.strip())) if holds]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
-from lavis.datasets.datasets.base_dataset import BaseDataset
+from torch.utils.data import Dataset
 
 from lavis_mafa.config.data import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
@@ -21,7 +22,7 @@ from lavis_mafa.datasets.pairs import ImageQuestions, ImageTextPairs, RetrievalP
 from lavis_mafa.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
-Datasets = dict[str, BaseDataset]
+Datasets = dict[str, Dataset]
 
 
 class _LocalBuilder(BaseDatasetBuilder):
@@ -32,7 +33,6 @@ class _LocalBuilder(BaseDatasetBuilder):
     """
 
     def build_datasets(self) -> Datasets:
-        """Split -> data set, for the splits that the configuration names."""
         return self.build()
 
     def _processors(self, split: str) -> tuple[Any, Any]:
@@ -43,7 +43,7 @@ class _LocalBuilder(BaseDatasetBuilder):
                 raise UserError(f"{name}.{mode} is missing, but split '{split}' needs it; give it a name, such as albef_image_{mode}.")
         return vis, text
 
-    def _pairs(self, split: str, *data: Any, prefix_lm: bool) -> BaseDataset:
+    def _pairs(self, split: str, *data: Any, prefix_lm: bool) -> Dataset:
         """Training splits are pairs, the others galleries."""
         if split == "train":
             return ImageTextPairs(*self._processors(split), *data, prefix_lm=prefix_lm)
@@ -61,9 +61,9 @@ class _OwnFilesBuilder(_LocalBuilder):
         files, root, select = own_files(where, info, SPLITS[self.name])
         anywhere = allows_absolute_paths(where, info)
         self.build_processors()
-        return {split: self._split(split, paths, root, select, anywhere) for split, paths in files.items()}
+        return {split: self._split(split, root, paths, select, anywhere) for split, paths in files.items()}
 
-    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> BaseDataset:
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
         raise NotImplementedError
 
 
@@ -73,7 +73,7 @@ class GritPairsBuilder(_OwnFilesBuilder):
     name = "grit_pairs"
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_pairs" / "defaults.yaml")}
 
-    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> BaseDataset:
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
         prefix_lm = self.config.build_info.get("prefix_lm", False)
         return self._pairs(split, root, paths, None, select, anywhere, prefix_lm=prefix_lm)
 
@@ -84,7 +84,7 @@ class GritVqaBuilder(_OwnFilesBuilder):
     name = "grit_vqa"
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_vqa" / "defaults.yaml")}
 
-    def _split(self, split: str, paths: Any, root: Path, select: Select, anywhere: bool) -> BaseDataset:
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
         _, table = open_annotations(root, paths, select, QUESTIONS, anywhere)
         return ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
 
@@ -97,7 +97,6 @@ class GritEmojiBuilder(_LocalBuilder):
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_emoji" / "defaults.yaml")}
-    CAPTIONS = TRAINING_FILES
 
     def build(self) -> Datasets:
         where = "datasets.grit_emoji.build_info"
@@ -118,7 +117,7 @@ class GritEmojiBuilder(_LocalBuilder):
                 kept = kept.append_column(SAME_IMAGE, kept["concept"])
             return kept
 
-        files = {"train": self.CAPTIONS[captions], "val": "seen.jsonl", "test": "unseen.jsonl"}
+        files = {"train": TRAINING_FILES[captions], "val": "seen.jsonl", "test": "unseen.jsonl"}
         datasets: Datasets = {}
         for split, file in files.items():
             select = partial(of_these_concepts, one_image=captions == "curated" and split == "train")
@@ -131,3 +130,5 @@ class GritEmojiBuilder(_LocalBuilder):
 
 
 BUILDERS = {"grit_pairs": GritPairsBuilder, "grit_vqa": GritVqaBuilder, "grit_emoji": GritEmojiBuilder}
+# here, not in plugin.py: where this module is the first to import LAVIS, that asks for it while it is only half imported
+registry.mapping["builder_name_mapping"].update(BUILDERS)

@@ -18,7 +18,7 @@ import pyarrow.parquet
 
 from lavis_mafa.config.data import ending
 from lavis_mafa.datasets.ids import id_of_json, shown_json, with_numbers, written_numbers
-from lavis_mafa.datasets.separated_values import newline_of, other_separator, separated_rows
+from lavis_mafa.datasets.separated_values import other_separator, separated_rows
 from lavis_mafa.errors import UserError, did_you_mean
 
 ROWS_AT_ONCE = 1 << 16
@@ -55,7 +55,7 @@ def one_message(path: Path) -> Iterator[None]:
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """A text file, or a compressed one that ends in ``.gz``."""
+    """A text file, compressed where it ends in ``.gz``."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
     return path.open(encoding="utf-8-sig", newline=newline)
@@ -98,7 +98,7 @@ def read_separated(path: Path, columns: Columns) -> pa.Table:
 def separated_values(path: Path, columns: Columns) -> Iterator[list[str]]:
     """The header of a .csv or .tsv file, which has the required columns, then its rows."""
     tabs = ending(path) == ".tsv"
-    with open_text(path, newline_of(tabs)) as file:
+    with open_text(path, "\n" if tabs else "") as file:
         rows = separated_rows(path, file, tabs)
         header = next(rows, None)
         if header is not None:
@@ -161,15 +161,13 @@ FORMATS: dict[str, Callable[[Path, Columns], pa.Table]] = {
 
 def objects_in_lines(path: Path, columns: Columns, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The objects of JSON lines, empty lines left out; a line that is none is a UserError naming its row."""
-    row, decode = 0, json.JSONDecoder(object_pairs_hook=_each_once(columns)).decode
-    for line in lines:
-        if line.strip():
-            row += 1
-            try:
-                value = decode(line)
-            except (ValueError, RecursionError) as error:
-                raise _no_json(path, row, error) from error
-            yield _object(path, columns, row, value)
+    decode = json.JSONDecoder(object_pairs_hook=_each_once(columns)).decode
+    for row, line in enumerate(filter(str.strip, lines), 1):
+        try:
+            value = decode(line)
+        except (ValueError, RecursionError) as error:
+            raise _no_json(path, row, error) from error
+        yield _object(path, columns, row, value)
 
 
 def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -184,7 +182,11 @@ def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
             while at < len(text) and text[at] in ", \t\r\n":
                 at += 1
             if at < len(text) and text[at] == "]":
-                _check_end(path, text[at + 1 :], file)
+                rest = text[at + 1 :]
+                while not rest.strip() and (more := file.read(CHARACTERS_AT_ONCE)):
+                    rest = more
+                if rest.strip():
+                    raise UserError(f"{path}: {rest.strip()[:20]!r} after the end of the list; allowed: one JSON list of objects.")
                 return
             try:
                 value, at = decode(text, at)
@@ -203,14 +205,13 @@ def objects_in_list(path: Path, columns: Columns) -> Iterator[dict[str, Any]]:
 
 def _each_once(columns: Columns) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     """Objects as ``json`` makes them, where the last of two equal keys wins; but a caption must not be lost so."""
-    names = {*columns.required, *columns.optional}
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            twice = [name for name in names if sum(key == name for key, _ in pairs) > 1]
-            if twice:
-                raise ValueError(f"'{twice[0]}' is there twice")
+            for name in (*columns.required, *columns.optional):
+                if sum(key == name for key, _ in pairs) > 1:
+                    raise ValueError(f"'{name}' is there twice")
         return value
 
     return made
@@ -222,13 +223,6 @@ def _no_json(path: Path, row: int, error: ValueError | RecursionError) -> UserEr
     return UserError(f"{path}, row {row}: not valid JSON ({why}).")
 
 
-def _check_end(path: Path, rest: str, file: TextIO) -> None:
-    while not rest.strip() and (more := file.read(CHARACTERS_AT_ONCE)):
-        rest = more
-    if rest.strip():
-        raise UserError(f"{path}: {rest.strip()[:20]!r} after the end of the list; allowed: one JSON list of objects.")
-
-
 def _object(path: Path, columns: Columns, row: int, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         form = ", ".join(f"'{name}': ..." for name in columns.required)
@@ -238,8 +232,8 @@ def _object(path: Path, columns: Columns, row: int, value: Any) -> dict[str, Any
 
 def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -> pa.Table:
     several = columns.several
-    types = {name: pa.string() for name in (*columns.required, *columns.optional)} | {several: pa.list_(pa.string())}
-    schema = pa.schema(types)
+    types = {name: pa.string() for name in (*columns.required, *columns.optional)}
+    schema = pa.schema(types | {several: pa.list_(pa.string())})
     tables: list[pa.Table] = []
     numbers = dict.fromkeys(columns.optional, True)
     row = 0
@@ -263,21 +257,14 @@ def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -
                 numbers[name] &= is_number or text is None
         try:
             tables.append(pa.table(cells, schema=schema))
-        except UnicodeEncodeError as error:
-            raise _half_a_character(path, row - len(chunk), chunk, schema.names) from error
+        except UnicodeEncodeError as error:  # JSON can escape half of a pair of UTF-16 (``\ud83d``), which is no text
+            for number, record in enumerate(chunk, row - len(chunk) + 1):
+                for name, value in record.items():
+                    if name in schema.names and error.object in (value if isinstance(value, list) else [value]):
+                        half = f"{json.dumps(value)[:60]}, with half of a character; allowed: whole ones."
+                        raise UserError(f"{path}, row {number}: '{name}' is {half}") from error
+            raise
     return with_numbers(pa.concat_tables(tables), [name for name, all_are in numbers.items() if all_are]) if tables else pa.table({})
-
-
-def _half_a_character(path: Path, before: int, chunk: list[dict[str, Any]], names: list[str]) -> UserError:
-    """JSON can escape half of a pair of UTF-16 (``\\ud83d``), which is no text that anything else could hold."""
-    for row, record in enumerate(chunk, before + 1):
-        for name in names:
-            try:
-                json.dumps(record.get(name), ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                shown = json.dumps(record[name])[:60]
-                return UserError(f"{path}, row {row}: '{name}' is {shown}, with half of a character; allowed: whole ones.")
-    return UserError(f"{path}: a text holds half of a character; allowed: whole ones.")
 
 
 def _typed(path: Path, row: int, record: dict[str, Any], name: str, kind: type | tuple[type, ...], allowed: str) -> Any:

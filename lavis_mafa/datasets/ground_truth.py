@@ -72,21 +72,14 @@ class GroundTruth:
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[str, str]], kinds: Mapping[str, str] | None = None) -> GroundTruth:
-        """From (text, concept) pairs."""
-        texts, concepts = [], []
-        for text, concept in pairs:
-            texts.append(text)
-            concepts.append(concept)
-        return cls(pa.chunked_array([pa.array(texts, pa.string())]), pa.chunked_array([pa.array(concepts, pa.string())]), kinds)
+        given = list(pairs)
+        texts, concepts = [text for text, _ in given], [concept for _, concept in given]
+        return cls(pa.chunked_array([texts], pa.string()), pa.chunked_array([concepts], pa.string()), kinds)
 
     @classmethod
     def from_table(cls, table: pa.Table) -> GroundTruth | None:
-        """From annotations (see ``read_annotations``): a caption describes the concepts of all rows that carry it.
-
-        A caption that only rows without a concept carry is unknown, as is what they show.
-
-        Returns:
-            None if the table has no ``concept`` column.
+        """From annotations (see ``read_annotations``), None if they have no ``concept``: a caption describes the concepts of all rows
+        that carry it. What only rows without a concept carry is unknown, as is what they show.
         """
         if "concept" not in table.column_names:
             return None
@@ -98,19 +91,17 @@ class GroundTruth:
         return cls(pa.chunked_array(texts, pa.string()), pa.chunked_array(concepts, pa.string()))
 
     def concept_id(self, name: str) -> int:
-        """The concept's number, -1 if it is unknown."""
+        """Its number, -1 if it is unknown."""
         return self.concepts.find(name)
 
     def text_key(self, text: str) -> int:
-        """The text's number, -1 if it is unknown."""
+        """Its number, -1 if it is unknown."""
         return self.texts.find(text)
 
     def concept_name(self, concept: int) -> str:
-        """The concept of that number."""
         return self.concepts.values[concept].as_py()
 
     def text(self, key: int) -> str:
-        """The text of that number."""
         return self.texts.values[key].as_py()
 
     def text_kind(self, key: int) -> str | None:
@@ -120,12 +111,7 @@ class GroundTruth:
     def matches(self, concept: torch.Tensor, text_key: torch.Tensor) -> torch.Tensor:
         """Whether image p, showing ``concept[p]``, truly matches text p. Unknown numbers (-1) match nothing.
 
-        Args:
-            concept: [P] or any shape that broadcasts with ``text_key``; int64.
-            text_key: [P] likewise.
-
-        Returns:
-            Bool, of the broadcast shape.
+        Both int64 [P], or of any shapes that broadcast; Bool of that shape.
         """
         concept, text_key = torch.broadcast_tensors(concept, text_key)
         known = self.knows(concept, text_key)

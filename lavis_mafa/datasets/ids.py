@@ -21,7 +21,6 @@ from lavis_mafa.errors import UserError
 # Arrow makes its functions when it is imported, so a type checker cannot see them
 pc: Any = pyarrow.compute
 
-
 # what pandas, R and SQL write for a value that is not there, and pandas reads as such
 MISSING = ("", "#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "null", "-NaN", "-nan", "\\N")
 PATTERN = rf"^[\s\pZ]*({'|'.join(map(re.escape, MISSING))})[\s\pZ]*$"
@@ -32,12 +31,11 @@ Id = int | str
 
 
 def is_missing(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Bool [N], null where a text is null: it is blank, or how a program writes a value that is not there (``nan``, ``None``, ...)."""
+    """Bool [N], null where a text is null: it is blank, or how programs write a value that is not there (``nan``, ``None``, ...)."""
     return pc.match_substring_regex(texts, PATTERN)
 
 
 def is_missing_text(text: str) -> bool:
-    """The same of one text."""
     return text.strip() in MISSING
 
 
@@ -63,7 +61,6 @@ def id_texts(path: Path, table: pa.Table, name: str) -> tuple[pa.ChunkedArray, b
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Any of Arrow's types of text."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
@@ -87,11 +84,7 @@ def written_numbers(table: pa.Table, names: Iterable[str]) -> pa.Table:
 
 
 def id_of_json(what: str, value: Any) -> tuple[str | None, bool]:
-    """An id of a JSON object as a text, None if there is none; and whether it is a number.
-
-    Raises:
-        UserError: it is neither a text nor a whole number.
-    """
+    """An id of a JSON object as a text, None if there is none; and whether it is a number. UserError where it is neither."""
     if isinstance(value, str) or value is None:
         return value, False
     if isinstance(value, int) and not isinstance(value, bool):
@@ -104,7 +97,6 @@ def id_of_json(what: str, value: Any) -> tuple[str | None, bool]:
 
 
 def shown_json(value: Any, length: int = 60) -> str:
-    """The beginning of a wrong value, as JSON."""
     try:
         return json.dumps(value)[:length]
     except RecursionError:  # it could just be read
@@ -117,7 +109,6 @@ def with_numbers(table: pa.Table, names: Iterable[str]) -> pa.Table:
 
 
 def number_columns(table: pa.Table) -> set[str]:
-    """Those that :func:`with_numbers` noted."""
     return set((table.schema.metadata or {}).get(NUMBERS, b"").decode().split(",")) - {""}
 
 

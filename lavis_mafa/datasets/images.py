@@ -66,15 +66,10 @@ def load_rgb(path: str | PathLike[str]) -> Image.Image:
     EXIF's orientation is applied, and of an animation the first frame is taken.
 
     Raises:
-        FileNotFoundError: there is no such file. OSError: it may not be read.
+        OSError: there is no such file, or it may not be read.
         ImageTooLargeError: more than ``MAX_PIXELS``, by its header; nothing is decoded.
         ImageTooSmallError: the shorter side is below ``MIN_SIDE``.
-        ImageError: anything else: torn, empty, no image, or of none of ``FORMATS``; or no file but a pipe or a device. The
-            three are OSErrors.
-
-    Example:
-        >>> load_rgb("photograph.jpg").mode
-        'RGB'
+        ImageError: anything else: torn, empty, no image, of none of ``FORMATS``, or a pipe or a device.
     """
     # LAVIS tells PIL to accept torn files, for every program that imports it; half a picture is no sample
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -82,20 +77,18 @@ def load_rgb(path: str | PathLike[str]) -> Image.Image:
     with warnings.catch_warnings():  # of corrupt metadata and large images: neither is the user's business
         warnings.simplefilter("ignore")
         try:
-            if not _is_file(name):
+            mode = os.stat(name).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for ever; a folder says what it is
                 raise ImageError("neither a file nor a link to one")
             with Image.open(name, formats=_formats()) as image:
                 _check_size(name, image.size)
                 _scale_transparency(image)
                 image.load()
-                return upright(on_white(image), _orientation(image))
-        except (ImageError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise _named(name, error) from error
-        except OSError as error:
-            if error.filename is not None:  # missing, a folder, no permission: it says so and names the file
+                picture, turned = on_white(image), UPRIGHT.get(_orientation(image))
+                return picture if turned is None else picture.transpose(turned)
+        except (OSError, Image.DecompressionBombError, *BROKEN) as error:
+            if isinstance(error, OSError) and error.filename is not None:  # missing, a folder, no permission: it names the file
                 raise
-            raise _named(name, error) from error
-        except BROKEN as error:
             raise _named(name, error) from error
 
 
@@ -113,17 +106,6 @@ def on_white(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def upright(image: Image.Image, orientation: Any) -> Image.Image:
-    """The image as EXIF's ``orientation`` (1 to 8) says it should be looked at; anything else leaves it alone."""
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def _is_file(name: str) -> bool:
-    """Opening a pipe would wait for ever. A folder passes: opening it says what it is."""
-    mode = os.stat(name).st_mode
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def _formats() -> list[str]:

@@ -67,8 +67,7 @@ class IndexedDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         tried = [self._try(index) for index in indices]
         stand_ins = [s for s in tried if not isinstance(s, BadSample)]
-        if not stand_ins:
-            stand_ins = [s for index in indices if (s := self._readable_after(index)) is not None]
+        stand_ins = stand_ins or [s for index in indices if (s := self._readable_after(index)) is not None]
         if not stand_ins:
             return tried
         samples = []
@@ -102,19 +101,14 @@ class IndexedDataset(Dataset):
     def _try(self, index: int) -> Any:
         try:
             sample = self[index]
-            _check_caption(sample, text_processor(self.dataset, index))
+            _check_caption(sample, getattr(_innermost(self.dataset, index)[0], "text_processor", None))
             return sample
-        except UNREADABLE as error:
-            return self._bad(index, error)
-        except BROKEN as error:
-            if not of_a_decoder(error):
+        except (*UNREADABLE, *BROKEN) as error:
+            if not isinstance(error, UNREADABLE) and not of_a_decoder(error):
                 raise
-            return self._bad(index, error)
-
-    def _bad(self, index: int, error: Exception) -> BadSample:
-        reason = " ".join(f"{type(error).__name__}: {error}"[:REASON].splitlines())
-        path = image_path(self.dataset, index)
-        return BadSample(index=index, reason=reason, **({} if path is None else {"image": path}))
+            reason = " ".join(f"{type(error).__name__}: {error}"[:REASON].splitlines())
+            path = image_path(self.dataset, index)
+            return BadSample(index=index, reason=reason, **({} if path is None else {"image": path}))
 
 
 def of_a_decoder(error: BaseException) -> bool:
@@ -124,11 +118,7 @@ def of_a_decoder(error: BaseException) -> bool:
 
 
 def _check_caption(sample: Any, process: Any) -> None:
-    """LAVIS's own data sets take any text.
-
-    Raises:
-        EmptyCaption: nothing that says something is in ``text_input``, nor in the ``text_output`` that was split from it.
-    """
+    """LAVIS's own data sets take any text: EmptyCaption where ``text_input`` and the ``text_output`` split from it say nothing."""
     text = sample.get("text_input") if isinstance(sample, dict) else None
     if isinstance(text, str) and not any(says_something(part, process) for part in (text, str(sample.get("text_output", "")))):
         raise EmptyCaption(f"The caption {shortened(text)} holds no word.")
@@ -161,11 +151,6 @@ def image_path(dataset: Any, index: int) -> str | None:
     return os.path.join(getattr(dataset, "vis_root", None) or "", name) if isinstance(name, str) else None
 
 
-def text_processor(dataset: Any, index: int) -> Any:
-    """What processes sample ``index``'s caption; None where the data set does not tell."""
-    return getattr(_innermost(dataset, index)[0], "text_processor", None)
-
-
 def _innermost(dataset: Any, index: int) -> tuple[Any, int]:
     """Of concatenated data sets the one that holds sample ``index``, and the sample's number there."""
     while hasattr(dataset, "datasets"):
@@ -177,10 +162,9 @@ def _innermost(dataset: Any, index: int) -> tuple[Any, int]:
 
 def image_keys(dataset: Any) -> Tensor:
     """LongTensor[N]: rows that show the same image share a key; keys of concatenated data sets never collide."""
-    children = getattr(dataset, "datasets", None)
-    if children is not None:
+    if hasattr(dataset, "datasets"):
         keys, offset = [], 0
-        for child in children:
+        for child in dataset.datasets:
             own = image_keys(child)
             keys.append(own + offset)
             offset += int(own.max()) + 1 if len(own) else 0
@@ -188,7 +172,6 @@ def image_keys(dataset: Any) -> Tensor:
     if hasattr(dataset, "image_keys"):
         return dataset.image_keys
     annotation = getattr(dataset, "annotation", None)
-    if isinstance(annotation, list) and annotation and isinstance(annotation[0], dict):
-        if any(name in annotation[0] for name in ("image", "image_id")):
-            return image_keys_of_rows(annotation, type(dataset).__name__)
+    if isinstance(annotation, list) and annotation and isinstance(annotation[0], dict) and {"image", "image_id"} & annotation[0].keys():
+        return image_keys_of_rows(annotation, type(dataset).__name__)
     return torch.arange(len(dataset))

@@ -1,10 +1,10 @@
-"""LAVIS's own data sets take annotations as they come: what a row lacks is a traceback, or a wrong figure. Here it is one message."""
+"""LAVIS's own data sets take annotations as they come: what a row lacks is a traceback, or a wrong metric. Here it is one message."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,6 +16,8 @@ from lavis_mafa.config.data import SPLITS
 from lavis_mafa.datasets.ids import id_of_json, is_missing_text
 from lavis_mafa.errors import UserError
 
+FORMS: dict[type, str] = {str: "a text", list: "a list of texts"}
+
 
 @contextlib.contextmanager
 def explained(datasets: DictConfig) -> Iterator[None]:
@@ -24,13 +26,49 @@ def explained(datasets: DictConfig) -> Iterator[None]:
     try:
         yield
     except URLError as error:
-        raise UserError(f"{_absent(datasets)}, and cannot be downloaded here ({error.reason}); put it there.") from error
+        absent = [f"{where}: {path} is not there" for where, _, path in _files(datasets) if not path.is_file()]
+        raise UserError(
+            f"{[*absent, 'A file of the data is not there'][0]}, and cannot be downloaded here ({error.reason}); put it there."
+        ) from error
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if not isinstance(error, UserError):
-            for name in map(str, datasets):
-                if name not in SPLITS:
-                    _check_files(name, datasets[name].get("build_info"), error)
+            for where, number, path in _files(datasets):
+                # in evaluation, further files are others: lists of answers, the questions in their original form
+                if path.is_file() and (number == 0 or ".annotations.train." in where):
+                    _check_file(path, error)
         raise
+
+
+def _files(datasets: DictConfig) -> Iterator[tuple[str, int, Path]]:
+    """The annotation files of LAVIS's data sets: the key that names them, each one's number there, and its path."""
+    from lavis.common.utils import get_cache_path
+
+    for name in (name for name in map(str, datasets) if name not in SPLITS):
+        for split, block in (OmegaConf.select(datasets[name], "build_info.annotations") or {}).items():
+            storage = block.get("storage") if isinstance(block, DictConfig) else None
+            for number, file in enumerate([storage] if isinstance(storage, str) else storage or []):
+                yield f"datasets.{name}.build_info.annotations.{split}.storage", number, Path(get_cache_path(file))
+
+
+def _check_file(path: Path, error: Exception) -> None:
+    """A file that LAVIS's builder has read, once more; all that its own ``error`` names is a key."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as wrong:
+        raise UserError(f"{path}: not valid JSON ({wrong}).") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds {_shown(rows)}; allowed: a list of objects, such as {{image: ..., caption: ...}}.") from error
+    needed = [str(error.args[0])] if isinstance(error, KeyError) and error.args else []
+    for row, value in enumerate(rows, 1):
+        where = f"{path}, row {row}"
+        _check_object(where, value, ("image", "caption"))
+        _id(where, value)
+        captions = value.get("caption", "")
+        if not _are_texts(captions):
+            raise UserError(f"{where}: caption is {_shown(captions)}; allowed: a text, in a gallery a list of texts.") from error
+        for missing in needed:
+            if missing not in value:
+                raise UserError(f"{where}: {missing} is missing; allowed: one in every row.") from error
 
 
 def read_checked(build: Callable[[Any], dict[str, dict[str, Any]]], cfg: Any) -> dict[str, dict[str, Any]]:
@@ -55,40 +93,12 @@ def check_rows(datasets: dict[str, dict[str, Any]]) -> None:
         for split, dataset in parts.items():
             annotation = getattr(dataset, "annotation", None)
             needed = _needed(dataset)
-            if needed and isinstance(annotation, list):
-                for row, value in enumerate(annotation, 1):
-                    _check_row(f"datasets.{name}, split {split!r}, row {row} of its annotations", value, needed)
-
-
-def image_keys(rows: list[Any], name: str) -> torch.Tensor:
-    """LongTensor[N]: rows of the same ``image`` path share a key; where no row has a path, those of the same ``image_id``.
-
-    Raises:
-        UserError: a row has no path although others have, or an ``image_id`` is no id, or is that of another row's image.
-    """
-    key = "image" if any("image" in row for row in rows) else "image_id"
-    numbers: dict[Any, int] = {}
-    image_of: dict[str, tuple[Any, int]] = {}
-    keys = []
-    for row, value in enumerate(rows, 1):
-        where = f"{name}, row {row} of its annotations"
-        one = _id(where, value)
-        path = value.get(key) if key == "image" else one
-        if key == "image" and (not isinstance(path, str) or not path):
-            raise UserError(f"{where}: image is {path!r}; allowed: a path.")
-        if one is not None and key == "image":
-            first, number = image_of.setdefault(one, (path, row))
-            if first != path:
-                raise UserError(
-                    f"{where}: image_id {one!r} is that of {path!r} here, but of {first!r} in row {number}; allowed: one image an id."
-                )
-        keys.append(numbers.setdefault(row if path is None else path, len(numbers)))
-    return torch.tensor(keys, dtype=torch.long)
-
-
-def _id(where: str, row: dict[str, Any]) -> str | None:
-    text, _ = id_of_json(f"{where}: image_id", row.get("image_id"))
-    return None if text is None or is_missing_text(text) else text
+            for row, value in enumerate(annotation if needed and isinstance(annotation, list) else [], 1):
+                where = f"datasets.{name}, split {split!r}, row {row} of its annotations"
+                _check_object(where, value, needed)
+                for key, form in needed.items():
+                    if not isinstance(value.get(key), form) or not _are_texts(value[key]):
+                        raise UserError(f"{where}: {key} is {_shown(value.get(key))}; allowed: {FORMS[form]}.")
 
 
 def _needed(dataset: Any) -> dict[str, type]:
@@ -107,65 +117,45 @@ def _needed(dataset: Any) -> dict[str, type]:
     return {"image": str, "question": str} if isinstance(dataset, VQADataset | VQAEvalDataset) else {}
 
 
-FORMS: dict[type, str] = {str: "a text", list: "a list of texts"}
+def image_keys(rows: list[Any], name: str) -> torch.Tensor:
+    """LongTensor[N]: rows of the same ``image`` path share a key; where no row has a path, those of the same ``image_id``.
+
+    Raises:
+        UserError: a row has no path although others have, or an ``image_id`` is no id, or is that of another row's image.
+    """
+    by_path = any("image" in row for row in rows)
+    numbers: dict[Any, int] = {}
+    image_of: dict[str, tuple[str, int]] = {}
+    keys = []
+    for row, value in enumerate(rows, 1):
+        where = f"{name}, row {row} of its annotations"
+        image = one = _id(where, value)
+        if by_path:
+            image = value.get("image")
+            if not isinstance(image, str) or not image:
+                raise UserError(f"{where}: image is {image!r}; allowed: a path.")
+            first, number = (image, row) if one is None else image_of.setdefault(one, (image, row))
+            if first != image:
+                raise UserError(
+                    f"{where}: image_id {one!r} is that of {image!r} here, but of {first!r} in row {number}; allowed: one image an id."
+                )
+        keys.append(numbers.setdefault(row if image is None else image, len(numbers)))
+    return torch.tensor(keys, dtype=torch.long)
 
 
-def _check_row(where: str, row: Any, needed: dict[str, type]) -> None:
+def _id(where: str, row: dict[str, Any]) -> str | None:
+    text, _ = id_of_json(f"{where}: image_id", row.get("image_id"))
+    return None if text is None or is_missing_text(text) else text
+
+
+def _check_object(where: str, row: Any, keys: Iterable[str]) -> None:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: {row!r:.60} is not an object; allowed: {{{', '.join(f'{key}: ...' for key in needed)}}}.")
-    for key, form in needed.items():
-        value = row.get(key)
-        texts = value if isinstance(value, list) else [value]
-        if not isinstance(value, form) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: {key} is {_shown(value)}; allowed: {FORMS[form]}.")
+        raise UserError(f"{where}: {row!r:.60} is not an object; allowed: {{{', '.join(f'{key}: ...' for key in keys)}}}.")
+
+
+def _are_texts(value: Any) -> bool:
+    return all(isinstance(text, str) for text in (value if isinstance(value, list) else [value]))
 
 
 def _shown(value: Any) -> str:
     return "missing" if value is None else repr(value)[:60]
-
-
-def _absent(datasets: DictConfig) -> str:
-    """The first annotation file that LAVIS's builders have to download."""
-    from lavis.common.utils import get_cache_path
-
-    for name in (name for name in map(str, datasets) if name not in SPLITS):
-        for split, block in (OmegaConf.select(datasets[name], "build_info.annotations") or {}).items():
-            for file in [block.storage] if isinstance(block.storage, str) else block.storage:
-                if not Path(get_cache_path(file)).is_file():
-                    return f"datasets.{name}.build_info.annotations.{split}.storage: {get_cache_path(file)} is not there"
-    return "A file of the data is not there"
-
-
-def _check_files(name: str, info: DictConfig | None, error: Exception) -> None:
-    """The files that LAVIS's builder has read, once more; all that its own error names is a key."""
-    from lavis.common.utils import get_cache_path
-
-    for split, block in (OmegaConf.select(info, "annotations") or {}).items() if info is not None else ():
-        storage = block.get("storage") if isinstance(block, DictConfig) else None
-        files = [storage] if isinstance(storage, str) else list(storage or [])
-        # in evaluation, further files are others: lists of answers, the questions in their original form
-        for file in files if split == "train" else files[:1]:
-            path = Path(get_cache_path(file))
-            if path.is_file():
-                _check_file(path, error)
-
-
-def _check_file(path: Path, error: Exception) -> None:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as wrong:
-        raise UserError(f"{path}: not valid JSON ({wrong}).") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds {_shown(rows)}; allowed: a list of objects, such as {{image: ..., caption: ...}}.") from error
-    missing = str(error.args[0]) if isinstance(error, KeyError) and error.args else None
-    for row, value in enumerate(rows, 1):
-        if not isinstance(value, dict):
-            raise UserError(f"{path}, row {row}: {value!r:.60} is not an object; allowed: {{image: ..., caption: ...}}.") from error
-        _id(f"{path}, row {row}", value)
-        captions = value.get("caption", "")
-        if not all(isinstance(text, str) for text in (captions if isinstance(captions, list) else [captions])):
-            raise UserError(
-                f"{path}, row {row}: caption is {_shown(captions)}; allowed: a text, in a gallery a list of texts."
-            ) from error
-        if missing is not None and missing not in value:
-            raise UserError(f"{path}, row {row}: {missing} is missing; allowed: one in every row.") from error

@@ -10,8 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from lavis.datasets.datasets.base_dataset import BaseDataset
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from lavis_mafa.config.data import AnnotationFile
 from lavis_mafa.datasets.annotations import clean_caption, image_keys, path_hint, read_annotations, shown
@@ -51,17 +50,15 @@ def open_annotations(
     return root, table
 
 
-class _AnnotatedImages(BaseDataset):
+class _AnnotatedImages(Dataset):
     """Rows of image and caption(s), as ``read_annotations`` gives them.
 
     Args:
-        vis_processor: PIL RGB image -> tensor.
-        text_processor: str -> str.
-        vis_root: folder that relative image paths start from.
+        vis_processor: PIL RGB image -> tensor. text_processor: str -> str.
+        vis_root: folder that relative image paths start from; ``allow_absolute_paths``: they may leave it.
         ann_paths: annotation files, see ``read_annotations``.
         truth: which image matches which text; None takes what a ``concept`` column of the annotations tells.
         select: the table -> the rows to use (at least one).
-        allow_absolute_paths: image paths may leave ``vis_root``.
 
     Raises:
         UserError: from the annotations, or the image folder or all of the first ``glance`` rows' images do not exist.
@@ -69,7 +66,6 @@ class _AnnotatedImages(BaseDataset):
 
     glance = 1
 
-    # Not BaseDataset's own: it reads JSON lists into dicts and adds a string to every one.
     def __init__(
         self,
         vis_processor: Process,
@@ -94,9 +90,7 @@ class _AnnotatedImages(BaseDataset):
 
 
 class ImageTextPairs(_AnnotatedImages):
-    """Training pairs. Of several captions one is drawn at each access, by Python's ``random``.
-
-    Nothing is seeded here: whoever iterates owns the random state. A row with one caption draws nothing.
+    """Training pairs. Of several captions one is drawn at each access, by Python's ``random``, which whoever iterates seeds.
 
     Args: as above, and ``prefix_lm``: split each caption at a random word, for prefix language modelling (BLIP-2 with an
         encoder-decoder).
@@ -118,11 +112,9 @@ class ImageTextPairs(_AnnotatedImages):
         return self.table.num_rows
 
     def image_path(self, index: int) -> Path:
-        """Where row ``index``'s image is."""
         return self.vis_root / self.table["image"][index].as_py()
 
     def captions(self, index: int) -> list[str]:
-        """Row ``index``'s captions as they were written."""
         return self.table["caption"][index].as_py()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -156,14 +148,7 @@ class ImageTextPairs(_AnnotatedImages):
 
 
 def split_at_random(caption: str) -> tuple[str, str]:
-    """The words before a random place in the caption, and those after it: at least one each, drawn by Python's ``random``.
-
-    A single word is all rest.
-
-    Example:
-        >>> split_at_random("a dog")
-        ('a', 'dog')
-    """
+    """The words before a place that Python's ``random`` draws, and those after it: at least one each; a single word is all rest."""
     words = caption.split()
     cut = random.randrange(1, len(words)) if len(words) > 1 else 0
     return " ".join(words[:cut]), " ".join(words[cut:])
@@ -185,29 +170,23 @@ class RetrievalPairs(_AnnotatedImages):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        paths = self.table["image"].to_pylist()
-        keys = image_keys(self.table).tolist()
-
-        self.image: list[str] = []
-        self.raw_text: list[str] = []
-        self.img2txt: dict[int, list[int]] = {}
-        self.txt2img: dict[int, list[int]] = {}
         first_rows: list[int] = []
         number: dict[str, int] = {}
+        self.img2txt: dict[int, list[int]] = {}
+        self.txt2img: dict[int, list[int]] = {}
+        # keys count images in the order of their first rows, so the key is the place in the gallery
+        keys = image_keys(self.table).tolist()
         for row, (image, captions) in enumerate(zip(keys, self.table["caption"].to_pylist(), strict=True)):
-            # Keys count images in the order of their first rows, so the key is the place in the gallery.
-            if image == len(self.image):
-                self.image.append(str(self.vis_root / paths[row]))
-                self.img2txt[image] = []
+            if image == len(first_rows):
                 first_rows.append(row)
+            own = self.img2txt.setdefault(image, [])
             for caption in captions:
                 text = number.setdefault(caption, len(number))
-                if text == len(self.raw_text):
-                    self.raw_text.append(caption)
-                    self.txt2img[text] = []
-                if text not in self.img2txt[image]:
-                    self.img2txt[image].append(text)
-                    self.txt2img[text].append(image)
+                if text not in own:
+                    own.append(text)
+                    self.txt2img.setdefault(text, []).append(image)
+        self.image: list[str] = [str(self.vis_root / path) for path in self.table["image"].take(first_rows).to_pylist()]
+        self.raw_text: list[str] = list(number)
         try:
             self.text: list[str] = [clean_caption(self.text_processor, caption) for caption in self.raw_text]
         except EmptyCaption as error:
@@ -237,18 +216,15 @@ class RetrievalPairs(_AnnotatedImages):
         return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": self.image_ids[index]}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: images stacked, ``index`` an int64 tensor, and ``image_id`` (see ``collate_with_ids``)."""
         return collate_with_ids(samples, "image_id")
 
 
-class ImageQuestions(BaseDataset):
+class ImageQuestions(Dataset):
     """A question a row.
 
-    Args:
-        vis_processor, text_processor, vis_root: as above.
+    Args: as above, and
         table: columns ``image``, ``question``, ``answer`` (a list of right answers, or what ten people said) and optionally
-            ``question_id``, as ``read_annotations`` with ``QUESTIONS`` gives it.
-        source: where the table is from, for messages.
+            ``question_id``, as ``read_annotations`` with ``QUESTIONS`` gives it; ``source``: where it is from, for messages.
 
     Attributes:
         questions: [N] as they were written. answers: [N] lists.
@@ -259,12 +235,7 @@ class ImageQuestions(BaseDataset):
     """
 
     def __init__(
-        self,
-        vis_processor: Process,
-        text_processor: Process,
-        vis_root: str | Path,
-        table: pa.Table,
-        source: str = "questions",
+        self, vis_processor: Process, text_processor: Process, vis_root: str | Path, table: pa.Table, source: str = "questions"
     ) -> None:
         self.vis_root = Path(vis_root)
         self.vis_processor = vis_processor
@@ -299,19 +270,12 @@ class ImageQuestions(BaseDataset):
         }
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: images stacked, questions a list, ``index`` an int64 tensor, and ``question_id`` (see ``collate_with_ids``)."""
         return collate_with_ids(samples, "question_id")
 
 
 def naming_questions(pairs: pa.Table, truth: GroundTruth) -> pa.Table:
-    """``what is this?`` for each row of an image and its ``concept``; right is every name and alias that truly holds for it.
-
-    Args:
-        pairs: columns ``image`` and ``concept``.
-        truth: with the kinds ``name`` and ``alias``.
-
-    Returns:
-        Columns ``image``, ``question``, ``answer``, as ``ImageQuestions`` takes them.
+    """``what is this?`` for each row of an image and its ``concept``, as ``ImageQuestions`` takes them; right is every name and alias
+    that truly holds for it.
     """
     names = torch.tensor([key for key in range(len(truth.texts)) if truth.text_kind(key) in ("name", "alias")])
     right = truth.matrix(truth.concepts.find_all(pairs["concept"]), names)

@@ -28,25 +28,14 @@ def separated_rows(path: Path, file: TextIO, tabs: bool) -> Iterator[list[str]]:
     TSV as of CC3M is not quoted at all, that of pandas is. So a value is unquoted where the quotation marks enclose it whole and
     those within it are doubled, also over several lines; any other quotation mark is part of the text.
 
-    Args:
-        path: for messages.
-        file: opened by :func:`newline_of`.
-        tabs: TSV.
+    The ``file`` is opened with newline "\\n" (TSV) or "" (CSV): line breaks must arrive as they are, and in a text without quotation
+    marks, a lone ``\\r`` is none.
 
     Raises:
         UserError: a row has too many or too few values, or a quotation mark that is not closed where its text ends.
-
-    Example:
-        >>> list(separated_rows(Path("a.tsv"), io.StringIO('image\\tcaption\\na.jpg\\t"hello\\n'), tabs=True))
-        [['image', 'caption'], ['a.jpg', '"hello']]
     """
     csv.field_size_limit(LONGEST_CELL)
     return _tsv_rows(path, file) if tabs else _csv_rows(path, file)
-
-
-def newline_of(tabs: bool) -> str:
-    """How to open a file: line breaks must arrive as they are, and in a text without quotation marks, a lone ``\\r`` is none."""
-    return "\n" if tabs else ""
 
 
 def other_separator(line: str, own: str, wanted: tuple[str, ...]) -> str | None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from lavis.datasets.datasets.base_dataset import ConcatDataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -23,11 +22,7 @@ Splits = dict[str, Any]
 
 
 def with_training_splits(datasets: dict[str, Splits], wanted: Sequence[str]) -> dict[str, Splits]:
-    """The data sets with what they have of the wanted splits, joined, as their ``train``; the other splits stay.
-
-    Args:
-        datasets: by name and split.
-        wanted: ``run.train_splits``; empty where nothing is trained.
+    """The data sets by name and split, with what they have of the ``wanted`` ones joined as their ``train``; the others stay.
 
     Raises:
         UserError: no data set has such a split, or one has nothing there to train on.
@@ -49,6 +44,7 @@ def with_training_splits(datasets: dict[str, Splits], wanted: Sequence[str]) -> 
 
 
 def _joined(name: str, chosen: Splits, train: Any) -> Any:
+    """All rows of the chosen splits as training samples, in their order, made as ``train`` makes them."""
     if all(isinstance(part, ImageTextPairs | RetrievalPairs) for part in chosen.values()):
         if not isinstance(train, ImageTextPairs):
             split = next(iter(chosen))
@@ -56,7 +52,16 @@ def _joined(name: str, chosen: Splits, train: Any) -> Any:
                 f"run.train_splits is {[*chosen]}, but datasets.{name} has no training split that says how samples are made; name "
                 f"the file of {split!r} as build_info.annotations.train.storage instead."
             )
-        return one_training_set(train, [*chosen.values()])
+        pairs = copy.copy(train)
+        tables = [part.table for part in chosen.values()]
+        pairs.table = pa.concat_tables(tables, promote_options="default")
+        pairs.image_keys = shared_keys(tables)  # type: ignore[assignment]
+        if any(part.truth is not train.truth for part in chosen.values()):  # each knows what its own rows say
+            pairs.truth = GroundTruth.from_table(pairs.table)
+        pairs.concepts = pairs._concepts()
+        return pairs
+    from lavis.datasets.datasets.base_dataset import ConcatDataset
+
     parts = []
     for split, part in chosen.items():
         if isinstance(part, IterableDataset):
@@ -80,20 +85,6 @@ def _lacking(part: Any, train: Any) -> str | None:
     except OSError:  # an image that cannot be read is a bad sample, met later
         return None
     return next((key for key in needed if key not in own and key not in ("instance_id", "image_id")), None)
-
-
-def one_training_set(like: ImageTextPairs, parts: Sequence[ImageTextPairs | RetrievalPairs]) -> ImageTextPairs:
-    """All rows of the parts as training pairs, in their order; ``like`` has the processors and everything else.
-
-    Rows that show the same file share their image key across the parts too.
-    """
-    pairs = copy.copy(like)
-    pairs.table = pa.concat_tables([part.table for part in parts], promote_options="default")
-    pairs.image_keys = shared_keys([part.table for part in parts])  # type: ignore[assignment]
-    if any(part.truth is not like.truth for part in parts):  # each knows what its own rows say
-        pairs.truth = GroundTruth.from_table(pairs.table)
-    pairs.concepts = pairs._concepts()
-    return pairs
 
 
 def shared_keys(tables: Sequence[pa.Table]) -> Tensor:

@@ -351,7 +351,7 @@ class RunnerMafa(RunnerBase):
         return samples
 
     def _flush(self, epoch: int, done: int) -> None:
-        derive = getattr(self.task, "derived_figures", None)
+        derive = getattr(self.task, "derived_metrics", None)
         record = self.log.flush(epoch, done, self.optimizer.param_groups[0]["lr"], derive)
         if rank() == 0:
             self.share_watch.look(record)

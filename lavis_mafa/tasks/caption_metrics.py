@@ -117,8 +117,7 @@ def caption_metrics(references: Mapping[Id, list[str]], captions: Mapping[Id, st
     Only the captioned images count: references of others are left out, and one log line tells how many.
 
     Args:
-        references: image -> its human captions.
-        captions: image -> its generated caption.
+        references: image -> its human captions. captions: image -> its generated one.
         names: of ``bleu``, ``cider``, ``rouge_l``, ``meteor`` (needs Java) and ``spice`` (needs Java and Stanford CoreNLP). One
             that cannot run here is skipped; one log line tells how to get it.
 
@@ -132,9 +131,7 @@ def caption_metrics(references: Mapping[Id, list[str]], captions: Mapping[Id, st
         >>> caption_metrics({1: ["a dog runs"]}, {1: "A dog runs."}, ["rouge_l"])
         {'rouge_l': 100.0}
     """
-    names = runnable(names)
-    kept = _matched(references, captions)
-    return _scores(_tokens(kept), _tokens({image: [text] for image, text in captions.items()}), names)
+    return metrics_by_domain(references, captions, {}, names)
 
 
 def metrics_by_domain(
@@ -146,7 +143,15 @@ def metrics_by_domain(
         domains: image -> ``in-domain``, ``near-domain`` or ``out-domain``; an image without one counts in the total only.
     """
     names = runnable(names)
-    kept, made = _tokens(_matched(references, captions)), _tokens({image: [text] for image, text in captions.items()})
+    if not captions:
+        raise UserError("There are no captions to score.")
+    if lost := [image for image in captions if not references.get(image)]:
+        raise UserError(
+            f"{len(lost)} of {len(captions)} captions have no reference, the first of image {lost[0]!r}; is it the right file?"
+        )
+    if len(references) > len(captions):
+        logger.info("%d of %d images have a caption; the metrics are of these.", len(captions), len(references))
+    kept, made = _tokens({image: references[image] for image in captions}), _tokens({i: [text] for i, text in captions.items()})
     results = _scores(kept, made, names)
     for domain in sorted({domains[image] for image in made if image in domains}):
         of_domain = [image for image in made if domains.get(image) == domain]
@@ -156,44 +161,25 @@ def metrics_by_domain(
 
 
 def runnable(names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that can run here; the others are logged, a line each.
-
-    Raises:
-        UserError: an unknown name.
-    """
+    """Those of ``names`` that can run here; the others are logged, a line each. UserError for an unknown name."""
     for name in names:
         if name not in NAMES:
             raise UserError(f"run.caption_metrics holds '{name}'; allowed: {', '.join(NAMES)}.{did_you_mean(name, NAMES)}")
-    return [name for name in names if not _is_missing(name)]
+    return [name for name in names if name not in BY_JAVA or _has_java(name)]
 
 
-def _is_missing(name: str) -> bool:
-    if name not in BY_JAVA:
-        return False
+def _has_java(name: str) -> bool:
     if shutil.which("java") is None:
         logger.warning("%s is skipped: it needs Java; install a Java runtime (such as default-jre-headless).", name)
-        return True
+        return False
     if name == "spice":
         from pycocoevalcap.spice import spice
 
         # Its constructor would download them into site-packages.
         if not all((Path(spice.__file__).parent / "lib" / jar).is_file() for jar in SPICE_JARS):
             logger.warning("spice is skipped: it needs Stanford CoreNLP 3.6; download it once with: %s", SPICE_DOWNLOAD)
-            return True
-    return False
-
-
-def _matched(references: Mapping[Id, list[str]], captions: Mapping[Id, str]) -> Texts:
-    if not captions:
-        raise UserError("There are no captions to score.")
-    lost = [image for image in captions if not references.get(image)]
-    if lost:
-        raise UserError(
-            f"{len(lost)} of {len(captions)} captions have no reference, the first of image {lost[0]!r}; is it the right file?"
-        )
-    if len(references) > len(captions):
-        logger.info("%d of %d images have a caption; the metrics are of these.", len(captions), len(references))
-    return {image: references[image] for image in captions}
+            return False
+    return True
 
 
 def _tokens(texts: Texts) -> Texts:
@@ -238,17 +224,18 @@ def _spice(references: Texts, captions: Texts) -> float:
 def read_references(path: str | Path, key: str) -> tuple[dict[Id, list[str]], dict[Id, str]]:
     """References of captioning, such as COCO's ``captions_val2014.json`` or NoCaps' ``nocaps_val_4500_captions.json``.
 
-    Args:
-        path: JSON with ``images`` (``id``, optionally ``domain``) and ``annotations`` (``image_id``, ``caption``).
-        key: the setting that names the file, for messages.
-
     Returns:
         Image id -> its captions, and image id -> its domain where the file has domains (NoCaps).
 
     Raises:
-        UserError: there is no such file, or it is not of that format.
+        UserError: naming the setting ``key``: there is no such file, or it is not of that format.
     """
-    content = _read(Path(path), key)
+    if not Path(path).is_file():
+        raise UserError(f"{key}: there is no file {path}; allowed: COCO's captions JSON, or null.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {path} is not JSON: {error}") from error
     form = "allowed: COCO's captions JSON with 'images' and 'annotations'."
     if not isinstance(content, dict):
         raise UserError(f"{key}: {path} holds a {type(content).__name__}; {form}")
@@ -264,12 +251,3 @@ def read_references(path: str | Path, key: str) -> tuple[dict[Id, list[str]], di
         references.setdefault(annotation["image_id"], []).append(annotation["caption"])
     domains = {image["id"]: image["domain"] for image in content["images"] if image.get("domain")}
     return references, domains
-
-
-def _read(path: Path, key: str) -> Any:
-    if not path.is_file():
-        raise UserError(f"{key}: there is no file {path}; allowed: COCO's captions JSON, or null.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: {path} is not JSON: {error}") from error

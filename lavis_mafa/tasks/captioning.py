@@ -5,24 +5,23 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.tasks.caption_metrics import Id, metrics_by_domain, read_references, runnable
-from lavis_mafa.tasks.generating import as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
-from lavis_mafa.tasks.task import MafaTask
+from lavis_mafa.tasks.task import MafaTask, as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
 
 logger = logging.getLogger(__name__)
 
 
 class Captioned(NamedTuple):
-    """A row of an evaluation set: its image, how the data set calls that, the caption made, and the data set's own."""
+    """A row of an evaluation set."""
 
     image: str | None  # its path, where the data set lists it
     image_id: Id
-    caption: str
-    own: list[str]
+    caption: str  # the one that was made
+    own: list[str]  # the data set's
 
 
 class MafaCaptioningTask(MafaTask):
@@ -57,13 +56,12 @@ class MafaCaptioningTask(MafaTask):
                 if row is None:
                     made[as_id(given)] = Captioned(None, as_id(given), caption.strip(), [])
                 else:
-                    made[row] = Captioned(
-                        own_path(dataset, row), own_id(dataset, row, given), caption.strip(), own_references(dataset, row)
-                    )
+                    path, one = own_path(dataset, row), own_id(dataset, row, given)
+                    made[row] = Captioned(path, one, caption.strip(), own_references(dataset, row))
         joined = joined_on_rank_0(made)
-        return (
-            None if joined is None else _by_image(list(joined.values())) | {"listed": isinstance(getattr(dataset, "image", None), list)}
-        )
+        if joined is None:
+            return None
+        return _by_image(list(joined.values())) | {"listed": isinstance(getattr(dataset, "image", None), list)}
 
     def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, float] | None:
         """Writes ``result/<split>_epoch<epoch>.json``.
@@ -86,12 +84,8 @@ class MafaCaptioningTask(MafaTask):
     def _settings(self, model: Any) -> dict[str, Any]:
         run = self.run
         before = 1 if isinstance(model, Blip2Mafa) else 0  # its lengths count [DEC], as LAVIS's
-        settings = {
-            "num_beams": run.num_beams,
-            "max_length": run.max_len + before,
-            "min_length": run.min_len + before,
-            "use_nucleus_sampling": False,
-        }
+        settings = {"max_length": run.max_len + before, "min_length": run.min_len + before}
+        settings |= {"num_beams": run.num_beams, "use_nucleus_sampling": False}
         if "length_penalty" in inspect.signature(model.generate).parameters:
             settings["length_penalty"] = run.length_penalty
         elif run.length_penalty != 1:
@@ -106,23 +100,17 @@ def _by_image(rows: list[Captioned]) -> dict[str, Any]:
         images.setdefault(row.image_id if row.image is None else f"path {row.image}", []).append(row)
     same_id = {name: count for name, count in Counter(of_image[0].image_id for of_image in images.values()).items() if count > 1}
     if same_id:
-        first = next(iter(same_id))
-        logger.warning(
-            "%d images have an image_id that another has too, the first is %r: they are written down by their paths.",
-            sum(same_id.values()),
-            first,
-        )
-    named = {_name(of_image[0], same_id): of_image for of_image in images.values()}
+        text = "%d images have an image_id that another has too, the first is %r: they are written down by their paths."
+        logger.warning(text, sum(same_id.values()), next(iter(same_id)))
+    named: dict[Id, list[Captioned]] = {}
+    for first, *others in images.values():
+        named[first.image if first.image is not None and first.image_id in same_id else first.image_id] = [first, *others]
     own = {name: list(dict.fromkeys(text for row in of_image for text in row.own)) for name, of_image in named.items()}
     return {
         "captions": {name: of_image[0].caption for name, of_image in named.items()},
         "references": {name: texts for name, texts in own.items() if texts},
         "paths": {name: of_image[0].image for name, of_image in named.items() if of_image[0].image is not None},
     }
-
-
-def _name(row: Captioned, same_id: Mapping[Id, int]) -> Id:
-    return row.image if row.image is not None and row.image_id in same_id else row.image_id
 
 
 def own_references(dataset: Any, row: int) -> list[str]:

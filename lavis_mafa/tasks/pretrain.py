@@ -55,8 +55,6 @@ class MafaPretrainTask(MafaTask):
             model.set_discriminator(GroundTruthDiscriminator(self.truth))
         return model
 
-    # --- training --------------------------------------------------------------------------------------------------
-
     def step_output(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
         """The model's whole output, with metrics from ground truth where there is one."""
         output = model(samples)
@@ -80,7 +78,7 @@ class MafaPretrainTask(MafaTask):
         return {f"count_{name}": value.float() for name, value in counts.items()}
 
     @staticmethod
-    def derived_figures(averages: dict[str, float]) -> dict[str, float]:
+    def derived_metrics(averages: dict[str, float]) -> dict[str, float]:
         """Ratios of averaged counts: ``false_negative_share``, ``con_d_precision``, ``con_d_recall``."""
         counts = {k.removeprefix("count_"): averages.pop(k) for k in list(averages) if k.startswith("count_")}
         if counts.get("asked"):
@@ -90,8 +88,6 @@ class MafaPretrainTask(MafaTask):
         if counts.get("asked_true") and "found_true" in counts:
             averages["con_d_recall"] = counts["found_true"] / counts["asked_true"]
         return averages
-
-    # --- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any]:
         """Scores of every image and text of the split, and which of them match."""
@@ -103,16 +99,16 @@ class MafaPretrainTask(MafaTask):
         return {"i2t": i2t, "t2i": t2i, "relevant": relevant}
 
     def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, Any]:
-        """The figures of ``rank_by``'s score and, with ``itc_`` before their names, those of ITC's cosine alone."""
+        """The metrics of ``rank_by``'s score and, with ``itc_`` before their names, those of ITC's cosine alone."""
         relevant, cosine = val_result["relevant"], val_result.get("cosine")
         i2t, t2i = torch.as_tensor(val_result["i2t"]), torch.as_tensor(val_result["t2i"])
-        metrics: dict[str, Any] = self._figures(i2t, t2i, relevant, split_name)
+        metrics: dict[str, Any] = self._metrics(i2t, t2i, relevant, split_name)
         if cosine is not None:
-            of_cosine = self._figures(cosine, cosine.T, relevant, split_name)
+            of_cosine = self._metrics(cosine, cosine.T, relevant, split_name)
             metrics |= {"rank_by": val_result["rank_by"], **{f"itc_{name}": value for name, value in of_cosine.items()}}
         return metrics
 
-    def _figures(self, i2t: Tensor, t2i: Tensor, relevant: Tensor, split: str) -> dict[str, float]:
+    def _metrics(self, i2t: Tensor, t2i: Tensor, relevant: Tensor, split: str) -> dict[str, float]:
         metrics = retrieval_metrics(i2t, t2i, relevant)
         if self.coco is not None and split == "test":  # ECCV Caption annotates COCO's test split alone
             metrics |= eccv_metrics(i2t, t2i, self.coco)

@@ -13,7 +13,6 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,7 @@ def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) 
     gallery is.
 
     Args:
-        scores_i2t: [I, T], higher is better.
-        scores_t2i: [T, I].
+        scores_i2t: [I, T], higher is better; scores_t2i: [T, I].
         relevant: BoolTensor[I, T], which pairs match. A query without a match is left out.
 
     Returns:
@@ -74,7 +72,7 @@ def _one_direction(scores: Tensor, relevant: Tensor) -> dict[str, float]:
 
 
 def _of_queries(scores: Tensor, relevant: Tensor) -> dict[str, Tensor]:
-    """Each query's own figures, [Q]."""
+    """Each query's own metrics, [Q]."""
     hits = relevant.gather(1, best_first(scores, relevant)).float()
     count = relevant.sum(dim=1)
     place = torch.arange(1, hits.shape[1] + 1)
@@ -116,10 +114,9 @@ def eccv_truth() -> Any:
 
 
 def coco_gallery(dataset: Any, captions: str | Path, truth: Any = None) -> CocoGallery:
-    """Find COCO's ids of an evaluation set's images and captions.
+    """COCO's ids of the images and captions of LAVIS's ``coco_retrieval`` test split, or of ours on the same images.
 
     Args:
-        dataset: LAVIS's ``coco_retrieval`` test split, or ours on the same images.
         captions: COCO's ``captions_val2014.json``.
         truth: what ``eccv_truth()`` gives.
 
@@ -129,7 +126,7 @@ def coco_gallery(dataset: Any, captions: str | Path, truth: Any = None) -> CocoG
     known = (truth or eccv_truth()).coco_gts["t2i"]
     image_id = [_image_id(path) for path in dataset.image]
     place = {number: i for i, number in enumerate(image_id)}
-    texts = [{_plain(caption): t for t, caption in _captions(dataset, i)} for i in range(len(image_id))]
+    texts = [_captions(dataset, i) for i in range(len(image_id))]
     caption_id, columns, unknown = [], [], []
     for row in _annotations(Path(captions)):
         if row["id"] in known and row["image_id"] in place:
@@ -145,8 +142,7 @@ def coco_gallery(dataset: Any, captions: str | Path, truth: Any = None) -> CocoG
             f"{KEY}: {len(unknown)} captions are not among those of the test split, the first is {first['caption']!r} of image "
             f"{first['image_id']}; it must be COCO's Karpathy test split."
         )
-    missing = len(known) - len(caption_id)
-    if missing:
+    if missing := len(known) - len(caption_id):
         raise UserError(
             f"{KEY}: {missing} of the {len(known)} captions of ECCV Caption are not in the test split or not in {captions}; it needs "
             "the whole of COCO's Karpathy test split, and captions_val2014.json."
@@ -158,31 +154,27 @@ def eccv_metrics(scores_i2t: Tensor, scores_t2i: Tensor, gallery: CocoGallery, t
     """ECCV Caption's R@1, R-Precision and mAP@R and CxC's recalls, in per cent.
 
     Args:
-        scores_i2t: [I, T], higher is better.
-        scores_t2i: [T, I].
+        scores_i2t: [I, T], higher is better; scores_t2i: [T, I].
         gallery: COCO's ids of the I images and of captions among the T texts.
         truth: what ``eccv_truth()`` gives.
 
     Returns:
-        ``tr_`` (query = image) and ``ir_`` figures: eccv_r1, eccv_r_precision, eccv_map_at_r, cxc_r1, cxc_r5, cxc_r10.
+        ``tr_`` (query = image) and ``ir_`` metrics: eccv_r1, eccv_r_precision, eccv_map_at_r, cxc_r1, cxc_r5, cxc_r10.
     """
     truth = truth or eccv_truth()
-    figures: dict[str, float] = {}
-    for known, wanted in (
-        (truth.eccv_gts, ("eccv_r1", "eccv_rprecision", "eccv_map_at_r")),
-        (truth.cxc_gts, ("cxc_recalls",)),
-    ):
-        top = max(10, max(len(ids) for side in known.values() for ids in side.values()))  # no figure looks further down
+    metrics: dict[str, float] = {}
+    for known, wanted in ((truth.eccv_gts, ("eccv_r1", "eccv_rprecision", "eccv_map_at_r")), (truth.cxc_gts, ("cxc_recalls",))):
+        top = max(10, max(len(ids) for side in known.values() for ids in side.values()))  # no metric looks further down
         i2t = _best(scores_i2t, gallery.image_id, gallery.caption_id, known["i2t"], top, gallery.text)
         t2i = _best(scores_t2i[gallery.text], gallery.caption_id, gallery.image_id, known["t2i"], top)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
             scores = truth.compute_all_metrics(i2t, t2i, target_metrics=wanted, Ks=(1, 5, 10))
-        figures |= {
+        metrics |= {
             f"{SHORT[side]}_{name.replace('rprecision', 'r_precision')}": 100 * float(value)
             for name, sides in scores.items()
             for side, value in sides.items()
         }
-    return figures
+    return metrics
 
 
 def _best(
@@ -202,13 +194,11 @@ def _best(
     return best
 
 
-def _captions(dataset: Any, image: int) -> Iterator[tuple[int, str]]:
-    """An image's captions as they were written, each with its place among the texts."""
+def _captions(dataset: Any, image: int) -> dict[str, int]:
+    """An image's captions, plainly, and the place of each among the texts."""
     places = dataset.img2txt[image]
-    if hasattr(dataset, "raw_text"):
-        yield from ((t, dataset.raw_text[t]) for t in places)
-    else:
-        yield from zip(places, dataset.annotation[image]["caption"], strict=True)
+    written = [dataset.raw_text[t] for t in places] if hasattr(dataset, "raw_text") else dataset.annotation[image]["caption"]
+    return {_plain(caption): place for place, caption in zip(places, written, strict=True)}
 
 
 def _annotations(path: Path) -> list[dict[str, Any]]:

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from lavis.models.albef_models.albef_vqa import AlbefVQA
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from torch import Tensor, nn
+from torch import nn
 
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2_opt import Blip2OptMafa
-from lavis_mafa.tasks.generating import as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
-from lavis_mafa.tasks.task import MafaTask
+from lavis_mafa.tasks.task import MafaTask, as_id, batches, joined_on_rank_0, known_ids, rows_of, write_result
 from lavis_mafa.tasks.vqa_accuracy import Question, accuracy, check_known, load_lemmatizer, official_accuracy, read_people
 
 logger = logging.getLogger(__name__)
@@ -74,29 +73,19 @@ class MafaVqaTask(MafaTask):
             )
         return model
 
-    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> Tensor:
-        return self.step_output(model, samples)["loss"]
-
     def step_output(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
         """The loss of the answers, each after its question in ``run.prompt``."""
         return model({**samples, "prompt": self.run.prompt})
 
     def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any] | None:
         """What was ``answered``, by row, and the ``dataset``; None except on rank 0."""
-        run = self.run
+        names = ("num_beams", "max_len", "min_len", "length_penalty", "prompt")
+        settings = {name: getattr(self.run, name) for name in names}
         made: dict[Hashable, Answered] = {}
         for samples in batches(data_loader, "answers", cuda_enabled):
             # The model may put its prompt in the question's place.
             questions = list(samples["text_input"])
-            answers = model.predict_answers(
-                samples=samples,
-                num_beams=run.num_beams,
-                max_len=run.max_len,
-                min_len=run.min_len,
-                length_penalty=run.length_penalty,
-                prompt=run.prompt,
-                inference_method="generate",
-            )
+            answers = model.predict_answers(samples=samples, inference_method="generate", **settings)
             ids, rows = map(as_id, samples["question_id"]), rows_of(samples, len(questions))
             truths = self.truths(data_loader.dataset, samples)
             for number, row, question, answer, truth in zip(ids, rows, questions, answers, truths, strict=True):
@@ -122,14 +111,13 @@ class MafaVqaTask(MafaTask):
         for example in answered[:EXAMPLES]:
             truth = f" (right: {', '.join(dict.fromkeys(example.truth))})" if example.truth else ""
             logger.info("%s: %s -> %s%s", split_name, example.question, example.answer, truth)
-        figures = self.figures(answered, val_result["dataset"])
-        if figures is None:
+        metrics = self.metrics(answered, val_result["dataset"])
+        if metrics is None:
             logger.info("%s has no right answers: no accuracy.", split_name)
             return None
-        return {**figures, "agg_metrics": figures["accuracy"]}
+        return {**metrics, "agg_metrics": metrics["accuracy"]}
 
-    def figures(self, answered: list[Answered], dataset: Any) -> dict[str, float] | None:
-        """The accuracies, or None."""
+    def metrics(self, answered: list[Answered], dataset: Any) -> dict[str, float] | None:
         people = self._people_of(dataset)
         if people is not None:
             return official_accuracy({a.question_id: a.answer for a in answered}, known_ids([a.question_id for a in answered], people))

@@ -15,16 +15,15 @@ from lavis_mafa.datasets.ids import id_of_json
 from lavis_mafa.errors import UserError
 
 MODEL = "en_core_web_sm"
+PEOPLE = 10
+FEWEST = 4  # people, of whom the official script can find three others that agree
+Id = int | str
 
 
 def load_lemmatizer(key: str) -> Callable[[str], str]:
     """A function that puts an answer's nouns and verbs into their base form: ``dogs playing`` -> ``dog play``.
 
-    Args:
-        key: the setting that asks for it, for the message.
-
-    Raises:
-        UserError: spaCy's English model is not installed.
+    UserError, naming the setting ``key``, if spaCy's English model is not installed.
     """
     import spacy
 
@@ -36,11 +35,6 @@ def load_lemmatizer(key: str) -> Callable[[str], str]:
         return " ".join(word.lemma_ if word.pos_ in ("NOUN", "VERB") else word.text for word in model(answer))
 
     return lemmatized
-
-
-PEOPLE = 10
-FEWEST = 4  # people, of whom the official script can find three others that agree
-Id = int | str
 
 
 @dataclass(frozen=True)
@@ -68,12 +62,8 @@ def accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]], leave
     averaged over leaving each of the ten out. Of another number of answers any is right. Each question is judged by itself.
 
     Args:
-        predictions: [N].
-        answers: [N] lists, none empty.
+        predictions: [N]. answers: [N] lists, none empty.
         leave_one_out: False takes ten people's answers at once, as A-OKVQA does.
-
-    Returns:
-        The mean, in per cent.
 
     Example:
         >>> accuracy(["A dog", "cat"], [["dog", "puppy"], ["mouse"]])
@@ -94,7 +84,6 @@ def official_accuracy(predictions: Mapping[Id, str], people: Mapping[Id, Questio
 
     Args:
         predictions: question id -> answer.
-        people: what :func:`read_people` gives.
 
     Returns:
         ``accuracy``, and ``accuracy_<kind>`` for each kind of answer (VQAv2: ``yes_no``, ``number``, ``other``).
@@ -168,9 +157,7 @@ def _agreement(said: str, people: Sequence[str], leave_one_out: bool = True) -> 
     return sum(min(1.0, (matches - (said == answer)) / 3) for answer in people) / len(people) if matches else 0.0
 
 
-@cache
-def _tools() -> Any:
-    return VQAEval()
+_tools = cache(VQAEval)
 
 
 def _without_punctuation(answer: str) -> str:

@@ -30,8 +30,6 @@ from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import init_process_group
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import digest
-from lavis_mafa.models.con_d import load_con_d
-from lavis_mafa.runners import job
 
 # --- as files -----------------------------------------------------------------------------------------------------------
 
@@ -242,6 +240,8 @@ def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: s
     Raises:
         UserError: from the data, the names in the YAML or the checkpoint.
     """
+    from lavis_mafa.runners import job
+
     _, cfg = job.prepare(name, options, files=False, joins=True)
     try:
         init_process_group(cfg.run_cfg)
@@ -252,6 +252,7 @@ def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: s
 
 
 def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened:
+    from lavis_mafa.models.con_d import load_con_d
     from lavis_mafa.runners.run_block import run_settings
 
     run = run_settings(cfg.run_cfg, config.run.task in RUN_BLOCKS)

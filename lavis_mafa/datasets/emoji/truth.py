@@ -13,14 +13,9 @@ from lavis_mafa.errors import UserError
 
 
 def load_emoji_truth(folder: str | Path, max_concepts: int | None = None) -> GroundTruth:
-    """Which drawing matches which text, with the kind of every text (name, alias, keyword, group).
+    """Which drawing matches which text, with the kind of every text (name, alias, keyword, group), from what ``build_emoji`` wrote.
 
-    Args:
-        folder: what ``build_emoji`` wrote.
-        max_concepts: keep the first concepts only; they are a fair sample.
-
-    Raises:
-        UserError: the folder holds no emoji data.
+    ``max_concepts`` keeps the first ones only, which are a fair sample. UserError if the folder holds no emoji data.
     """
     table = read_truth(folder)
     names = first_concepts(table, max_concepts)
@@ -30,11 +25,7 @@ def load_emoji_truth(folder: str | Path, max_concepts: int | None = None) -> Gro
 
 
 def read_truth(folder: str | Path) -> pa.Table:
-    """``truth.parquet``: columns text, kind, concept; the concepts in the order of the build.
-
-    Raises:
-        UserError: the folder holds no emoji data.
-    """
+    """``truth.parquet``: columns text, kind, concept; the concepts in the order of the build."""
     file = Path(folder) / "truth.parquet"
     if not file.is_file():
         raise UserError(f"{folder} holds no emoji data; build them once with: lavis-mafa build-emoji {folder}")
