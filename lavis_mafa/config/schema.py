@@ -25,12 +25,7 @@ MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
 LARGEST = 2**31 - 1  # what a 32-bit integer takes
 LARGEST_SEED = 2**32 - 1  # what numpy's takes
 LARGEST_FLOAT = 1e9  # of rates, weights and minutes: far from what a sum in fp32 overflows at
-# what a Con-D may be -> whose sizes and parameter names it has: LAVIS's models here, and ours, each its own (see MODEL_BLOCKS)
-FAMILIES = {
-    "albef_retrieval": "albef_mafa",
-    **dict.fromkeys(("blip_image_text_matching", "blip_retrieval"), "blip_mafa"),
-    **dict.fromkeys(("blip2", "blip2_image_text_matching"), "blip2_mafa"),
-}
+FAMILIES: dict[str, str] = {}  # what a Con-D may be -> whose sizes and parameter names it has; filled below MODEL_BLOCKS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -460,7 +455,13 @@ MODEL_BLOCKS: dict[str, Any] = {
     "blip2_opt_mafa": Blip2OptBlock,
 }
 WITH_MATCHING = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, MafaBlock)]
-FAMILIES |= {arch: arch for arch in WITH_MATCHING} | {"ground_truth": ""}
+FAMILIES |= {
+    **dict(zip(WITH_MATCHING, WITH_MATCHING, strict=True)),
+    "albef_retrieval": "albef_mafa",
+    **dict.fromkeys(("blip_image_text_matching", "blip_retrieval"), "blip_mafa"),
+    **dict.fromkeys(("blip2", "blip2_image_text_matching"), "blip2_mafa"),
+    "ground_truth": "",
+}
 RUN_BLOCKS: dict[str, Any] = {"mafa_pretrain": RunBlock, "mafa_captioning": CaptioningRun, "mafa_vqa": VqaRun, "mafa_gqa": VqaRun}
 
 # --- from a YAML's block to a typed one --------------------------------------------------------------------------------
