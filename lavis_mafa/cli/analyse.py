@@ -85,7 +85,7 @@ def _soft_labels(arguments: argparse.Namespace) -> None:
             features = read(order, "features for GRIT")
             order = analysis.grouped_order(model, features, order, size, settings.grit, settings.seed)
         for samples in read(order, "soft labels", drop_last=True):
-            labels.add(analysis.soft_labels(model.encode(samples)[1], softening))
+            labels.add(analysis.soft_labels(model.encode(model.inputs(samples)).batch, softening))
     queue_size = 0 if left_out is not None else itc.momentum_distillation.queue_size
     print(
         f"{labels.anchors} anchors in {arguments.order} batches of {size}; alpha of S-ITC {softening.smoothing:g}, lambda of the "
