@@ -143,7 +143,7 @@ class GritQueue:
         numbers = {**self._settings(), "epoch": self.epoch, "queues_grouped": self._queues_grouped}
 
         def state() -> dict[str, Any]:
-            columns = [torch.cat(column) for column in zip(*waiting, strict=True)] or [torch.empty(0, 0)] * 3
+            columns = [torch.cat(column) for column in zip(*waiting, strict=True)] or [torch.empty(0, 0, device="cpu")] * 3
             return {
                 **numbers,
                 "finished": _concatenate([*finished, *([] if grouping is None else [grouping.result()])]),
@@ -195,7 +195,7 @@ class GritQueue:
         self._count = 0  # rows in _waiting, always below queue_size between calls
         self._finished = []
         self._queues_grouped = 0
-        self._seen = torch.zeros(0, dtype=torch.bool)  # one byte a sample; a Python set of indices takes about 90
+        self._seen = torch.zeros(0, dtype=torch.bool, device="cpu")  # one byte a sample; a Python set of indices takes about 90
 
     def _take_in(self) -> None:
         """Add the batch that was on its way, and hand over the queue each time it is full."""
@@ -216,7 +216,7 @@ class GritQueue:
     def _mark_seen(self, index: Tensor) -> Tensor:
         """BoolTensor[n]: which of these are met for the first time in this epoch."""
         if not len(index):
-            return torch.zeros(0, dtype=torch.bool)
+            return torch.zeros(0, dtype=torch.bool, device="cpu")
         if int(index.min()) < 0:
             raise ValueError(f"index {int(index.min())} is negative, but must be a position in the data set.")
         short = int(index.max()) + 1 - len(self._seen)
@@ -273,17 +273,17 @@ def shuffle_and_group(rows: list[Rows], search_space: int, shuffle: bool, seed: 
     generator = seeded_generator("grit queue", *seed)
     count, dim = image.shape
     if shuffle:
-        shuffled = torch.randperm(count, generator=generator)
+        shuffled = torch.randperm(count, generator=generator, device="cpu")
         index, image, text = index[shuffled], image[shuffled], text[shuffled]
     queues, rest = divmod(count, search_space)
     whole = queues * search_space
     # Uniform over all rows of a group, the last included.
-    start = torch.randint(search_space, (queues,), generator=generator)
+    start = torch.randint(search_space, (queues,), generator=generator, device="cpu")
     cut = (queues, search_space, dim)
     order = group_sub_queues(image[:whole].view(cut), text[:whole].view(cut), start, memory=memory)
     parts = [index[:whole].view(queues, search_space).gather(1, order).flatten()]
     if rest:
-        first = int(torch.randint(rest, (), generator=generator))
+        first = int(torch.randint(rest, (), generator=generator, device="cpu"))
         parts.append(index[whole:][group_by_similarity(image[whole:], text[whole:], first, memory=memory)])
     return torch.cat(parts)
 
@@ -317,7 +317,7 @@ def copy_to_host(*tensors: Tensor) -> HostCopy:
         dtype = torch.float32 if tensor.is_floating_point() else torch.long
         if tensor.is_cuda:
             gpu = tensor.device
-            pinned = torch.empty(tensor.shape, dtype=dtype, pin_memory=True)
+            pinned = torch.empty(tensor.shape, dtype=dtype, pin_memory=True, device="cpu")
             copies.append(pinned.copy_(tensor.detach().to(dtype), non_blocking=True))
         else:
             copies.append(tensor.detach().to("cpu", dtype, copy=True))
@@ -339,4 +339,4 @@ def _check_sizes(queue_size: int, search_space: int) -> None:
 
 
 def _concatenate(orders: list[Tensor]) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.long), *orders])
+    return torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *orders])

@@ -83,30 +83,30 @@ def next_epoch_order(
     ordered = _join_ranks([indices.to("cpu", torch.long) for indices in grouped], dataset_size, block)
     generator = seeded_generator("grit order", generator_seed)
 
-    is_missing = torch.ones(dataset_size, dtype=torch.bool)
+    is_missing = torch.ones(dataset_size, dtype=torch.bool, device="cpu")
     is_missing[ordered] = False
     missing = is_missing.nonzero().squeeze(1)
     # Neighbours in a data file are often captions of one image: in file order they would fill whole batches.
-    missing = missing[torch.randperm(len(missing), generator=generator)]
+    missing = missing[torch.randperm(len(missing), generator=generator, device="cpu")]
     displaced = len(missing) if len(missing) <= len(ordered) else min(len(missing) % block, len(ordered))
     order = torch.cat([missing, ordered[displaced:], ordered[:displaced]])
 
     if batch_shuffle:
         blocks = dataset_size // global_batch * global_batch // block
-        shuffled = torch.randperm(blocks, generator=generator)
+        shuffled = torch.randperm(blocks, generator=generator, device="cpu")
         order[: blocks * block] = order[: blocks * block].view(blocks, block)[shuffled].flatten()
     return order
 
 
 def _join_ranks(grouped: list[Tensor], dataset_size: int, block: int) -> Tensor:
     """The ranks' lists joined, each index once, whole blocks before the samples of broken ones."""
-    joined = torch.cat([torch.empty(0, dtype=torch.long), *grouped])
+    joined = torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *grouped])
     outside = joined[(joined < 0) | (joined >= dataset_size)]
     if len(outside):
         raise ValueError(f"the grouped order holds index {int(outside[0])}, but the data set has {dataset_size} samples.")
-    block_of, blocks = [torch.empty(0, dtype=torch.long)], 0
+    block_of, blocks = [torch.empty(0, dtype=torch.long, device="cpu")], 0
     for indices in grouped:
-        block_of.append(torch.arange(len(indices)) // block + blocks)
+        block_of.append(torch.arange(len(indices), device="cpu") // block + blocks)
         blocks += -(-len(indices) // block)
     kept = first_occurrences(joined)
     joined, places = joined[kept], torch.cat(block_of)[kept]
@@ -255,11 +255,11 @@ class GritSampler(Sampler[int]):
         self.order, self.epoch, self.grouped, self._start_step = order, epoch, grouped, 0
 
     def _random_order(self, epoch: int) -> Tensor:
-        return torch.randperm(self.dataset_size, generator=seeded_generator("grit sampler", self.seed, epoch))
+        return torch.randperm(self.dataset_size, generator=seeded_generator("grit sampler", self.seed, epoch), device="cpu")
 
     def _checked(self, order: Tensor) -> Tensor:
         order = order.detach().to("cpu", torch.long, copy=True)
-        if order.shape != (self.dataset_size,) or not torch.equal(order.sort().values, torch.arange(self.dataset_size)):
+        if order.shape != (self.dataset_size,) or not torch.equal(order.sort().values, torch.arange(self.dataset_size, device="cpu")):
             raise ValueError(f"the order ({list(order.shape)}) is not a permutation of the data set's {self.dataset_size} samples.")
         return order
 

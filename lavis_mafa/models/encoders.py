@@ -23,8 +23,9 @@ from lavis.models.blip_models import tie_encoder_decoder_weights
 from lavis.models.med import BertForMaskedLM, XBertEncoder, XBertLMHeadDecoder
 from lavis.models.vit import VisionTransformerEncoder, interpolate_pos_embed
 from torch import Tensor, nn
-from transformers import BertConfig, BertTokenizer
+from transformers import BertConfig
 from transformers import BertForMaskedLM as HubBert
+from transformers import BertTokenizer as HubTokenizer
 from transformers.generation.beam_search import BeamHypotheses
 
 from lavis_mafa.config.checkpoints import ENGLISH, PADDING, from_hub, model_from_hub
@@ -39,8 +40,37 @@ EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLIP_WORDS = 2  # [DEC] and [ENC], added after BERT's words
 CROSS_ATTENTION = ("crossattention",)
+SPACES = re.compile(r"[ \t\n\r\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")  # what BERT takes for a space
+KNOWN_WORDS = 200_000  # that a tokenizer remembers, some 30 MB
 
 # --- words -----------------------------------------------------------------------------------------------------------
+
+
+class BertTokenizer(HubTokenizer):
+    """transformers' tokenizer, that cuts a word into pieces once: a step need not wait for the same work on each batch's words.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        ...     _ = file.write("\\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "bird", "##s"])), file.flush()
+        ...     BertTokenizer(file.name)("Birds  bird").input_ids
+        [2, 5, 6, 5, 3]
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known: dict[str, list[str]] = {}
+
+    def _tokenize(self, text: str) -> list[str]:
+        tokens: list[str] = []
+        for word in SPACES.split(text):
+            pieces = self._known.get(word)
+            if pieces is None:
+                if len(self._known) >= KNOWN_WORDS:
+                    self._known.clear()
+                pieces = self._known[word] = super()._tokenize(word)
+            tokens += pieces
+        return tokens
 
 
 def build_tokenizer(name: str) -> BertTokenizer:

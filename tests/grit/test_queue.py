@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lavis_mafa.grit import GritQueue, group_by_similarity
+from lavis_mafa.grit import GritQueue, GritSampler, group_by_similarity, next_epoch_order
 from lavis_mafa.grit import grouping as grouping_module
 from lavis_mafa.grit import queue as queue_module
 from lavis_mafa.grit.queue import HostCopy, copy_to_host, shuffle_and_group
@@ -334,3 +334,24 @@ def test_impossible_batches_are_refused():
         queue.collect(torch.arange(2), torch.zeros(2, 3), torch.zeros(2, 3))
     assert len(queue.finish_epoch()) == 3
     assert queue.finish_epoch().tolist() == []
+
+
+def test_a_default_device_changes_nothing():
+    """Whoever calls ``torch.set_default_device("cuda")`` gets the same orders: they are the host's business."""
+    made = torch.nn.functional.normalize(torch.randn(2, 21, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    samples = torch.arange(21)
+
+    def orders() -> list[list[int]]:
+        queue, sampler = GritQueue(queue_size=12, search_space=6, background=False), GritSampler(21, 3)
+        found = [list(sampler)]
+        for part in samples.split(3):
+            queue.collect(part, made[0, part], made[1, part])
+        grouped = [queue.finish_epoch()]
+        order = next_epoch_order(grouped, 21, sampler.block, batch_shuffle=True, generator_seed=1, global_batch=sampler.global_batch)
+        sampler.set_order(order, 1, grouped=True)
+        sampler.load_state_dict(sampler.state_dict())
+        return [*found, list(sampler), grouped[0].tolist()]
+
+    expected = orders()
+    with torch.device("meta"):
+        assert orders() == expected

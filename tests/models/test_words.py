@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM
+from transformers import BertTokenizer as HubTokenizer
 
 import families
 from lavis_mafa.config.checkpoints import check_kinds, check_words, words_of_tokenizer
 from lavis_mafa.errors import UserError
+from lavis_mafa.models import encoders
 from lavis_mafa.models.con_d import build_discriminator
+from lavis_mafa.models.encoders import MINILM, build_tokenizer, minilm_folder
 
 VOCABULARY = families.REDUCED["blip2"].VOCABULARY
 WORDS = len(Path(VOCABULARY).read_text().splitlines())
@@ -90,10 +96,34 @@ def test_a_checkpoint_of_another_tokenizer(tmp_path, family):
 
 
 def test_words_of_a_folder_count_added_ones(tmp_path):
-    from lavis_mafa.models.encoders import build_tokenizer
-
     tokenizer = build_tokenizer(VOCABULARY)
     tokenizer.add_tokens(["zebra", "yak"])
     tokenizer.save_pretrained(tmp_path)
     assert words_of_tokenizer(str(tmp_path)) == len(build_tokenizer(str(tmp_path))) == WORDS + 2
     assert words_of_tokenizer(VOCABULARY) == WORDS and words_of_tokenizer("bert-base-chinese") is None
+
+
+@given(st.lists(st.text("aBé ö\t\xa0\u2003\u2028\u3000\x00\x85\u00adİΣß中,.'[]#-🙂", max_size=30), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=300)
+def test_words_that_are_remembered_are_cut_as_before(texts):
+    ours, hub = remembering()
+    for text in [*texts, *texts]:
+        assert ours(text).input_ids == hub(text).input_ids, text
+
+
+@cache
+def remembering():
+    """Ours and transformers', with two special words."""
+    both = build_tokenizer(MINILM), HubTokenizer(str(minilm_folder() / "vocab.txt"))
+    for tokenizer in both:
+        tokenizer.add_special_tokens({"bos_token": "[a]", "additional_special_tokens": ["B,"]})
+    return both
+
+
+def test_no_more_words_are_remembered_than_fit(monkeypatch):
+    monkeypatch.setattr(encoders, "KNOWN_WORDS", 3)
+    tokenizer = build_tokenizer(VOCABULARY)
+    hub = HubTokenizer(VOCABULARY)
+    for text in ["a b c d e f", "f e d c b a"]:
+        assert tokenizer(text).input_ids == hub(text).input_ids
+        assert len(tokenizer._known) <= 3
