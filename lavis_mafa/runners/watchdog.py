@@ -86,6 +86,7 @@ class Watchdog:
 
     def start(self) -> None:
         """When all ranks have one, so that no reader waits."""
+        faulthandler.dump_traceback_later(DEAD_AFTER, file=2)  # the thread puts it off again and again, from its first heartbeat on
         self._thread.start()
 
     def finish(self, error: BaseException | None = None) -> None:
@@ -99,7 +100,6 @@ class Watchdog:
             self._thread.join(GONE_AFTER + 3 * self.interval)
         self._end.set()
         self._thread.join(GONE_AFTER if error else None)
-        faulthandler.cancel_dump_traceback_later()
 
     # --- the thread ------------------------------------------------------------------------------------------------
 
@@ -131,6 +131,8 @@ class Watchdog:
                 place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
                 say(f"rank 0 or the launcher on its machine is gone: {place}, where the ranks find each other, does not answer.")
                 interrupt.end_process(RankLost.EXIT_CODE)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _post(self) -> None:
         self.own.number += 1

@@ -134,7 +134,7 @@ def test_ctrl_c_ends_for_sure(again, seconds):
     """The second at once, whatever is being written; one that Python swallows after ``PATIENCE``."""
     script = f"""
 import contextlib, os, signal, threading, time
-from lavis_mafa.common import interrupt
+from lavis_mafa import signals as interrupt
 interrupt.PATIENCE, interrupt.ONCE_MORE = {seconds}, 0.1
 interrupt.watch("goodbye")
 def write():
