@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_mafa.errors import RankLost, UserError
@@ -302,6 +303,16 @@ def gather_own_first(tensor: Tensor, with_gradient: bool = False) -> Tensor:
     else:
         parts = list(gather_in_rank_order(tensor).split(len(tensor)))
     return torch.cat([parts.pop(rank()), *parts])
+
+
+def gather_words(ids: Tensor, mask: Tensor, padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """LongTensor[B, T], BoolTensor[B, T] of each rank's host -> all ranks' [W*B, longest], own rows first, on the host."""
+    if world_size() == 1:
+        return ids, mask
+    more = largest(ids.shape[1], device) - ids.shape[1]
+    both = torch.stack([F.pad(ids, (0, more), value=padding), F.pad(mask, (0, more)).long()], dim=1)
+    ids, mask = gather_own_first(both.to(device)).cpu().unbind(dim=1)
+    return ids, mask.bool()
 
 
 def largest(value: int, device: torch.device) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lavis.models.albef_models.albef_outputs import AlbefOutputFeatures
 from torch import Tensor
 
@@ -13,7 +15,9 @@ from lavis_mafa.config.schema import AlbefBlock, loss_weights
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_text_encoder, build_tokenizer, with_bert
+from lavis_mafa.models.momentum import project
 from lavis_mafa.models.step import Encoded, StepInputs
+from lavis_mafa.models.transformer import KeysValues, Reading, Tokens, on_device
 from lavis_mafa.objectives import mask_tokens, masked_lm_loss
 from lavis_mafa.objectives.lm import IGNORED
 
@@ -25,45 +29,44 @@ class AlbefPairs:
     model: AlbefMafa
     image_embeds: Tensor  # [K, N, width]
     text_embeds: Tensor  # [K, T, width]
-    text_ids: Tensor  # [K, T]
-    text_mask: Tensor  # [K, T]
+    text_ids: Tensor  # LongTensor[K, T] on the host
+    text_mask: Tensor  # BoolTensor[K, T] on the host
     momentum_image_embeds: Tensor | None = None  # [K, N, width]
     distillation: float = 0.0
 
+    @cached_property
+    def keys_values(self) -> KeysValues:
+        """Of every image once, whoever looks at it."""
+        return self.model.keys_values(self.image_embeds)
+
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one fusion pass."""
-        texts = self.text_embeds.index_select(0, text_index), self.text_mask.index_select(0, text_index)
-        return self.model.itm_head(self.model.fuse(self.image_embeds.index_select(0, image_index), texts)[:, 0])
+        reading = self._reading(image_index, text_index)
+        return self.model.itm_head(self.model.fuse(self.keys_values, self.text_embeds, reading, reading.first))
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
-        """[P], [P] -> []: masked tokens of each text predicted with its image; the head runs on masked positions only."""
-        model, tokenizer = self.model, self.model.tokenizer
+        """[P], [P] -> []: masked tokens of each text predicted with its image; last layer and head run on masked positions only."""
+        model, tokenizer, reading = self.model, self.model.tokenizer, self._reading(image_index, text_index)
         ids, labels = mask_tokens(
-            self.text_ids.index_select(0, text_index),
+            self.text_ids.flatten().index_select(0, reading.rows),
             model.settings.mlm.mask_probability,
             tokenizer.mask_token_id,
             len(tokenizer),
             [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id],
         )
-        mask = self.text_mask.index_select(0, text_index)
-        positions = torch.nonzero(labels.flatten() != IGNORED).flatten()
-        logits = self._predict(model.text_encoder, ids, mask, self.image_embeds.index_select(0, image_index), positions)
+        masked = torch.nonzero(labels != IGNORED).flatten()
+        ids, labels = on_device(ids, model.device), on_device(labels.index_select(0, masked), model.device)
+        chosen = reading.tokens_at(masked)
+        logits = model.predict(model.text_encoder, ids, reading, self.keys_values, chosen)
         momentum_logits = None
         if self.momentum_image_embeds is not None:
             with torch.no_grad():
-                images = self.momentum_image_embeds.index_select(0, image_index)
-                momentum_logits = self._predict(model.text_encoder_m, ids, mask, images, positions)
-        return masked_lm_loss(logits, labels.flatten()[positions], momentum_logits, self.distillation)
+                images = model.text_encoder_m.bert.keys_values(self.momentum_image_embeds)
+                momentum_logits = model.predict(model.text_encoder_m, ids, reading, images, chosen)
+        return masked_lm_loss(logits, labels, momentum_logits, self.distillation)
 
-    def _predict(self, encoder: Any, ids: Tensor, mask: Tensor, images: Tensor, positions: Tensor) -> Tensor:
-        states = encoder.bert(
-            ids,
-            attention_mask=mask,
-            encoder_hidden_states=images,
-            encoder_attention_mask=torch.ones(images.shape[:2], dtype=torch.long, device=images.device),
-            return_dict=True,
-        ).last_hidden_state
-        return encoder.cls(states.flatten(0, 1).index_select(0, positions))
+    def _reading(self, image_index: Tensor, text_index: Tensor) -> Reading:
+        return Reading.of(self.text_mask, self.model.device, text_index, image_index, len(self.image_embeds))
 
 
 class AlbefMafa(DualEncoder[AlbefBlock]):
@@ -98,36 +101,53 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         }
 
     def encode(self, inputs: StepInputs) -> Encoded:
-        ids, mask = self.tokenize(inputs.captions, self.gathers)
-        images, texts = self.image_states(inputs.image), self.text_states(ids, mask)
-        image_feature, text_feature = self.image_features(images), self.text_features((texts, mask))
-        batch, momentum_images = self.contrast_with_queue(inputs, image_feature, text_feature, ids, mask)
+        ids, mask = self.words(inputs.captions, self.gathers)
+        own = ids[: len(inputs.captions)], mask[: len(inputs.captions)]
+        images, texts = self.image_states(inputs.image), self.text_states(*own)
+        image_feature, text_feature = self.image_features(images), project(self.text_proj, texts[:, 0])
+        batch, momentum_images = self.contrast_with_queue(inputs, image_feature, text_feature, *own)
         distillation = self.settings.itc.momentum_distillation
         if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):
             momentum_images = None  # nobody asks it about words
         if self.gathers:
             images, texts = gather_own_first(images, with_gradient=True), gather_own_first(texts, with_gradient=True)
-            ids, mask = gather_own_first(ids), gather_own_first(mask)
             momentum_images = None if momentum_images is None else gather_own_first(momentum_images)
         pairs = AlbefPairs(self, images, texts, ids, mask, momentum_images, batch.distillation)
         return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
 
-    def text_inputs(self, ids: Tensor, mask: Tensor) -> Texts:
+    def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
         """Texts are read once, and then fused with any image."""
-        return self.text_states(ids, mask), mask
+        ids, mask = self.words(captions, gathered)
+        states = self.text_states(ids[: len(captions)], mask[: len(captions)])
+        return gather_own_first(states) if gathered else states, mask
 
-    def states_of(self, texts: Texts) -> Tensor:
-        return texts[0]
+    def text_states(self, ids: Tensor, mask: Tensor, padded: bool = False, encoder: Any = None) -> Tensor:
+        """The text layers: [B, T] -> [B, T, width]; 0 after each text's last word, unless ``padded``: what LAVIS has there."""
+        reading, bert = self.reading(mask, padded), (encoder or self.text_encoder).bert
+        states = bert.read(ids, reading, layers=slice(0, bert.fusion_layer))
+        states = reading.tokens.texts.spread(states)
+        return F.pad(states, (0, 0, 0, mask.shape[1] - states.shape[1]))
 
-    def fuse(self, image_tokens: Tensor, texts: Texts) -> Tensor:
-        return self.text_encoder.bert(
-            encoder_embeds=texts[0],
-            attention_mask=texts[1],
-            encoder_hidden_states=image_tokens,
-            encoder_attention_mask=torch.ones(image_tokens.shape[:2], dtype=torch.long, device=image_tokens.device),
-            return_dict=True,
-            mode="fusion",
-        ).last_hidden_state
+    def first_states(self, texts: Texts) -> Tensor:
+        return texts[0][:, 0]
+
+    def momentum_first_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.text_states(ids, mask, encoder=self.text_encoder_m)[:, 0]
+
+    def keys_values(self, image_tokens: Tensor) -> KeysValues:
+        return self.text_encoder.bert.keys_values(image_tokens)
+
+    def fuse(self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None) -> Tensor:
+        bert = self.text_encoder.bert
+        return bert(reading.take(texts), reading.tokens, images, chosen, layers=slice(bert.fusion_layer, None))
+
+    def fused(self, ids: Tensor, states: Tensor) -> Tensor:
+        return states
+
+    def predict(self, encoder: Any, ids: Tensor, reading: Reading, images: KeysValues, chosen: Tokens) -> Tensor:
+        """Words LongTensor[S] with images -> logits [N, words] of the N ``chosen``."""
+        bert = encoder.bert
+        return encoder.cls(bert(bert.embeddings(ids, reading.positions), reading.tokens, images, chosen))
 
     def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """LAVIS's ``albef_retrieval`` has its text encoder without ``bert.`` in the names."""

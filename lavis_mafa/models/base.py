@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lavis_mafa.config.checkpoints import LANGUAGE, OF_MODEL, check_kind
 from lavis_mafa.config.schema import CHOICES, MafaBlock, loss_weights, typed_block
-from lavis_mafa.distributed import gather_own_first
+from lavis_mafa.distributed import gather_own_first, gather_words
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_image_encoder, fit_position_embeddings, fold_token_type, tokenize
@@ -27,6 +27,7 @@ from lavis_mafa.models.momentum import TEACHERS, MomentumModel, project
 from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
 from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
+from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, on_device
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 PROJECTIONS = r"(vision_proj|text_proj)\.|temp$"
 Block = TypeVar("Block", bound=MafaBlock)
-Texts = tuple[Tensor, ...]  # what matching needs of B texts: [B, T, ...] each, padded with 0
+Texts = tuple[Tensor, ...]  # what matching needs of B texts: [B, T, ...] each, padded with 0; the last one is the mask, on the host
 
 
 class MafaModel(nn.Module, Generic[Block]):
@@ -131,15 +132,18 @@ class MafaModel(nn.Module, Generic[Block]):
         raise NotImplementedError
 
     def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
-        """What matching needs of each text; ``gathered``: padded to the longest of all ranks."""
+        """What matching needs of each text; ``gathered``: of all ranks' texts, own ones first."""
         raise NotImplementedError
 
     def text_features(self, texts: Texts) -> Tensor:
         """-> fp32 [B, d]"""
         raise NotImplementedError
 
-    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
-        """P images and P texts -> logits [P, 2]; column 1 is "matches"."""
+    def match_rows(self, image_tokens: Tensor, texts: Texts, image_index: Tensor, text_index: Tensor) -> Tensor:
+        """Pairs of K images and B texts, LongTensor[P] each -> logits [P, 2]; column 1 is "matches".
+
+        With indices on the host nothing is computed twice, or for padding; with those of a device nothing waits for it.
+        """
         raise NotImplementedError
 
     def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -388,17 +392,25 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         """Set ``text_encoder``, and a decoder where there is one."""
         raise NotImplementedError
 
-    def fuse(self, image_tokens: Tensor, texts: Texts) -> Tensor:
-        """P texts, each read with its image: [P, N, width], texts -> [P, T, width]."""
+    def keys_values(self, image_tokens: Tensor) -> KeysValues:
+        """[K, N, width] -> what any text reads of each image."""
         raise NotImplementedError
 
-    def text_inputs(self, ids: Tensor, mask: Tensor) -> Texts:
-        """What :meth:`fuse` takes of B texts."""
-        return ids, mask
+    def fuse(self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None) -> Tensor:
+        """P of B texts, each read with its image -> [S, width], or of the ``chosen`` tokens; ``texts``: the tuple's first."""
+        raise NotImplementedError
 
-    def states_of(self, texts: Texts) -> Tensor:
-        """Each of them alone, without the image: -> [B, T, width]."""
-        return self.text_states(*texts)
+    def text_states(self, ids: Tensor, mask: Tensor, padded: bool = False) -> Tensor:
+        """Texts read alone: [B, T] -> [B, T, width]; ``padded``: what LAVIS has after a text's last word too."""
+        raise NotImplementedError
+
+    def first_states(self, texts: Texts) -> Tensor:
+        """The first token of each text, read alone: -> [B, width]."""
+        raise NotImplementedError
+
+    def fused(self, ids: Tensor, states: Tensor) -> Tensor:
+        """What :meth:`fuse` reads of texts: their words, or, in ALBEF, what its text layers made of them."""
+        return ids
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
@@ -406,23 +418,29 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         return self.visual_encoder.forward_features(image)
 
     def image_features(self, tokens: Tensor) -> Tensor:
-        return project(self.vision_proj, tokens)
+        return project(self.vision_proj, tokens[:, 0])
 
-    def tokenize(self, captions: list[str], gathered: bool = False) -> tuple[Tensor, Tensor]:
-        """ids and mask [B, T]"""
-        return tokenize(self.tokenizer, captions, self.settings.max_text_length, self.device, gathered)
+    def words(self, captions: list[str], gathered: bool = False) -> tuple[Tensor, Tensor]:
+        """ids and mask [B, T] on the host; ``gathered``: of all ranks, own ones first."""
+        ids, mask = tokenize(self.tokenizer, captions, self.settings.max_text_length)
+        return gather_words(ids, mask, self.tokenizer.pad_token_id, self.device) if gathered else (ids, mask)
 
     def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
-        return self.text_inputs(*self.tokenize(captions, gathered))
+        return self.words(captions, gathered)
 
     def text_features(self, texts: Texts) -> Tensor:
-        return project(self.text_proj, self.states_of(texts))
+        return project(self.text_proj, self.first_states(texts))
 
-    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
-        return without_autocast(self.itm_head, self.fuse(image_tokens, texts)[:, 0])
+    def match_rows(self, image_tokens: Tensor, texts: Texts, image_index: Tensor, text_index: Tensor) -> Tensor:
+        reading = Reading.of(texts[-1], image_tokens.device, text_index, image_index, len(image_tokens))
+        images = self.keys_values(image_tokens)
+        return without_autocast(self.itm_head, self.fuse(images, texts[0], reading, reading.first))
 
-    def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.text_encoder.base_model(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
+    def reading(self, mask: Tensor, padded: bool = False) -> Reading:
+        """All texts [B, T] alone; ``padded`` as LAVIS reads them."""
+        if not padded:
+            return Reading.of(mask, self.device)
+        return Reading.padded(on_device(mask, self.device), torch.arange(len(mask), device=self.device))
 
     # --- one training step -----------------------------------------------------------------------------------------
 
@@ -472,12 +490,14 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
             found["image_embeds"] = self.image_states(samples["image"].to(self.device))
             found["image_embeds_proj"] = F.normalize(self.vision_proj(found["image_embeds"]), dim=-1)
         if "text_input" in keys:
-            positions = self.text_encoder.config.max_position_embeddings  # LAVIS cuts no text here
-            texts = self.text_inputs(*tokenize(self.tokenizer, samples["text_input"], positions, self.device))
-            found["text_embeds"] = self.states_of(texts)
+            ids, mask = tokenize(self.tokenizer, samples["text_input"], POSITIONS)  # LAVIS cuts no text here
+            found["text_embeds"] = self.text_states(ids, mask, padded=True)
             found["text_embeds_proj"] = F.normalize(self.text_proj(found["text_embeds"]), dim=-1)
         if "multimodal" in modes:
-            found["multimodal_embeds"] = self.fuse(found["image_embeds"], texts)
+            every = torch.arange(len(mask), device=self.device)
+            reading = Reading.padded(on_device(mask, self.device), every, every)
+            images = self.keys_values(found["image_embeds"])
+            found["multimodal_embeds"] = self.fuse(images, self.fused(ids, found["text_embeds"]), reading).view(*mask.shape, -1)
         asked: dict[str, tuple[str, ...]] = {name: (f"{name}_embeds", f"{name}_embeds_proj") for name in ("image", "text")}
         asked["multimodal"] = self.of_multimodal
         return self.feature_output(**{name: found[name] for m in modes for name in asked[m]})

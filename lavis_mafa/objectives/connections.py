@@ -34,11 +34,25 @@ def judge_connections(match_probability: Tensor, threshold: float = 0.8, ambiguo
         >>> judge_connections(torch.tensor([0.95, 0.6, 0.1])).positive
         tensor([ True, False, False])
     """
+    check_probabilities((~is_probability(match_probability)).long())
+    return sorted_connections(match_probability, threshold, ambiguous_from)
+
+
+def sorted_connections(match_probability: Tensor, threshold: float, ambiguous_from: float) -> Connections:
+    """The same, with probabilities that somebody else looks at: no device is waited for. ValueError for thresholds alone."""
     if ambiguous_from > threshold:
         raise ValueError(f"ambiguous_from is {ambiguous_from}, but must not exceed threshold ({threshold})")
-    allowed = (match_probability >= 0) & (match_probability <= 1)  # False for NaN
-    if not bool(allowed.all()):
-        positions = torch.nonzero(~allowed).flatten().tolist()
-        raise ValueError(f"match probabilities must be in [0, 1]; wrong at positions {positions}")
     positive = match_probability > threshold
     return Connections(positive=positive, ambiguous=(match_probability > ambiguous_from) & ~positive)
+
+
+def is_probability(values: Tensor) -> Tensor:
+    """-> BoolTensor of the same shape, False for NaN."""
+    return (values >= 0) & (values <= 1)
+
+
+def check_probabilities(wrong: Tensor) -> None:
+    """LongTensor[P], 1 where a pair's probability is none: raise ValueError that says where."""
+    positions = torch.nonzero(wrong).flatten().tolist()
+    if positions:
+        raise ValueError(f"match probabilities must be in [0, 1]; wrong at positions {positions}")

@@ -64,17 +64,16 @@ def masked_lm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None
 
 
 def language_modelling_loss(
-    states: Tensor, input_ids: Tensor, head: Callable[[Tensor], Tensor], pad_token_id: int, label_smoothing: float = LABEL_SMOOTHING
+    states: Tensor, next_token: Tensor, head: Callable[[Tensor], Tensor], label_smoothing: float = LABEL_SMOOTHING
 ) -> Tensor:
-    """Mean cross-entropy of each token given those before it; padding is not predicted.
+    """Mean cross-entropy of each token given those before it.
 
-    The head runs only where there is a token to predict: its logits are the largest tensor of the step, and much of it is padding.
+    The head's logits are the largest tensor of the step: it runs only where there is a token to predict.
 
     Args:
-        states: [P, T, width]; state t has seen tokens 0 to t.
-        input_ids: LongTensor[P, T], padded at the end.
+        states: [N, width] of the tokens that another follows; one has seen its text up to itself.
+        next_token: LongTensor[N], those that follow.
         head: [N, width] -> [N, V].
-        pad_token_id: of padding.
         label_smoothing: the share of the target that is spread over the vocabulary.
 
     Returns:
@@ -82,11 +81,8 @@ def language_modelling_loss(
 
     Example:
         >>> head = torch.nn.Linear(4, 10)
-        >>> language_modelling_loss(torch.zeros(1, 3, 4), torch.tensor([[1, 5, 0]]), head, pad_token_id=0).shape
+        >>> language_modelling_loss(torch.zeros(2, 4), torch.tensor([5, 1]), head).shape
         torch.Size([])
     """
-    next_token = input_ids[:, 1:].flatten()
-    there = torch.nonzero(next_token != pad_token_id).flatten()
-    logits = head(states[:, :-1].flatten(0, 1).index_select(0, there))
-    reduction = "mean" if len(there) else "sum"  # a mean of nothing is NaN
-    return F.cross_entropy(logits.float(), next_token[there], label_smoothing=label_smoothing, reduction=reduction)
+    reduction = "mean" if len(next_token) else "sum"  # a mean of nothing is NaN
+    return F.cross_entropy(head(states).float(), next_token, label_smoothing=label_smoothing, reduction=reduction)

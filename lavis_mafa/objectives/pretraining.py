@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lavis_mafa.objectives.connections import Connections, judge_connections
+from lavis_mafa.objectives.connections import Connections, check_probabilities, is_probability, sorted_connections
 from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
-from lavis_mafa.objectives.itm import CandidatePairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
+from lavis_mafa.objectives.itm import CandidatePairs, ItmPairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
 from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
 from lavis_mafa.objectives.momentum import distilled_targets
 from lavis_mafa.objectives.setting import setting
@@ -22,11 +22,11 @@ class PairModel(Protocol):
     """What MAFA asks of a host model that has encoded a batch."""
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
-        """LongTensor[P], LongTensor[P] -> Tensor[P, 2]; column 1 is "matches"."""
+        """LongTensor[P], LongTensor[P] on the host -> Tensor[P, 2]; column 1 is "matches"."""
         ...
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
-        """LongTensor[P], LongTensor[P] -> Tensor[]; masked or autoregressive, whichever the host trains."""
+        """LongTensor[P], LongTensor[P] on the host -> Tensor[]; masked or autoregressive, whichever the host trains."""
         ...
 
 
@@ -193,15 +193,17 @@ def mafa_step(
     loss_itc = loss_itm = loss_lm = None
     if settings.itc.weight:
         loss_itc = _contrast(batch, mined, settings)
+    pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
+    image_index, text_index, new_image, new_text = _on_host(pairs, mined, count)
     if settings.itm_weight:
-        pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
-        logits = model.itm_logits(pairs.image_index, pairs.text_index)
+        logits = model.itm_logits(image_index, text_index)
         loss_itm = itm_loss(logits, pairs)
         metrics["itm_accuracy_positive"], metrics["itm_accuracy_negative"] = itm_accuracy(logits.detach(), pairs)
         ranges["itm_logits"] = value_range(logits)
     if settings.lm_weight:
-        own = torch.arange(own_count, device=batch.sim_i2t.device)
-        new_image, new_text = _new_pairs(mined, count, ecm)
+        own = torch.arange(own_count)
+        if "lm" not in ecm.use_in or ecm.false_negatives == "eliminate":
+            new_image = new_text = own[:0]
         loss_lm = model.lm_loss(torch.cat([own, new_image]), torch.cat([own, new_text]))
 
     if verdicts is not None:
@@ -221,7 +223,7 @@ def _ask(discriminator: Discriminator, samples: dict[str, Any], pairs: Candidate
     probability = discriminator.match_probability(samples, pairs.image_index, pairs.text_index)
     # an anchor without a candidate was asked about its own pair: no verdict on it counts
     counted = torch.where(pairs.exists, probability, 0.0)
-    return Mined(pairs, probability, judge_connections(counted, ecm.threshold, ecm.ambiguous_from))
+    return Mined(pairs, probability, sorted_connections(counted, ecm.threshold, ecm.ambiguous_from))
 
 
 def _with_similarity(pairs: CandidatePairs, batch: EncodedBatch) -> CandidatePairs:
@@ -266,11 +268,16 @@ def _at(column: Tensor, mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).scatter(1, column[:, None], mask[:, None])
 
 
-def _new_pairs(mined: Mined, count: int, ecm: EcmSettings) -> tuple[Tensor, Tensor]:
-    """The set of pairs that Con-D turned into positives; one found from both sides counts once (D_ECM is a set)."""
-    nothing = mined.pairs.image_index[:0]
-    if mined.connections is None or "lm" not in ecm.use_in or ecm.false_negatives == "eliminate":
-        return nothing, nothing
-    found = torch.nonzero(mined.connections.positive).flatten()  # the step's one dynamic shape
-    code = torch.unique(mined.pairs.image_index[found] * count + mined.pairs.text_index[found])
-    return code // count, code % count
+def _on_host(pairs: ItmPairs, mined: Mined, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The one place where a step waits for the device: ITM's pairs, and those that Con-D turned into positives, image and text.
+
+    A pair that was found from both sides counts once (D_ECM is a set). ValueError for probabilities that are none.
+    """
+    found = torch.zeros_like(mined.pairs.image_index) if mined.connections is None else mined.connections.positive.long()
+    wrong = torch.zeros_like(found) if mined.probability is None else (mined.pairs.exists & ~is_probability(mined.probability)).long()
+    code = mined.pairs.image_index * count + mined.pairs.text_index
+    columns = pairs.image_index, pairs.text_index, found, wrong, code
+    image_index, text_index, found, wrong, code = torch.split(torch.cat(columns).cpu(), [len(column) for column in columns])
+    check_probabilities(wrong)
+    code = torch.unique(code[torch.nonzero(found).flatten()])
+    return image_index, text_index, code // count, code % count

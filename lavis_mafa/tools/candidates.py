@@ -276,11 +276,10 @@ def match_probabilities(encoder: Encoder, block: Block, image: Tensor, text: Ten
 
 def _probability(encoder: Encoder, block: Block, image: Tensor, text: Tensor) -> Tensor:
     rows, which = torch.unique(image, return_inverse=True)
-    length = int(block.texts[-1][text].sum(dim=1).max())  # no longer than these texts need
-    texts = tuple(part[text, :length].to(encoder.device) for part in block.texts)
-    states = block.images[rows].to(encoder.device)
+    words, of_text = torch.unique(text, return_inverse=True)
+    states, (*texts, mask) = block.images[rows].to(encoder.device), (part[words] for part in block.texts)
     with encoder.autocast():
-        logits = encoder.con_d.match_rows(states if len(rows) == len(image) else states[which.to(encoder.device)], texts)
+        logits = encoder.con_d.match_rows(states, (*(part.to(encoder.device) for part in texts), mask), which, of_text)
     return logits.float().softmax(dim=1)[:, 1].cpu()
 
 
