@@ -18,6 +18,7 @@ from lavis_mafa.models import albef as albef_pairs
 from lavis_mafa.models import momentum as momentum_teacher
 from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.encoders import build_text_encoder, fold_token_type
+from lavis_mafa.models.transformer import Reading
 
 batch, ours = reduced.batch, reduced.ours
 TEACHER = {"momentum_distillation": {"queue_size": 8, "momentum": 0.0}}
@@ -86,8 +87,8 @@ def test_retrieval_scores_equal_lavis(tmp_path):
 
 
 def mask_every_second(ids: torch.Tensor, special: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = torch.zeros_like(ids, dtype=torch.bool)
-    chosen[:, 1::2] = True
+    """Words of even number, with padding and without."""
+    chosen = ids % 2 == 0
     for token in special:
         chosen &= ids != token
     return torch.where(chosen, 103, ids), torch.where(chosen, ids, -100)
@@ -132,10 +133,10 @@ def test_every_word_may_be_masked_and_nothing_else(monkeypatch):
     monkeypatch.setattr(albef_pairs, "mask_tokens", lambda *given: seen.append(original(*given)) or seen[-1])
     samples = batch(3)
     model(samples)
-    ids, mask = model.tokenize(samples["text_input"])
-    own = seen[0][1][:3]
-    words = mask.bool() & (ids != model.tokenizer.cls_token_id) & (ids != model.tokenizer.sep_token_id)
-    assert torch.equal(own, torch.where(words, ids, -100)) and (~words).sum() > 6
+    ids, mask = model.words(samples["text_input"])
+    ids = ids[mask]  # as the step has them, without padding
+    words = (ids != model.tokenizer.cls_token_id) & (ids != model.tokenizer.sep_token_id)
+    assert torch.equal(seen[0][1], torch.where(words, ids, -100)) and (~words).sum() == 6
 
 
 # --- first weights -----------------------------------------------------------------------------------------------------
@@ -161,8 +162,8 @@ def test_folding_the_token_type_row_is_exact(bert):
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     with torch.no_grad():
         wanted = source.bert(ids, mask, output_hidden_states=True).hidden_states[2]  # after the two text layers
-        found = encoder.bert(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
-        torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=1e-5)
+        found = encoder.bert.read(ids, Reading.of(mask.bool(), ids.device), layers=slice(0, 2))
+        torch.testing.assert_close(found, wanted[mask.bool()], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(encoder.cls(wanted), source.cls(wanted), atol=1e-5, rtol=1e-5)
     assert "embeddings.token_type_embeddings.weight" not in encoder.bert.state_dict()
 

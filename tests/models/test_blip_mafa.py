@@ -19,6 +19,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip import BlipMafa, BlipPairs
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_blip_text
+from lavis_mafa.models.transformer import Reading
 
 batch, ours, block = reduced.batch, reduced.ours, reduced.block
 TEACHER = {"momentum_distillation": {"queue_size": 8, "momentum": 0.9}}
@@ -93,11 +94,13 @@ class Matches:
 @torch.no_grad()
 def naive_lm_loss(model: BlipMafa, samples: dict[str, Any], pairs: list[tuple[int, int]]) -> torch.Tensor:
     """Token by token, each caption alone and unpadded; 0.1 of the label's weight goes to all words alike."""
+    decoder = reduced.lavis_pretrain().text_decoder.eval()
+    decoder.load_state_dict(model.text_decoder.state_dict())
     states, losses = model.visual_encoder.forward_features(samples["image"]), []
     for image, text in pairs:
         ids = model.tokenizer([samples["text_input"][text]], return_tensors="pt").input_ids
         ids[0, 0] = model.tokenizer.bos_token_id
-        logits = model.text_decoder(ids, encoder_hidden_states=states[image : image + 1], return_dict=True).logits[0]
+        logits = decoder(ids, encoder_hidden_states=states[image : image + 1], return_dict=True).logits[0]
         for position in range(ids.shape[1] - 1):
             log_probability = logits[position].log_softmax(dim=0)
             losses.append(-(0.9 * log_probability[ids[0, position + 1]] + 0.1 * log_probability.mean()))
@@ -241,8 +244,7 @@ def test_encoder_and_decoder_start_from_bert(bert):
     with torch.no_grad():
         wanted = source.bert(ids, mask).last_hidden_state
         for text in (encoder.eval(), decoder.bert.eval()):
-            found = text(ids, attention_mask=mask, return_dict=True, mode="text").last_hidden_state
-            close(found[mask.bool()], wanted[mask.bool()])
+            close(text.read(ids, Reading.of(mask.bool(), ids.device)), wanted[mask.bool()])
         close(decoder.cls(wanted)[..., :30522], source.cls(wanted))
     words = encoder.embeddings.word_embeddings.weight
     assert words.shape == (30524, 32) and words[-2:].abs().min(dim=1).values.max() > 0  # [DEC] and [ENC] are drawn, as by LAVIS
