@@ -22,12 +22,13 @@ from lavis_mafa.config.schema import CHOICES, MafaBlock, loss_weights, typed_blo
 from lavis_mafa.distributed import gather_own_first, gather_words
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
-from lavis_mafa.models.encoders import build_image_encoder, fit_position_embeddings, fold_token_type, tokenize
+from lavis_mafa.models.encoders import build_image_encoder, fold_token_type, tokenize
 from lavis_mafa.models.momentum import TEACHERS, MomentumModel, project
 from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
 from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
 from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, on_device
+from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,

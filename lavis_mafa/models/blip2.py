@@ -16,17 +16,16 @@ from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, MafaModel, Texts
 from lavis_mafa.models.encoders import (
-    EvaVit,
     build_blip2_tokenizer,
     build_eva,
     build_qformer,
-    fit_position_embeddings,
     tokenize,
     with_own_file,
     without_vit,
 )
 from lavis_mafa.models.retrieval import most_similar_query, without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs, check_lengths
+from lavis_mafa.models.vit import EvaVit, fit_position_embeddings
 from lavis_mafa.objectives import language_modelling_loss
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]  # of each layer [B, heads, queries, d]

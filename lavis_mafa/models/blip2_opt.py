@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lavis.models.base_model import BaseModel
-from lavis.models.blip2_models.blip2 import LayerNorm, disabled_train
+from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from omegaconf import DictConfig
@@ -35,11 +35,11 @@ from lavis_mafa.models.encoders import (
     absent,
     build_eva,
     build_qformer,
-    fit_position_embeddings,
     with_own_file,
     without_vit,
 )
 from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples
+from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import value_range
 from lavis_mafa.weights import load_exactly, read_weights
 
@@ -148,9 +148,6 @@ class Blip2OptMafa(Blip2OPT):
         if settings.language_model.init is not None:  # its 5 GB come last, a wrong name is found first
             check_kind_on_hub(settings.language_model.init, KEY, WHAT, "opt")
         self.visual_encoder = build_eva(settings.image_encoder)
-        if settings.image_encoder.freeze:
-            self.visual_encoder.eval().requires_grad_(False)
-            self.visual_encoder.train = disabled_train
         self.ln_vision = Fp32LayerNorm(settings.image_encoder.width)
         self.Qformer, self.query_tokens = build_qformer(settings.qformer, settings.image_encoder.width)
         self._drop_text_branch()

