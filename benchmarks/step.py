@@ -5,7 +5,7 @@
 
 Measured: forward, backward, gradient norm and AdamW (fused; LAVIS's row as its runner has it) on random images and captions; CPU time
 of one thread, or elapsed time on a GPU, the median of the rounds. Con-D is a model of the same size, untrained, so its answers are
-replaced: it finds nothing, or calls every hard negative positive. Data loading is not in it. ``saved``: what forward leaves for backward.
+replaced: it finds nothing, or calls every hard negative positive. Loading is not in it. ``saved`` is what forward leaves for backward.
 
 ``--without-lavis`` imports neither LAVIS nor transformers, so that it runs wherever torch does; then there is no row of LAVIS.
 """
@@ -66,7 +66,9 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def named(module: str, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return nn.Module if name == "BaseModel" else type(name, (), {"__class_getitem__": lambda _: Any})
+        if name == "BaseModel":
+            return type(name, (nn.Module,), {"device": property(lambda model: next(model.parameters()).device)})
+        return type(name, (), {"__class_getitem__": lambda _: Any})
 
 
 # --- what is measured --------------------------------------------------------------------------------------------------
@@ -286,9 +288,8 @@ def main() -> None:
             print(f"\rround {number} of {arguments.rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, one thread"
-    print(
-        f"{arguments.size}, {size['batch']} pairs, {arguments.precision}{', compiled' if arguments.compile else ''}; torch {torch.__version__}; {card}"
-    )
+    kind = f"{arguments.precision}{', compiled' if arguments.compile else ''}"
+    print(f"{arguments.size}, {size['batch']} pairs, {kind}; torch {torch.__version__}; {card}")
     print(f"{'':36}{'median':>9}{'min':>9}{'max':>9}{'pairs/s':>10}{'saved':>10}{'peak':>10}")
     medians = {row.name: median(row.seconds) for row in rows}
     for row in rows:

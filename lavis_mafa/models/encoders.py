@@ -5,9 +5,7 @@ All have LAVIS's parameter names. ``init`` of each is null (from scratch), the n
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import re
 from pathlib import Path
 from typing import Any
