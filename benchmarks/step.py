@@ -219,10 +219,10 @@ class Row:
         half = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
         if counted:
             with half:
-                loss = self.model(samples)["loss"]
+                loss = self.model(samples).loss
         else:  # a step of the warm-up, in which nothing is timed
             with half, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = self.model(samples)["loss"]
+                loss = self.model(samples).loss
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), float("inf"))
         self.optimizer.step()
