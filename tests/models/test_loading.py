@@ -210,7 +210,7 @@ def test_transformers_blip_matches_as_it_does_there(tmp_path):
     theirs.save_pretrained(tmp_path)
     samples, mine = ALBEF.batch(3), BLIP.ours(5)
     mine.load_from_pretrained(str(tmp_path))
-    ids, mask = mine.tokenize(samples["text_input"])
+    ids, mask = mine.words(samples["text_input"])
     with torch.no_grad():
         own = torch.arange(3)
         found = mine.encode(mine.inputs(samples))[0].itm_logits(own, own)

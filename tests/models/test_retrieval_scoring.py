@@ -46,9 +46,11 @@ class Model(MafaModel[Any], BaseModel):
     def image_rows(self, image: torch.Tensor) -> Any:
         return image, self.cosine[image[:, 0].long()]
 
-    def match_rows(self, image_states: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        self.matched += len(image_states)
-        right = self.logits[image_states[:, 0].long(), text[0][:, 0]]
+    def match_rows(
+        self, image_states: torch.Tensor, text: tuple[torch.Tensor, ...], image_index: torch.Tensor, text_index: torch.Tensor
+    ) -> torch.Tensor:
+        self.matched += len(image_index)
+        right = self.logits[image_states[image_index, 0].long(), text[0][text_index, 0]]
         return torch.stack([-right, right], dim=1)
 
 
@@ -143,7 +145,8 @@ def test_matching_logits_of_every_family_are_fp32(family):
     samples = families.batch((family, False), 2)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         text, _ = model.text_rows(samples["text_input"])
-        logits = model.match_rows(model.image_rows(samples["image"])[0], text)
+        own = torch.arange(2)
+        logits = model.match_rows(model.image_rows(samples["image"])[0], text, own, own)
     assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
 

@@ -62,7 +62,7 @@ class ToyPairs:
     letters: Tensor  # LongTensor[K, T]
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
-        return self.model.match_rows(self.images[image_index], (self.letters[text_index],))
+        return self.model.match_rows(self.images, (self.letters,), image_index, text_index)
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """The first letter from the image."""
@@ -97,13 +97,15 @@ class ToyMafa(MafaModel[ToyBlock], BaseModel):
 
     def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
         rows = [[ord(letter) for letter in caption.ljust(20)[:20]] for caption in captions]
-        return (torch.tensor(rows, device=self.device),)
+        letters = torch.tensor(rows, device=self.device)
+        return (gather_own_first(letters) if gathered else letters,)
 
     def text_features(self, texts: Texts) -> Tensor:
         return F.normalize(self.text_proj(self.letters(texts[0]).mean(dim=1)), dim=-1)
 
-    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
-        return without_autocast(self.itm_head, image_tokens.mean(dim=1) * self.letters(texts[0]).mean(dim=1))
+    def match_rows(self, image_tokens: Tensor, texts: Texts, image_index: Tensor, text_index: Tensor) -> Tensor:
+        images, letters = image_tokens.mean(dim=1), self.letters(texts[0]).mean(dim=1)
+        return without_autocast(self.itm_head, images[image_index] * letters[text_index])
 
 
 # --- what follows ------------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def test_it_trains_a_step_with_a_con_d_of_its_own_kind(toy_yaml):
         images, _ = judge().image_rows(batch()["image"])
         (letters,), _ = judge().text_rows(CAPTIONS)
         verdicts = output.verdicts
-        logits = judge().match_rows(images[verdicts["image"]], (letters[verdicts["text"]],))
+        logits = judge().match_rows(images, (letters,), verdicts["image"], verdicts["text"])
     torch.testing.assert_close(verdicts["probability"], logits.softmax(dim=1)[:, 1])
     assert verdicts["positive"].any()
 

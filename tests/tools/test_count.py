@@ -29,6 +29,7 @@ from lavis_mafa.tools.count import Sampling, Tally, count_false_negatives, sampl
 pytestmark = pytest.mark.slow
 
 THRESHOLDS = (0.4, 0.6)
+ONE = torch.zeros(1, dtype=torch.long)
 
 
 @cache
@@ -42,7 +43,7 @@ def scored(model, data, pairs):
     """Con-D's probability of (image, text) pairs, one at a time."""
     images, texts = encoded(model, data)
     with torch.no_grad():
-        return [float(model.match_rows(images[i][0], texts[t][0]).softmax(dim=1)[0, 1]) for i, t in pairs]
+        return [float(model.match_rows(images[i][0], texts[t][0], ONE, ONE).softmax(dim=1)[0, 1]) for i, t in pairs]
 
 
 def one_by_one(model, miner, data, batches, known):
@@ -68,7 +69,7 @@ def one_by_one(model, miner, data, batches, known):
                 ranked = max(others, key=lambda r: alike(anchor, r) if direction == 0 else alike(r, anchor))  # noqa: B023
                 i, t = (anchor, ranked) if direction == 0 else (ranked, anchor)
                 with torch.no_grad():
-                    p = float(model.match_rows(images[i][0], texts[t][0]).softmax(dim=1)[0, 1])
+                    p = float(model.match_rows(images[i][0], texts[t][0], ONE, ONE).softmax(dim=1)[0, 1])
                 found.append(
                     (direction, p, bool(data.truth.matches(data.concepts[i], torch.tensor(data.truth.text_key(data.texts[t])))))
                 )
@@ -198,7 +199,7 @@ def test_data_smaller_than_a_batch_are_one_batch(kit):
 def test_a_con_d_that_says_nan_names_the_samples(kit, con_d, monkeypatch):
     nan = torch.full((1,), float("nan"))
     (block,) = encoded_blocks(kit.encoder, kit.rows(4), blocks_of(torch.arange(4), 4))
-    monkeypatch.setattr(con_d, "match_rows", lambda states, texts: nan.expand(len(states), 2))
+    monkeypatch.setattr(con_d, "match_rows", lambda states, texts, image, text: nan.expand(len(image), 2))
     with pytest.raises(UserError, match="image 1, text 2"):
         match_probabilities(kit.encoder, block, torch.tensor([1]), torch.tensor([2]))
     monkeypatch.setattr(con_d, "image_rows", lambda image: (image.flatten(2), nan.expand(len(image), 8)))

@@ -142,7 +142,8 @@ def test_a_row_an_anchor_with_both_probabilities(kit, tmp_path):
         sample = rows.dataset[anchor]
         with torch.no_grad():
             model = kit.encoder.con_d
-            logits = model.match_rows(model.image_rows(sample["image"][None])[0], model.text_rows([sample["text_input"]])[0])
+            one, texts = torch.zeros(1, dtype=torch.long), model.text_rows([sample["text_input"]])[0]
+            logits = model.match_rows(model.image_rows(sample["image"][None])[0], texts, one, one)
         assert row["own_probability"] == pytest.approx(float(logits.softmax(dim=1)[0, 1]), abs=1e-4)
 
 
