@@ -6,7 +6,21 @@ One process makes the parts: *order*, ``next_epoch_order`` of one rank's list; *
 Then R processes (gloo) do what a run does, with lists that stand for what each has grouped: *epoch's end*, ``GritFeed.end_epoch``,
 which gathers the lists, makes the order and sets it; *save*, a checkpoint of all ranks, whose weights are next to nothing; *resume*,
 from it.
-CPU seconds are those of a process with one thread; the memory is what a process took at most beyond what it had before.
+CPU seconds are those of a process with one thread; the memory is what a process took at most beyond what it had before; of R processes,
+the one that took most. Lists and orders have the type that the version gives them.
+
+Measured with 20 M rows and 4 ranks on a 2-core AMD EPYC, other programs running beside it, torch 2.14.1, 2026-11-26, medians of three
+rounds in turn. *Before*: rows sorted, in eight bytes, through pickle, the order in each rank's file.
+
+                   before             now
+                CPU s      MB    CPU s      MB
+    order        3.94    1005     0.36     193
+    set          1.23     800     0.24     100
+    draw         0.80     160     0.76      80
+    epoch's end  5.95    1185     0.65     295
+    save         0.48     160     0.19       1
+    resume       1.47     960     0.34     179
+    a checkpoint          640               80
 """
 
 from __future__ import annotations
