@@ -280,6 +280,24 @@ def gather_objects(value: Any) -> list[Any]:
     return box
 
 
+def gather_rows(rows: Tensor, group: Any) -> list[Tensor]:
+    """[n] of each rank, of any lengths and one type, in rank order; ``group`` is a :func:`host_group`.
+
+    Every rank's rows go from its memory into that of the others: nothing is padded, pickled or held on a GPU, as
+    :func:`gather_objects` would do.
+    """
+    if world_size() == 1:
+        return [rows]
+    lengths = torch.zeros(world_size(), dtype=torch.long)
+    lengths[rank()] = len(rows)
+    dist.all_reduce(lengths, group=group)
+    lists = [rows.contiguous() if r == rank() else rows.new_empty(length) for r, length in enumerate(lengths.tolist())]
+    for source, of_source in enumerate(lists):
+        if len(of_source):
+            dist.broadcast(of_source, src=source, group=group)
+    return lists
+
+
 def gather_in_rank_order(tensor: Tensor) -> Tensor:
     """[B, ...] of each rank -> [W*B, ...], without gradient."""
     if world_size() == 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.grit.grouping import Memory, group_by_similarity, group_sub_queues
-from lavis_mafa.grit.sampler import first_occurrences, saved_tensor, seeded_generator
+from lavis_mafa.grit.sampler import ROW_TYPES, first_met, pieces, row_type, saved_tensor, seeded_generator
 
 Rows = tuple[Tensor, Tensor, Tensor]  # index [n], image features [n, d], text features [n, d]
 
@@ -105,7 +105,8 @@ class GritQueue:
         """The grouped order of everything collected in this epoch; the queue then starts the next epoch empty.
 
         Returns:
-            LongTensor[n], CPU: each collected index once, full queues in the order they filled, then the rest.
+            IntTensor[n] (LongTensor where one is 2**31 or more), CPU: each collected index once, full queues in the order they
+            filled, then the rest.
 
         Raises:
             Exception: as ``collect``.
@@ -165,8 +166,8 @@ class GritQueue:
             if state[key] != value:
                 raise ValueError(f"{key} is {value}, but the saved queue had {state[key]}; resume with the saved value.")
         epoch, queues_grouped = int(state["epoch"]), int(state["queues_grouped"])
-        finished, index = (saved_tensor(state, name, torch.long, dims=1) for name in ("finished", "index"))
-        image, text = (saved_tensor(state, f"{side}_features", torch.float32, dims=2) for side in ("image", "text"))
+        finished, index = (saved_tensor(state, name, ROW_TYPES, dims=1) for name in ("finished", "index"))
+        image, text = (saved_tensor(state, f"{side}_features", (torch.float32,), dims=2) for side in ("image", "text"))
         # a queue is grouped the moment it is full
         fits = len(finished) == queues_grouped * self.queue_size and len(index) < self.queue_size
         if not fits or len(image) != len(index) or image.shape != text.shape:
@@ -176,8 +177,9 @@ class GritQueue:
             self._grouping = None
         self._start_empty()
         self.epoch, self._queues_grouped = epoch, queues_grouped
-        self._finished = [finished.clone()]
-        self._mark_seen(finished)
+        self._finished = [_narrow(finished).clone()]
+        for rows in pieces([finished]):
+            self._mark_seen(rows)
         self._arriving = copy_to_host(index, image, text)
         self._take_in()
 
@@ -222,9 +224,7 @@ class GritQueue:
         short = int(index.max()) + 1 - len(self._seen)
         if short > 0:  # at least doubling, so that growing costs O(1) per sample over an epoch
             self._seen = torch.cat([self._seen, self._seen.new_zeros(max(short, len(self._seen)))])
-        new = first_occurrences(index) & ~self._seen[index]
-        self._seen[index] = True
-        return new
+        return first_met(index, self._seen)
 
     def _group(self) -> None:
         """Hand the waiting rows over for grouping, after the previous ones are done: memory stays at two queues."""
@@ -260,7 +260,7 @@ def shuffle_and_group(rows: list[Rows], search_space: int, shuffle: bool, seed: 
         memory: see ``group_by_similarity``.
 
     Returns:
-        LongTensor[n] of data-set indices.
+        [n] data-set indices, as ``finish_epoch`` says.
 
     Raises:
         ValueError: a feature is NaN or infinite; the message names the data-set indices.
@@ -285,7 +285,7 @@ def shuffle_and_group(rows: list[Rows], search_space: int, shuffle: bool, seed: 
     if rest:
         first = int(torch.randint(rest, (), generator=generator, device="cpu"))
         parts.append(index[whole:][group_by_similarity(image[whole:], text[whole:], first, memory=memory)])
-    return torch.cat(parts)
+    return _narrow(torch.cat(parts))
 
 
 @dataclass
@@ -339,4 +339,9 @@ def _check_sizes(queue_size: int, search_space: int) -> None:
 
 
 def _concatenate(orders: list[Tensor]) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *orders])
+    return torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *orders])
+
+
+def _narrow(rows: Tensor) -> Tensor:
+    """In the smaller type that holds the largest of them."""
+    return rows.to(row_type(int(rows.max()) + 1 if len(rows) else 0))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+
+INT32_ROWS = 2**31  # below so many rows, four bytes hold the number of one
+PIECE = 2**20  # rows that are looked at at a time
+ROW_TYPES = (torch.int32, torch.int64)  # of saved row numbers: before they were int32, all were int64
 
 
 def seeded_generator(*parts: int | str) -> torch.Generator:
@@ -38,6 +42,43 @@ def first_occurrences(index: Tensor) -> Tensor:
     return torch.zeros_like(starts_run).index_fill_(0, positions[starts_run], True)
 
 
+def row_type(rows: int) -> torch.dtype:
+    """Of the numbers of so many rows: four bytes each where they suffice.
+
+    Example:
+        >>> row_type(400_000_000), row_type(5_000_000_000)
+        (torch.int32, torch.int64)
+    """
+    return torch.int32 if rows < INT32_ROWS else torch.long
+
+
+def present(lists: Sequence[Tensor], size: int) -> Tensor:
+    """BoolTensor[size]: which of ``range(size)`` the lists hold, in one pass and without sorting."""
+    found = torch.zeros(size, dtype=torch.bool, device="cpu")
+    for rows in pieces(lists):
+        found.index_fill_(0, rows.long(), True)
+    return found
+
+
+def first_met(rows: Tensor, seen: Tensor) -> Tensor:
+    """BoolTensor[n]: which of ``rows`` [n] are met for the first time, after those in the bitmap ``seen``, which they are added to.
+
+    Example:
+        >>> first_met(torch.tensor([0, 2, 2]), torch.tensor([True, False, False]))
+        tensor([False,  True, False])
+    """
+    rows = rows.long()
+    new = first_occurrences(rows) & ~seen[rows]
+    seen.index_fill_(0, rows, True)
+    return new
+
+
+def pieces(lists: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The lists in pieces: torch indexes with int64 alone, and a whole list of those may take gigabytes."""
+    for rows in lists:
+        yield from (rows[start : start + PIECE] for start in range(0, max(len(rows), 1), PIECE))
+
+
 def next_epoch_order(
     grouped: list[Tensor],
     dataset_size: int,
@@ -60,7 +101,7 @@ def next_epoch_order(
     behind the last whole global batch stays there, so that no shuffle can drop a sample twice in a row.
 
     Args:
-        grouped: one LongTensor per rank, from ``GritQueue.finish_epoch``; with ``batch_scope: global``, one list in all.
+        grouped: one tensor of integers per rank, from ``GritQueue.finish_epoch``; with ``batch_scope: global``, one list in all.
         dataset_size: N.
         block: samples that were grouped to be one batch: ``GritSampler.block``.
         batch_shuffle: phase 4 (GRIT-VLP's Table 4 without it: ``False``).
@@ -68,50 +109,77 @@ def next_epoch_order(
         global_batch: W * B, samples per step over all ranks (``GritSampler.global_batch``); ``block`` when not given.
 
     Returns:
-        LongTensor[N], a permutation of ``range(N)``.
+        IntTensor[N] (LongTensor from 2**31 samples on), a permutation of ``range(N)``.
 
     Raises:
         ValueError: an index lies outside the data set, or ``block`` does not divide ``global_batch``.
 
     Example:
         >>> next_epoch_order([torch.tensor([2, 0, 3, 1])], dataset_size=5, block=2, batch_shuffle=False, generator_seed=0)
-        tensor([4, 0, 3, 1, 2])
+        tensor([4, 0, 3, 1, 2], dtype=torch.int32)
     """
     global_batch = block if global_batch is None else global_batch
     if block < 1 or global_batch % block:
         raise ValueError(f"block is {block}, but must be at least 1 and divide global_batch ({global_batch}).")
-    ordered = _join_ranks([indices.to("cpu", torch.long) for indices in grouped], dataset_size, block)
-    generator = seeded_generator("grit order", generator_seed)
+    grouped, dtype = [_on_the_host(rows) for rows in grouped], row_type(dataset_size)
+    _check_inside(grouped, dataset_size)
+    found = present(grouped, dataset_size)
+    ordered = [rows.to(dtype) for rows in _whole_blocks_first(grouped, found, block)]
 
-    is_missing = torch.ones(dataset_size, dtype=torch.bool, device="cpu")
-    is_missing[ordered] = False
-    missing = is_missing.nonzero().squeeze(1)
+    generator = seeded_generator("grit order", generator_seed)
+    missing = (~found).nonzero().squeeze(1).to(dtype)
     # Neighbours in a data file are often captions of one image: in file order they would fill whole batches.
     missing = missing[torch.randperm(len(missing), generator=generator, device="cpu")]
-    displaced = len(missing) if len(missing) <= len(ordered) else min(len(missing) % block, len(ordered))
-    order = torch.cat([missing, ordered[displaced:], ordered[:displaced]])
+    count = dataset_size - len(missing)
+    displaced = len(missing) if len(missing) <= count else min(len(missing) % block, count)
+    first, others = _split(ordered, displaced)
+    order = torch.cat([missing, *others, *first])
 
     if batch_shuffle:
         blocks = dataset_size // global_batch * global_batch // block
         shuffled = torch.randperm(blocks, generator=generator, device="cpu")
-        order[: blocks * block] = order[: blocks * block].view(blocks, block)[shuffled].flatten()
+        served = order[: blocks * block].view(blocks, block)
+        served.copy_(served.index_select(0, shuffled))
     return order
 
 
-def _join_ranks(grouped: list[Tensor], dataset_size: int, block: int) -> Tensor:
-    """The ranks' lists joined, each index once, whole blocks before the samples of broken ones."""
-    joined = torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *grouped])
-    outside = joined[(joined < 0) | (joined >= dataset_size)]
-    if len(outside):
-        raise ValueError(f"the grouped order holds index {int(outside[0])}, but the data set has {dataset_size} samples.")
-    block_of, blocks = [torch.empty(0, dtype=torch.long, device="cpu")], 0
-    for indices in grouped:
-        block_of.append(torch.arange(len(indices), device="cpu") // block + blocks)
-        blocks += -(-len(indices) // block)
-    kept = first_occurrences(joined)
-    joined, places = joined[kept], torch.cat(block_of)[kept]
-    whole = (torch.bincount(places, minlength=blocks) == block)[places]
-    return torch.cat([joined[whole], joined[~whole]])
+def _on_the_host(rows: Tensor) -> Tensor:
+    return rows.detach().to("cpu", rows.dtype if rows.dtype in ROW_TYPES else torch.long)
+
+
+def _check_inside(grouped: list[Tensor], dataset_size: int) -> None:
+    for rows in grouped:
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < dataset_size:
+            outside = rows[(rows < 0) | (rows >= dataset_size)]
+            raise ValueError(f"the grouped order holds index {int(outside[0])}, but the data set has {dataset_size} samples.")
+
+
+def _whole_blocks_first(grouped: list[Tensor], found: Tensor, block: int) -> list[Tensor]:
+    """G in pieces: the lists' whole blocks, then the samples of broken ones; each of those ``found`` once, where it is met first."""
+    repeated = int(found.count_nonzero()) < sum(map(len, grouped))
+    seen = torch.zeros_like(found) if repeated else found
+    whole, rest = [], []
+    for rows in grouped:
+        cut = len(rows) // block * block
+        blocks, end = rows[:cut].view(-1, block), rows[cut:]
+        if repeated:
+            kept = torch.cat([first_met(piece, seen) for piece in pieces([rows])])
+            full = kept[:cut].view(-1, block).all(dim=1)
+            kept[:cut].view(-1, block)[full] = False
+            blocks, end = blocks[full], rows[kept]
+        whole.append(blocks.flatten())
+        rest.append(end)
+    return whole + rest
+
+
+def _split(lists: list[Tensor], at: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The first ``at`` of all their rows, and the others."""
+    first, others = [], []
+    for rows in lists:
+        first.append(rows[:at])
+        others.append(rows[at:])
+        at = max(at - len(rows), 0)
+    return first, others
 
 
 class GritSampler(Sampler[int]):
@@ -134,7 +202,7 @@ class GritSampler(Sampler[int]):
 
     Attributes:
         epoch: that iterating serves.
-        order: LongTensor[N], this epoch's global order.
+        order: IntTensor[N] (LongTensor from 2**31 samples on), this epoch's global order. It is never changed in place.
         grouped: whether GRIT made this epoch's order: smoothing (``smooth_when: grouped``) asks for it.
         block: samples that GRIT groups to be one batch.
         global_batch: W * B.
@@ -205,7 +273,7 @@ class GritSampler(Sampler[int]):
         """Move to ``epoch``, in this order. A loader that is already iterating is not disturbed.
 
         Args:
-            order: LongTensor[N], a permutation of ``range(N)``, equal on all ranks.
+            order: [N] integers, a permutation of ``range(N)``, equal on all ranks.
             epoch: the epoch it is for.
             grouped: whether GRIT made it.
 
@@ -215,13 +283,13 @@ class GritSampler(Sampler[int]):
         self._begin(self._checked(order), epoch, grouped)
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """Where the epoch stands, as tensors and numbers.
+        """Where the epoch stands, as tensors and numbers; the order is not copied.
 
         Args:
             step: steps of this epoch already trained (the sampler cannot know: a loader reads ahead); else ``start_step``.
         """
         return {
-            "order": self.order.clone(),
+            "order": self.order,
             "epoch": self.epoch,
             "grouped": self.grouped,
             "start_step": self.start_step if step is None else step,
@@ -235,7 +303,7 @@ class GritSampler(Sampler[int]):
             ValueError: the saved order is for another data set, or what it already served is no whole number of steps here. The
                 sampler is then as it was.
         """
-        order = self._checked(saved_tensor(state, "order", torch.long, dims=1))
+        order = self._checked(saved_tensor(state, "order", ROW_TYPES, dims=1))
         saved_batch, steps = int(state["global_batch"]), int(state["start_step"])
         if saved_batch < 1 or not 0 <= steps <= self.dataset_size // saved_batch:
             raise ValueError(f"the saved epoch cannot stand after {steps} batches of {saved_batch} of {self.dataset_size} samples.")
@@ -255,25 +323,28 @@ class GritSampler(Sampler[int]):
         self.order, self.epoch, self.grouped, self._start_step = order, epoch, grouped, 0
 
     def _random_order(self, epoch: int) -> Tensor:
-        return torch.randperm(self.dataset_size, generator=seeded_generator("grit sampler", self.seed, epoch), device="cpu")
+        generator, dtype = seeded_generator("grit sampler", self.seed, epoch), row_type(self.dataset_size)
+        return torch.randperm(self.dataset_size, generator=generator, dtype=dtype, device="cpu")  # the same numbers in both types
 
     def _checked(self, order: Tensor) -> Tensor:
-        order = order.detach().to("cpu", torch.long, copy=True)
-        if order.shape != (self.dataset_size,) or not torch.equal(order.sort().values, torch.arange(self.dataset_size, device="cpu")):
-            raise ValueError(f"the order ({list(order.shape)}) is not a permutation of the data set's {self.dataset_size} samples.")
-        return order
+        size = self.dataset_size
+        order = _on_the_host(order)
+        inside = order.shape == (size,) and 0 <= int(order.min()) <= int(order.max()) < size
+        if not inside or not bool(present([order], size).all()):
+            raise ValueError(f"the order ({list(order.shape)}) is not a permutation of the data set's {size} samples.")
+        return order.to(row_type(size), copy=True)
 
 
-def saved_tensor(state: Mapping[str, Any], name: str, dtype: torch.dtype, dims: int) -> Tensor:
+def saved_tensor(state: Mapping[str, Any], name: str, dtypes: tuple[torch.dtype, ...], dims: int) -> Tensor:
     """``state[name]``, all of whose values are in memory: a stored view may repeat one number a billion times.
 
     Raises:
-        ValueError: it is no tensor of that type and number of dimensions.
+        ValueError: it is no tensor of one of these types, with so many dimensions.
     """
     value = state[name]
     plain = isinstance(value, Tensor) and value.layout is torch.strided and value.is_contiguous()
-    if not plain or value.dtype != dtype or value.dim() != dims:
-        raise ValueError(f"the saved {name} is no contiguous tensor of {dtype} with {dims} dimensions.")
+    if not plain or value.dtype not in dtypes or value.dim() != dims:
+        raise ValueError(f"the saved {name} is no contiguous tensor of {' or '.join(map(str, dtypes))} with {dims} dimensions.")
     tensor: Tensor = value
     return tensor
 

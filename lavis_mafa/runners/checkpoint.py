@@ -1,7 +1,7 @@
 """Saving a run whole, beside the training, and going on from what was saved.
 
-``checkpoint_NAME.pth`` has LAVIS's layout; ``checkpoint_NAME.rankR.pth`` beside it holds what only rank R knows: order, queue, random
-states, what is not logged yet.
+``checkpoint_NAME.pth`` has LAVIS's layout; ``checkpoint_NAME.rankR.pth`` beside it holds what only rank R knows: queue, random states,
+what is not logged yet. The order of the epoch, which all ranks share, is in rank 0's; the others' have its checksum.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import logging
 import random
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from lavis_mafa import signals as interrupt
 from lavis_mafa.distributed import host_group, rank, world_size
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import numbered_checkpoints, replacing
+from lavis_mafa.grit.sampler import ROW_TYPES, saved_tensor
 from lavis_mafa.runners.agreement import data_difference, data_record
 from lavis_mafa.runners.loading import BadSamples, GritFeed
 from lavis_mafa.runners.log import MetricsLog
@@ -212,7 +214,7 @@ class RunState:
         feed = self.feed.snapshot(step)
         state = {"random": random_state(self.device), "log": self.log.state_dict(), "bad_samples": self.bad_samples.state_dict()}
         state = host_copy(state)
-        return lambda: {"feed": feed(), **state}
+        return lambda: {"feed": _own_part(feed(), rank()), **state}
 
     def restore(self, path: Path) -> tuple[int, int, dict[str, Any]]:
         """Go on where ``path``, ours or LAVIS's own, was saved.
@@ -234,6 +236,7 @@ class RunState:
                 epoch, step = int(content["epoch"]) + 1, 0
             else:
                 epoch, step = int(content["next_epoch"]), int(content["step"])
+                _take_order(state["feed"]["sampler"], path)
                 self._check_data(content.get("data"), state)
                 _check_position(state["feed"]["sampler"], epoch, step)
                 self.feed.load_state_dict(state["feed"])
@@ -272,10 +275,33 @@ def read_resumable(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             raise UserError(f"{KEY}: {path} has no {key!r}; only a checkpoint of a run can be resumed.")
     if "next_epoch" not in content:
         return content, None
-    state_path = rank_file(path, rank())
-    if not state_path.is_file():
-        raise UserError(f"{KEY}: {state_path.name} is missing beside {path}; it holds rank {rank()}'s order and queue.")
-    return content, read_checkpoint(state_path, KEY)
+    return content, _read_state(path, rank())
+
+
+def _read_state(path: Path, rank: int) -> dict[str, Any]:
+    file = rank_file(path, rank)
+    if not file.is_file():
+        raise UserError(f"{KEY}: {file.name} is missing beside {path}; it holds rank {rank}'s order and queue.")
+    return read_checkpoint(file, KEY)
+
+
+def _own_part(feed: dict[str, Any], rank: int) -> dict[str, Any]:
+    """What a rank's file holds of the feed's state: of ranks other than 0, the order's checksum in its place."""
+    sampler = feed["sampler"]
+    return feed if rank == 0 else {**feed, "sampler": {**sampler, "order": _checksum(sampler["order"])}}
+
+
+def _take_order(sampler: dict[str, Any], path: Path) -> None:
+    """Rank 0's order into the state of another rank, which may have one of its own: an earlier version wrote it there."""
+    wanted = sampler["order"]
+    if isinstance(wanted, int):
+        sampler["order"] = saved_tensor(_read_state(path, 0)["feed"]["sampler"], "order", ROW_TYPES, dims=1)
+        if _checksum(sampler["order"]) != wanted:
+            raise ValueError(f"the order in {rank_file(path, 0).name} is not the one that {rank_file(path, rank()).name} names.")
+
+
+def _checksum(order: Tensor) -> int:
+    return zlib.crc32(order.numpy().data)
 
 
 def _check_position(sampler: dict[str, Any], epoch: int, step: int) -> None:

@@ -21,10 +21,10 @@ from lavis_mafa.config.schema import Grit, RunBlock
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.indexed import REASON, UNREADABLE, IndexedDataset, image_path, of_a_decoder, seeded
 from lavis_mafa.datasets.pairs import ImageQuestions, RetrievalPairs
-from lavis_mafa.distributed import gather_in_rank_order, gather_objects, rank, world_size
+from lavis_mafa.distributed import gather_in_rank_order, gather_objects, gather_rows, host_group, rank, world_size
 from lavis_mafa.errors import UserError, death_of_a_worker
 from lavis_mafa.grit import GritQueue, GritSampler, next_epoch_order
-from lavis_mafa.grit.sampler import saved_tensor
+from lavis_mafa.grit.sampler import ROW_TYPES, saved_tensor
 from lavis_mafa.signals import patient_worker
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ def _loader(
 class GritFeed:
     """The sampler of the training set and, with GRIT, the queue that makes its next order (GRIT-VLP section 4.1).
 
-    ``batch_scope: local``: each rank groups what it saw. ``global``: features are gathered in rank order and every rank groups the
-    same queue, so that the order does not depend on the number of ranks.
+    ``batch_scope: local``: each rank groups what it saw. ``global``: features are gathered in rank order and rank 0 groups them all, so
+    that the order does not depend on the number of ranks.
 
     Raises:
         ValueError: fewer samples than one global batch, or a search space smaller than a grouped batch.
@@ -93,7 +93,7 @@ class GritFeed:
         self.seed = seed
         self.scope = grit.batch_scope if grit is not None else "local"
         self.sampler = GritSampler(dataset_size, batch_size, rank, world_size, self.scope, seed)
-        self.queue: GritQueue | None = None
+        self.queue: GritQueue | None = None  # with global scope on rank 0 alone
         if self.grit is None:
             return
         if self.sampler.block > self.grit.search_space:
@@ -105,13 +105,11 @@ class GritFeed:
                 "the data set has %d samples, fewer than run.grit.search_space (%d): GRIT groups all of them in one search space",
                 *(dataset_size, self.grit.search_space),
             )
-        self.queue = GritQueue(
-            self.grit.queue_size,
-            self.grit.search_space,
-            self.grit.example_shuffle,
-            seed if self.scope == "global" else seed + rank,
-            memory=self.grit.memory,  # type: ignore[arg-type]
-        )
+        self._group = host_group()
+        if self.scope == "local" or rank == 0:
+            memory: Any = self.grit.memory
+            sizes = (self.grit.queue_size, self.grit.search_space)
+            self.queue = GritQueue(*sizes, self.grit.example_shuffle, seed + rank, memory=memory)
 
     def collects(self, when: str) -> bool:
         """Is this ``run.grit.collect``?"""
@@ -119,11 +117,11 @@ class GritFeed:
 
     def collect(self, index: Tensor, image_features: Tensor, text_features: Tensor) -> None:
         """Phase 1: enqueue a batch's features, [B], [B, d], [B, d]."""
-        if self.queue is None:
-            return
-        if self.scope == "global":
+        if self.grit is not None and self.scope == "global":
             index = gather_in_rank_order(index)
             image_features, text_features = gather_in_rank_order(image_features), gather_in_rank_order(text_features)
+        if self.queue is None:
+            return
         # the features of a step that was not applied may be anything, but its samples must be in the next order too
         image_features, text_features = (f.detach().nan_to_num(0.0, 0.0, 0.0) for f in (image_features, text_features))
         self.queue.collect(index, image_features, text_features)
@@ -140,23 +138,25 @@ class GritFeed:
         self.sampler.set_order(self._next_order(epoch), epoch, grouped=True)
 
     def _next_order(self, epoch: int) -> Tensor:
-        assert self.queue is not None and self.grit is not None
-        grouped = self.queue.finish_epoch()
-        lists = [grouped] if self.scope == "global" else gather_objects(grouped)
+        assert self.grit is not None
         sampler, seed = self.sampler, self.seed * 100_003 + epoch
+        grouped = torch.empty(0) if self.queue is None else self.queue.finish_epoch()
+        lists = gather_rows(grouped.to(sampler.order.dtype), self._group)
         return next_epoch_order(lists, sampler.dataset_size, sampler.block, self.grit.batch_shuffle, seed, sampler.global_batch)
 
     def snapshot(self, step: int) -> Callable[[], dict[str, Any]]:
         """What serves the same samples after ``step`` steps of this epoch again. Another thread may call the function that is returned;
         there it waits for a queue that is being grouped."""
         sampler, queue = self.sampler.state_dict(step), None if self.queue is None else self.queue.snapshot()
-        return lambda: {"sampler": sampler, "queue": None if queue is None else queue()}
+        return lambda: {"sampler": sampler, "queue": None if queue is None else queue(), "scope": self.scope}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`snapshot` was taken; raises ValueError for another data set or other settings."""
-        queue = state["queue"]
+        queue, scope = state["queue"], state.get("scope", self.scope)
+        if self.grit is not None and self.sampler.world_size > 1 and scope != self.scope:
+            raise ValueError(f"run.grit.batch_scope is {self.scope}, but the saved order was made with {scope}; resume with that.")
         for name in ("finished", "index") if queue is not None else ():
-            rows = saved_tensor(queue, name, torch.long, dims=1)
+            rows = saved_tensor(queue, name, ROW_TYPES, dims=1)
             if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.sampler.dataset_size:
                 raise ValueError(f"the saved {name} holds positions outside the data set of {self.sampler.dataset_size} samples.")
         self.sampler.load_state_dict(state["sampler"])

@@ -18,6 +18,7 @@ from lavis_mafa.config.schema import Grit
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.grouping import MATRIX_BUDGET
+from lavis_mafa.grit.sampler import row_type
 from lavis_mafa.runners.step import autocast
 from lavis_mafa.tools.cost import (
     CON_D,
@@ -168,14 +169,16 @@ def gpu_memory(cost: Cost, gpus: int) -> dict[str, int]:
 
 
 def host_memory(grit: Grit, dim: int, samples: int) -> dict[str, int]:
-    """Bytes of each process: GRIT's two queues (one fills while the other is grouped), what grouping takes, the order of an epoch."""
+    """Bytes of each process: GRIT's two queues (one fills while the other is grouped), what grouping takes, the order of an epoch
+    (with GRIT at its end: this one, the lists of all ranks, and the next one while its blocks move; measured, 20 bytes a sample)."""
+    order = samples * row_type(samples).itemsize
     if not grit.enabled:
-        return {"queue": 0, "grouping": 0, "order": samples * INDEX}
+        return {"queue": 0, "grouping": 0, "order": order}
     queue, matrices = grit.queue_size * (2 * dim * FP32 + INDEX), 0
     if grit.memory == "matrix":
         pair = 2 * grit.search_space**2
         matrices = FP32 * pair * min(grit.queue_size // grit.search_space, max(1, MATRIX_BUDGET // pair))
-    return {"queue": 2 * queue, "grouping": 2 * queue + matrices, "order": 2 * samples * INDEX}
+    return {"queue": 2 * queue, "grouping": 2 * queue + matrices, "order": 5 * order}
 
 
 def grit_flops_of_pair(grit: Grit, dim: int) -> float:

@@ -49,7 +49,8 @@ class Ranks:
                 self.barrier.abort()  # the others must not wait for it
                 raise
 
-        with patch.multiple(loading, gather_objects=self.gather, gather_in_rank_order=lambda t: torch.cat(self.gather(t))):
+        gathering = {"gather_rows": lambda rows, _: self.gather(rows), "gather_in_rank_order": lambda t: torch.cat(self.gather(t))}
+        with patch.multiple(loading, **gathering):
             with ThreadPoolExecutor(self.world) as threads:
                 return list(threads.map(as_rank, range(self.world)))
 
@@ -294,7 +295,7 @@ def test_a_resumed_training_serves_exactly_the_rest(plan, data):
 @settings(deadline=None, max_examples=20)
 @given(plans(scopes=("global",), collects=("training",)), st.data())
 def test_a_global_training_resumes_on_fewer_ranks(plan, data):
-    """Every rank holds the whole queue, so rank 0's state is enough for one rank with the same global batch."""
+    """Rank 0 holds the whole queue, so its state is enough for one rank with the same global batch."""
     plan = replace(plan, unreadable=frozenset())
     steps = plan.size // plan.global_batch
     epoch, step = data.draw(st.integers(0, EPOCHS - 1)), data.draw(st.integers(1, steps))

@@ -48,7 +48,7 @@ def test_an_epoch_comes_out_as_a_permutation(size, shuffle, background, seed):
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     for epoch in range(2):
         order = run_epoch(queue, order, batch, epoch)
-        assert order.dtype == torch.long
+        assert order.dtype == torch.int32
         assert order.sort().values.tolist() == list(range(count))
     assert queue.epoch == 2
 

@@ -52,7 +52,7 @@ def test_next_order_is_a_permutation_whatever_the_ranks_bring(data):
         block * data.draw(st.integers(1, 3)),
     )
     order = next_epoch_order(*arguments)
-    assert order.dtype == torch.long
+    assert order.dtype == torch.int32
     assert order.sort().values.tolist() == list(range(size))
     assert torch.equal(next_epoch_order(*arguments), order)
 

@@ -28,7 +28,7 @@ def queue() -> GritQueue:
 
 SAMPLER = [
     ({"order": torch.zeros(20, dtype=torch.long)}, "not a permutation"),
-    ({"order": torch.arange(20.0)}, "saved order is no contiguous tensor of torch.int64"),
+    ({"order": torch.arange(20.0)}, "saved order is no contiguous tensor of torch.int32 or torch.int64"),
     ({"order": torch.arange(20).to_sparse()}, "saved order is no contiguous tensor"),
     ({"order": HUGE}, "saved order is no contiguous tensor"),
     ({"epoch": "one"}, "'one'"),

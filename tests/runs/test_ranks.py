@@ -145,6 +145,11 @@ def test_retrieval_of_a_gallery_that_ranks_share_unevenly_is_that_of_one_process
     assert shares[2][1]["retrieval"] == shares[1][1]["retrieval"]
 
 
+def test_lists_of_rows_of_any_lengths_reach_all_ranks(shares):
+    assert shares[1][1]["rows"] == [[[]]]
+    assert shares[2][1]["rows"] == [[[], [1, 3, 5, 7, 9]]] * 2
+
+
 def test_all_ranks_train_the_same_number_of_batches_and_no_sample_twice(shares):
     ranks = shares[2][1]["trained"]
     rows = [row for batches in ranks for batch in batches for row in batch]

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from lavis_mafa.config.schema import CaptioningRun, Grit, RunBlock, VqaRun
-from lavis_mafa.distributed import gather_objects, init_process_group, is_distributed, rank
+from lavis_mafa.distributed import gather_objects, gather_rows, host_group, init_process_group, is_distributed, rank, world_size
 from lavis_mafa.models.retrieval import retrieval_scores
 from lavis_mafa.runners.loading import eval_loader, train_loader
 from lavis_mafa.runners.runner_mafa import evaluate_split
@@ -91,6 +91,16 @@ def trained(count: int) -> list[list[list[int]]]:
     return gather_objects([batch["index"].tolist() for batch in loader])
 
 
+def rows_of_all() -> list[list[list[int]]]:
+    """What each rank has of every rank's rows, of which rank 0 has none and the last has the most."""
+    group, found = host_group(), []
+    for dtype in (torch.int32, torch.int64):
+        rows = torch.arange(0, 10 * rank(), 2, dtype=dtype) + rank()
+        found.append([of_rank.tolist() for of_rank in gather_rows(rows, group) if of_rank.dtype == dtype])
+    assert len(found[0]) == world_size() and found[0] == found[1]
+    return gather_objects(found[0])
+
+
 def write_results(folder: Path) -> None:
     before = registry.mapping["paths"].get("result_dir")
     registry.mapping["paths"]["result_dir"] = str(folder / "result")
@@ -101,6 +111,7 @@ def write_results(folder: Path) -> None:
         "answers": {count: generated(vqa, count, folder) for count in (1, 5)},
         "retrieval": {count: retrieval(count) for count in (1, 3, 5)},
         "trained": trained(20),
+        "rows": rows_of_all(),
     }
     registry.mapping["paths"]["result_dir"] = before
     if rank() == 0:
