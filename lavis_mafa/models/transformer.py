@@ -38,7 +38,7 @@ class Grid:
         for row in row_of_token:
             places.append(used[row])
             used[row] += 1
-        width = max(1, *used)
+        width = max([1, *used])
         slots = [row * width + place for row, place in zip(row_of_token, places, strict=True)]
         return cls(rows, width, None if slots == list(range(rows * width)) else on_device(slots, device))
 
@@ -140,10 +140,10 @@ class Reading:
         """BoolTensor[B, T] on the host; LongTensor[P] each (None: all texts; no images), of which there are ``images``."""
         if text_index is not None and text_index.device.type != "cpu":
             return cls.padded(on_device(mask, device).index_select(0, text_index), text_index, image_index)
-        texts = list(range(len(mask))) if text_index is None else numbers(text_index)
+        texts = list(range(len(mask))) if text_index is None else numbers(text_index, len(mask))
         of_all, width = lengths_of(mask), mask.shape[1]
         lengths = [of_all[text] for text in texts]
-        layout = Layout.of(lengths, None if image_index is None else numbers(image_index))
+        layout = Layout.of(lengths, None if image_index is None else numbers(image_index, images))
         rows = [text * width + place for text, length in zip(texts, lengths, strict=True) for place in range(length)]
         positions = on_device([place for length in lengths for place in range(length)], device)
         first = layout.tokens(device, images, chosen=layout.first_tokens())
@@ -166,7 +166,7 @@ class Reading:
     def tokens_at(self, places: Tensor) -> Tokens:
         """Some of the S tokens alone: LongTensor on the host, ascending."""
         assert self.layout is not None, "a reading that the host does not know"
-        return self.layout.tokens(self.positions.device, self.images, numbers(places))
+        return self.layout.tokens(self.positions.device, self.images, numbers(places, len(self.rows)))
 
     def followed(self) -> Tensor:
         """LongTensor[N] on the device: the tokens that are not the last ones of their text."""
@@ -183,8 +183,8 @@ class Reading:
         return on_device(flat.index_select(0, rows), device)
 
 
-def numbers(index: Tensor) -> list[int]:
-    """What the host knows."""
+def numbers(index: Tensor, below: int) -> list[int]:
+    """What the host knows: an index into ``below`` things."""
     return index.tolist()
 
 

@@ -53,6 +53,6 @@ def is_probability(values: Tensor) -> Tensor:
 
 def check_probabilities(wrong: Tensor) -> None:
     """LongTensor[P], 1 where a pair's probability is none: raise ValueError that says where."""
-    positions = torch.nonzero(wrong).flatten().tolist()
-    if positions:
+    if not bool((wrong == 0).all()):
+        positions = torch.nonzero(wrong).flatten().tolist()
         raise ValueError(f"match probabilities must be in [0, 1]; wrong at positions {positions}")

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lavis_mafa.config.schema import FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
+from lavis_mafa.models import transformer
 from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
 from lavis_mafa.models.con_d import as_con_d, untrained
 from lavis_mafa.models.encoders import PRECISIONS
@@ -36,6 +37,11 @@ BERT_WORDS = 30522
 # the parts of a step; ITC is also what belongs to no other
 IMAGE, TEXT, TEACHER, ITC, ITM, LM = "image encoder", "text encoder", "momentum teacher", "ITC", "ITM", "LM"
 QUERIES, CON_D, CON_D_VIT = "Q-Former's queries", "Con-D, matching", "Con-D, image encoder"
+# torch's counter knows attention on a GPU alone
+_OPS, _ATTENTION = torch.ops.aten, "_scaled_dot_product_flash_attention"
+FORMULAS = flop_registry | {
+    getattr(_OPS, f"{_ATTENTION}_for_cpu{way}"): flop_registry[getattr(_OPS, f"{_ATTENTION}{way}")] for way in ("", "_backward")
+}
 BY_MODULE = {"visual_encoder": IMAGE, "text_encoder": TEXT, "Qformer": QUERIES, "opt_proj": QUERIES, "opt_model": LM}
 
 
@@ -255,13 +261,13 @@ class NoValues(TorchDispatchMode):
             return args[0].dtype == torch.bool or (step.size.text_length if step else 0)
         if step and func is torch.ops.aten.nonzero.default:
             return torch.empty(round(step.share * args[0].numel()), args[0].dim(), dtype=torch.long, device=args[0].device)
-        if step and func is torch.ops.aten._unique2.default:
-            return args[0], args[0], args[0]
+        if step and func in (torch.ops.aten._unique2.default, torch.ops.aten.unique_dim.default):
+            return args[0], torch.arange(args[0].shape[-1]), args[0]
         output = func(*args, **kwargs)
         if step and step.part == LM and func is torch.ops.aten._log_softmax.default:
             step.logits = max(step.logits, output.numel())
-        if step and func._overloadpacket in flop_registry:
-            step.add(flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
+        if step and func._overloadpacket in FORMULAS:
+            step.add(FORMULAS[func._overloadpacket](*args, **kwargs, out_val=output))
         return output
 
 
@@ -306,6 +312,10 @@ class _Step:
             if device == "cuda":
                 for name, answer in (("cuda.amp.common.amp_definitely_not_available", False), ("cuda.is_bf16_supported", True)):
                     stack.enter_context(patch(f"torch.{name}", lambda *_, answer=answer, **__: answer))
+                stack.enter_context(patch("torch.Tensor.pin_memory", lambda tensor: tensor))
+            # what the host reads of an index: pairs that are spread evenly over texts and images; and no text is shorter than others
+            stack.enter_context(patch(f"{transformer.__name__}.numbers", spread_evenly))
+            stack.enter_context(patch(f"{transformer.__name__}.lengths_of", lambda mask: [mask.shape[1]] * len(mask)))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(NoValues(self))
             for module in (self.model, *_modules_of(self.con_d)):
@@ -383,6 +393,10 @@ class _Step:
     def _unpack(self, packed: tuple[str, Tensor]) -> Tensor:
         self.part, tensor = packed  # a node of backward fetches what it saved right before it computes
         return tensor
+
+
+def spread_evenly(index: Tensor, below: int) -> list[int]:
+    return [number * below // len(index) for number in range(len(index))]
 
 
 def samples_of(settings: Any, size: StepSize, device: Any) -> dict[str, Any]:
