@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from lavis_mafa.datasets.annotations import says_something, shortened
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.lavis_rows import image_keys as image_keys_of_rows
+from lavis_mafa.datasets.pixels import normalised, with_bytes
 from lavis_mafa.errors import EmptyCaption
 
 LOOK_AHEAD = 32  # rows, for a stand-in from outside of a batch that is bad altogether
@@ -40,10 +41,13 @@ class IndexedDataset(Dataset):
     An unreadable sample is replaced by the next readable one of the same batch, or of the rows that follow, where the batch has none
     (GRIT serves what it has not seen, so bad samples come together). A batch without either is collated to its ``bad_samples``
     alone: the runner, which counts them, ends the run with one message.
+
+    Args:
+        bytes_if_possible: images are uint8 where :func:`with_bytes` can have them so, and whoever iterates calls :meth:`normalised`.
     """
 
-    def __init__(self, dataset: Any, seed: int = 0) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, seed: int = 0, bytes_if_possible: bool = False) -> None:
+        self.dataset, self._normalise = with_bytes(dataset) if bytes_if_possible else (dataset, None)
         self.seed = seed
         # in shared memory: workers outlive an epoch
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
@@ -52,6 +56,10 @@ class IndexedDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Captions and augmentations of this epoch from now on, in this process and in all workers."""
         self._epoch.fill_(epoch)
+
+    def normalised(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """A batch on its device with images as the model takes them, equal to those of a data set without bytes to the bit."""
+        return samples if self._normalise is None else normalised(samples, self._normalise)
 
     def __len__(self) -> int:
         return len(self.dataset)
