@@ -99,7 +99,7 @@ def jpeg(path: Path, size: tuple[int, int] = (400, 300), mode: str = "RGB", orie
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize(("size", "mode"), [((400, 300), "RGB"), ((403, 301), "L"), ((397, 305), "CMYK")])
+@pytest.mark.parametrize(("size", "mode"), [((400, 304), "RGB"), ((400, 304), "L"), ((403, 301), "RGB"), ((397, 305), "CMYK")])
 def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path: Path, orientation: int, size: Any, mode: str) -> None:
     path = jpeg(tmp_path / "x.jpg", size, mode, orientation, progressive=orientation % 2 == 0)
     whole = load_rgb(path)
@@ -116,7 +116,8 @@ def test_a_large_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path: Path, o
         assert abs(found.width - 207 / factor) <= 1 and abs(found.height - 250 / factor) <= 1 and found.mode == "RGB"
         assert min(found.size) >= side
         difference = np.asarray(found.resize((20, 20))).astype(int) - np.asarray(expected.resize((20, 20)))
-        assert np.abs(difference).mean() < 8, "at an eighth, half a pixel off shows; a crop from elsewhere is 50 off"
+        # what does not divide by 8 is filled up at its right and lower edge, so that turned it lies up to a pixel beside
+        assert np.abs(difference).mean() < (2.5 if size == (400, 304) else 10)
     assert set(drawn) == {whole.size}, "upright, as it was before"
 
 
