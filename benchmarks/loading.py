@@ -4,12 +4,12 @@
 
 Rows: ours as the runner trains (bytes); ours as a processor alone gives it (floats); LAVIS's caption data set with its
 ``blip_image_train``; torchvision's v2 transforms on its own decoder. All crop 20 to 100 % of the area, flip, and augment with
-RandAugment; torchvision's applies both of its operations to every image, the others each to one image in two. The JPEGs are noise
+RandAugment; torchvision's applies both of its operations to every image, the others one on average. The JPEGs are noise
 as smooth as photographs are, of a photograph's size on disk. Medians of alternating rounds of CPU time.
 
 The pipeline is a ``DataLoader`` of ``--workers`` processes, with the CPU time that workers and main process together spend on an
-image: what it is above one core's figure goes into collating, sending and, for bytes, normalising. As long as cores are free, images a
-second are that figure times the number of workers.
+image: what it is above one core's figure goes into collating, sending and, for bytes, normalising. With a core for each, W workers
+load about W / that time; the images a second that are printed are those of this machine as it was.
 
 Measured with ``--images 24 --rounds 7`` on a 2-core AMD EPYC at 2.6 GHz beside other programs, torch 2.14.1, 2026-11-26:
 
