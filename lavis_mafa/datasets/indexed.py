@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from lavis_mafa.datasets.annotations import says_something, shortened
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.lavis_rows import image_keys as image_keys_of_rows
+from lavis_mafa.datasets.pixels import normalised, with_bytes
 from lavis_mafa.errors import EmptyCaption
 
 LOOK_AHEAD = 32  # rows, for a stand-in from outside of a batch that is bad altogether
@@ -40,10 +41,13 @@ class IndexedDataset(Dataset):
     An unreadable sample is replaced by the next readable one of the same batch, or of the rows that follow, where the batch has none
     (GRIT serves what it has not seen, so bad samples come together). A batch without either is collated to its ``bad_samples``
     alone: the runner, which counts them, ends the run with one message.
+
+    Args:
+        bytes_if_possible: images are uint8 where :func:`with_bytes` can have them so, and whoever iterates calls :meth:`normalised`.
     """
 
-    def __init__(self, dataset: Any, seed: int = 0) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Any, seed: int = 0, bytes_if_possible: bool = False) -> None:
+        self.dataset, self._normalise = with_bytes(dataset) if bytes_if_possible else (dataset, None)
         self.seed = seed
         # in shared memory: workers outlive an epoch
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
@@ -53,19 +57,27 @@ class IndexedDataset(Dataset):
         """Captions and augmentations of this epoch from now on, in this process and in all workers."""
         self._epoch.fill_(epoch)
 
+    def normalised(self, samples: dict[str, Any]) -> dict[str, Any]:
+        """A batch on its device with images as the model takes them, equal to those of a data set without bytes to the bit."""
+        return samples if self._normalise is None else normalised(samples, self._normalise)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        with generators_kept():
+            return self._sample(index)
+
+    def _sample(self, index: int) -> Any:
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # LAVIS's own data sets would fill the rest of a torn image with grey
-        with seeded(self.seed, int(self._epoch), index):
-            sample = self.dataset[index]
+        seed_generators(self.seed, int(self._epoch), index)
+        sample = self.dataset[index]
         if isinstance(sample, dict):
             sample = {**sample, "index": index, "image_key": int(self.image_keys[index])}
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        tried = [self._try(index) for index in indices]
+        tried = self._tried(indices)
         stand_ins = [s for s in tried if not isinstance(s, BadSample)]
         stand_ins = stand_ins or [s for index in indices if (s := self._readable_after(index)) is not None]
         if not stand_ins:
@@ -79,8 +91,9 @@ class IndexedDataset(Dataset):
         return samples
 
     def _readable_after(self, index: int) -> Any:
-        rows = (self._try((index + step) % len(self)) for step in range(1, LOOK_AHEAD + 1))
-        return next((s for s in rows if not isinstance(s, BadSample)), None)
+        with generators_kept():
+            rows = (self._try((index + step) % len(self)) for step in range(1, LOOK_AHEAD + 1))
+            return next((s for s in rows if not isinstance(s, BadSample)), None)
 
     def collate(self, samples: list[Any]) -> Any:
         """The data set's own collater, plus ``bad_samples``: what could not be read, and why."""
@@ -98,9 +111,13 @@ class IndexedDataset(Dataset):
                 batch["bad_samples"] = [dict(b) for b in bad]
         return batch
 
+    def _tried(self, indices: Sequence[int]) -> list[Any]:
+        with generators_kept():  # once: numpy takes 0.1 ms to tell its state and to take it back
+            return [self._try(index) for index in indices]
+
     def _try(self, index: int) -> Any:
         try:
-            sample = self[index]
+            sample = self._sample(index)
             _check_caption(sample, getattr(_innermost(self.dataset, index)[0], "text_processor", None))
             return sample
         except (*UNREADABLE, *BROKEN) as error:
@@ -127,11 +144,22 @@ def _check_caption(sample: Any, process: Any) -> None:
 @contextlib.contextmanager
 def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Python's, numpy's and torch's generators start from (seed, epoch, index) inside, and go on as before outside."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    with generators_kept():
+        seed_generators(seed, epoch, index)
+        yield
+
+
+def seed_generators(seed: int, epoch: int, index: int) -> None:
     number = int(np.random.SeedSequence([seed, epoch, index]).generate_state(1)[0])
     random.seed(number)
     np.random.seed(number)
     torch.default_generator.manual_seed(number)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Whatever is drawn inside, the generators go on outside as if nothing had been."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:

@@ -126,10 +126,11 @@ class ImageTextPairs(_AnnotatedImages):
             OSError: the image cannot be read. The runner takes another sample in its place and counts it.
             EmptyCaption: processing leaves nothing of the caption; likewise.
         """
-        captions = self.captions(index)
+        path, captions = self.image_path(index), self.captions(index)
+        read = getattr(self.vis_processor, "read", None)  # a processor that reads files itself may spare most of a large one
         caption = captions[0] if len(captions) == 1 else random.choice(captions)
         sample: dict[str, Any] = {
-            "image": self.vis_processor(load_rgb(self.image_path(index))),
+            "image": self.vis_processor(load_rgb(path)) if read is None else read(path),
             "text_input": clean_caption(self.text_processor, caption),
             "index": index,
             "image_key": int(self.image_keys[index]),

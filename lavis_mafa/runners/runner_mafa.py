@@ -345,10 +345,13 @@ class RunnerMafa(RunnerBase):
 
     def _prepare(self, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
         self.bad_samples.add(samples, self.settings.batch_size_train)
-        samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
+        samples = self._on_device(samples)
         samples["first_of_window"] = step % self.settings.accum_grad_iters == 0
         samples.update(epoch=epoch, iters=step, num_iters_per_epoch=self.steps_per_epoch, grouped=self.feed.sampler.grouped)
         return samples
+
+    def _on_device(self, samples: dict[str, Any]) -> dict[str, Any]:
+        return self.train_loader.dataset.normalised(prepare_sample(samples, cuda_enabled=self.cuda_enabled))
 
     def _flush(self, epoch: int, done: int) -> None:
         derive = getattr(self.task, "derived_metrics", None)
@@ -363,7 +366,7 @@ class RunnerMafa(RunnerBase):
         model.eval()
         for samples in self.train_loader:
             self.bad_samples.add(samples, self.settings.batch_size_train)
-            samples = prepare_sample(samples, cuda_enabled=self.cuda_enabled)
+            samples = self._on_device(samples)
             with autocast(self.settings.precision, self.device):
                 image, text = model.grit_features(samples)
             yield samples["index"], image, text

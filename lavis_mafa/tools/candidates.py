@@ -58,7 +58,7 @@ class ReadableRows(IndexedDataset):
         self.batch_size, self.workers = batch_size, workers
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        return [self._try(index) for index in indices]
+        return self._tried(indices)
 
     def collate(self, samples: list[Any]) -> Any:
         """A batch, or nothing but ``bad_samples`` where nothing could be read."""

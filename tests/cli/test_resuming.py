@@ -169,8 +169,8 @@ def test_a_folder_is_put_back_to_what_its_checkpoint_knows(tmp_path, name, steps
 def test_another_batch_size_counts_other_steps(go_on, trained, tmp_path, monkeypatch):
     """12 of 20 samples are done: with batches of 6 two steps of three, and the third serves the next 6 of the order."""
     served: list[int] = []
-    read = IndexedDataset.__getitem__
-    monkeypatch.setattr(IndexedDataset, "__getitem__", lambda self, index: served.append(index) or read(self, index))
+    read = IndexedDataset._sample
+    monkeypatch.setattr(IndexedDataset, "_sample", lambda self, index: served.append(index) or read(self, index))
     assert main(go_on("run.batch_size_train=6", "run.max_steps=3")) == 0
     (run,) = (tmp_path / "output").iterdir()
     assert [(r["epoch"], r["step"]) for r in map(json.loads, (run / "metrics.jsonl").open())] == [(0, 3)]

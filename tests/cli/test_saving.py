@@ -196,8 +196,8 @@ def test_a_resumed_run_reads_only_what_is_left(train, tmp_path, monkeypatch):
 
     assert train("run.max_steps=3") == 0
     served: list[int] = []
-    read = IndexedDataset.__getitem__
-    monkeypatch.setattr(IndexedDataset, "__getitem__", lambda self, index: served.append(index) or read(self, index))
+    read = IndexedDataset._sample
+    monkeypatch.setattr(IndexedDataset, "_sample", lambda self, index: served.append(index) or read(self, index))
     (state,) = (tmp_path / "output").glob("*/checkpoint_0_3.rank0.pth")
     order = torch.load(state, weights_only=True)["feed"]["sampler"]["order"].tolist()
     assert train("run.max_steps=4") == 0

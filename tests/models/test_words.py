@@ -18,7 +18,7 @@ from lavis_mafa.config.checkpoints import check_kinds, check_words, words_of_tok
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import encoders
 from lavis_mafa.models.con_d import build_discriminator
-from lavis_mafa.models.encoders import MINILM, build_tokenizer, minilm_folder
+from lavis_mafa.models.encoders import BertTokenizer, build_tokenizer, minilm_folder
 
 VOCABULARY = families.REDUCED["blip2"].VOCABULARY
 WORDS = len(Path(VOCABULARY).read_text().splitlines())
@@ -103,20 +103,32 @@ def test_words_of_a_folder_count_added_ones(tmp_path):
     assert words_of_tokenizer(VOCABULARY) == WORDS and words_of_tokenizer("bert-base-chinese") is None
 
 
-@given(st.lists(st.text("aBé ö\t\xa0\u2003\u2028\u3000\x00\x85\u00adİΣß中,.'[]#-🙂", max_size=30), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=300)
-def test_words_that_are_remembered_are_cut_as_before(texts):
-    ours, hub = remembering()
+ODD = "aBé ö\t\xa0\u2003\u2028\u3000\x00\x85\u00adİΣß中,.'[]#-🙂yYkKnN"
+
+
+@pytest.mark.parametrize("lower", [True, False], ids=["uncased", "cased"])
+@given(
+    texts=st.lists(
+        st.one_of(st.text(ODD, max_size=30), st.text(max_size=30), st.text("abYyk [],", max_size=12)), min_size=1, max_size=6
+    )
+)
+@settings(deadline=None, max_examples=200)
+def test_any_text_is_cut_as_by_transformers(lower, texts):
+    ours, hub = remembering(lower)
     for text in [*texts, *texts]:
         assert ours(text).input_ids == hub(text).input_ids, text
+    batches = [t(texts, padding="longest", truncation=True, max_length=7) for t in (ours, hub)]
+    assert dict(batches[0]) == dict(batches[1])
 
 
 @cache
-def remembering():
-    """Ours and transformers', with two special words."""
-    both = build_tokenizer(MINILM), HubTokenizer(str(minilm_folder() / "vocab.txt"))
+def remembering(lower):
+    """Ours and transformers', with two special words and two added ones."""
+    vocabulary = str(minilm_folder() / "vocab.txt")
+    both = BertTokenizer(vocabulary, do_lower_case=lower), HubTokenizer(vocabulary, do_lower_case=lower)
     for tokenizer in both:
-        tokenizer.add_special_tokens({"bos_token": "[a]", "additional_special_tokens": ["B,"]})
+        tokenizer.add_special_tokens({"bos_token": "[a]", "additional_special_tokens": ["B,", "[ENC]"]})
+        tokenizer.add_tokens(["Yk", "kn"])
     return both
 
 

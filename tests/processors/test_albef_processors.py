@@ -12,16 +12,29 @@ from lavis.common.registry import registry
 from lavis.processors.blip_processors import BlipImageEvalProcessor
 from omegaconf import OmegaConf
 from PIL import Image
-from torchvision.transforms import RandomHorizontalFlip
+from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
 from lavis_mafa.config.data import SETTINGS
 from lavis_mafa.errors import UserError
-from lavis_mafa.processors import PROCESSORS, AlbefCaptionProcessor, AlbefImageEvalProcessor, AlbefImageTrainProcessor, RandAugment
+from lavis_mafa.processors import (
+    PROCESSORS,
+    AlbefCaptionProcessor,
+    AlbefImageEvalProcessor,
+    AlbefImageTrainProcessor,
+    RandAugment,
+    RandomCrop,
+)
 
 
 @pytest.fixture
 def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+
+
+def image_of(width: int, height: int) -> Image.Image:
+    """Smooth, and nowhere the same."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    return Image.fromarray(np.stack([255 * x, 255 * y, 127 * (1 + np.sin(9 * x * y))], axis=2).astype(np.uint8))
 
 
 def test_eval_is_laviss(image: Image.Image) -> None:
@@ -48,11 +61,34 @@ def test_flip_can_be_switched_off_and_plain_settings_change_nothing(image: Image
     assert any(crops)
 
 
+@pytest.mark.parametrize("size", [(70, 50), (31, 300), (400, 300)])
+def test_a_crop_is_what_torchvision_draws_and_resizes_with_pil(size: tuple[int, int]) -> None:
+    smooth = image_of(*size)
+    ours, theirs = RandomCrop(32, (0.2, 1.0)), RandomResizedCrop(32, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        crop = ours(smooth)
+        torch.manual_seed(seed)
+        difference = crop.permute(1, 2, 0).numpy().astype(int) - np.asarray(theirs(smooth))
+        assert crop.shape == (3, 32, 32) and crop.dtype == torch.uint8 and np.abs(difference).max() <= 2
+
+
+@given(st.lists(st.floats(-2, 2, width=32), min_size=3, max_size=3), st.lists(st.floats(0.015625, 2, width=32), min_size=3, max_size=3))
+def test_bytes_are_normalised_as_torchvision_does_to_the_bit(mean: list[float], std: list[float]) -> None:
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    expected = Compose([ToTensor(), Normalize(mean, std)])(every)
+    pixels = torch.from_numpy(every).permute(2, 0, 1)
+    process = AlbefImageTrainProcessor(mean=mean, std=std)
+    assert torch.equal(process.normalised(pixels), expected)
+    assert torch.equal(process.normalised(pixels.expand(2, 3, 16, 16)), expected.expand(2, 3, 16, 16))
+    assert process.normalised(pixels).is_contiguous()
+
+
 def test_autocontrast_does_not_blank_an_image_without_black(monkeypatch: pytest.MonkeyPatch) -> None:
     array = np.random.default_rng(0).integers(5, 200, (16, 16, 3), dtype=np.uint8)
     augment = RandAugment(1, 7)
     monkeypatch.setattr(augment, "get_random_ops", lambda: [("AutoContrast", 1.0, 7)])
-    stretched = augment(Image.fromarray(array))
+    stretched = augment(torch.from_numpy(array).permute(2, 0, 1)).permute(1, 2, 0).numpy()
     assert stretched.min() == 0 and stretched.max() == 255
     assert np.corrcoef(stretched.ravel(), array.ravel())[0, 1] > 0.99
 
