@@ -149,8 +149,8 @@ def test_a_copy_has_weights_of_its_own():
     model = VisionTransformer(**SMALL, gradient_checkpointing=True)
     before, copy = model(images()), deepcopy(model)
     with torch.no_grad():
-        copy.blocks[1].mlp.fc2.bias.add_(1.0)  # LAVIS's copies run the layers of the model that they were copied from
-    assert torch.equal(model(images()), before) and not torch.allclose(copy(images()), before)
+        copy.blocks[1].mlp.fc2.bias[0].add_(1.0)  # LAVIS's copies run the layers of the model that they were copied from
+    assert torch.equal(model(images()), before) and (copy(images()) - before).abs().max() > 0.1
 
 
 @settings(max_examples=20, deadline=None)
