@@ -333,13 +333,16 @@ def check_combinations(model: Any, run: RunBlock | None, files: bool = True) -> 
 
 
 def _sizes(model: Any, shown: str) -> Iterator[str]:
-    """Widths that heads divide, images that patches divide, layers of both kinds."""
+    """Widths that heads divide, images that patches divide, layers of both kinds, and patches left out in training alone."""
     for name in (f.name for f in dataclasses.fields(model) if dataclasses.is_dataclass(getattr(model, f.name))):
         part, key = getattr(model, name), f"{shown}.{name}"
         if hasattr(part, "heads") and part.width % part.heads:
             yield f"{key}.width is {part.width}, but must be a multiple of heads ({part.heads})."
         if hasattr(part, "patch_size") and part.image_size % part.patch_size:
             yield f"{key}.image_size is {part.image_size}, but must be a multiple of patch_size ({part.patch_size})."
+        if getattr(part, "drop_patches", 0) and (shown != "model" or getattr(part, "freeze", False)):
+            who = "a frozen ViT" if shown == "model" else "Con-D"
+            yield f"{key}.drop_patches is {part.drop_patches:g}, but {who} always sees whole images; allowed here: 0."
         if hasattr(part, "fusion_layer") and not 0 < part.fusion_layer < part.layers:
             yield f"{key}.fusion_layer is {part.fusion_layer}, but must lie between 1 and layers - 1 ({part.layers - 1})."
         if getattr(part, "freeze", None) is False and part.precision != "fp32":

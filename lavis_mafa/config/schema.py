@@ -150,6 +150,13 @@ class ImageEncoder:
     depth: int = setting(..., "layers", low=1)
     heads: int = setting(..., "attention heads", low=1)
     drop_path: float = setting(0.0, "stochastic depth", low=0, high=1)
+    drop_patches: float = setting(
+        0.0,
+        "share of each image's patches that is left out in training, at random; not of a frozen ViT",
+        "FLIP, arXiv 2212.00794",
+        low=0,
+        high=0.99,
+    )
     gradient_checkpointing: bool = setting(False, "less memory, more time")
 
 
@@ -606,7 +613,8 @@ def con_d_block(model: MafaBlock) -> Any:
             known = ", ".join(model_types(family))
             raise UserError(f"model.discriminator.model_type is {kind!r}, but {con_d.arch} has: {known}.")
         sizes = type_defaults(family, kind)["model"] | {"tokenizer": model.tokenizer}  # of BERT's vocabulary all
-    own: dict[str, Any] = {"arch": family, "discriminator": None, "image_encoder": {"init": None, "image_size": size}}
+    own: dict[str, Any] = {"arch": family, "discriminator": None}
+    own["image_encoder"] = {"init": None, "image_size": size, "drop_patches": 0.0}
     if family == "blip2_mafa":
         own["image_encoder"]["freeze"] = True
     for part in ("image_encoder", "text_encoder", "qformer"):

@@ -214,7 +214,7 @@ def build_image_encoder(settings: ImageEncoder) -> VisionTransformer:
 
 
 def _vit_sizes(settings: ImageEncoder) -> dict[str, Any]:
-    names = ("image_size", "patch_size", "width", "depth", "heads", "drop_path", "gradient_checkpointing")
+    names = ("image_size", "patch_size", "width", "depth", "heads", "drop_path", "drop_patches", "gradient_checkpointing")
     return {name: getattr(settings, name) for name in names}
 
 

@@ -24,7 +24,10 @@ TEACHERS = (
 
 
 class MomentumModel(nn.Module):
-    """Methods of a model that may have a momentum copy of its ``MOMENTUM_PARTS``, named with ``_m`` appended, as in LAVIS."""
+    """Methods of a model that may have a momentum copy of its ``MOMENTUM_PARTS``, named with ``_m`` appended, as in LAVIS.
+
+    It sees whole images where ``image_encoder.drop_patches`` leaves the model a part of each, so that its targets miss nothing.
+    """
 
     ramp_up_epochs = 1  # until its targets have their full weight
     settings: MafaBlock
@@ -44,6 +47,7 @@ class MomentumModel(nn.Module):
         """``queue_size`` 0: no queue, whose tensors are there and empty; an anchor then sees the batch alone (MAFA's MD_NQ)."""
         for part in MOMENTUM_PARTS:
             setattr(self, f"{part}_m", deepcopy(getattr(self, part)).requires_grad_(False))
+        self.visual_encoder_m.drop_patches = 0.0
         embed_dim = self.settings.embed_dim
         self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))

@@ -26,14 +26,16 @@ class PatchEmbed(nn.Module):
         self.num_patches = (image_size // patch_size) ** 2
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, patches, width]; ValueError for images of another size."""
+    def forward(self, image: Tensor, kept: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] -> [B, patches, width], or [B, k, width] of each image's ``kept`` ones [B, k]; ValueError for another size."""
         rows, columns = image.shape[2:]
         if (rows, columns) != (self.image_size, self.image_size):
             raise ValueError(f"images are {rows} x {columns}, but the ViT takes {self.image_size} x {self.image_size}.")
         side, patch = self.image_size // self.patch_size, self.patch_size
         pixels = image.reshape(len(image), 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
         pixels = pixels.reshape(len(image), self.num_patches, 3 * patch**2)
+        if kept is not None:
+            pixels = pixels.take_along_dim(kept[:, :, None], dim=1)
         return F.linear(pixels, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -107,6 +109,8 @@ class VisionTransformer(nn.Module):
     Args:
         image_size: pixels of each side; ``patch_size`` divides it.
         drop_path: probability that an image skips a layer's branch, of the last block; it rises from 0 at the first (stochastic depth).
+        drop_patches: share of the patches that each image goes without in training, at random (FLIP, arXiv 2212.00794). The class token
+            stays, and so does at least one patch; in eval mode nothing is dropped.
         gradient_checkpointing: keep only what goes into each block, and compute the block again in backward.
 
     Example:
@@ -126,10 +130,11 @@ class VisionTransformer(nn.Module):
         heads: int,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        drop_patches: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.num_features, self.gradient_checkpointing = width, gradient_checkpointing
+        self.num_features, self.drop_patches, self.gradient_checkpointing = width, drop_patches, gradient_checkpointing
         self.patch_embed = PatchEmbed(image_size, patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, width))
@@ -145,9 +150,12 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] -> token states [B, 1 + patches, width]"""
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(image), -1, -1)
-        x = torch.cat([first, self.patch_embed(image) + self.pos_embed[:, 1:]], dim=1)
+        """[B, 3, H, W] -> token states [B, 1 + patches, width], of the patches that are not dropped"""
+        first, places = (self.cls_token + self.pos_embed[:, :1]).expand(len(image), -1, -1), self.pos_embed[:, 1:]
+        kept = self._kept(image) if self.training and self.drop_patches > 0 else None
+        if kept is not None:
+            places = F.embedding(kept, places[0])
+        x = torch.cat([first, self.patch_embed(image, kept) + places], dim=1)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -158,6 +166,12 @@ class VisionTransformer(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> token states [B, 1 + patches, width]"""
         return self.forward_features(image)
+
+    def _kept(self, image: Tensor) -> Tensor:
+        """LongTensor[B, k]: patches of each image, any k of them with equal chances; attention does not see their order."""
+        patches = self.patch_embed.num_patches
+        count = max(1, patches - round(self.drop_patches * patches))
+        return torch.rand(len(image), patches, device=image.device).topk(count, dim=1, sorted=False).indices
 
 
 @torch.no_grad()

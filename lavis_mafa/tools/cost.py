@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
 from lavis_mafa.config.schema import FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
@@ -37,11 +37,12 @@ BERT_WORDS = 30522
 # the parts of a step; ITC is also what belongs to no other
 IMAGE, TEXT, TEACHER, ITC, ITM, LM = "image encoder", "text encoder", "momentum teacher", "ITC", "ITM", "LM"
 QUERIES, CON_D, CON_D_VIT = "Q-Former's queries", "Con-D, matching", "Con-D, image encoder"
-# torch's counter knows attention on a GPU alone
-_OPS, _ATTENTION = torch.ops.aten, "_scaled_dot_product_flash_attention"
-FORMULAS = flop_registry | {
-    getattr(_OPS, f"{_ATTENTION}_for_cpu{way}"): flop_registry[getattr(_OPS, f"{_ATTENTION}{way}")] for way in ("", "_backward")
+# torch counts attention on GPUs alone; that its kernels compute the logits again in backward is none of the model's work
+ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v),
 }
+COUNTED = flop_registry | {operation: shape_wrapper(count) for operation, count in ATTENTION.items()}
 BY_MODULE = {"visual_encoder": IMAGE, "text_encoder": TEXT, "Qformer": QUERIES, "opt_proj": QUERIES, "opt_model": LM}
 
 
@@ -114,13 +115,15 @@ def cost_of(
         if collects:
             step.model.grit_features(samples_of(settings, size, "cpu"))
         features = sum(part.total for part in step.flops.values())
-    recomputed = step.recomputed
     if device == "cuda":
         step = _Step(settings, size, own_vit)
         with step.without_values("cuda"):
             step.run("cuda", precision, backward=False)
-    if recomputed:  # with gradient checkpointing one block is whole at a time
-        step.saved[IMAGE] = step.saved.get(IMAGE, 0) + recomputed // settings.image_encoder.depth
+    vit = settings.image_encoder
+    if vit.gradient_checkpointing:  # one block is whole at a time, as all are without
+        vit.gradient_checkpointing = False
+        whole = cost_of(settings, size, precision, device, own_vit).saved
+        step.saved[IMAGE] = step.saved.get(IMAGE, 0) + whole.get(IMAGE, 0) // vit.depth
     return Cost(step.weights, flops, step.saved, step.logits, features)
 
 
@@ -266,8 +269,8 @@ class NoValues(TorchDispatchMode):
         output = func(*args, **kwargs)
         if step and step.part == LM and func is torch.ops.aten._log_softmax.default:
             step.logits = max(step.logits, output.numel())
-        if step and func._overloadpacket in FORMULAS:
-            step.add(FORMULAS[func._overloadpacket](*args, **kwargs, out_val=output))
+        if step and func._overloadpacket in COUNTED:
+            step.add(COUNTED[func._overloadpacket](*args, **kwargs, out_val=output))
         return output
 
 
@@ -284,7 +287,7 @@ class _Step:
         self.part, self.backward = "images", False
         self.flops: dict[str, Flops] = {}
         self.saved: dict[str, int] = {}
-        self.logits = self.recomputed = 0
+        self.logits = 0
         self.held: dict[int, Tensor] = {}  # by storage; kept, so that no storage's address is used twice
         for name, module in model.named_children():
             self._watch(module, TEACHER if name.endswith("_m") else BY_MODULE.get(name, ITC), reads_words=name == "Qformer")
@@ -310,6 +313,7 @@ class _Step:
                 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.size.gathered)
                 stack.callback(dist.destroy_process_group)
             if device == "cuda":
+                stack.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention))
                 for name, answer in (("cuda.amp.common.amp_definitely_not_available", False), ("cuda.is_bf16_supported", True)):
                     stack.enter_context(patch(f"torch.{name}", lambda *_, answer=answer, **__: answer))
                 stack.enter_context(patch("torch.Tensor.pin_memory", lambda tensor: tensor))
@@ -384,10 +388,7 @@ class _Step:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.held:
             self.held[storage._cdata] = tensor
-            if self.backward:
-                self.recomputed += storage.nbytes()
-            else:
-                self.saved[self.part] = self.saved.get(self.part, 0) + storage.nbytes()
+            self.saved[self.part] = self.saved.get(self.part, 0) + storage.nbytes()
         return self.part, tensor
 
     def _unpack(self, packed: tuple[str, Tensor]) -> Tensor:
@@ -397,6 +398,13 @@ class _Step:
 
 def spread_evenly(index: Tensor, below: int) -> list[int]:
     return [number * below // len(index) for number in range(len(index))]
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """What torch takes where there is a GPU; where there is none it would save every attention map."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal)[0]
 
 
 def samples_of(settings: Any, size: StepSize, device: Any) -> dict[str, Any]:

@@ -300,6 +300,20 @@ WRONG: list[tuple[str, str, Edit, tuple[str, ...]]] = [
     ),
     ("stage 2", "training in bf16", ("freeze: false, precision: fp32", "freeze: false, precision: bf16"), ("freeze: false", "fp32")),
     ("albef", "heads", (VIT, VIT.replace("heads: 2", "heads: 3")), ("model.image_encoder.width is 16", "multiple of heads (3)")),
+    ("albef", "no patch", (VIT, VIT[:-1] + ", drop_patches: 1.0}"), ("image_encoder.drop_patches is 1.0", "between 0 and 0.99")),
+    ("blip", "patches below none", (VIT, VIT[:-1] + ", drop_patches: -0.5}"), ("drop_patches is -0.5", "between 0 and 0.99")),
+    (
+        "stage 1",
+        "a frozen ViT's patches",
+        (VIT, VIT[:-1] + ", freeze: true, drop_patches: 0.5}"),
+        ("model.image_encoder.drop_patches is 0.5, but a frozen ViT always sees whole images", "allowed here: 0"),
+    ),
+    (
+        "albef",
+        "Con-D's patches",
+        ("con_d.pth}", "con_d.pth, image_encoder: {drop_patches: 0.5}}"),
+        ("model.discriminator.image_encoder.drop_patches is 0.5, but Con-D always sees whole images", "allowed here: 0"),
+    ),
     ("blip", "patches", (VIT, VIT.replace("patch_size: 8", "patch_size: 7")), ("image_encoder.image_size is 16", "patch_size (7)")),
     ("albef", "a fusion layer", ("fusion_layer: 1", "fusion_layer: 2"), ("model.text_encoder.fusion_layer is 2", "layers - 1 (1)")),
     ("stage 1", "a teacher", ("smooth_when: grouped", "momentum_distillation: {alpha: 0.4}"), ("blip2_mafa has no momentum teacher",)),
@@ -520,6 +534,7 @@ FINE: list[tuple[str, str, Edit]] = [
     ),
     ("albef", "a reference", ("queue_size: 48", 'queue_size: "${run.seed}"')),
     ("albef", "a processor without a name", ("name: albef_image_eval, ", "")),
+    ("stage 1", "patches of a trained ViT, though not of its Con-D", (VIT, VIT[:-1] + ", freeze: false, drop_patches: 0.5}")),
     ("albef", "the largest seed", ("seed: 42", f"seed: {2**32 - 1}")),
     ("captions", "the environment", added("  output_dir: ${oc.env:HOME}/output\n")),
     (
