@@ -38,16 +38,16 @@ class Grid:
         for row in row_of_token:
             places.append(used[row])
             used[row] += 1
-        width = max(1, *used)
+        width = max([1, *used])
         slots = [row * width + place for row, place in zip(row_of_token, places, strict=True)]
         return cls(rows, width, None if slots == list(range(rows * width)) else on_device(slots, device))
 
     def spread(self, states: Tensor) -> Tensor:
         """[S, C] -> [rows, width, C], 0 where no token is."""
         if self.slots is None:
-            return states.view(self.rows, self.width, -1)
+            return states.view(self.rows, self.width, states.shape[-1])
         grid = states.new_zeros(self.rows * self.width, states.shape[-1]).index_copy_(0, self.slots, states)
-        return grid.view(self.rows, self.width, -1)
+        return grid.view(self.rows, self.width, states.shape[-1])
 
     def collect(self, grid: Tensor) -> Tensor:
         """[rows, width, C] -> [S, C]"""
@@ -83,7 +83,7 @@ class Layout:
         """Texts of one image share a row, as long as it is no wider than the average image's texts or so."""
         if image_of_text is None:
             return cls(lengths)
-        room = max(max(lengths), round(1.25 * sum(lengths) / len(set(image_of_text))))
+        room = max([*lengths, round(1.25 * sum(lengths) / max(1, len(set(image_of_text))))])
         row_of_text, image_of_row = [], list[int]()
         open_rows: dict[int, tuple[int, int]] = {}  # of an image: its last row, and how much of that is taken
         for image, length in zip(image_of_text, lengths, strict=True):
@@ -97,14 +97,14 @@ class Layout:
 
     def first_tokens(self) -> list[int]:
         """Where each text begins."""
-        return [0, *itertools.accumulate(self.lengths[:-1])]
+        return list(itertools.accumulate(self.lengths[:-1], initial=0))[: len(self.lengths)]
 
     def tokens(self, device: torch.device, images: int = 0, chosen: list[int] | None = None) -> Tokens:
         """All S tokens, or those ``chosen`` in ascending order; ``images`` says how many there are to attend to."""
         text_of = [text for text, length in enumerate(self.lengths) for _ in range(length)]
         texts = Grid.of(text_of, len(self.lengths), device)
-        longest, seen = max(self.lengths), None
-        if min(self.lengths) < longest:
+        longest, seen = max(self.lengths, default=0), None
+        if any(length < longest for length in self.lengths):
             seen = (torch.arange(longest) < torch.tensor(self.lengths)[:, None])[:, None, None]
             seen = on_device(seen, device)
         if chosen is not None:
@@ -147,7 +147,7 @@ class Reading:
         rows = [text * width + place for text, length in zip(texts, lengths, strict=True) for place in range(length)]
         positions = on_device([place for length in lengths for place in range(length)], device)
         first = layout.tokens(device, images, chosen=layout.first_tokens())
-        return cls(torch.tensor(rows), positions, layout.tokens(device, images), first, layout, images)
+        return cls(torch.tensor(rows, dtype=torch.long), positions, layout.tokens(device, images), first, layout, images)
 
     @classmethod
     def padded(cls, mask: Tensor, text_index: Tensor, image_index: Tensor | None = None) -> Reading:
