@@ -125,6 +125,7 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
             PROJECTIONS: {"itc"},
             r"itm_head\.": {"itm"},
             r"Qformer\.cls\.": {"lm"},
+            last + r"(intermediate|output)\.": {"itc", "lm"},  # ITM reads the queries alone
             last + r"(crossattention|intermediate_query|output_query)\.": {"itc", "itm"},  # LM reads the keys and values before them
         }
         self._prepare_mafa()

@@ -124,7 +124,7 @@ class QueryBert(nn.Module):
         for number, layer in self._layers():
             states, _ = layer.attend(states, reading.tokens, reading.first if number == last else None)
             states = layer.dense(states, reading.first, self._seen(images, number))
-        return states.view(count, -1, states.shape[-1])
+        return states.view(count, queries.shape[1], states.shape[-1])
 
     def read(self, ids: Tensor, reading: Reading, chosen: Tokens | None = None) -> Tensor:
         """Texts alone: LongTensor[B, T] -> [S, width], or of the ``chosen`` tokens."""
