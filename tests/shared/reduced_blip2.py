@@ -164,6 +164,13 @@ def same_as(theirs: nn.Module, **changes: Any) -> Blip2Mafa:
     return mine
 
 
+def in_lavis(mine: Blip2Mafa) -> Any:
+    """LAVIS's with the weights of ours."""
+    theirs = lavis_stage_1()
+    theirs.load_state_dict(mine.state_dict())
+    return theirs
+
+
 def save(model: nn.Module, path: Path, without: str | tuple[str, ...] = (), **changes: Tensor) -> Path:
     """A checkpoint as LAVIS writes it; ``without`` says how names begin that it leaves out."""
     state = {**copy.deepcopy(model.state_dict()), **changes}
