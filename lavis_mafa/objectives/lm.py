@@ -74,7 +74,7 @@ def language_modelling_loss(
     Args:
         states: [N, width] of the tokens that another follows; one has seen its text up to itself.
         next_token: LongTensor[N], those that follow.
-        head: [N, width] -> [N, V].
+        head: [N, width] -> [N, V], which is overwritten where it has a gradient.
         label_smoothing: the share of the target that is spread over the vocabulary.
 
     Returns:
@@ -90,17 +90,18 @@ def language_modelling_loss(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """``F.cross_entropy``, which keeps a tensor as large as the logits and makes four more in backward; this keeps its gradient alone.
+    """``F.cross_entropy`` in place, which makes five tensors of the logits' size more: the gradient takes the logits' place.
 
     A second backward pass of the same graph is refused.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-        log_p, target = logits.log_softmax(dim=1), target[:, None]
+        trains, target = ctx.needs_input_grad[0], target[:, None]
+        log_p = torch.log_softmax(logits, 1, out=logits if trains else None)
         of_target = log_p.gather(1, target)
         losses = (smoothing - 1) * of_target - smoothing * log_p.mean(dim=1, keepdim=True)
-        if ctx.needs_input_grad[0]:
+        if trains:
             gradient = log_p.exp_().sub_(smoothing / logits.shape[1])
             ctx.save_for_backward(gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1)))
         return losses.sum() / max(1, len(losses))  # a mean of nothing is NaN
