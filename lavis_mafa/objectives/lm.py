@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ def language_modelling_loss(
     Args:
         states: [N, width] of the tokens that another follows; one has seen its text up to itself.
         next_token: LongTensor[N], those that follow.
-        head: [N, width] -> [N, V].
+        head: [N, width] -> [N, V], which is overwritten where it has a gradient.
         label_smoothing: the share of the target that is spread over the vocabulary.
 
     Returns:
@@ -84,5 +85,28 @@ def language_modelling_loss(
         >>> language_modelling_loss(torch.zeros(2, 4), torch.tensor([5, 1]), head).shape
         torch.Size([])
     """
-    reduction = "mean" if len(next_token) else "sum"  # a mean of nothing is NaN
-    return F.cross_entropy(head(states).float(), next_token, label_smoothing=label_smoothing, reduction=reduction)
+    loss: Tensor = _CrossEntropy.apply(head(states).float(), next_token, label_smoothing)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """``F.cross_entropy`` in place, which makes five tensors of the logits' size more: the gradient takes the logits' place.
+
+    A second backward pass of the same graph is refused.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+        trains, target = ctx.needs_input_grad[0], target[:, None]
+        log_p = torch.log_softmax(logits, 1, out=logits if trains else None)
+        of_target = log_p.gather(1, target)
+        losses = (smoothing - 1) * of_target - smoothing * log_p.mean(dim=1, keepdim=True)
+        if trains:
+            gradient = log_p.exp_().sub_(smoothing / logits.shape[1])
+            ctx.save_for_backward(gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1)))
+        return losses.sum() / max(1, len(losses))  # a mean of nothing is NaN
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(weight / max(1, len(gradient))), None, None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lavis_mafa.datasets.indexed import seeded
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.blip2 import query_pass
+from lavis_mafa.models.transformer import Reading, on_device
 from lavis_mafa.objectives import mask_tokens
 from lavis_mafa.objectives.lm import IGNORED
 
@@ -68,13 +67,16 @@ def masked_usage(
     usage = {probability: Usage() for probability in probabilities}
     for samples in batches:
         pairs = model.encode(model.inputs(samples)).pairs
-        blind = without_image(pairs)
+        blind, own = without_image(pairs), torch.arange(len(pairs.text_ids))
+        reading = Reading.of(pairs.text_mask, model.device, own, own, len(own))
         for probability in probabilities:
             for number in range(passes):
                 ids, labels = _mask(model.tokenizer, pairs, samples["index"], probability, (seed, number))
-                positions = torch.nonzero(labels.flatten() != IGNORED).flatten()
-                seen, unseen = (p._predict(model.text_encoder, ids, p.text_mask, p.image_embeds, positions) for p in (pairs, blind))
-                usage[probability].add(seen, unseen, labels.flatten()[positions])
+                flat = labels.flatten().index_select(0, reading.rows)
+                places = torch.nonzero(flat != IGNORED).flatten()
+                words, chosen = reading.take(ids), reading.tokens_at(places)
+                seen, unseen = (model.predict(model.text_encoder, words, reading, p.keys_values, chosen) for p in (pairs, blind))
+                usage[probability].add(seen, unseen, on_device(flat.index_select(0, places), model.device))
     return usage
 
 
@@ -88,8 +90,7 @@ def next_word_usage(model: Any, batches: Iterable[dict[str, Any]]) -> Usage:
     head = model.Qformer.cls if hasattr(model, "Qformer") else model.text_decoder.cls
     for samples in batches:
         pairs = model.encode(model.inputs(samples)).pairs
-        next_words = pairs.text_ids[:, 1:].flatten()
-        words = next_words[next_words != model.tokenizer.pad_token_id]
+        words = on_device(pairs.text_ids[:, 1:][pairs.text_mask[:, 1:]], model.device)
         usage.add(_head_output(head, pairs), _head_output(head, without_image(pairs)), words)
     return usage
 
@@ -101,11 +102,7 @@ def without_image(pairs: Any) -> Any:
     image, so nothing of it is left, and all weights stay in use: dropping cross-attention would be another network. BLIP-2's
     queries look at the zeros, and the language model reads what they kept.
     """
-    blind = copy.copy(pairs)
-    blind.image_embeds = torch.zeros_like(pairs.image_embeds)
-    if hasattr(pairs, "query_cache"):
-        blind.query_cache = query_pass(pairs.model, blind.image_embeds)[1]
-    return blind
+    return replace(pairs, image_embeds=torch.zeros_like(pairs.image_embeds))
 
 
 def _head_output(head: Any, pairs: Any) -> Tensor:
@@ -113,7 +110,7 @@ def _head_output(head: Any, pairs: Any) -> Tensor:
     seen: list[Tensor] = []
     handle = head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits))
     try:
-        own = torch.arange(len(pairs.text_ids), device=pairs.text_ids.device)
+        own = torch.arange(len(pairs.text_ids))
         pairs.lm_loss(own, own)
     finally:
         handle.remove()
@@ -121,7 +118,7 @@ def _head_output(head: Any, pairs: Any) -> Tensor:
 
 
 def _mask(tokenizer: Any, pairs: Any, index: Tensor, probability: float, seed: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    ids = pairs.text_ids.cpu()
+    ids = pairs.text_ids
     labels, special = torch.full_like(ids, IGNORED), [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
     masked = ids.clone()
     for row, length in enumerate(pairs.text_mask.sum(dim=1).tolist()):
@@ -129,7 +126,7 @@ def _mask(tokenizer: Any, pairs: Any, index: Tensor, probability: float, seed: t
             masked[row, :length], labels[row, :length] = (
                 t[0] for t in mask_tokens(ids[row : row + 1, :length], probability, tokenizer.mask_token_id, len(tokenizer), special)
             )
-    return masked.to(pairs.text_ids.device), labels.to(pairs.text_ids.device)
+    return masked, labels
 
 
 def format_usage(rows: dict[str, dict[str, float]]) -> str:

@@ -19,7 +19,7 @@ import reduced_blip2 as reduced
 from lavis_mafa.config.schema import QFormer
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import encoders as blip2_encoders
-from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs, query_pass
+from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs
 from lavis_mafa.models.encoders import MINILM, build_eva, build_qformer
 from lavis_mafa.models.retrieval import most_similar_query
 
@@ -255,13 +255,13 @@ def captioning(model: Blip2Mafa, samples: dict[str, Any], image: int, text: int)
     tokens = model.tokenizer(samples["text_input"][text], return_tensors="pt")
     ids = tokens.input_ids.clone()
     ids[:, 0] = model.tokenizer.bos_token_id
-    embeds = model.ln_vision(model.visual_encoder(samples["image"][image : image + 1]))
+    theirs = reduced.in_lavis(model)
     with torch.no_grad():
-        output = model.Qformer(
+        output = theirs.Qformer(
             ids,
-            query_embeds=model.query_tokens,
+            query_embeds=theirs.query_tokens,
             attention_mask=torch.ones(1, reduced.QUERIES + ids.shape[1], dtype=torch.long),
-            encoder_hidden_states=embeds,
+            encoder_hidden_states=theirs.ln_vision(theirs.visual_encoder(samples["image"][image : image + 1])),
             return_dict=True,
             labels=ids,
         )
@@ -292,38 +292,30 @@ def test_lm_counts_each_new_positive_once():
 def test_lm_of_an_image_that_another_rank_holds(freeze):
     """Of five images two are the batch's own: the others' queries are passed when a pair names them; gradients arrive."""
     model, samples = ours(image_encoder={"freeze": freeze}), batch(5)
-    own, more = 2, [(0, 0), (1, 1), (4, 2), (3, 0), (1, 4)]
-    tokens = model.tokenizer(samples["text_input"], padding="longest", return_tensors="pt")
+    own, more = 2, [(0, 0), (1, 1), (4, 2), (3, 0), (4, 4), (1, 3)]
+    ids, mask = model.text_tokens(samples["text_input"])
     embeds = model.ln_vision(model.visual_encoder(samples["image"]))
     image_index, text_index = torch.tensor(more).T
 
     def run(held: int) -> tuple[Tensor, Tensor]:
-        _, cache = query_pass(model, embeds[:held])
-        pairs = Blip2Pairs(model, embeds, tokens.input_ids, tokens.attention_mask, cache)
-        loss = pairs.lm_loss(image_index, text_index)
+        loss = Blip2Pairs(model, embeds, ids, mask, held).lm_loss(image_index, text_index)
         (gradient,) = torch.autograd.grad(loss, embeds, retain_graph=True)
         return loss, gradient
 
     found, gradient = run(own)
     losses = [captioning(model, samples, i, t) for i, t in more]
     assert found.item() == pytest.approx(sum(v * n for v, n in losses) / sum(n for _, n in losses), rel=1e-4)
-    # were all images the batch's own, in the order of the pairs, nothing would change
-    _, cache = query_pass(model, embeds[image_index])
-    at_once = Blip2Pairs(model, embeds, tokens.input_ids, tokens.attention_mask, cache)
-    loss = at_once.lm_loss(torch.arange(5), text_index)
-    close(found, loss)
-    close(gradient, torch.autograd.grad(loss, embeds)[0])
+    for other, wanted in zip(run(5), (found, gradient), strict=True):  # were all images the batch's own, nothing would change
+        close(other, wanted)
     assert gradient[4].abs().max() > 1e-4 and gradient[2].abs().max() == 0
 
 
 def test_matching_logits_of_any_pair():
     """Also of indices beyond the batch's own, as gathering makes them."""
     model, samples = ours(), batch(5)
-    tokens = model.tokenizer(samples["text_input"], padding="longest", return_tensors="pt")
     with torch.no_grad():
         embeds = model.ln_vision(model.visual_encoder(samples["image"]))
-        _, cache = query_pass(model, embeds[:2])
-        pairs = Blip2Pairs(model, embeds, tokens.input_ids, tokens.attention_mask, cache)
+        pairs = Blip2Pairs(model, embeds, *model.text_tokens(samples["text_input"]), own=2)
         found = pairs.itm_logits(torch.tensor([4, 0, 3]), torch.tensor([1, 3, 3]))
     close(found, torch.stack([matching(model, samples, *pair) for pair in ((4, 1), (0, 3), (3, 3))]))
     assert found.std(dim=0).min() > 1e-3
@@ -352,7 +344,7 @@ def test_our_checkpoint_gives_the_same_logits_in_lavis(tmp_path):
     with torch.no_grad():
         (ids, mask), text = mine.text_rows(samples["text_input"])
         states, image = mine.image_rows(samples["image"])
-        found = mine.match_rows(states, (ids, mask))
+        found = mine.match_rows(states, (ids, mask), torch.arange(4), torch.arange(4))
         close(found[:, 1], stage_1.compute_itm(states, ids, mask))
     close(found, torch.stack([matching(itm, samples, b, b) for b in range(4)]))
     wanted = features(stage_1, samples)

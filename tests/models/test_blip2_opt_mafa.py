@@ -16,6 +16,7 @@ from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.blip2_t5 import Blip2T5
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
 
 from lavis_mafa.config.checkpoints import check_kinds
 from lavis_mafa.config.schema import MODEL_DEFAULTS, VqaRun, typed_block
@@ -23,9 +24,10 @@ from lavis_mafa.datasets.indexed import IndexedDataset
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.blip2_opt import Blip2OptMafa, byte_tokenizer
-from lavis_mafa.models.encoders import build_eva, build_qformer
+from lavis_mafa.models.encoders import build_eva
 from lavis_mafa.runners.checkpoint import load_model, model_state
 from lavis_mafa.tasks.vqa import MafaVqaTask
+from reduced_blip2 import lavis_qformer
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +181,7 @@ class OfLavis(Blip2OPT):
         return build_eva(self.block.image_encoder), LayerNorm(32)
 
     def init_Qformer(self, queries: int, width: int) -> Any:
-        return build_qformer(self.block.qformer, width)
+        return lavis_qformer(30523, 32, 2, 2, width), nn.Parameter(torch.zeros(1, queries, 32))
 
 
 def test_the_loss_and_the_captions_are_those_of_lavis(opt_folder):
@@ -218,7 +220,7 @@ def test_and_into_the_parts_that_lavis_blip2_t5_has(stage_1_file):
     model = Blip2T5.__new__(Blip2T5)  # its own __init__ downloads a T5
     BaseModel.__init__(model)
     model.visual_encoder, model.ln_vision = build_eva(block.image_encoder), LayerNorm(32)
-    model.Qformer, model.query_tokens = build_qformer(block.qformer, 32)
+    model.Qformer, model.query_tokens = lavis_qformer(30523, 32, 2, 2, 32), nn.Parameter(torch.zeros(1, 3, 32))
     Blip2OptMafa._drop_text_branch(model)  # as Blip2T5.__init__ does
     message = model.load_from_pretrained(str(stage_1_file))
     assert message.missing_keys == []

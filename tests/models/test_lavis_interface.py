@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lavis.models.albef_models.albef_feature_extractor import AlbefFeatureExtractor
-from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from lavis.models.blip_models.blip_feature_extractor import BlipFeatureExtractor
 
 import families
@@ -68,6 +67,23 @@ def test_features_are_those_of_lavis_extractors(family):
     if family == "albef":  # LAVIS's BLIP takes one
         wanted, found = (model.extract_features(samples, ["image", "text"]) for model in (theirs, mine))
         assert found.keys() == wanted.keys() and torch.equal(found.text_embeds_proj, mine.extract_features(samples, "text")[1])
+
+
+def test_what_lavis_asks_of_blip_2_is_what_its_own_answers():
+    mine, samples = BLIP2.ours(), batch("blip2")
+    theirs = BLIP2.in_lavis(mine)
+    for mode in MODES:
+        wanted, found = theirs.extract_features(samples, mode), mine.extract_features(samples, mode)
+        assert found.keys() == wanted.keys() and len(found)
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+    text = mine.tokenizer(samples["text_input"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        (states, images), (wanted, _) = mine.forward_image(samples["image"]), theirs.forward_image(samples["image"])
+        torch.testing.assert_close(states, wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.forward_text(text), theirs.forward_text(text), atol=1e-5, rtol=1e-4)
+        scores = (model.compute_itm(images, text.input_ids, text.attention_mask) for model in (mine, theirs))
+        torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["albef", "blip", "blip2"])
@@ -170,9 +186,12 @@ def test_a_text_beyond_the_positions_of_blip_2_is_one_message():
 
 
 def test_captions_of_blip_2_are_lavis_captions_and_every_argument_acts():
-    model, samples = BLIP2.ours(), batch("blip2", 3)
+    model, samples = BLIP2.ours(5), batch("blip2", 3)
+    theirs = BLIP2.in_lavis(model)
     for settings in ({}, {"num_beams": 1}, {"num_beams": 2, "max_length": 12, "min_length": 3}):
-        assert model.generate(samples, **settings) == Blip2Qformer.generate(model, samples, **settings)
+        assert model.generate(samples, **settings) == theirs.generate(samples, **settings)
+    sampled = {"use_nucleus_sampling": True, "max_length": 12, "min_length": 3}
+    assert len({(torch.manual_seed(0), tuple(m.generate(samples, **sampled)))[1] for m in (model, theirs)}) == 1
     plain = model.generate(samples, num_beams=2, max_length=14, min_length=1)
     assert model.generate(samples, num_beams=2, max_length=14, min_length=1, repetition_penalty=5.0) != plain
     shuffled = samples["image"].flip(0)

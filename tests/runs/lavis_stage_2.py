@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lavis.tasks
+import torch
 from lavis.common.registry import registry
 from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
@@ -17,15 +18,16 @@ from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from lavis.models.blip2_models.blip2_t5 import Blip2T5
 from lavis.models.blip2_models.modeling_t5 import T5Config, T5ForConditionalGeneration
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import T5TokenizerFast
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.config.schema import EvaEncoder, LanguageModel, QFormer
+from lavis_mafa.config.schema import EvaEncoder, LanguageModel
 from lavis_mafa.models.blip2_opt import build_opt
-from lavis_mafa.models.encoders import MINILM, build_blip2_tokenizer, build_eva, build_qformer
+from lavis_mafa.models.encoders import MINILM, build_blip2_tokenizer, build_eva
+from reduced_blip2 import lavis_qformer
 
 VIT = EvaEncoder(init=None, image_size=24, patch_size=12, width=32, depth=2, heads=2, mlp_ratio=4.3637, freeze=False, precision="fp32")
-QUERIES = QFormer(init=None, width=32, layers=2, heads=2, queries=3, cross_attention_every=2)
 WORDS = "a red blue green small large dog cat car tree house boat sitting standing near under the old new bright".split()
 
 
@@ -37,7 +39,7 @@ class LocalParts:
         return build_eva(VIT), LayerNorm(32)
 
     def init_Qformer(self, queries: int, width: int, every: int = 2) -> Any:  # noqa: N802
-        return build_qformer(QUERIES, width)
+        return lavis_qformer(30523, 32, 2, 2, width, every), nn.Parameter(0.02 * torch.randn(1, queries, 32))
 
 
 class TinyStage1(LocalParts, Blip2Qformer):

@@ -99,7 +99,7 @@ def launch(arguments: list, cwd: Path, script: Path | None = None, processes: in
     done = subprocess.run(
         [*command, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # with tests/shared
         capture_output=True,
         text=True,
         timeout=200,

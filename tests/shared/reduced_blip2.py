@@ -106,18 +106,28 @@ class Offline:
         return encoder, LayerNorm(WIDTH)
 
     def init_Qformer(self, queries: int, vision_width: int, every: int = 2) -> tuple[nn.Module, nn.Parameter]:  # noqa: N802
-        config = BertConfig(
-            vocab_size=self.tokenizer.vocab_size,  # without [DEC]
-            hidden_size=QUERY_WIDTH,
-            intermediate_size=4 * QUERY_WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            add_cross_attention=True,
+        words = self.tokenizer.vocab_size  # without [DEC]
+        return lavis_qformer(words, QUERY_WIDTH, LAYERS, HEADS, vision_width, every), nn.Parameter(
+            0.02 * torch.randn(1, queries, QUERY_WIDTH)
         )
-        config.encoder_width, config.cross_attention_freq, config.query_length = vision_width, every, queries
-        return BertLMHeadModel(config), nn.Parameter(0.02 * torch.randn(1, queries, QUERY_WIDTH))
+
+
+def lavis_qformer(
+    words: int, width: int, layers: int, heads: int, image_width: int, every: int = 2, queries: int = QUERIES
+) -> BertLMHeadModel:
+    """LAVIS's own, without dropout."""
+    config = BertConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        add_cross_attention=True,
+    )
+    config.encoder_width, config.cross_attention_freq, config.query_length = image_width, every, queries
+    return BertLMHeadModel(config)
 
 
 class OfflineStage1(Offline, Blip2Qformer):
@@ -152,6 +162,13 @@ def same_as(theirs: nn.Module, **changes: Any) -> Blip2Mafa:
     mine = ours(7, **changes)
     mine.load_state_dict(theirs.state_dict())
     return mine
+
+
+def in_lavis(mine: Blip2Mafa) -> Any:
+    """LAVIS's with the weights of ours."""
+    theirs = lavis_stage_1()
+    theirs.load_state_dict(mine.state_dict())
+    return theirs
 
 
 def save(model: nn.Module, path: Path, without: str | tuple[str, ...] = (), **changes: Tensor) -> Path:
