@@ -46,7 +46,7 @@ def together(mask: Tensor, queries: int, device: torch.device, text_index: Tenso
         own, every = Grid(grid.rows, queries), torch.arange(grid.rows * queries, device=device)
         first = Tokens(own, None, own, image_index, every)
     else:
-        layout = Layout.of([queries] * grid.rows, numbers(image_index))
+        layout = Layout.of([queries] * grid.rows, numbers(image_index, images))
         first = layout.tokens(device, images, chosen=list(range(grid.rows * queries)))
     return replace(words, tokens=tokens, first=first)
 
