@@ -607,14 +607,14 @@ def con_d_block(model: MafaBlock) -> Any:
     con_d, sizes = model.discriminator, dataclasses.asdict(model)
     assert con_d is not None
     family, size = FAMILIES[con_d.arch], sizes["image_encoder"]["image_size"]
+    sizes["image_encoder"].pop("drop_patches", None)  # it judges whole images
     if family != model.arch or con_d.model_type is not None:
         kind = con_d.model_type or "base"
         if kind not in model_types(family):
             known = ", ".join(model_types(family))
             raise UserError(f"model.discriminator.model_type is {kind!r}, but {con_d.arch} has: {known}.")
         sizes = type_defaults(family, kind)["model"] | {"tokenizer": model.tokenizer}  # of BERT's vocabulary all
-    own: dict[str, Any] = {"arch": family, "discriminator": None}
-    own["image_encoder"] = {"init": None, "image_size": size, "drop_patches": 0.0}
+    own: dict[str, Any] = {"arch": family, "discriminator": None, "image_encoder": {"init": None, "image_size": size}}
     if family == "blip2_mafa":
         own["image_encoder"]["freeze"] = True
     for part in ("image_encoder", "text_encoder", "qformer"):
