@@ -318,7 +318,7 @@ class _Step:
                     stack.enter_context(patch(f"torch.{name}", lambda *_, answer=answer, **__: answer))
                 stack.enter_context(patch("torch.Tensor.pin_memory", lambda tensor: tensor))
             # what the host reads of an index: pairs that are spread evenly over texts and images; and no text is shorter than others
-            stack.enter_context(patch(f"{transformer.__name__}.numbers", spread_evenly))
+            stack.enter_context(patch(f"{transformer.__name__}.numbers", self._numbers))
             stack.enter_context(patch(f"{transformer.__name__}.lengths_of", lambda mask: [mask.shape[1]] * len(mask)))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(NoValues(self))
@@ -349,6 +349,12 @@ class _Step:
         old = self.flops.get(self.part, Flops())
         new = Flops(0.0, flops) if self.backward else Flops(flops)
         self.flops[self.part] = Flops(old.forward + new.forward, old.backward + new.backward)
+
+    def _numbers(self, index: Tensor, below: int) -> list[int]:
+        """What the host reads of an index: own texts and images, then others; more than there are, and words, are spread evenly."""
+        if len(index) <= below <= self.size.batch * self.size.gathered:
+            return list(range(len(index)))
+        return [number * below // len(index) for number in range(len(index))]
 
     def _encode(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         def encode_and_watch(*args: Any) -> Any:
@@ -394,10 +400,6 @@ class _Step:
     def _unpack(self, packed: tuple[str, Tensor]) -> Tensor:
         self.part, tensor = packed  # a node of backward fetches what it saved right before it computes
         return tensor
-
-
-def spread_evenly(index: Tensor, below: int) -> list[int]:
-    return [number * below // len(index) for number in range(len(index))]
 
 
 def _fused_attention(
