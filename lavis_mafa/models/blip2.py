@@ -29,7 +29,7 @@ from lavis_mafa.models.encoders import (
 from lavis_mafa.models.qformer import together
 from lavis_mafa.models.retrieval import most_similar_query, without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs, check_lengths
-from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, on_device
+from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, numbers, on_device
 from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import language_modelling_loss
 
@@ -74,16 +74,17 @@ class Blip2Pairs:
 
     def _before(self, image_index: Tensor) -> KeysValues:
         """Keys and values of the queries of each pair's image: [P, queries, width]."""
-        before, foreign = self.queries[1], image_index >= self.own
-        others, place = image_index[foreign].unique(return_inverse=True)
-        if len(others):
-            image_index = image_index.masked_scatter(foreign, self.own + place)
-            _, more = self._look(on_device(others, self.model.device))
+        before, device = self.queries[1], self.model.device
+        others = sorted({image for image in numbers(image_index, len(self.image_embeds)) if image >= self.own})
+        if others:
+            _, more = self._look(on_device(others, device))
             before = [(torch.cat([k, mk]), torch.cat([v, mv])) for (k, v), (mk, mv) in zip(before, more, strict=True)]
-        if torch.equal(image_index, torch.arange(len(before[0][0]))):
+        place = {image: self.own + number for number, image in enumerate(others)}
+        rows = [place.get(image, image) for image in numbers(image_index, len(self.image_embeds))]
+        if rows == list(range(self.own + len(others))):
             return before
-        rows = on_device(image_index, self.model.device)
-        return [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in before]
+        index = on_device(rows, device)
+        return [(keys.index_select(0, index), values.index_select(0, index)) for keys, values in before]
 
     def _look(self, which: Any) -> tuple[Tensor, KeysValues]:
         return self.model.Qformer.bert.look(self.model.query_tokens, [(k[which], v[which]) for k, v in self.keys_values])
