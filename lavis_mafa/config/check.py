@@ -339,7 +339,8 @@ def _sizes(model: Any, shown: str) -> Iterator[str]:
         if hasattr(part, "heads") and part.width % part.heads:
             yield f"{key}.width is {part.width}, but must be a multiple of heads ({part.heads})."
         if hasattr(part, "patch_size") and part.image_size % part.patch_size:
-            yield f"{key}.image_size is {part.image_size}, but must be a multiple of patch_size ({part.patch_size})."
+            where = "model.discriminator.image_size" if shown == "model.discriminator" else f"{key}.image_size"
+            yield f"{where} is {part.image_size}, but must be a multiple of patch_size ({part.patch_size})."
         if hasattr(part, "fusion_layer") and not 0 < part.fusion_layer < part.layers:
             yield f"{key}.fusion_layer is {part.fusion_layer}, but must lie between 1 and layers - 1 ({part.layers - 1})."
         if getattr(part, "freeze", None) is False and part.precision != "fp32":

@@ -211,9 +211,10 @@ class DiscriminatorBlock:
     checkpoint: str | None = setting(None, "of a trained model; an untrained Con-D is never used", path="weights")
     precision: str = setting("bf16", "of its frozen weights", choices=("fp32", "bf16"))
     model_type: str | None = setting(None, "whose sizes it has; null: the model's own, or `base` of another family")
-    image_encoder: dict[str, Any] | None = setting(
-        None, "over those sizes; its images have the model's; `init`: the ViT where a BLIP-2 file has none"
+    image_size: int | None = setting(
+        None, "pixels of a Con-D that was trained at another size: images are resized for it; null: the model's", low=1
     )
+    image_encoder: dict[str, Any] | None = setting(None, "over those sizes; `init`: the ViT where a BLIP-2 file has none")
     text_encoder: dict[str, Any] | None = setting(None, "likewise, of ALBEF and BLIP")
     qformer: dict[str, Any] | None = setting(None, "likewise, of BLIP-2")
 
@@ -591,15 +592,20 @@ def con_d_block(model: MafaBlock) -> Any:
     """The typed block of the network that Con-D is.
 
     Its sizes are the model's own when it is of the same family (the paper's choice) and no ``model_type`` is named; else that
-    type's defaults, ``base`` where none is named. The blocks of ``model.discriminator`` override them. Images come in the
-    model's size, so that is Con-D's, whatever it was trained at.
+    type's defaults, ``base`` where none is named. The blocks of ``model.discriminator`` override them, but for the size of its
+    images: that is ``model.discriminator.image_size``, or the model's, whatever it was trained at.
 
     Raises:
         UserError: an unknown key, a wrong type or value in those blocks.
     """
     con_d, sizes = model.discriminator, dataclasses.asdict(model)
     assert con_d is not None
-    family, size = FAMILIES[con_d.arch], sizes["image_encoder"]["image_size"]
+    family, size = FAMILIES[con_d.arch], con_d.image_size or sizes["image_encoder"]["image_size"]
+    if "image_size" in (con_d.image_encoder or {}):
+        raise UserError(
+            f"model.discriminator.image_encoder.image_size is {con_d.image_encoder['image_size']}, but the size of Con-D's images is "
+            "model.discriminator.image_size."
+        )
     if family != model.arch or con_d.model_type is not None:
         kind = con_d.model_type or "base"
         if kind not in model_types(family):

@@ -28,7 +28,7 @@ from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_simila
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
 from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
 from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, on_device
-from lavis_mafa.models.vit import fit_position_embeddings
+from lavis_mafa.models.vit import fit_position_embeddings, resize_images
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,
@@ -194,6 +194,11 @@ class MafaModel(nn.Module, Generic[Block]):
     def inputs(self, samples: dict[str, Any]) -> StepInputs:
         """LAVIS's samples, checked; raises UserError."""
         return StepInputs.of(self.check_samples(samples, "image", "text_input"), self.device)
+
+    def at_own_size(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> images of the size that this model's image encoder reads; as they are where they have it."""
+        settings: Any = self.settings
+        return resize_images(image, settings.image_encoder.image_size)
 
     def check_samples(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
         settings: Any = self.settings
