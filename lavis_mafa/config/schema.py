@@ -118,6 +118,7 @@ class Blip2Itc(Itc):
 
 @dataclass
 class Ecm(EcmSettings):
+    every: int = setting(1, "Con-D is asked in every n-th optimizer step of the run; in the others nothing becomes a positive", low=1)
     same_image: bool = setting(True, "captions of one image are known positives, never negatives; false: as the authors' code")
     same_text: bool = setting(True, "images of one caption are known positives, never negatives; false: as the authors' code")
 

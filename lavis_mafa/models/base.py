@@ -238,9 +238,8 @@ class MafaModel(nn.Module, Generic[Block]):
     def _check_step(self, con_d: Discriminator | None, inputs: StepInputs, batch: EncodedBatch, output: StepOutput) -> None:
         self.batch_check.update(inputs.captions, output, self.settings)
         check, hardest = self.con_d_check, output.mined.probability
-        if self.settings.ecm.enabled and con_d is not None and check is not None and not check.done:
-            if hardest is not None:
-                hardest = hardest.masked_fill(~output.mined.pairs.exists, float("nan"))
+        if hardest is not None and con_d is not None and check is not None and not check.done:
+            hardest = hardest.masked_fill(~output.mined.pairs.exists, float("nan"))
             check.update(con_d, inputs.samples, batch.known_positive, hardest)
 
     def _explained(self, error: str) -> str:
@@ -264,20 +263,25 @@ class MafaModel(nn.Module, Generic[Block]):
         text = torch.tensor([text_key(text) if ecm.same_text else UNKNOWN for text in texts])
         return torch.stack([image.to(self.device), text.to(self.device)], dim=1)
 
+    @property
+    def _judges(self) -> bool:
+        """Is there a Con-D that is asked, if not in every step?"""
+        return self.settings.ecm.enabled and self.discriminator is not None
+
     def _step_settings(self, inputs: StepInputs) -> StepSettings:
         itc, when = self.settings.itc, self.settings.itc.smooth_when
         smooth = when == "always" or (when == "grouped" and inputs.grouped)
         itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
         return StepSettings(
             itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
-            ecm=self.settings.ecm if self.discriminator is not None else replace(self.settings.ecm, enabled=False),
+            ecm=replace(self.settings.ecm, enabled=self._judges and inputs.update % self.settings.ecm.every == 0),
             negatives=self.settings.itm.negatives,
             itm_weight=itm_weight,
             lm_weight=lm_weight,
         )
 
     def _verdicts(self, output: StepOutput, inputs: StepInputs) -> dict[str, Tensor] | None:
-        if inputs.index is None:
+        if inputs.index is None or (self._judges and output.mined.probability is None):
             return None
         index = inputs.index.to(self.device)
         index = gather_own_first(index) if self.gathers else index
