@@ -339,7 +339,8 @@ def _sizes(model: Any, shown: str) -> Iterator[str]:
         if hasattr(part, "heads") and part.width % part.heads:
             yield f"{key}.width is {part.width}, but must be a multiple of heads ({part.heads})."
         if hasattr(part, "patch_size") and part.image_size % part.patch_size:
-            yield f"{key}.image_size is {part.image_size}, but must be a multiple of patch_size ({part.patch_size})."
+            where = "model.discriminator.image_size" if shown == "model.discriminator" else f"{key}.image_size"
+            yield f"{where} is {part.image_size}, but must be a multiple of patch_size ({part.patch_size})."
         if getattr(part, "drop_patches", 0) and (shown != "model" or getattr(part, "freeze", False)):
             who = "a frozen ViT" if shown == "model" else "Con-D"
             yield f"{key}.drop_patches is {part.drop_patches:g}, but {who} always sees whole images; allowed here: 0."

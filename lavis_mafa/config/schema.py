@@ -118,6 +118,7 @@ class Blip2Itc(Itc):
 
 @dataclass
 class Ecm(EcmSettings):
+    every: int = setting(1, "Con-D is asked in every n-th optimizer step of the run; in the others nothing becomes a positive", low=1)
     same_image: bool = setting(True, "captions of one image are known positives, never negatives; false: as the authors' code")
     same_text: bool = setting(True, "images of one caption are known positives, never negatives; false: as the authors' code")
 
@@ -149,7 +150,7 @@ class ImageEncoder:
     width: int = setting(..., "size of a token", low=1)
     depth: int = setting(..., "layers", low=1)
     heads: int = setting(..., "attention heads", low=1)
-    drop_path: float = setting(0.0, "stochastic depth", low=0, high=1)
+    drop_path: float = setting(0.0, "stochastic depth", low=0, high=0.99)
     drop_patches: float = setting(
         0.0,
         "share of each image's patches that is left out in training, at random; not of a frozen ViT",
@@ -218,9 +219,10 @@ class DiscriminatorBlock:
     checkpoint: str | None = setting(None, "of a trained model; an untrained Con-D is never used", path="weights")
     precision: str = setting("bf16", "of its frozen weights", choices=("fp32", "bf16"))
     model_type: str | None = setting(None, "whose sizes it has; null: the model's own, or `base` of another family")
-    image_encoder: dict[str, Any] | None = setting(
-        None, "over those sizes; its images have the model's; `init`: the ViT where a BLIP-2 file has none"
+    image_size: int | None = setting(
+        None, "pixels of a Con-D that was trained at another size: images are resized for it; null: the model's", low=1
     )
+    image_encoder: dict[str, Any] | None = setting(None, "over those sizes; `init`: the ViT where a BLIP-2 file has none")
     text_encoder: dict[str, Any] | None = setting(None, "likewise, of ALBEF and BLIP")
     qformer: dict[str, Any] | None = setting(None, "likewise, of BLIP-2")
 
@@ -598,15 +600,20 @@ def con_d_block(model: MafaBlock) -> Any:
     """The typed block of the network that Con-D is.
 
     Its sizes are the model's own when it is of the same family (the paper's choice) and no ``model_type`` is named; else that
-    type's defaults, ``base`` where none is named. The blocks of ``model.discriminator`` override them. Images come in the
-    model's size, so that is Con-D's, whatever it was trained at.
+    type's defaults, ``base`` where none is named. The blocks of ``model.discriminator`` override them, but for the size of its
+    images: that is ``model.discriminator.image_size``, or the model's, whatever it was trained at.
 
     Raises:
         UserError: an unknown key, a wrong type or value in those blocks.
     """
     con_d, sizes = model.discriminator, dataclasses.asdict(model)
     assert con_d is not None
-    family, size = FAMILIES[con_d.arch], sizes["image_encoder"]["image_size"]
+    family, size = FAMILIES[con_d.arch], con_d.image_size or sizes["image_encoder"]["image_size"]
+    if "image_size" in (con_d.image_encoder or {}):
+        raise UserError(
+            f"model.discriminator.image_encoder.image_size is {con_d.image_encoder['image_size']}, but the size of Con-D's images is "
+            "model.discriminator.image_size."
+        )
     sizes["image_encoder"].pop("drop_patches", None)  # it judges whole images
     if family != model.arch or con_d.model_type is not None:
         kind = con_d.model_type or "base"

@@ -28,7 +28,7 @@ from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_simila
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
 from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
 from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, on_device
-from lavis_mafa.models.vit import fit_position_embeddings
+from lavis_mafa.models.vit import fit_position_embeddings, resize_images
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,
@@ -195,6 +195,11 @@ class MafaModel(nn.Module, Generic[Block]):
         """LAVIS's samples, checked; raises UserError."""
         return StepInputs.of(self.check_samples(samples, "image", "text_input"), self.device)
 
+    def at_own_size(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> images of the size that this model's image encoder reads; as they are where they have it."""
+        settings: Any = self.settings
+        return resize_images(image, settings.image_encoder.image_size)
+
     def check_samples(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
         settings: Any = self.settings
         return check_samples(samples, settings.image_encoder.image_size, *keys)
@@ -233,9 +238,8 @@ class MafaModel(nn.Module, Generic[Block]):
     def _check_step(self, con_d: Discriminator | None, inputs: StepInputs, batch: EncodedBatch, output: StepOutput) -> None:
         self.batch_check.update(inputs.captions, output, self.settings)
         check, hardest = self.con_d_check, output.mined.probability
-        if self.settings.ecm.enabled and con_d is not None and check is not None and not check.done:
-            if hardest is not None:
-                hardest = hardest.masked_fill(~output.mined.pairs.exists, float("nan"))
+        if hardest is not None and con_d is not None and check is not None and not check.done:
+            hardest = hardest.masked_fill(~output.mined.pairs.exists, float("nan"))
             check.update(con_d, inputs.samples, batch.known_positive, hardest)
 
     def _explained(self, error: str) -> str:
@@ -259,20 +263,25 @@ class MafaModel(nn.Module, Generic[Block]):
         text = torch.tensor([text_key(text) if ecm.same_text else UNKNOWN for text in texts])
         return torch.stack([image.to(self.device), text.to(self.device)], dim=1)
 
+    @property
+    def _judges(self) -> bool:
+        """Is there a Con-D that is asked, if not in every step?"""
+        return self.settings.ecm.enabled and self.discriminator is not None
+
     def _step_settings(self, inputs: StepInputs) -> StepSettings:
         itc, when = self.settings.itc, self.settings.itc.smooth_when
         smooth = when == "always" or (when == "grouped" and inputs.grouped)
         itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
         return StepSettings(
             itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
-            ecm=self.settings.ecm if self.discriminator is not None else replace(self.settings.ecm, enabled=False),
+            ecm=replace(self.settings.ecm, enabled=self._judges and inputs.update % self.settings.ecm.every == 0),
             negatives=self.settings.itm.negatives,
             itm_weight=itm_weight,
             lm_weight=lm_weight,
         )
 
     def _verdicts(self, output: StepOutput, inputs: StepInputs) -> dict[str, Tensor] | None:
-        if inputs.index is None:
+        if inputs.index is None or (self._judges and output.mined.probability is None):
             return None
         index = inputs.index.to(self.device)
         index = gather_own_first(index) if self.gathers else index

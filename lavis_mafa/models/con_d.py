@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 VIT = "visual_encoder."
 POOLERS = ("text_encoder.pooler.", "text_encoder.bert.pooler.")
 PROJECTIONS = ("vision_proj", "text_proj")
+EVA_SIDE = 224  # pixels that the published EVA was trained on
 
 
 @dataclass
@@ -47,7 +49,7 @@ class ConD:
     def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
         """One pass over P pairs: LongTensor[P], LongTensor[P] -> [P] fp32 in [0, 1].
 
-        ``samples``: ``image`` [B, 3, H, W] (none is needed where the image encoder is shared) and ``text_input``.
+        ``samples``: ``image`` [B, 3, H, W] of any size (none is needed where the image encoder is shared) and ``text_input``.
         """
         network, device = self.network, image_index.device
         if network.device != device:
@@ -57,7 +59,8 @@ class ConD:
                 assert self.vit_states is not None, "a Con-D that shares the model's image encoder is asked through in_step"
                 states = self.vit_states.detach().to(self.dtype)
             else:
-                image = samples["image"].to(device, torch.float32 if VIT in network.keeps_precision else self.dtype)
+                image = network.at_own_size(samples["image"].to(device))
+                image = image.to(torch.float32 if VIT in network.keeps_precision else self.dtype)
                 states = self._gathered(network.image_states(image).to(self.dtype))
             images = network.image_tokens(states)
             texts = network.text_tokens(samples["text_input"], self.gathered)
@@ -195,8 +198,22 @@ def _load(
             f"{source} has no matching head (itm_head), so it cannot judge pairs; give a checkpoint of pre-training, retrieval or "
             "image-text matching."
         )
-    has_vit = any(name.startswith(VIT) for name in state)
-    shared = _can_share(getattr(host, "visual_encoder", None), block.image_encoder, state)
+    has_vit, side = any(name.startswith(VIT) for name in state), block.image_encoder.image_size
+    encoder: Any = getattr(host, "visual_encoder", None)
+    shared = _can_share(encoder, block.image_encoder, state)
+    if shared and encoder.patch_embed.image_size != side:
+        raise UserError(
+            f"model.discriminator.image_size is {side}, but Con-D has the model's frozen image encoder, which has another size "
+            f"({encoder.patch_embed.image_size}) and runs anyway; allowed here: null."
+        )
+    trained = _trained_side(state, block.image_encoder)
+    if trained not in (None, side):
+        logger.warning(
+            "%s was trained on images of %d x %d pixels, but sees %d x %d: its position embeddings are resized, which nothing has "
+            "trained, and it may miss many pairs that it would find otherwise.%s",
+            *(source, trained, trained, side, side),
+            "" if exact else f" model.discriminator.image_size: {trained} shows it what it knows.",
+        )
     if shared:
         logger.info("Con-D %s the model's frozen image encoder: it runs once", "has the weights of" if has_vit else "takes")
     elif not has_vit and hasattr(block.image_encoder, "freeze") and block.image_encoder.init is None:
@@ -215,6 +232,18 @@ def _load(
     state = {n: v for n, v in state.items() if not n.startswith(left_out) and (exact or n.split(".")[0] in parts)}
     load_exactly(network, state, source, may_miss=(VIT,) if from_file else ())
     return network, shared
+
+
+def _trained_side(state: dict[str, Tensor], vit: Any) -> int | None:
+    """Pixels of the images that a ViT was trained on, by its position embeddings: in a checkpoint, or in the file that ``init`` names."""
+    if not any(name.startswith(VIT) for name in state) and vit.init is not None:
+        if vit.init == "eva_clip_g":
+            return EVA_SIDE
+        state = read_weights(vit.init, "image_encoder.init", names_only=True)
+    positions = next((value for name, value in state.items() if name.removeprefix(VIT) == "pos_embed"), None)
+    if positions is None or positions.dim() != 3:
+        return None  # none at all, or for the loading to name
+    return math.isqrt(max(0, positions.shape[1] - 1)) * int(vit.patch_size)
 
 
 def _can_share(encoder: Any, wanted: Any, state: dict[str, Tensor]) -> bool:

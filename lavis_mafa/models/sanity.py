@@ -132,7 +132,7 @@ class SanityCheck:
 
     @torch.no_grad()
     def update(self, con_d: Discriminator, samples: dict[str, Any], known_positive: Tensor, hardest: Tensor | None = None) -> None:
-        """To be called on each training batch; asks Con-D on the first ones alone.
+        """To be called on each training batch that Con-D judges; asks Con-D on the first ones alone.
 
         Args:
             con_d: what ECM asks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class StepInputs:
     epoch: int = 0
     step: int = 0  # of the epoch
     steps_per_epoch: int = 1
-    first_of_window: bool = True  # of the steps whose gradients are accumulated
+    window: int = 1  # steps whose gradients are accumulated
 
     @classmethod
     def of(cls, samples: dict[str, Any], device: Any) -> StepInputs:
@@ -43,8 +44,23 @@ class StepInputs:
             samples.get("epoch", 0),
             samples.get("iters", 0),
             samples.get("num_iters_per_epoch", 1),
-            samples.get("first_of_window", True),
+            samples.get("window", 1),
         )
+
+    @property
+    def first_of_window(self) -> bool:
+        return self.step % self.window == 0
+
+    @property
+    def update(self) -> int:
+        """How many optimizer steps of the run came before this step's own; an epoch's last window may be short.
+
+        Example:
+            >>> inputs = StepInputs({}, torch.zeros(1), [], epoch=2, step=4, steps_per_epoch=7, window=3)
+            >>> inputs.update, inputs.first_of_window
+            (7, False)
+        """
+        return self.epoch * math.ceil(self.steps_per_epoch / self.window) + self.step // self.window
 
 
 class Encoded(NamedTuple):
@@ -70,7 +86,8 @@ class PretrainOutput(ModelOutput):
     image_features: Tensor | None = None  # [B, d] fp32, no gradient
     text_features: Tensor | None = None  # [B, d]
     metrics: dict[str, Tensor] | None = None  # Tensor[] each, on the device
-    verdicts: dict[str, Tensor] | None = None  # [2B] each: image, text (data set indices), probability, positive, ambiguous
+    # [2B] each: image, text (data set indices), probability, positive, ambiguous; None where there is a Con-D, and it was not asked
+    verdicts: dict[str, Tensor] | None = None
     ranges: dict[str, Tensor] | None = None  # [2] each, least and greatest: where to look when a loss is not finite
 
     @property

@@ -219,6 +219,16 @@ class EvaVit(VisionTransformer):
         return states if caller_in_half else states.float()
 
 
+def resize_images(image: Tensor, size: int) -> Tensor:
+    """Images of another size: [B, 3, H, W] -> [B, 3, size, size], on their device; as they are where they have it.
+
+    Bicubic and antialiased, the filter of our image processors, so that they are nearly what those would have made at that size.
+    """
+    if tuple(image.shape[2:]) == (size, size):
+        return image
+    return F.interpolate(image.float(), size=(size, size), mode="bicubic", align_corners=False, antialias=True)
+
+
 def resize_positions(positions: Tensor, patches: int) -> Tensor:
     """Position embeddings of another image size, those of patches interpolated: [1, 1 + n, width] -> [1, 1 + patches, width].
 

@@ -135,12 +135,15 @@ class ConnectionRecord:
         self.folder, self.rank, self.limit = folder, rank, limit
         self.every = max(1, math.ceil(steps_per_epoch / max(limit, 1)))
         self.per_step = max(1, limit * self.every // max(steps_per_epoch, 1))
+        self.due = False  # until the next step that has verdicts
         self.rows: list[dict[str, Tensor]] = []
 
     def add(self, epoch: int, step: int, verdicts: dict[str, Tensor] | None) -> None:
         """Take some of a step's verdicts; they stay on the device until the epoch ends."""
-        if self.limit == 0 or verdicts is None or "probability" not in verdicts or step % self.every:
+        self.due |= step % self.every == 0
+        if self.limit == 0 or verdicts is None or "probability" not in verdicts or not self.due:
             return
+        self.due = False
         count = len(verdicts["image"])
         stride = max(1, count // self.per_step)
         # the offset moves with the step, so that no position in the batch is preferred
@@ -151,7 +154,7 @@ class ConnectionRecord:
 
     def write(self, epoch: int, first_step: int = 0) -> Path | None:
         """Write this epoch's sample to ``connections/``; of a resumed epoch beside the part before ``first_step``."""
-        rows, self.rows = self.rows, []
+        rows, self.rows, self.due = self.rows, [], False
         if not rows:
             return None
         exists = torch.cat([row["exists"] for row in rows])

@@ -346,8 +346,8 @@ class RunnerMafa(RunnerBase):
     def _prepare(self, samples: dict[str, Any], epoch: int, step: int) -> dict[str, Any]:
         self.bad_samples.add(samples, self.settings.batch_size_train)
         samples = self._on_device(samples)
-        samples["first_of_window"] = step % self.settings.accum_grad_iters == 0
         samples.update(epoch=epoch, iters=step, num_iters_per_epoch=self.steps_per_epoch, grouped=self.feed.sampler.grouped)
+        samples["window"] = self.settings.accum_grad_iters
         return samples
 
     def _on_device(self, samples: dict[str, Any]) -> dict[str, Any]:

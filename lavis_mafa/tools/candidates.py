@@ -111,7 +111,8 @@ class Encoder:
                 states, image_features = self.con_d.image_rows(image)
                 texts, text_features = self.con_d.text_rows(captions)
             else:  # then Con-D has no projections
-                states, texts = self.con_d.image_tokens(self.con_d.image_states(image)), self.con_d.text_tokens(captions)
+                own = self.con_d.image_states(self.con_d.at_own_size(image))
+                states, texts = self.con_d.image_tokens(own), self.con_d.text_tokens(captions)
                 image_features, text_features = self.miner.image_rows(image)[1], self.miner.text_rows(captions)[1]
         texts = tuple(part.to(self.dtype) if part.is_floating_point() else part for part in texts)
         return states.to(self.dtype), texts, image_features.float(), text_features.float()

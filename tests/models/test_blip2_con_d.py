@@ -221,6 +221,24 @@ def test_a_frozen_encoder_of_another_width_is_not_taken(tmp_path):
         build(cut, ours(), con_d={"image_encoder": {"width": 48}})
 
 
+def test_the_models_encoder_has_the_models_size(tmp_path, checkpoint, matching, host):
+    """A smaller Con-D beside a frozen encoder that runs anyway would cost more, not less."""
+    cut = save(matching, tmp_path / "cut.pth", without="visual_encoder.")
+    host.visual_encoder.as_published = True
+    for path in (checkpoint, cut):
+        with pytest.raises(UserError, match=r"image_size is 14, but .* another size \(28\) and runs anyway; allowed here: null"):
+            build(path, host, con_d={"image_size": 14})
+
+
+def test_an_encoder_from_its_own_file_is_told_of_when_it_is_resized(tmp_path, matching, caplog):
+    cut = save(matching, tmp_path / "cut.pth", without="visual_encoder.")
+    torch.save(matching.visual_encoder.state_dict(), tmp_path / "vit.pth")
+    con_d = build(cut, con_d={"image_encoder": {"init": str(tmp_path / "vit.pth")}, "image_size": 14})
+    [text] = [record.getMessage() for record in caplog.records if "trained on images" in record.getMessage()]
+    assert "28 x 28 pixels, but sees 14 x 14" in text
+    assert con_d.network.visual_encoder.pos_embed.shape[1] == 1 + 4
+
+
 # --- sizes -----------------------------------------------------------------------------------------------------------------
 
 

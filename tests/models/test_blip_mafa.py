@@ -355,7 +355,8 @@ def test_a_con_d_of_another_resolution_is_resized(tmp_path):
 
 def test_an_albef_asks_a_blip(tmp_path):
     theirs, samples = reduced.lavis_itm(), batch(4, index=OWN)
-    sizes = {"image_encoder": reduced.SIZES["image_encoder"], "text_encoder": reduced.TEXT}
+    of_vit = {name: value for name, value in reduced.SIZES["image_encoder"].items() if name != "image_size"}
+    sizes = {"image_encoder": of_vit, "text_encoder": reduced.TEXT}
     con_d = con_d_of(save(theirs, tmp_path / "itm.pth"), **sizes)
     host = reduced.reduced.ours(ecm={"enabled": True}, discriminator=con_d)
     host.set_discriminator(build_discriminator(host.settings, host))

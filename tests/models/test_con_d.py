@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import families
 import reduced
+from lavis_mafa.config.schema import con_d_block
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import GroundTruthDiscriminator, build_discriminator
+from lavis_mafa.models.vit import resize_images
+from lavis_mafa.processors import AlbefImageEvalProcessor
 
 IMAGE, TEXT = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([0, 1, 3, 2, 0, 3])
 
@@ -80,9 +84,8 @@ def test_a_checkpoint_of_another_resolution_is_resized(tmp_path):
     model = reduced.lavis_retrieval(image_size=48)
     con_d = build_discriminator(block(save(model, tmp_path / "larger.pth")))
     assert con_d.match_probability(reduced.batch(4), IMAGE, TEXT).shape == (6,)
-    wide = reduced.SIZES["image_encoder"] | {"image_size": 48}
     model_block = block(save(model, tmp_path / "larger.pth"))
-    model_block.discriminator.image_encoder = wide
+    model_block.discriminator.image_size = 48
     samples = {**reduced.batch(4), "image": torch.randn(4, 3, 48, 48)}
     found = build_discriminator(model_block).match_probability(samples, IMAGE, TEXT)
     torch.testing.assert_close(found, of_lavis(model, samples), atol=1e-5, rtol=1e-4)
@@ -182,6 +185,57 @@ def test_a_harmless_object_beside_the_weights_is_refused_with_advice(tmp_path):
     torch.save({"model": {}, "config": argparse.Namespace(a=1)}, tmp_path / "namespace.pth")
     with pytest.raises(UserError, match="save its state dict alone"):
         build_discriminator(block(tmp_path / "namespace.pth"))
+
+
+# --- images of another size --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", families.REDUCED)
+def test_a_con_d_of_another_size_sees_smaller_images(tmp_path, name):
+    family = families.REDUCED[name]
+    side = family.SIZES["image_encoder"]["image_size"] // 2
+    judge, samples = family.ours(3, image_encoder={"image_size": side}), family.batch(4, index=torch.arange(4))
+    named = {"arch": f"{name}_mafa", "checkpoint": str(save(judge, tmp_path / "small.pth")), "precision": "fp32", "image_size": side}
+    model = family.ours(ecm={"enabled": True}, discriminator=named)
+    model.set_discriminator(build_discriminator(model.settings, model))
+    found = model.discriminator.match_probability(samples, IMAGE, TEXT)
+    wanted = of_ours(judge, {**samples, "image": resize_images(samples["image"], side)})
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert model(samples).verdicts["probability"].isfinite().all()
+
+
+def test_resized_images_are_nearly_what_the_processors_make():
+    """Of a picture with edges, by PIL's own filter; bilinear ones are several times as far off."""
+    picture = Image.fromarray((torch.rand(6, 6, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy())
+    picture = picture.resize((256, 256), Image.Resampling.NEAREST)
+    small, large = AlbefImageEvalProcessor(32)(picture), AlbefImageEvalProcessor(64)(picture)
+    assert (resize_images(large[None], 32)[0] - small).pow(2).mean().sqrt() < 0.05
+    assert resize_images(small[None], 32).data_ptr() == small.data_ptr()
+
+
+@pytest.mark.parametrize("trained", [16, 48, 32])
+def test_a_con_d_that_was_trained_at_another_size_is_told_of(tmp_path, caplog, trained):
+    """At 32, which it sees: nothing to tell."""
+    path = save(reduced.ours(image_encoder={"image_size": trained}), tmp_path / "con_d.pth")
+    build_discriminator(block(path, "albef_mafa"))
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if trained == 32:
+        assert said == []
+        return
+    [text] = said
+    assert str(path) in text and f"trained on images of {trained} x {trained} pixels, but sees 32 x 32" in text
+    assert f"model.discriminator.image_size: {trained}" in text
+
+
+def test_its_size_has_one_key(tmp_path):
+    settings = block(tmp_path / "con_d.pth")
+    settings.discriminator.image_encoder = {"image_size": 16}
+    with pytest.raises(UserError, match="image_encoder.image_size is 16, but .* is model.discriminator.image_size"):
+        con_d_block(settings)
+    settings.discriminator.image_encoder, settings.discriminator.image_size = None, 16
+    assert con_d_block(settings).image_encoder.image_size == 16 and settings.image_encoder.image_size == 32
+    settings.discriminator.model_type = "tiny"
+    assert con_d_block(settings).image_encoder.image_size == 16
 
 
 # --- ground truth ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lavis_mafa import plugin
 from lavis_mafa.config.schema import Grit, RunBlock
+from lavis_mafa.models.step import StepInputs
 from lavis_mafa.runners import checkpoint, loading
 from lavis_mafa.runners import step as step_module
 from lavis_mafa.runners.loading import GritFeed
@@ -68,13 +69,17 @@ def test_a_single_process_hears_itself():
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_the_teacher_is_moved_once_a_window(window):
-    """``first_of_window`` is what momentum models look at."""
+    """``first_of_window`` is what momentum models look at, and the optimizer's steps are counted over the run."""
     settings = RunBlock(accum_grad_iters=window, batch_size_train=4)
     seen = SimpleNamespace(seen=0, add=lambda samples, size: setattr(seen, "seen", seen.seen + size))
     loop = SimpleNamespace(settings=settings, bad_samples=seen, cuda_enabled=False, steps_per_epoch=7)
     loop.feed = SimpleNamespace(sampler=SimpleNamespace(grouped=True))
-    prepared = [RunnerMafa._prepare(loop, {}, epoch=3, step=step) for step in range(7)]
-    assert [sample["first_of_window"] for sample in prepared] == [step in range(0, 7, window) for step in range(7)]
+    prepared = [RunnerMafa._prepare(loop, {"image": torch.zeros(1), "text_input": []}, epoch=3, step=step) for step in range(7)]
+    inputs = [StepInputs.of(sample, "cpu") for sample in prepared]
+    assert [one.first_of_window for one in inputs] == [step in range(0, 7, window) for step in range(7)]
+    begun = [step for epoch in range(4) for step in range(7) if step in range(0, 7, window)]  # the windows of four epochs
+    before = len(begun) - len(range(0, 7, window)) - 1
+    assert [one.update for one in inputs] == [before + len(range(0, step + 1, window)) for step in range(7)]
     assert [(s["epoch"], s["iters"], s["num_iters_per_epoch"], s["grouped"]) for s in prepared] == [(3, n, 7, True) for n in range(7)]
     assert seen.seen == 28
 

@@ -9,11 +9,14 @@ from functools import cache
 import pytest
 import torch
 
+import reduced
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.models.retrieval import best_query
+from lavis_mafa.models.vit import resize_images
 from lavis_mafa.tools import count as counting
 from lavis_mafa.tools.candidates import (
+    Encoder,
     Known,
     batches_of,
     blocks_of,
@@ -308,3 +311,11 @@ def test_ranks_share_the_blocks_and_add_up(kit, monkeypatch):
 def test_the_order_of_ways():
     assert samplings([8, 4, 8], [12]) == [Sampling(4), Sampling(8), Sampling(4, 12), Sampling(8, 12)]
     assert torch.equal(shuffled(10, 3, 4), shuffled(10, 3)[:4]) and sorted(shuffled(10, 3).tolist()) == list(range(10))
+
+
+def test_a_con_d_of_another_size_than_the_miner_sees_resized_images():
+    con_d, miner, samples = reduced.ours(image_encoder={"image_size": 16}), reduced.ours(1), reduced.batch(4)
+    states, _, features, _ = Encoder(con_d, torch.device("cpu"), miner=miner).rows(samples["image"], samples["text_input"])
+    with torch.no_grad():
+        assert torch.equal(states, con_d.image_states(resize_images(samples["image"], 16)))
+        assert torch.equal(features, miner.image_rows(samples["image"])[1])
