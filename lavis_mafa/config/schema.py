@@ -609,7 +609,7 @@ def con_d_block(model: MafaBlock) -> Any:
     con_d, sizes = model.discriminator, dataclasses.asdict(model)
     assert con_d is not None
     family, size = FAMILIES[con_d.arch], con_d.image_size or sizes["image_encoder"]["image_size"]
-    if "image_size" in (con_d.image_encoder or {}):
+    if con_d.image_encoder and "image_size" in con_d.image_encoder:
         raise UserError(
             f"model.discriminator.image_encoder.image_size is {con_d.image_encoder['image_size']}, but the size of Con-D's images is "
             "model.discriminator.image_size."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -13,7 +13,9 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from lavis_mafa.datasets.images import load_rgb
-from lavis_mafa.processors import AlbefImageTrainProcessor
+
+if TYPE_CHECKING:
+    from lavis_mafa.processors import AlbefImageTrainProcessor
 
 MAKERS = ("lavis", "lavis_mafa")  # whose data sets put a processed image into a sample, and do nothing else with it
 Normalise = Callable[[Tensor], Tensor]
@@ -58,6 +60,9 @@ def normalised(samples: dict[str, Any], normalise: Normalise) -> dict[str, Any]:
 
 def _copied(dataset: Any, processors: list[AlbefImageTrainProcessor | None]) -> Any:
     """The data set, or those it is concatenated of, with ``Bytes``; appends each one's processor, None if it has to stay."""
+    # here: processors import LAVIS, which registers all that we have, this half imported file too
+    from lavis_mafa.processors import AlbefImageTrainProcessor
+
     copied = copy.copy(dataset)
     if hasattr(dataset, "datasets"):
         copied.datasets = [_copied(part, processors) for part in dataset.datasets]
