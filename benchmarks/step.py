@@ -104,7 +104,7 @@ class Judge:
     """Asks Con-D, and answers for it."""
 
     def __init__(self, con_d: Any, answer: float) -> None:
-        self.con_d, self.answer = con_d, answer
+        self.con_d, self.answer, self.network = con_d, answer, con_d.network
 
     def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
         return self.con_d.match_probability(samples, image_index, text_index).detach() * 0 + self.answer

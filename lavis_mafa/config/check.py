@@ -23,6 +23,7 @@ from lavis_mafa.config.schema import (
     MODEL_DEFAULTS,
     PATHS,
     RUN_BLOCKS,
+    TRUE_OR_FALSE,
     AlbefBlock,
     Blip2OptBlock,
     CaptioningRun,
@@ -323,6 +324,8 @@ def check_combinations(model: Any, run: RunBlock | None, files: bool = True) -> 
             if con_d is not None and not list(_sizes(model, "model")):  # else Con-D has the model's mistakes
                 found(_raise, _sizes(con_d, "model.discriminator"))
     if run is not None:
+        if run.compile and model is None:
+            found.add("run.compile is true, but a model of LAVIS's has no part that is compiled; allowed: false.")
         found(check_device, model, run.device, run.precision)
         if model is not None:
             found(_raise, _tasks(model, run))
@@ -578,6 +581,8 @@ def _image_sizes(model: Any, data: Mapping[str, Any], run: Mapping[str, Any]) ->
 def _lavis_run(run: Mapping[str, Any]) -> Iterator[str]:
     """What LAVIS's own runners and tasks answer with a traceback."""
     runner = run.get("runner", "runner_mafa")
+    if TRUE_OR_FALSE.get(str(run.get("compile")).lower()):
+        yield f"run.compile is true, but {run['task']} is a task of LAVIS's, which runs as it is; allowed: false."
     if runner in LAVIS_RUNNERS and run.get("lr_sched") == OURS:
         yield f"run.lr_sched is {OURS}, but {runner} does not tell it the steps of an epoch; use run.runner: runner_mafa."
     if run.get("lr_sched") == STEPWISE and run.get("lr_decay_rate") is None:

@@ -372,6 +372,7 @@ class RunBlock:
     accum_grad_iters: int = setting(1, "steps whose gradients are averaged before one update; negatives stay within a step", low=1)
     grad_clip: float | None = setting(None, "largest gradient norm; null is off", low=1e-12)
     precision: str = setting("fp32", "autocast of the model; losses and similarities are fp32 in any case", choices=PRECISIONS)
+    compile: bool = setting(False, "torch.compile of the ViTs' blocks: the first steps take minutes; needs a C++ compiler, or triton")
     max_nonfinite_steps: int = setting(
         10, "stop after so many steps in a row whose loss or gradient is not finite; none is applied", low=1
     )

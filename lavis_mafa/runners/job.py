@@ -124,9 +124,17 @@ def run_job(name: str, options: list[str]) -> Any:
 
 
 def _check_device(checked: Checked) -> None:
-    """``run.device: cuda`` falls back to the CPU where there is none, and half-precision weights would not run there."""
-    if checked.model is not None and not torch.cuda.is_available():
+    """``run.device: cuda`` falls back to the CPU where there is none, and half-precision weights would not run there.
+
+    And what ``run.compile`` needs on the one that is taken.
+    """
+    on_gpu = torch.cuda.is_available()
+    if checked.model is not None and not on_gpu:
         check_device(checked.model, "cpu", "fp32" if checked.run is None else checked.run.precision)
+    if checked.run is not None and checked.run.compile:
+        from lavis_mafa.runners.compiled import check_compiler  # here: torch's compiler takes seconds to import
+
+        check_compiler(on_gpu and checked.run.device.startswith("cuda"))
 
 
 def _check_rows(cfg: Any) -> None:

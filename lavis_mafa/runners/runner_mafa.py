@@ -100,6 +100,10 @@ class RunnerMafa(RunnerBase):
     def model(self) -> Any:
         """The model on its device, in DDP when there is a process group (RunnerBase returns None on a CPU)."""
         self._model = model = self._model.to(self.device)
+        if self.settings.compile:
+            from lavis_mafa.runners.compiled import compile_parts  # here: torch's compiler takes seconds to import
+
+            compile_parts(model)
         if not self.use_distributed:
             return model
         for buffer in model.buffers():  # DDP leaves this out together with broadcast_buffers

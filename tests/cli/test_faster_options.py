@@ -1,12 +1,18 @@
-"""What trades speed for something else, in real runs of the tiniest model: ``ecm.every``."""
+"""What trades speed for something else, in real runs of the tiniest model: ``ecm.every`` and ``run.compile``."""
 
 from __future__ import annotations
 
+import re
+
 import pyarrow.parquet as pq
 import pytest
+from torch import nn
 
 import outputs
 from lavis_mafa.cli.main import main
+from lavis_mafa.errors import UserError
+from lavis_mafa.models.vit import Block
+from lavis_mafa.runners import compiled
 
 pytestmark = pytest.mark.slow
 STEPS = 5  # of an epoch
@@ -40,3 +46,39 @@ def test_con_d_has_its_own_rhythm_and_its_own_averages(run_yaml):
     resumed = trained(run_yaml, every, f"run.resume_ckpt_path={part}/checkpoint_1_2.pth")
     outputs.assert_same_weights(whole / "checkpoint_1.pth", resumed / "checkpoint_1.pth")
     assert [outputs.timeless(r) for r in outputs.metrics(resumed)] == [outputs.timeless(r) for r in records[STEPS + 2 :]]
+
+
+# --- run.compile ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_run_trains_validates_saves_and_resumes(run_yaml, monkeypatch):
+    """With a teacher; names in its checkpoints are those of any run, and what it computes is nearly the same."""
+    options = ["model.itc.momentum_distillation.queue_size=8", "run.valid_splits=[val]", "run.max_epoch=1"]
+    options += [f"datasets.grit_pairs.build_info.annotations.val.storage={run_yaml.parent}/data/pairs.jsonl"]
+    plain, ran = trained(run_yaml, *options), []
+    monkeypatch.setattr(Block, "compile", lambda block: ran.append(block) or nn.Module.compile(block))
+    whole = trained(run_yaml, *options, "run.compile=true")
+    assert len(ran) == 2 and all(block._compiled_call_impl is not None for block in ran)  # the model's block, and its teacher's
+    part = trained(run_yaml, *options, "run.compile=true", "run.max_steps=2")
+    resumed = trained(run_yaml, *options, "run.compile=true", f"run.resume_ckpt_path={part}/checkpoint_0_2.pth")
+    outputs.assert_same_weights(whole / "checkpoint_0.pth", resumed / "checkpoint_0.pth")
+    before, after = outputs.weights(plain / "checkpoint_0.pth"), outputs.weights(whole / "checkpoint_0.pth")
+    assert before.keys() == after.keys()
+    first, other = outputs.metrics(plain)[0], outputs.metrics(whole)[0]
+    assert other["loss"] == pytest.approx(first["loss"], rel=1e-4)
+    assert outputs.json_lines(whole / "evaluation.jsonl")[-1]["split"] == "val"
+
+
+@pytest.mark.parametrize("environment", [{"PATH": ""}, {"CXX": "true"}], ids=["none", "one that fails"])
+def test_without_a_compiler_nothing_begins(run_yaml, run_cli, environment):
+    done = run_cli("train", "--cfg-path", run_yaml, "--options", "run.compile=true", env=environment)
+    said = [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} ", line)]  # torch's own, of its CUDA
+    assert done.returncode == 2 and len(said) == 1, done.stderr
+    assert "run.compile is true, but torch cannot compile here" in said[0] and "CXX" in said[0] and "run.compile: false" in said[0]
+    assert not (run_yaml.parent / "output").exists()
+
+
+def test_without_triton_no_gpu_compiles(monkeypatch):
+    monkeypatch.setattr(compiled, "has_triton_package", lambda: False)
+    with pytest.raises(UserError, match="there is no triton"):
+        compiled.check_compiler(on_gpu=True)
