@@ -43,6 +43,7 @@ ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * sdpa_flop_count(q, k, v),
 }
 COUNTED = flop_registry | {operation: shape_wrapper(count) for operation, count in ATTENTION.items()}
+WORDS = (torch.ops.aten._log_softmax.default, torch.ops.aten.log_softmax.int_out)  # masked, and one after another
 BY_MODULE = {"visual_encoder": IMAGE, "text_encoder": TEXT, "Qformer": QUERIES, "opt_proj": QUERIES, "opt_model": LM}
 
 
@@ -267,7 +268,7 @@ class NoValues(TorchDispatchMode):
         if step and func in (torch.ops.aten._unique2.default, torch.ops.aten.unique_dim.default):
             return args[0], torch.arange(args[0].shape[-1]), args[0]
         output = func(*args, **kwargs)
-        if step and step.part == LM and func is torch.ops.aten._log_softmax.default:
+        if step and step.part == LM and func in WORDS:
             step.logits = max(step.logits, output.numel())
         if step and func._overloadpacket in COUNTED:
             step.add(COUNTED[func._overloadpacket](*args, **kwargs, out_val=output))
