@@ -1,4 +1,4 @@
-"""``blip2_mafa``: stage 1 of BLIP-2 (LAVIS's Q-Former) with MAFA's step."""
+"""``blip2_mafa``: stage 1 of BLIP-2 (the Q-Former) with MAFA's step."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ class Grid:
         """[S, C] -> [rows, width, C], 0 where no token is."""
         if self.slots is None:
             return states.view(self.rows, self.width, states.shape[-1])
-        grid = states.new_zeros(self.rows * self.width, states.shape[-1]).index_copy_(0, self.slots, states)
+        # index_copy_ would keep the states for its backward, which reads their size alone
+        grid = states.new_zeros(self.rows * self.width, states.shape[-1]).index_put_((self.slots,), states)
         return grid.view(self.rows, self.width, states.shape[-1])
 
     def collect(self, grid: Tensor) -> Tensor:

@@ -223,5 +223,10 @@ def test_dropout_is_drawn_for_each_pair(method):
 
 def test_noise_falls_on_each_query_before_the_first_layer():
     mine, _ = pair(dropout=0.5)
-    dropped = mine.bert._embedded(given_tensors([2])[0], 50).view(50, -1) == 0
+    queries, images, _, _ = given_tensors([2])
+    dropped = mine.bert._embedded(queries, 50).view(50, -1) == 0
     assert 0.4 < dropped.float().mean() < 0.6 and len(dropped.unique(dim=0)) == 50
+    (keys, _), *_ = mine.bert.look(queries, mine.bert.keys_values(images))[1]
+    assert len(keys.flatten(1).unique(dim=0)) == IMAGES
+    (keys, _), *_ = mine.eval().bert.look(queries, mine.bert.keys_values(images))[1]
+    assert len(keys.flatten(1).unique(dim=0)) == 1
