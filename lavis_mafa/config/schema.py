@@ -605,7 +605,7 @@ def con_d_block(model: MafaBlock) -> Any:
     family, size = FAMILIES[con_d.arch], con_d.image_size or sizes["image_encoder"]["image_size"]
     if (twice := (con_d.image_encoder or {}).get("image_size")) is not None:
         raise UserError(
-            f"model.discriminator.image_encoder.image_size is {twice}, but the size of Con-D's images is model.discriminator.image_size."
+            f"model.discriminator.image_encoder.image_size is {twice}, but Con-D's image size is model.discriminator.image_size."
         )
     if family != model.arch or con_d.model_type is not None:
         kind = con_d.model_type or "base"
