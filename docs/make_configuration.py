@@ -51,7 +51,8 @@ GRIT's, alpha is varied in half of the base's epochs, and the lower threshold is
 Combinations that are refused:
 
 - **ECM and Con-D**: `ecm.ambiguous_from` above `threshold`; `ecm.enabled` without a discriminator or its checkpoint; a block below
-  `discriminator` that its family has not (`qformer` for ALBEF), or sizes there that cannot be.
+  `discriminator` that its family has not (`qformer` for ALBEF), or sizes there that cannot be; `discriminator.image_size` where Con-D
+  takes the model's frozen ViT, which has its own, and the same size in `discriminator.image_encoder`.
 - **GRIT**: B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
 - **Tasks**: captions from `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with
@@ -62,6 +63,7 @@ Combinations that are refused:
 - **Schedules**: `linear_warmup_step_lr` without `lr_decay_rate` or with `lr_horizon_epochs`; `lr_decay_rate` with another one of these.
 - **Precision**: `run.precision: fp16` on a CPU; fp16 weights on a CPU, also where `cuda` falls back to it; weights that are trained
   (`freeze: false`) in anything but fp32; training stage 2 on an OPT in fp16 without `run.precision: fp16`, whose loss scaling it needs.
+- **Compiling** (`run.compile`) without a compiler that works, a model or a task of LAVIS's.
 - **Sizes** that do not divide (width by heads, image by patch); `fusion_layer` not below `layers`.
 - **Checkpoints of the wrong kind**, read from their names and shapes when a job starts: a stage 1 as `pretrained` of stage 2 or the
   other way round, an ALBEF, BLIP or BLIP-2 with T5 where another is needed, a Con-D whose Q-Former has other sizes than are set.

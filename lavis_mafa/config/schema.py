@@ -372,7 +372,7 @@ class RunBlock:
     accum_grad_iters: int = setting(1, "steps whose gradients are averaged before one update; negatives stay within a step", low=1)
     grad_clip: float | None = setting(None, "largest gradient norm; null is off", low=1e-12)
     precision: str = setting("fp32", "autocast of the model; losses and similarities are fp32 in any case", choices=PRECISIONS)
-    compile: bool = setting(False, "torch.compile of the ViTs' blocks: the first steps take minutes; needs a C++ compiler, or triton")
+    compile: bool = setting(False, "torch.compile of the ViTs' blocks, with triton; on a CPU, with a C++ compiler, it is no faster")
     max_nonfinite_steps: int = setting(
         10, "stop after so many steps in a row whose loss or gradient is not finite; none is applied", low=1
     )
@@ -610,10 +610,9 @@ def con_d_block(model: MafaBlock) -> Any:
     con_d, sizes = model.discriminator, dataclasses.asdict(model)
     assert con_d is not None
     family, size = FAMILIES[con_d.arch], con_d.image_size or sizes["image_encoder"]["image_size"]
-    if con_d.image_encoder and "image_size" in con_d.image_encoder:
+    if (twice := (con_d.image_encoder or {}).get("image_size")) is not None:
         raise UserError(
-            f"model.discriminator.image_encoder.image_size is {con_d.image_encoder['image_size']}, but the size of Con-D's images is "
-            "model.discriminator.image_size."
+            f"model.discriminator.image_encoder.image_size is {twice}, but Con-D's image size is model.discriminator.image_size."
         )
     sizes["image_encoder"].pop("drop_patches", None)  # it judges whole images
     if family != model.arch or con_d.model_type is not None:

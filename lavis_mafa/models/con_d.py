@@ -235,7 +235,7 @@ def _load(
 
 
 def _trained_side(state: dict[str, Tensor], vit: Any) -> int | None:
-    """Pixels of the images that a ViT was trained on, by its position embeddings: in a checkpoint, or in the file of ``init``."""
+    """Pixels of the images that a ViT was trained on, by the position embeddings of a checkpoint or of the file that ``init`` names."""
     if not any(name.startswith(VIT) for name in state) and vit.init is not None:
         if vit.init == "eva_clip_g":
             return EVA_SIDE

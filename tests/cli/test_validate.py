@@ -101,6 +101,8 @@ NOT_TRAINED = [  # options, words of the message
         ["datasets.grit_pairs.vis_processor.eval={name: blip_question}"],
         "eval.name is 'blip_question', which is of texts; allowed here: albef",
     ),
+    (["run.compile=3"], "run.compile is 3, but must be true or false"),
+    (["run.task=captioning", "run.compile=yes"], "run.compile is true, but captioning is a task of LAVIS's"),
     (["run.beta2=1"], "run.beta2 is 1.0, but must be between 0 and 0.999999"),
     (['run.output_dir="a\\0b"'], "run.output_dir is 'a\\x00b'; allowed: a path, which holds no NUL"),
     (["datasets={coco_caption: {build_info: {annotations: {train: [1]}}}}"], "annotations.train is [1], but must be a block"),

@@ -12,6 +12,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import families
+from lavis_mafa.config.check import check_combinations
+from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.vit import Block
 from lavis_mafa.runners import compiled
@@ -65,6 +68,11 @@ def test_one_graph_serves_every_block_whatever_the_texts(tmp_path, traced):
         (found, gradients), (wanted, others) = families.step(model, batch), families.step(plain, batch)
         assert torch.equal(found.loss, wanted.loss) and all(torch.equal(value, others[name]) for name, value in gradients.items())
     assert counters["frames"]["ok"] == counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+
+
+def test_a_model_without_such_parts_is_refused():
+    with pytest.raises(UserError, match="run.compile is true, but a model of LAVIS's has no part that is compiled"):
+        check_combinations(None, RunBlock(compile=True, device="cpu"))
 
 
 @pytest.mark.parametrize("changes", [{"drop_path": 0.1}, {"gradient_checkpointing": True}], ids=["drop_path", "checkpoints"])
