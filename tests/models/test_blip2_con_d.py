@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import reduced as albef
 import reduced_blip2 as reduced
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.blip2 import Blip2Mafa
-from lavis_mafa.models.con_d import ConD, build_discriminator
+from lavis_mafa.models.con_d import ConD, _trained_side, build_discriminator
 
 batch, ours, save = reduced.batch, reduced.ours, reduced.save
 IMAGE, TEXT = torch.tensor([0, 0, 1, 2, 3, 3]), torch.tensor([0, 1, 3, 2, 0, 3])
@@ -237,6 +238,8 @@ def test_an_encoder_from_its_own_file_is_told_of_when_it_is_resized(tmp_path, ma
     [text] = [record.getMessage() for record in caplog.records if "trained on images" in record.getMessage()]
     assert "28 x 28 pixels, but sees 14 x 14" in text
     assert con_d.network.visual_encoder.pos_embed.shape[1] == 1 + 4
+    published = dataclasses.replace(con_d.network.settings.image_encoder, init="eva_clip_g", patch_size=14)
+    assert _trained_side({}, published) == 16 * 14  # which is not downloaded for that
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------------
