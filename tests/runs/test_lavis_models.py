@@ -27,11 +27,15 @@ TINY = """
 import sys
 import lavis.tasks
 from lavis.common.registry import registry
+from lavis.common.utils import get_abs_path
 from lavis.models.albef_models.albef_pretrain import AlbefPretrain
+from lavis.models.med import BertForMaskedLM
+from lavis.models.vit import VisionTransformerEncoder
+from transformers import BertConfig
 from lavis_mafa.cli.main import main
-from lavis_mafa.config.schema import ImageEncoder, TextEncoder
-from lavis_mafa.models.encoders import build_image_encoder, build_text_encoder
 from lavis_mafa.models.encoders import MINILM, build_tokenizer
+
+SIZES = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "fusion_layer": 1, "encoder_width": 32}
 
 class Tiny(AlbefPretrain):
     @classmethod
@@ -40,8 +44,11 @@ class Tiny(AlbefPretrain):
 
     @classmethod
     def from_config(cls, cfg=None):
-        image = build_image_encoder(ImageEncoder(init=None, image_size=32, patch_size=8, width=32, depth=2, heads=2))
-        text = build_text_encoder(TextEncoder(init=None, width=32, layers=2, fusion_layer=1, heads=2), 32)
+        image = VisionTransformerEncoder(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+        image.vision_width = 32
+        config = BertConfig.from_json_file(get_abs_path("configs/models/med_config_albef.json"))
+        config.update(SIZES)
+        text = BertForMaskedLM(config)
         return cls(image, text, queue_size=cfg.queue_size, embed_dim=16, mlm_mask_prob=0.5, max_txt_len=cfg.max_txt_len)
 
 registry.mapping["model_name_mapping"]["albef_pretrain"] = Tiny
