@@ -35,7 +35,7 @@ from transformers import BertConfig
 from lavis_mafa.cli.main import main
 from lavis_mafa.models.encoders import MINILM, build_tokenizer
 
-SIZES = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "fusion_layer": 1, "encoder_width": 32}
+SIZES = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 class Tiny(AlbefPretrain):
     @classmethod
@@ -47,7 +47,7 @@ class Tiny(AlbefPretrain):
         image = VisionTransformerEncoder(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
         image.vision_width = 32
         config = BertConfig.from_json_file(get_abs_path("configs/models/med_config_albef.json"))
-        config.update(SIZES)
+        config.update({**SIZES, "fusion_layer": 1, "encoder_width": 32})
         text = BertForMaskedLM(config)
         return cls(image, text, queue_size=cfg.queue_size, embed_dim=16, mlm_mask_prob=0.5, max_txt_len=cfg.max_txt_len)
 
