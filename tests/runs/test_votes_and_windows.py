@@ -73,7 +73,7 @@ def test_the_teacher_is_moved_once_a_window(window):
     settings = RunBlock(accum_grad_iters=window, batch_size_train=4)
     seen = SimpleNamespace(seen=0, add=lambda samples, size: setattr(seen, "seen", seen.seen + size))
     loop = SimpleNamespace(settings=settings, bad_samples=seen, cuda_enabled=False, steps_per_epoch=7)
-    loop.feed = SimpleNamespace(sampler=SimpleNamespace(grouped=True))
+    loop.feed, loop._on_device = SimpleNamespace(sampler=SimpleNamespace(grouped=True)), lambda samples: samples
     prepared = [RunnerMafa._prepare(loop, {"image": torch.zeros(1), "text_input": []}, epoch=3, step=step) for step in range(7)]
     inputs = [StepInputs.of(sample, "cpu") for sample in prepared]
     assert [one.first_of_window for one in inputs] == [step in range(0, 7, window) for step in range(7)]
