@@ -1,4 +1,4 @@
-"""``albef_mafa``: ALBEF on LAVIS's encoders with MAFA's step. One class gives ALBEF, GRIT-VLP and MAFA by YAML."""
+"""``albef_mafa``: ALBEF with MAFA's step. One class gives ALBEF, GRIT-VLP and MAFA by YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``blip_mafa``: BLIP on LAVIS's encoders with MAFA's step. One class gives BLIP and MAFA by YAML."""
+"""``blip_mafa``: BLIP with MAFA's step. One class gives BLIP and MAFA by YAML."""
 
 from __future__ import annotations
 

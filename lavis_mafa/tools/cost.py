@@ -113,6 +113,8 @@ def cost_of(
     with step.without_values("cpu"):  # without a GPU torch cannot run a backward pass on pretended ones
         step.run("cpu", precision)
         flops, step.flops = step.flops, {}
+        every = settings.ecm.every if hasattr(settings, "ecm") else 1
+        flops |= {part: Flops(flops[part].forward / every) for part in (CON_D, CON_D_VIT) if part in flops}  # of the average step
         if collects:
             step.model.grit_features(samples_of(settings, size, "cpu"))
         features = sum(part.total for part in step.flops.values())
@@ -194,7 +196,7 @@ def can_share(settings: Any) -> bool:
     if con_d is None or settings.arch != "blip2_mafa" or FAMILIES.get(con_d.arch) != "blip2_mafa" or not settings.image_encoder.freeze:
         return False
     own, theirs = settings.image_encoder, con_d_block(settings).image_encoder
-    return (own.width, own.depth, own.patch_size) == (theirs.width, theirs.depth, theirs.patch_size)
+    return all(getattr(own, size) == getattr(theirs, size) for size in ("width", "depth", "patch_size", "image_size"))
 
 
 def weights_of(model: Any, con_d: Any) -> Weights:

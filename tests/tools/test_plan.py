@@ -129,6 +129,24 @@ def test_what_con_d_finds_and_the_other_ranks_rows_are_counted():
     assert sum(gathered.saved.values()) > sum(plain.saved.values())
 
 
+def test_what_con_d_is_spared_is_counted():
+    plain, seldom, half = (
+        cost_of(tiny("blip"), StepSize(BATCH, LENGTH)),
+        cost_of(with_con_d("blip", every=4), StepSize(BATCH, LENGTH)),
+        cost_of(with_con_d("blip", image_size=24), StepSize(BATCH, LENGTH)),
+    )
+    for part in (CON_D, CON_D_VIT):
+        assert seldom.flops[part].forward == pytest.approx(plain.flops[part].forward / 4)
+    assert seldom.flops[IMAGE] == half.flops[IMAGE] == plain.flops[IMAGE]
+    assert half.flops[CON_D_VIT].forward < 0.4 * plain.flops[CON_D_VIT].forward
+
+
+def with_con_d(name: str, every: int = 1, image_size: int | None = None) -> Any:
+    block = tiny(name)
+    block.ecm.every, block.discriminator.image_size = every, image_size
+    return block
+
+
 def test_grits_separate_pass_is_the_encoders_once_more():
     cost = cost_of(tiny("albef with a teacher"), StepSize(BATCH, LENGTH), collects=True)
     assert cost.features == pytest.approx(cost.flops[IMAGE].forward + cost.flops[TEXT].forward, rel=0.01)
