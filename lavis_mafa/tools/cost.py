@@ -113,7 +113,7 @@ def cost_of(
     with step.without_values("cpu"):  # without a GPU torch cannot run a backward pass on pretended ones
         step.run("cpu", precision)
         flops, step.flops = step.flops, {}
-        every = settings.ecm.every if hasattr(settings, "ecm") else 1
+        every = every_of(settings)
         flops |= {part: Flops(flops[part].forward / every) for part in (CON_D, CON_D_VIT) if part in flops}  # of the average step
         if collects:
             step.model.grit_features(samples_of(settings, size, "cpu"))
@@ -412,12 +412,17 @@ def _fused_attention(
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal)[0]
 
 
+def every_of(settings: Any) -> int:
+    """In one of how many steps Con-D is asked."""
+    return settings.ecm.every if hasattr(settings, "ecm") else 1
+
+
 def samples_of(settings: Any, size: StepSize, device: Any) -> dict[str, Any]:
     """A batch of noise, with captions that differ and are longer than the model reads."""
     side = settings.image_encoder.image_size
     captions = [f"{i} " + "a " * size.text_length for i in range(size.batch)]
-    # not of the first epoch: Con-D has been looked at, and a momentum teacher counts in full
-    return {"image": torch.randn(size.batch, 3, side, side, device=device), "text_input": captions, "epoch": 2}
+    # not of the first epoch: Con-D has been looked at, and a momentum teacher counts in full; a step in which Con-D is asked
+    return {"image": torch.randn(size.batch, 3, side, side, device=device), "text_input": captions, "epoch": 2 * every_of(settings)}
 
 
 def _move(module: nn.Module, device: str) -> None:
