@@ -29,7 +29,7 @@ def wrong(source: str, may_execute: bool = False) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [f"{node.lineno}: {name} without its module" for name in names if name in LOADERS]
-        elif isinstance(node, ast.Name) and node.id in BUILTINS:  # not even named: map(eval, texts)
+        elif isinstance(node, ast.Name) and node.id in BUILTINS and isinstance(node.ctx, ast.Load):  # not even named: map(eval, texts)
             found.append(f"{node.lineno}: {node.id}")
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in LOADERS and node not in safe:
             found.append(f"{node.lineno}: {ast.unparse(node)} without weights_only=True")

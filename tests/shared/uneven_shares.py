@@ -67,8 +67,11 @@ class Model(torch.nn.Module):
     def image_rows(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return image[:, None], torch.cat([image.cos(), image.sin()], dim=1)
 
-    def match_rows(self, image_states: torch.Tensor, text: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return torch.cat([torch.zeros_like(text[0]), image_states[:, 0] - text[0]], dim=1)
+    def match_rows(
+        self, image_states: torch.Tensor, text: tuple[torch.Tensor, ...], image_index: torch.Tensor, text_index: torch.Tensor
+    ) -> torch.Tensor:
+        words = text[0][text_index]
+        return torch.cat([torch.zeros_like(words), image_states[image_index, 0] - words], dim=1)
 
 
 def generated(task: Any, count: int, folder: Path) -> list[Any]:
