@@ -50,7 +50,7 @@ class Features:
         ids = torch.ones(len(captions), TEXT, dtype=torch.long)
         return (ids, ids), torch.nn.functional.normalize(torch.randn(len(captions), DIM), dim=1)
 
-    def match_rows(self, states: Tensor, texts: tuple[Tensor, ...]) -> Tensor:
+    def match_rows(self, states: Tensor, texts: tuple[Tensor, ...], image_index: Tensor, text_index: Tensor) -> Tensor:
         return states[:, 0, :2]
 
 

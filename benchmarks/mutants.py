@@ -71,7 +71,7 @@ PURE = [
     ("objectives/connections.py", "positive = match_probability > threshold", "positive = match_probability >= threshold"),
     ("objectives/connections.py", "(match_probability > ambiguous_from)", "(match_probability >= ambiguous_from)"),
     ("objectives/connections.py", "ambiguous_from) & ~positive", "ambiguous_from)"),
-    ("objectives/connections.py", "(match_probability >= 0) & (match_probability <= 1)", "(match_probability >= 0)"),
+    ("objectives/connections.py", "(values >= 0) & (values <= 1)", "(values >= 0)"),
     ("objectives/itm.py", "texts = negatives.text_for_image_2nd if second", "texts = negatives.text_for_image if second"),
     ("objectives/itm.py", "images = negatives.image_for_text_2nd if second", "images = negatives.image_for_text if second"),
     ("objectives/itm.py", "swap = connections.ambiguous", "swap = connections.positive"),
@@ -93,8 +93,8 @@ PURE = [
     ("objectives/lm.py", "    logits = logits.float()\n", ""),
     ("objectives/lm.py", "soft = F.softmax(teacher_logits.float(), dim=1)", "soft = F.softmax(teacher_logits, dim=1)"),
     ("objectives/lm.py", "count = max(len(labels), 1)", "count = len(labels)"),
-    ("objectives/lm.py", "!= pad_token_id", "!= -1"),
-    ("objectives/lm.py", "label_smoothing=label_smoothing, reduction", "reduction"),
+    ("objectives/lm.py", "losses.sum() / max(1, len(losses))", "losses.sum()"),
+    ("objectives/lm.py", "sub_(smoothing / logits.shape[1])", "sub_(0.0)"),
     ("objectives/momentum.py", "alpha=1 - momentum", "alpha=momentum"),
     ("objectives/momentum.py", "(1 - alpha) * targets + alpha * F", "targets + alpha * F"),
     ("objectives/momentum.py", "min(1.0, (epoch * steps_per_epoch + step)", "min(1.0, (epoch * steps_per_epoch)"),
@@ -106,8 +106,8 @@ PURE = [
     ("objectives/mining.py", '" ".join(text.split())', "text"),
     ("objectives/mining.py", ">> 1", ">> 44"),
     ("objectives/pretraining.py", "ends[:, 1].amax()", "ends[:, 1].amin()"),
-    ("objectives/pretraining.py", "count + mined.pairs.text_index[found]", "count // 2 + mined.pairs.text_index[found]"),
-    ("objectives/pretraining.py", "_new_pairs(mined, count, ecm)", "_new_pairs(mined, own_count, ecm)"),
+    ("objectives/pretraining.py", "image_index * count + mined", "image_index * (count // 2) + mined"),
+    ("objectives/pretraining.py", "_on_host(pairs, mined, count)", "_on_host(pairs, mined, own_count)"),
     ("objectives/pretraining.py", "code = torch.unique(", "code = torch.sort("),
     (
         "objectives/pretraining.py",
@@ -135,12 +135,12 @@ PURE = [
     ),
     ("objectives/pretraining.py", 'verdicts if "itm" in ecm.use_in else None', "verdicts"),
     ("objectives/pretraining.py", '"itc" in settings.ecm.use_in', "settings.ecm.use_in"),
-    ("objectives/pretraining.py", 'or "lm" not in ecm.use_in', ""),
+    ("objectives/pretraining.py", '"lm" not in ecm.use_in or ', ""),
     ("objectives/pretraining.py", 'or ecm.false_negatives == "eliminate"', ""),
     (
         "objectives/pretraining.py",
-        "ecm.false_negatives, ecm.resample_ambiguous)\n        logits",
-        "ecm.false_negatives)\n        logits",
+        "ecm.false_negatives, ecm.resample_ambiguous)\n",
+        "ecm.false_negatives)\n",
     ),
     ("objectives/pretraining.py", "counted = torch.where(pairs.exists, probability, 0.0)", "counted = probability"),
     (
@@ -192,8 +192,8 @@ HOSTS = [
     ("models/base.py", "(image_feature.detach(), text_feature.detach())", "(image_feature, text_feature.detach())"),
     (
         "models/albef.py",
-        "images = self.momentum_image_embeds.index_select(0, image_index)",
-        "images = self.image_embeds.index_select(0, image_index)",
+        "named_images(self.momentum_image_embeds, image_index)",
+        "named_images(self.image_embeds.detach(), image_index)",
     ),
     (
         "models/albef.py",
@@ -202,8 +202,8 @@ HOSTS = [
     ),
     (
         "models/albef.py",
-        "momentum_logits = self._predict(model.text_encoder_m,",
-        "momentum_logits = self._predict(model.text_encoder,",
+        "momentum_logits = model.predict(model.text_encoder_m,",
+        "momentum_logits = model.predict(model.text_encoder,",
     ),
     (
         "models/albef.py",

@@ -17,7 +17,7 @@ from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_text_encoder, build_tokenizer, with_bert
 from lavis_mafa.models.momentum import project
 from lavis_mafa.models.step import Encoded, StepInputs
-from lavis_mafa.models.transformer import KeysValues, Reading, Tokens, on_device
+from lavis_mafa.models.transformer import KeysValues, Reading, Tokens, named_images, on_device
 from lavis_mafa.objectives import mask_tokens, masked_lm_loss
 from lavis_mafa.objectives.lm import IGNORED
 
@@ -36,17 +36,18 @@ class AlbefPairs:
 
     @cached_property
     def keys_values(self) -> KeysValues:
-        """Of every image once, whoever looks at it."""
+        """Of every image once, for all that looks at them."""
         return self.model.keys_values(self.image_embeds)
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one fusion pass."""
-        reading = self._reading(image_index, text_index)
-        return self.model.itm_head(self.model.fuse(self.keys_values, self.text_embeds, reading, reading.first))
+        images, reading = self._reading(image_index, text_index)
+        return self.model.itm_head(self.model.fuse(images, self.text_embeds, reading, reading.first))
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: masked tokens of each text predicted with its image; last layer and head run on masked positions only."""
-        model, tokenizer, reading = self.model, self.model.tokenizer, self._reading(image_index, text_index)
+        model, tokenizer = self.model, self.model.tokenizer
+        images, reading = self._reading(image_index, text_index)
         ids, labels = mask_tokens(
             self.text_ids.flatten().index_select(0, reading.rows),
             model.settings.mlm.mask_probability,
@@ -57,16 +58,18 @@ class AlbefPairs:
         masked = torch.nonzero(labels != IGNORED).flatten()
         ids, labels = on_device(ids, model.device), on_device(labels.index_select(0, masked), model.device)
         chosen = reading.tokens_at(masked)
-        logits = model.predict(model.text_encoder, ids, reading, self.keys_values, chosen)
+        logits = model.predict(model.text_encoder, ids, reading, images, chosen)
         momentum_logits = None
         if self.momentum_image_embeds is not None:
             with torch.no_grad():
-                images = model.text_encoder_m.bert.keys_values(self.momentum_image_embeds)
-                momentum_logits = model.predict(model.text_encoder_m, ids, reading, images, chosen)
+                images_m = model.text_encoder_m.bert.keys_values(named_images(self.momentum_image_embeds, image_index)[0])
+                momentum_logits = model.predict(model.text_encoder_m, ids, reading, images_m, chosen)
         return masked_lm_loss(logits, labels, momentum_logits, self.distillation)
 
-    def _reading(self, image_index: Tensor, text_index: Tensor) -> Reading:
-        return Reading.of(self.text_mask, self.model.device, text_index, image_index, len(self.image_embeds))
+    def _reading(self, image_index: Tensor, text_index: Tensor) -> tuple[KeysValues, Reading]:
+        named, index = named_images(self.image_embeds, image_index)
+        images = self.keys_values if named is self.image_embeds else self.model.keys_values(named)
+        return images, Reading.of(self.text_mask, self.model.device, text_index, index, len(named))
 
 
 class AlbefMafa(DualEncoder[AlbefBlock]):

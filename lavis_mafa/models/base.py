@@ -27,7 +27,7 @@ from lavis_mafa.models.momentum import TEACHERS, MomentumModel, project
 from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
 from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
-from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, on_device
+from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, named_images, on_device
 from lavis_mafa.models.vit import fit_position_embeddings, resize_images
 from lavis_mafa.objectives import (
     Discriminator,
@@ -442,6 +442,7 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         return project(self.text_proj, self.first_states(texts))
 
     def match_rows(self, image_tokens: Tensor, texts: Texts, image_index: Tensor, text_index: Tensor) -> Tensor:
+        image_tokens, image_index = named_images(image_tokens, image_index)
         reading = Reading.of(texts[-1], image_tokens.device, text_index, image_index, len(image_tokens))
         images = self.keys_values(image_tokens)
         return without_autocast(self.itm_head, self.fuse(images, texts[0], reading, reading.first))

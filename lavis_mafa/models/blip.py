@@ -15,7 +15,7 @@ from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_blip_text, build_blip_tokenizer
 from lavis_mafa.models.step import Encoded, StepInputs
-from lavis_mafa.models.transformer import KeysValues, Reading, Tokens
+from lavis_mafa.models.transformer import KeysValues, Reading, Tokens, named_images
 from lavis_mafa.objectives import language_modelling_loss
 
 
@@ -35,19 +35,21 @@ class BlipPairs:
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one pass."""
-        reading = self._reading(image_index, text_index)
-        return self.model.itm_head(self.model.fuse(self.keys_values, self.text_ids, reading, reading.first))
+        images, reading = self._reading(image_index, text_index)
+        return self.model.itm_head(self.model.fuse(images, self.text_ids, reading, reading.first))
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: each token of a text predicted from those before it and its image, labels smoothed by 0.1 as in LAVIS."""
-        decoder, reading = self.model.text_decoder, self._reading(image_index, text_index)
+        decoder, (images, reading) = self.model.text_decoder, self._reading(image_index, text_index)
         ids = led_by(self.model.tokenizer.bos_token_id, self.text_ids)
-        states = decoder.bert.read(ids, reading, images=self.keys_values, causal=True)
+        states = decoder.bert.read(ids, reading, images=images, causal=True)
         followed, words = reading.followed(), reading.take(ids)
         return language_modelling_loss(states.index_select(0, followed), words.index_select(0, followed + 1), decoder.cls)
 
-    def _reading(self, image_index: Tensor, text_index: Tensor) -> Reading:
-        return Reading.of(self.text_mask, self.model.device, text_index, image_index, len(self.image_embeds))
+    def _reading(self, image_index: Tensor, text_index: Tensor) -> tuple[KeysValues, Reading]:
+        named, index = named_images(self.image_embeds, image_index)
+        images = self.keys_values if named is self.image_embeds else self.model.keys_values(named)
+        return images, Reading.of(self.text_mask, self.model.device, text_index, index, len(named))
 
 
 def led_by(token: int, ids: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from lavis_mafa.models.encoders import (
 from lavis_mafa.models.qformer import together
 from lavis_mafa.models.retrieval import most_similar_query, without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs, check_lengths
-from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, numbers, on_device
+from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, named_images, numbers, on_device
 from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import language_modelling_loss
 
@@ -47,18 +47,19 @@ class Blip2Pairs:
 
     @cached_property
     def keys_values(self) -> KeysValues:
-        """Of every image once, whoever looks at it."""
-        return self.model.Qformer.bert.keys_values(self.image_embeds)
+        """Of own images once, for all that looks at them."""
+        return self.model.Qformer.bert.keys_values(self.image_embeds[: self.own])
 
     @cached_property
     def queries(self) -> tuple[Tensor, KeysValues]:
         """The contrastive pass of own images alone: states [B, queries, width], and the keys and values that the LM reads."""
-        return self._look(slice(self.own))
+        return self._look(self.keys_values)
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2]: one pass of queries and text over the images, averaged over the queries."""
-        texts = self.text_ids, self.text_mask
-        return self.model.itm_head(self.model.query_states(self.keys_values, texts, image_index, text_index)).mean(dim=1)
+        named, index = named_images(self.image_embeds, image_index)
+        images = self.keys_values if len(named) == self.own == len(self.image_embeds) else self.model.Qformer.bert.keys_values(named)
+        return self.model.itm_head(self.model.query_states(images, (self.text_ids, self.text_mask), index, text_index)).mean(dim=1)
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: each token of a text predicted from those before it and the keys and values of its image's queries.
@@ -77,7 +78,8 @@ class Blip2Pairs:
         before, device = self.queries[1], self.model.device
         others = sorted({image for image in numbers(image_index, len(self.image_embeds)) if image >= self.own})
         if others:
-            _, more = self._look(on_device(others, device))
+            images = self.image_embeds.index_select(0, on_device(others, device))
+            _, more = self._look(self.model.Qformer.bert.keys_values(images))
             before = [(torch.cat([k, mk]), torch.cat([v, mv])) for (k, v), (mk, mv) in zip(before, more, strict=True)]
         place = {image: self.own + number for number, image in enumerate(others)}
         rows = [place.get(image, image) for image in numbers(image_index, len(self.image_embeds))]
@@ -86,8 +88,8 @@ class Blip2Pairs:
         index = on_device(rows, device)
         return [(keys.index_select(0, index), values.index_select(0, index)) for keys, values in before]
 
-    def _look(self, which: Any) -> tuple[Tensor, KeysValues]:
-        return self.model.Qformer.bert.look(self.model.query_tokens, [(k[which], v[which]) for k, v in self.keys_values])
+    def _look(self, images: KeysValues) -> tuple[Tensor, KeysValues]:
+        return self.model.Qformer.bert.look(self.model.query_tokens, images)
 
 
 class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
@@ -171,6 +173,7 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
             return F.normalize(self.text_proj(states.float()), dim=-1)
 
     def match_rows(self, image_tokens: Tensor, texts: Texts, image_index: Tensor, text_index: Tensor) -> Tensor:
+        image_tokens, image_index = named_images(image_tokens, image_index)
         images = self.Qformer.bert.keys_values(image_tokens)
         return without_autocast(self.itm_head, self.query_states(images, texts, image_index, text_index)).mean(dim=1)
 

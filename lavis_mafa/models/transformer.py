@@ -103,14 +103,12 @@ class Layout:
     def tokens(self, device: torch.device, images: int = 0, chosen: list[int] | None = None) -> Tokens:
         """All S tokens, or those ``chosen`` in ascending order; ``images`` says how many there are to attend to."""
         text_of = [text for text, length in enumerate(self.lengths) for _ in range(length)]
-        texts = Grid.of(text_of, len(self.lengths), device)
         longest, seen = max(self.lengths, default=0), None
-        if min(self.lengths, default=0) < longest:
-            seen = (torch.arange(longest) < torch.tensor(self.lengths)[:, None])[:, None, None]
-            seen = on_device(seen, device)
         if chosen is not None:
-            text_of = [text_of[token] for token in chosen]
-            texts = Grid.of(text_of, len(self.lengths), device)
+            text_of = [text_of[token] for token in chosen]  # the keys that they see are those of all
+        elif min(self.lengths, default=0) < longest:
+            seen = on_device((torch.arange(longest) < torch.tensor(self.lengths)[:, None])[:, None, None], device)
+        texts = Grid.of(text_of, len(self.lengths), device)
         grid = image_of_row = None
         if self.row_of_text is not None and self.image_of_row is not None:
             grid = Grid.of([self.row_of_text[text] for text in text_of], len(self.image_of_row), device)
@@ -182,6 +180,23 @@ class Reading:
         if flat.device != rows.device:
             flat, rows = on_device(flat, device), on_device(rows, device)
         return on_device(flat.index_select(0, rows), device)
+
+
+def named_images(images: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Of K images [K, N, width] those that pairs name, and the pairs' LongTensor[P] among them.
+
+    Of all ranks' images a rank's pairs name few. Where the device alone knows which, it is one a pair, if that is fewer.
+    """
+    if not image_index.is_cpu:
+        if len(images) <= len(image_index):
+            return images, image_index
+        return images.index_select(0, image_index), torch.arange(len(image_index), device=images.device)
+    index = numbers(image_index, len(images))
+    named = sorted(set(index))
+    if len(named) == len(images):
+        return images, image_index
+    place = {image: number for number, image in enumerate(named)}
+    return images.index_select(0, on_device(named, images.device)), torch.tensor([place[image] for image in index], dtype=torch.long)
 
 
 def numbers(index: Tensor, below: int) -> list[int]:

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapp
 
 from lavis_mafa.config.schema import FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
-from lavis_mafa.models import transformer
+from lavis_mafa.models import blip2, qformer, transformer
 from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
 from lavis_mafa.models.con_d import as_con_d, untrained
 from lavis_mafa.models.encoders import PRECISIONS
@@ -321,7 +321,8 @@ class _Step:
                     stack.enter_context(patch(f"torch.{name}", lambda *_, answer=answer, **__: answer))
                 stack.enter_context(patch("torch.Tensor.pin_memory", lambda tensor: tensor))
             # what the host reads of an index: pairs that are spread evenly over texts and images; and no text is shorter than others
-            stack.enter_context(patch(f"{transformer.__name__}.numbers", self._numbers))
+            for module in (transformer, qformer, blip2):
+                stack.enter_context(patch(f"{module.__name__}.numbers", self._numbers))
             stack.enter_context(patch(f"{transformer.__name__}.lengths_of", lambda mask: [mask.shape[1]] * len(mask)))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(NoValues(self))

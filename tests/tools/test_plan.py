@@ -101,9 +101,9 @@ def test_the_papers_model_and_overhead():
 def test_a_con_d_with_the_frozen_vit_of_blip2_costs_a_twentieth():
     parts = cost_of(paper("blip2_mafa"), StepSize(2, 32), own_vit=True).flops
     alone = sum(part.total for name, part in parts.items() if name not in (CON_D, CON_D_VIT))
-    assert alone / 2 == pytest.approx(705e9, rel=0.005) and parts[IMAGE].backward == 0
-    assert parts[CON_D].total / alone == pytest.approx(0.041, abs=0.001)
-    assert (parts[CON_D].total + parts[CON_D_VIT].total) / alone == pytest.approx(0.78, abs=0.005)
+    assert alone / 2 == pytest.approx(696e9, rel=0.005) and parts[IMAGE].backward == 0
+    assert parts[CON_D].total / alone == pytest.approx(0.042, abs=0.001)
+    assert (parts[CON_D].total + parts[CON_D_VIT].total) / alone == pytest.approx(0.79, abs=0.005)
 
 
 def test_half_precision_saves_memory_and_checkpointing_more():
