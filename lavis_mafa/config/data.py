@@ -58,7 +58,8 @@ def check_keys(where: str, block: Iterable[Any], allowed: Iterable[str], of: str
 # --- data sets ---------------------------------------------------------------------------------------------------------
 
 TRAINING_FILES = {"fixed": "train.jsonl", "drawn": "train_captions.jsonl", "curated": "train_captions.jsonl"}
-SPLITS = {"grit_pairs": ("train", "val", "test"), "grit_vqa": ("val", "test"), "grit_emoji": ("train", "val", "test")}
+SCENE_FILES = {"web": "train.parquet", "curated": "curated.parquet"}
+SPLITS = {"grit_pairs": ("train", "val", "test"), "grit_vqa": ("val", "test"), "grit_emoji": ("train", "val", "test"), "grit_scenes": ("train", "val", "test", "unseen")}
 _ROWS: dict[str, Rule] = {
     "annotations": _BLOCK,
     "images": ("a block, such as {storage: FOLDER}", lambda value: isinstance(value, dict)),
@@ -68,6 +69,12 @@ _ROWS: dict[str, Rule] = {
 INFO: dict[str, dict[str, Rule]] = {  # keys of build_info
     "grit_pairs": {**_ROWS, "prefix_lm": _TRUE_OR_FALSE},
     "grit_vqa": _ROWS,
+    "grit_scenes": {
+        "root": ("the folder that `lavis-mafa build-scenes` wrote", lambda value: isinstance(value, str)),
+        "captions": _one_of(*SCENE_FILES),
+        "prefix_lm": _TRUE_OR_FALSE,
+        "max_images": _COUNT,
+    },
     "grit_emoji": {
         "root": ("the folder that `lavis-mafa build-emoji` wrote", lambda value: isinstance(value, str)),
         "captions": _one_of(*TRAINING_FILES),
@@ -180,6 +187,9 @@ def missing_files(name: str, block: Mapping[str, Any]) -> list[str]:
         UserError: no file is named.
     """
     where, info = f"datasets.{name}.build_info", block["build_info"]
+    if name == "grit_scenes":
+        built = (Path(info["root"]) / "summary.json").is_file()
+        return [] if built else [f"{info['root']} holds no scenes; build them once with: lavis-mafa build-scenes {info['root']}"]
     if name == "grit_emoji":
         built = (Path(info["root"]) / "truth.parquet").is_file()
         return [] if built else [f"{info['root']} holds no emoji data; build them once with: lavis-mafa build-emoji {info['root']}"]

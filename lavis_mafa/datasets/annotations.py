@@ -147,6 +147,9 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
         if texts.null_count < table.num_rows:
             found[name] = texts
             numbers += [name] if are_numbers else []
+    for name, kind in zip(columns.facts, (TEXTS, pa.list_(TEXTS)), strict=False):
+        if name in table.column_names:
+            found[name] = table[name].cast(kind)
     return with_numbers(pa.table(found), numbers)
 
 

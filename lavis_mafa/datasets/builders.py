@@ -14,7 +14,7 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from torch.utils.data import Dataset
 
-from lavis_mafa.config.data import SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, own_files
+from lavis_mafa.config.data import SCENE_FILES, SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, kept, missing_files, own_files
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
@@ -129,6 +129,29 @@ class GritEmojiBuilder(_LocalBuilder):
         return datasets
 
 
-BUILDERS = {"grit_pairs": GritPairsBuilder, "grit_vqa": GritVqaBuilder, "grit_emoji": GritEmojiBuilder}
+class GritScenesBuilder(_LocalBuilder):
+    """The scenes that ``lavis-mafa build-scenes`` writes.
+
+    Splits: ``train``; ``val``, new scenes; ``test``, new scenes by another artist; ``unseen``, scenes with things that are not in training.
+    """
+
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_scenes" / "defaults.yaml")}
+
+    def build(self) -> Datasets:
+        info = self.config.build_info
+        check_info("grit_scenes", info)
+        if missing := missing_files("grit_scenes", self.config):
+            raise UserError(missing[0])
+        self.build_processors()
+        root, prefix_lm = Path(info.root).expanduser(), info.get("prefix_lm", False)
+        files = {split: f"{split}.parquet" for split in SPLITS["grit_scenes"]} | {"train": SCENE_FILES[info.get("captions", "web")]}
+        limits = {"train": info.get("max_images")}
+        return {
+            split: self._pairs(split, root, [root / file], None, partial(kept, limit=limits.get(split), seed=None), prefix_lm=prefix_lm)
+            for split, file in files.items()
+        }
+
+
+BUILDERS = {"grit_pairs": GritPairsBuilder, "grit_vqa": GritVqaBuilder, "grit_emoji": GritEmojiBuilder, "grit_scenes": GritScenesBuilder}
 # here, not in plugin.py: where this module is the first to import LAVIS, that asks for it while it is only half imported
 registry.mapping["builder_name_mapping"].update(BUILDERS)

@@ -27,11 +27,14 @@ CHARACTERS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Columns:
-    """A kind of annotations: columns ``single`` (a text), ``several`` (a text or a list of texts), ``optional`` (ids)."""
+    """A kind of annotations: columns ``single`` (a text), ``several`` (a text or a list of texts), ``optional`` (ids) and ``facts``
+    (all or none of them: what the image has, a list of texts, and for each of ``several`` what it claims, another).
+    """
 
     single: tuple[str, ...]
     several: str
     optional: tuple[str, ...]
+    facts: tuple[str, ...] = ()
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -39,7 +42,8 @@ class Columns:
 
 
 SAME_IMAGE = "same_image"
-PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept", SAME_IMAGE))
+FACTS = ("facts", "caption_facts")
+PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept", SAME_IMAGE), facts=FACTS)
 QUESTIONS = Columns(single=("image", "question"), several="answer", optional=("question_id",))
 
 
@@ -64,14 +68,14 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
 def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[str]:
     """Which of ``columns`` are among ``found``; a missing required one, or one that is there twice, is a UserError."""
     found = list(found)
-    for name in columns.optional + columns.required:
+    for name in columns.optional + columns.required + columns.facts:
         if found.count(name) > 1:
             raise UserError(f"{path}: column '{name}' is there {found.count(name)} times; allowed: once.")
     for name in columns.required:
         if name not in found:
             shown = [" ".join(other.split()) for other in found]
             raise UserError(f"{path}: no column '{name}'; its columns are {', '.join(shown)}.{did_you_mean(name, shown)}")
-    return [name for name in (*columns.required, *columns.optional) if name in found]
+    return [name for name in (*columns.required, *columns.optional, *columns.facts) if name in found]
 
 
 def read_parquet(path: Path, columns: Columns) -> pa.Table:

@@ -84,9 +84,7 @@ class _AnnotatedImages(Dataset):
 
     def _concepts(self) -> torch.LongTensor | None:
         """[rows] numbers by the truth, None where nothing is known."""
-        if self.truth is None or "concept" not in self.table.column_names:
-            return None
-        return self.truth.concepts.find_all(self.table["concept"])
+        return None if self.truth is None else self.truth.images(self.table)
 
 
 class ImageTextPairs(_AnnotatedImages):

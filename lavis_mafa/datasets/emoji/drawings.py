@@ -134,12 +134,18 @@ def same_pictures(drawings: dict[str, dict[str, Path]]) -> list[set[str]]:
 
 def render(file: Path, size: int) -> Image.Image:
     """The drawing as a square RGB image on white, ``size`` pixels wide."""
+    return on_white(cutout(file, size))
+
+
+def cutout(file: Path, size: int) -> Image.Image:
+    """The drawing as a square RGBA image, ``size`` pixels wide; what is not drawn on is transparent."""
     if file.suffix == ".svg":
         import resvg_py
 
         png = resvg_py.svg_to_bytes(svg_path=str(file), width=size, height=size, skip_system_fonts=True)
         with Image.open(io.BytesIO(bytes(png))) as image:
-            picture = on_white(image)
+            picture = image.convert("RGBA")
     else:
-        picture = load_rgb(file)
+        with Image.open(file) as image:
+            picture = image.convert("RGBA")
     return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.LANCZOS)
