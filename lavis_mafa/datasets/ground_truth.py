@@ -17,6 +17,7 @@ import torch
 from lavis_mafa.datasets.ids import pc
 
 PAIRS_AT_ONCE = 1 << 22
+NO_TRUTH = "the training data tell no truth (a column `concept`, or `facts` with `caption_facts`), or are several data sets"
 Pairs = tuple[torch.Tensor, torch.Tensor]
 
 
