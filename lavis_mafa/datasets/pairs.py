@@ -207,8 +207,8 @@ class RetrievalPairs(_AnnotatedImages):
             self.relevant |= self.truth.matrix(self.concepts, self.text_keys)
         if not self.relevant.any():
             raise UserError(
-                f"{self.files}: by 'facts' and 'caption_facts' no caption is right for any image, so there is nothing to find; allowed: "
-                "a caption all of whose facts some image has."
+                f"{self.files}: by 'facts' and 'caption_facts' no caption is right for any image, so there is nothing to find; "
+                f"allowed: a caption all of whose facts some image has."
             )
 
         # what captioning names its captions by: the annotations' own ids where they are numbers, as COCO's are

@@ -74,9 +74,9 @@ def split_files(name: str, block: Any, split: str, base: Path = Path()) -> Split
         if missing := missing_files(name, {"build_info": info}):
             raise UserError(missing[0])
         root, limits = Path(info.root).expanduser(), {"train": info.get("max_images")}
-        names = {other: f"{other}.parquet" for other in SPLITS[name]} | {"train": SCENE_FILES[info.get("captions", "web")]}
+        of_split = {other: f"{other}.parquet" for other in SPLITS[name]} | {"train": SCENE_FILES[info.get("captions", "web")]}
         keep = partial(kept, limit=limits.get(split), seed=None)
-        return SplitFiles([AnnotationFile(root / names[split])], root, select=keep) if split in names else None
+        return SplitFiles([AnnotationFile(root / of_split[split])], root, select=keep) if split in of_split else None
     if name in SPLITS:
         own, root, select = own_files(where, info, SPLITS[name])
         return SplitFiles(own[split], root, allows_absolute_paths(where, info), select) if split in own else None
