@@ -194,8 +194,7 @@ class GroundTruth:
         if len(self._claims) == 0 or text_key.numel() == 0:
             return
         start, claims = self._start.to(text_key.device), self._claims.to(text_key.device)
-        text = text_key.clamp(min=0)
-        first, end = start[text], start[text + 1]
+        first, end = start[text_key], start[text_key + 1]  # of an unknown one (-1) the end is before the start
         for place in range(int((end - first).max())):
             at = first + place
             yield torch.where(at < end, claims[at.clamp(max=len(claims) - 1)], -1)

@@ -215,7 +215,8 @@ def test_a_key_that_is_there_twice_and_half_a_character(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "cell", ["dog", "['dog']", '{"dog": 1}', '["dog", 3]', '["dog", null]', '"dog"', "3", '["\\ud83d"]', "[" * 5000]
 )
-def test_a_cell_that_is_no_list_is_one_message(tmp_path: Path, cell: str) -> None:
+def test_a_cell_that_is_no_list_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell: str) -> None:
+    monkeypatch.setattr(formats, "ROWS_AT_ONCE", 2)
     for ending in (".csv", ".tsv"):
         rows = [{"image": "a", "caption": "b", "facts": '["c"]', "caption_facts": "[]"}] * 2
         file = write(tmp_path / f"a{ending}", [*rows, {**rows[0], "caption_facts": cell}])

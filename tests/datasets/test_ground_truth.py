@@ -83,6 +83,14 @@ def test_images_that_the_truth_has_not_seen_are_unknown() -> None:
     assert truth.images(pa.table({"concept": ["dog"]})) is None
 
 
+def test_two_facts_are_not_the_one_whose_number_is_theirs_in_a_row() -> None:
+    facts = [f"{number:02}" for number in range(13)]
+    has = pa.chunked_array([[facts, ["01", "02"], ["12"]]])
+    truth = GroundTruth.from_facts(has, pa.chunked_array([["text"]]), pa.chunked_array([[["12"]]]))
+    concepts = truth.images(pa.table({"facts": has}))
+    assert truth.matches(concepts, torch.tensor([0])).tolist() == [True, False, True] and len(truth.concepts) == 3
+
+
 @settings(deadline=None)
 @given(rows=st.lists(st.tuples(st.sampled_from([None, "a", "b", "c"]), LISTS), max_size=10), cut=st.integers(0, 10))
 def test_a_contradiction_is_found_by_a_loop(rows: list[tuple[str | None, list[str] | None]], cut: int) -> None:

@@ -141,6 +141,11 @@ def test_gallery_knows_more_than_its_own_pairs_with_a_truth(folder: Path) -> Non
     assert data.text_keys.tolist() == [truth.text_key("A dog"), -1, truth.text_key("A cat"), -1]
 
 
+def test_what_is_written_for_an_image_of_two_concepts_is_right_for_it(folder: Path) -> None:
+    write(folder, [{"image": "dog.png", "caption": f"A {name}", "concept": name} for name in ("dog", "cat")])
+    assert pairs(folder, RetrievalPairs).relevant.tolist() == [[True, True]]
+
+
 def test_a_torn_image_is_an_error(tmp_path: Path) -> None:
     """LAVIS sets PIL's switch that would fill the rest with grey."""
     import io

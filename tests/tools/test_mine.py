@@ -269,6 +269,42 @@ def test_several_captions_a_row_stay_lists_and_the_drawn_one_is_found():
     assert table["score"].to_pylist() == pytest.approx([0.6, 0.7, 0.9])
 
 
+def with_facts(captions, facts, claims, root="images"):
+    data = Written(None, captions, root)
+    data.table = data.table.append_column("facts", pa.array(facts, TEXTS))
+    data.table = data.table.append_column("caption_facts", pa.array(claims, pa.list_(TEXTS)))
+    return data
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_mined_row_has_the_facts_of_its_image_and_the_claims_of_its_text(several, tmp_path):
+    captions, claims = [["a dog"], ["a thing"], ["a cat", "a dog"][: 1 + several]], [[None], None, [["cat"], ["dog"]][: 1 + several]]
+    facts = [["dog", "red"], None, ["cat"]]
+    mined = [(0, 2, "a cat"), (2, 0, "a dog"), (1, 2, "a cat"), (0, 1, "a thing")]
+    columns = {name: [pair[place] for pair in mined] for place, name in enumerate(("image", "text", "caption"))}
+    columns |= {"probability": pa.array([0.9, 0.8, 0.7, 0.6], pa.float32()), "own_probability": pa.array([0.7] * 4, pa.float32())}
+    judged = pa.table({"direction": ["text for image"] * 4, **columns})
+    pq.write_table(
+        pairs_table(SourceRows(with_facts(captions, facts, claims)), np.arange(3), judged, np.arange(4)), tmp_path / "a.parquet"
+    )
+    back = read_annotations([tmp_path / "a.parquet"])
+    assert back["facts"].to_pylist() == [*facts, facts[0], facts[2], None, facts[0]]
+    known = {"a cat": ["cat"], "a dog": ["dog"] if several else None, "a thing": None}
+    assert back["caption_facts"].to_pylist()[3:] == [[known[text]] for _, _, text in mined]
+    truth, sole = GroundTruth.from_table(back), GroundTruth.from_table(SourceRows(with_facts(captions, facts, claims)).table)
+    assert truth.texts.values == sole.texts.values and truth.concepts.values == sole.concepts.values
+
+
+def test_data_sets_whose_claims_differ_are_refused_before_they_are_mined_together():
+    class Both:
+        datasets = [with_facts([["a dog"]], [["dog"]], [[[name]]]) for name in ("dog", "cat")]
+
+    with pytest.raises(
+        UserError, match=r"data set 2, row 1: 'caption_facts' of caption 'a dog' are \[\"cat\"\], but \[\"dog\"\] in data"
+    ):
+        SourceRows(Both())
+
+
 def test_data_sets_in_two_folders_get_absolute_paths(tmp_path):
     class Both:
         datasets = [Written(None, [["a"]], tmp_path / "one"), Written(None, [["b"]], tmp_path / "two")]
