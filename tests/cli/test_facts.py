@@ -177,6 +177,16 @@ def test_check_data_says_what_does_not_fit_and_keeps_the_claims_of_good_captions
     assert f"{tmp_path}/c.jsonl, row 1: 'caption_facts' of caption" in said and f"{tmp_path}/b.tsv, row 1" in said
 
 
+def test_check_data_knows_images_of_one_name_in_two_folders_apart(work, tmp_path):
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "other" / TRAIN[0]["image"])
+    (tmp_path / "other.jsonl").write_text(json.dumps({**TRAIN[0], "facts": ["else"]}) + "\n")
+    storage = f"[{work}/data/pairs.jsonl, {{annotations: {tmp_path}/other.jsonl, images: {tmp_path}/other}}]"
+    options = [f"datasets.grit_pairs.build_info.annotations.train.storage={storage}", "run.test_splits=[]"]
+    check = ["check-data", "--cfg-path", str(work / "run.yaml"), "--output", str(tmp_path / "out"), "--workers", "0"]
+    assert main([*check, "--options", *options]) == 0
+
+
 def test_a_gallery_without_a_match_and_data_without_truth_are_found_before_training(work, tmp_path, capsys):
     wrong, plain = ([{**row, **change} for row in VAL] for change in ({"facts": ["nothing"]}, {"facts": None, "caption_facts": None}))
     for rows in (wrong, plain):
