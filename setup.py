@@ -31,6 +31,7 @@ WITH_LAVIS = [
     "fairscale==0.4.4",
     "numpy<2",  # LAVIS's opencv was built against numpy 1
     "pyarrow<26",  # 26 wants numpy 2
+    "scipy>=1.15",  # from there on `rng`
     "safetensors",
     "tensorboard",
     "matplotlib",

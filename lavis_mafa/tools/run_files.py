@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_mafa.config.read import read_yaml
 from lavis_mafa.errors import UserError
 
+QUERIES = "_queries.parquet"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -55,6 +57,30 @@ def read_connections(run: Path) -> pa.Table:
     if not tables:
         raise UserError(f"{run} has no connections/*.parquet; they are written while model.ecm.enabled is true.")
     return pa.concat_tables(tables).unify_dictionaries()
+
+
+def read_queries(run: Path, split: str) -> pa.Table:
+    """The metrics of every query of a split's last evaluation (:func:`lavis_mafa.tasks.pretrain.write_queries`).
+
+    Raises:
+        UserError: there are none, or the file is damaged.
+    """
+    file = run / "result" / f"{split}{QUERIES}"
+    try:
+        return pq.read_table(file)
+    except FileNotFoundError:
+        known = ", ".join(query_splits(run)) or "none"
+        raise UserError(
+            f"{run} has no metrics of single queries of the split {split!r} (result/{file.name}); it has those of: {known}. They are "
+            "written by every retrieval evaluation; an older run gets them from `lavis-mafa evaluate`."
+        ) from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} is not readable as Parquet: {' '.join(str(error).split())}") from error
+
+
+def query_splits(run: Path) -> list[str]:
+    """The splits that :func:`read_queries` finds."""
+    return sorted(file.name.removesuffix(QUERIES) for file in (run / "result").glob(f"*{QUERIES}"))
 
 
 def last_epoch(metrics: list[dict[str, Any]]) -> dict[str, float]:
