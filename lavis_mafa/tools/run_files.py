@@ -95,6 +95,21 @@ def last_epoch(metrics: list[dict[str, Any]]) -> dict[str, float]:
     return {name: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
 
 
+def wall_seconds(run: Path) -> float:
+    """How long a finished run has trained, by its log, and was evaluated after that, by the times of its files.
+
+    Neither waiting between an interruption and going on is in it, nor starting up.
+    """
+    records, before, seconds = read_metrics(run), 0, 0.0
+    for record in records:
+        seconds += max(0, record["samples_seen"] - before) / record["samples_per_second"]
+        before = record["samples_seen"]
+    trained, scored = (run / name for name in ("metrics.jsonl", "evaluation.jsonl"))
+    if trained.is_file() and scored.is_file():
+        seconds += max(0.0, scored.stat().st_mtime - trained.stat().st_mtime)
+    return seconds
+
+
 def _open_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the folder of a run, such as output/20250131120000.")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -198,24 +197,14 @@ def _by_image(values: ArrayLike, image: ArrayLike) -> tuple[Values, Values]:
 
 def over_seeds(values: list[float]) -> float | None:
     """Half of the 95 % interval of the mean over seeds (Student's t); None of one seed."""
-    return None if len(values) < 2 else _half(stats.ttest_1samp(values, 0.0))
+    return None if len(values) < 2 else float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
 
 
-def paired_over_seeds(a: list[float], b: list[float]) -> dict[str, float | None] | None:
-    """Two rows with the same seeds: the mean ``difference`` a - b, ``half`` of its 95 % interval, and the ``p`` of a paired t-test.
+def paired_over_seeds(a: list[float], b: list[float]) -> dict[str, float | None]:
+    """Two rows with the same two seeds or more: the mean ``difference`` a - b, ``half`` of its 95 % interval, the ``p`` of a paired t-test.
 
-    None of one seed. The p of differences that are all the same is None: they have no spread to compare them with.
+    The p of differences that are all the same is None: they have no spread to compare them with.
     """
-    if len(a) < 2:
-        return None
-    difference = np.asarray(a) - np.asarray(b)
-    if np.ptp(difference) == 0:
-        return {"difference": float(difference.mean()), "half": 0.0, "p": None}
-    test = stats.ttest_rel(a, b)
-    return {"difference": float(difference.mean()), "half": _half(test), "p": float(test.pvalue)}
-
-
-def _half(test: Any) -> float:
-    """Half of the width of a test's 95 % interval."""
-    low, high = test.confidence_interval(LEVEL)
-    return float(high - low) / 2
+    differences = np.asarray(a) - np.asarray(b)
+    found = {"difference": float(differences.mean()), "half": over_seeds(differences.tolist())}
+    return {**found, "p": float(stats.ttest_rel(a, b).pvalue) if np.ptp(differences) > 1e-9 else None}

@@ -16,7 +16,8 @@ from lavis_mafa.cli import ablate
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.check import check_yaml
 from lavis_mafa.runners.job import run_job
-from lavis_mafa.tools.ablate import collect, concrete, find_table, format_terminal, load_tables, plan_trials
+from lavis_mafa.tools.ablate import concrete, find_table, load_tables, plan_trials
+from lavis_mafa.tools.ablation_table import collect, format_terminal
 
 pytestmark = pytest.mark.slow
 
