@@ -14,7 +14,16 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from torch.utils.data import Dataset
 
-from lavis_mafa.config.data import SCENE_FILES, SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, kept, missing_files, own_files
+from lavis_mafa.config.data import (
+    SCENE_FILES,
+    SPLITS,
+    TRAINING_FILES,
+    allows_absolute_paths,
+    check_info,
+    kept,
+    missing_files,
+    own_files,
+)
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
@@ -152,6 +161,11 @@ class GritScenesBuilder(_LocalBuilder):
         }
 
 
-BUILDERS = {"grit_pairs": GritPairsBuilder, "grit_vqa": GritVqaBuilder, "grit_emoji": GritEmojiBuilder, "grit_scenes": GritScenesBuilder}
+BUILDERS = {
+    "grit_pairs": GritPairsBuilder,
+    "grit_vqa": GritVqaBuilder,
+    "grit_emoji": GritEmojiBuilder,
+    "grit_scenes": GritScenesBuilder,
+}
 # here, not in plugin.py: where this module is the first to import LAVIS, that asks for it while it is only half imported
 registry.mapping["builder_name_mapping"].update(BUILDERS)
