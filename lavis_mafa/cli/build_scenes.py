@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from lavis_mafa.cli.options import count, share
 from lavis_mafa.datasets.scenes.world import World
@@ -38,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    given = {field.name: getattr(arguments, field.name) for field in fields(World)}
-    world = World(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(World)}
+    world = World(**given | {name: tuple(given[name]) for name in ("things", "named")})
     from lavis_mafa.datasets.scenes import build_scenes
 
     summary = build_scenes(arguments.folder, world, arguments.train, arguments.test, arguments.seed)

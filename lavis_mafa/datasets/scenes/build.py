@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import shutil
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from lavis_mafa.datasets.emoji.drawings import ARTISTS, PACKAGES, package_versions
 from lavis_mafa.datasets.scenes.concepts import NOUNS, Drawings, cut_drawings
 from lavis_mafa.datasets.scenes.views import CORNERS, VIEWS, Row, corners, image_path
-from lavis_mafa.datasets.scenes.world import COLOURS, NUMBERS, SIDE, Box, Caption, Scene, World, draw_scene, tell
+from lavis_mafa.datasets.scenes.world import COLOURS, NUMBERS, Box, Caption, Scene, World, draw_scene, tell
 from lavis_mafa.errors import UserError
 
 LAYOUT = 1  # counts up when the same packages, world and seed would give other pictures, captions, facts, splits or words
@@ -29,7 +28,7 @@ NEW_ARTIST = "twemoji"  # whose drawings are in the split ``test`` alone
 CAPTIONS = {"train": 1, "val": 3, "test": 3, "unseen": 3}  # of an image, as web data
 CURATED = 4  # captions of an image that tell of more than web data, in ``curated.parquet``
 FEWEST = 2  # images of a split: a statement is about two
-DRAWN_AT = 72  # pixels, or as many as the largest thing has
+DRAWN_AT = 72  # pixels, before things are brought to their sizes
 COVER = (70, 70, 70)  # the colour of a card: no ground's, no plate's
 CARD = Path(__file__).with_name("card.md")
 TILE = 280  # pixels of a picture on the sheet
@@ -133,7 +132,7 @@ def _as_json(world: World) -> dict[str, Any]:
 def _write(folder: Path, world: World, counts: dict[str, int], seed: int, progress: bool, sources: dict[str, str]) -> ScenesSummary:
     nouns = random.Random(seed).sample(NOUNS, world.concepts + world.unseen)
     known, new = nouns[: world.concepts], nouns[world.concepts :]
-    drawings = cut_drawings(nouns, max(DRAWN_AT, math.ceil(SIDE[1] * world.size)))
+    drawings = cut_drawings(nouns, max(DRAWN_AT, world.size))
     views: dict[str, dict[str, int]] = {view: {} for view in VIEWS}
     for split, count in counts.items():
         rng = random.Random(f"{seed}/{split}")

@@ -21,7 +21,6 @@ View = Callable[[str, Sequence[Scene], random.Random], Iterator[Row]]
 CORNERS = pa.struct(dict.fromkeys(("left", "top", "right", "bottom"), pa.int32()))
 # of each place: the axis of a thing's middle, and the sign of the way there
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
-HIDDEN = 0.5  # of a thing's area, at most, by a card that covers another
 TRIES = 100  # to find scenes for a statement, before that is given up
 # Where a sentence holds: with the thing in the left and in the right picture.
 STATEMENTS = {
@@ -148,30 +147,19 @@ def entailment(split: str, scenes: Sequence[Scene], rng: random.Random) -> Itera
         beside = [(with_it, card) for thing, card in _cards(scenes[with_it]) if thing.noun != noun]
         over = [(with_it, card) for thing, card in _cards(scenes[with_it]) if thing.noun == noun and only_one]
         elsewhere = [(without, card) for _, card in _cards(scenes[without])]
-        if not over and not elsewhere:
-            continue
         seen = rng.choice(beside) if beside and rng.random() < 0.5 else (with_it, None)
-        unknown = rng.choice(over if over and (not elsewhere or rng.random() < 0.5) else elsewhere)
+        unknown = rng.choice(over if over and rng.random() < 0.5 else elsewhere)
         yield row("entailment", noun, *seen)
         yield row("neutral", noun, *unknown)
         yield row("contradiction", noun, without, None)
 
 
 def _cards(scene: Scene) -> Iterator[tuple[Thing, Box]]:
-    """Each thing that a card can cover, so that half of every other one stays to be seen, and that card."""
+    """Each thing with the card that covers it, and its plate."""
     for thing in scene.things:
         edge = scene.edge + 1 if thing.plate else 1
         left, top, right, bottom = thing.box
-        card = max(0, left - edge), max(0, top - edge), min(scene.size, right + edge), min(scene.size, bottom + edge)
-        if all(
-            _shared_area(card, other.box) <= HIDDEN * _shared_area(*[other.box] * 2) for other in scene.things if other is not thing
-        ):
-            yield thing, card
-
-
-def _shared_area(one: Box, other: Box) -> int:
-    across, down = (min(one[axis + 2], other[axis + 2]) - max(one[axis], other[axis]) for axis in (0, 1))
-    return max(0, across) * max(0, down)
+        yield thing, (max(0, left - edge), max(0, top - edge), min(scene.size, right + edge), min(scene.size, bottom + edge))
 
 
 # --- statements ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ some. It matches every scene that has all facts it claims, whoever's caption it 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLACES = {"left of": "right of", "above": "below"}  # each with the same place seen from the other side
 SIZES = (24, 1024)
 CLUTTER = 100
-SIDE = (0.34, 0.44)  # of a thing, in sides of the picture
-OVERLAP = 0.25  # of two things, at most, in their sides
+SIDE = (0.8, 1.0)  # of a thing, in sides of its cell
 APART = 0.2  # of two middles, in sides of the picture, for one thing to be left of or above the other
 
 
@@ -170,7 +170,7 @@ def draw_scene(world: World, nouns: Sequence[Noun], artists: Sequence[str], rng:
     if world.counts and count > 1 and rng.random() < 0.5:  # one of them is there more than once
         times = rng.randint(2, count)
         sorts[:times] = [sorts[0]] * times
-    boxes = _boxes(count, world.size, rng)
+    boxes = _boxes(count, world.things[1], world.size, rng)
     plates = [rng.choice([*COLOURS]) if world.plates and rng.random() < 0.5 else None for _ in sorts]
     things = [Thing(n, rng.choice(artists), box, plate) for n, box, plate in zip(sorts, boxes, plates, strict=True)]
     small = [_box(world.size, rng.uniform(0.08, 0.16), rng) for _ in range(world.clutter)]
@@ -220,26 +220,19 @@ def _phrase(scene: Scene, noun: Noun, world: World, rng: random.Random) -> Told:
     return noun.one, [noun.name]
 
 
-def _boxes(count: int, size: int, rng: random.Random) -> list[Box]:
-    """Squares that overlap little; where they do not fit, all are drawn anew."""
-    while True:
-        boxes: list[Box] = []
-        for _ in range(60):
-            box = _box(size, rng.uniform(*SIDE), rng)
-            if all(_shared(box, other) <= OVERLAP for other in boxes):
-                boxes.append(box)
-            if len(boxes) == count:
-                return boxes
+def _boxes(count: int, most: int, size: int, rng: random.Random) -> list[Box]:
+    """A square for each thing, somewhere in a cell of its own: the picture has as many cells as ``most`` things need."""
+    cells = math.ceil(math.sqrt(most))
+    side = size // cells
+    boxes = []
+    for cell in rng.sample(range(cells * cells), count):
+        left, top, right, bottom = _box(side, rng.uniform(*SIDE), rng)
+        across, down = cell % cells * side, cell // cells * side
+        boxes.append((left + across, top + down, right + across, bottom + down))
+    return boxes
 
 
 def _box(size: int, share: float, rng: random.Random) -> Box:
     side = max(2, round(share * size))
     left, top = rng.randint(0, size - side), rng.randint(0, size - side)
     return left, top, left + side, top + side
-
-
-def _shared(one: Box, other: Box) -> float:
-    """How far two squares reach into one another, in the smaller one's sides; 0 where they do not."""
-    across = min(one[2], other[2]) - max(one[0], other[0])
-    down = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0, min(across, down)) / min(one[2] - one[0], other[2] - other[0])
