@@ -294,21 +294,24 @@ def write_card(folder: Path, summary: ScenesSummary) -> None:
 def write_sheet(folder: Path, splits: Iterable[str], columns: int = 4) -> None:
     """Write ``sheet.png``: scenes of each split enlarged, with boxes, captions and facts, then rows of each further view."""
 
-    def first(name: str) -> list[Row]:
-        return pyarrow.parquet.read_table(folder / f"{name}.parquet")[:columns].to_pylist()
+    def some(name: str, every: int = 1) -> list[Row]:
+        return pyarrow.parquet.read_table(folder / f"{name}.parquet").to_pylist()[::every][:columns]
 
     def tile(row: Row, title: str, rest: str = "", boxes: Sequence[Row] = ()) -> Image.Image:
         return _tile([folder / image for image in row.get("images", [row.get("image")])], boxes, title, rest)
 
+    def told(row: Row) -> str:
+        return "\n".join(f"{caption} (wrong)" if row["wrong"] else caption for caption in row["caption"])
+
     sections = {
-        f"{split}: {USE[split]}": [tile(r, "\n".join(r["caption"]), ", ".join(r["facts"]), r["boxes"]) for r in first(split)]
+        f"{split}: {USE[split]}": [tile(row, told(row), ", ".join(row["facts"]), row["boxes"]) for row in some(split)]
         for split in splits
     }
     sections |= {
-        "questions": [tile(row, row["question"], ", ".join(row["answer"])) for row in first("questions_val")],
-        "grounding": [tile(row, row["text"], boxes=[row["box"]]) for row in first("grounding_val")],
-        "entailment": [tile(row, row["sentence"], row["label"]) for row in first("entailment_val")],
-        "statements": [tile(row, row["sentence"], "true" if row["label"] else "false") for row in first("statements_val")],
+        "questions": [tile(row, row["question"], ", ".join(row["answer"])) for row in some("questions_val", 3)],
+        "grounding": [tile(row, row["text"], boxes=[row["box"]]) for row in some("grounding_val", 3)],
+        "entailment": [tile(row, row["sentence"], row["label"]) for row in some("entailment_val")],
+        "statements": [tile(row, row["sentence"], "true" if row["label"] else "false") for row in some("statements_val", 5)],
     }
     gap, head = 14, 36
     heights = {name: head + max(tile.height for tile in tiles) for name, tiles in sections.items() if tiles}
