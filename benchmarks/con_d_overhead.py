@@ -63,6 +63,10 @@ class Timed:
     def __init__(self, con_d: Any) -> None:
         self.con_d, self.seconds = con_d, 0.0
 
+    def in_step(self, *step: Any) -> Timed:
+        self.con_d = self.con_d.in_step(*step)
+        return self
+
     def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
         begin = time.process_time()
         probability: Tensor = self.con_d.match_probability(samples, image_index, text_index)
