@@ -31,6 +31,7 @@ WITH_LAVIS = [
     "fairscale==0.4.4",
     "numpy<2",  # LAVIS's opencv was built against numpy 1
     "pyarrow<26",  # 26 wants numpy 2
+    "scipy>=1.15",  # from there on `rng`
     "safetensors",
     "tensorboard",
     "matplotlib",
@@ -64,7 +65,7 @@ setup(
     cmdclass={"editable_wheel": EditableWheel},
     package_data={
         PROJECT_PACKAGE: ["**/*.yaml"],
-        "lavis_mafa": ["configs/**/*.yaml", "tools/page/*.html", "datasets/*/card.md", "py.typed"],
+        "lavis_mafa": ["configs/**/*.yaml", "tools/page/*.html", "datasets/*/card.md", "checkpoints/*", "py.typed"],
     },
     install_requires=[
         "torch>=2.6",  # from there on torch.load runs no code unless asked to, which LAVIS and transformers leave to it

@@ -43,10 +43,11 @@ ready options: `lavis-mafa ablate --list --table mafa-4`; BLIP-2's rows are the 
 that defines it.
 
 `lavis-mafa ablate --table mafa-4 --base X.yaml` runs a table's rows on a YAML of yours, with three seeds, and prints mean and spread
-beside the paper's metrics; what is finished is not run again, and `--dry-run` prints command lines for a cluster. With `--emoji` it
-builds the data, trains Con-D and runs the rows on two cores: about ten minutes for all of `mafa-4` with one seed. Rows that name a size
-of the paper's data take it from the base (`lavis_mafa/configs/ablations.yaml`): the queue of momentum distillation is as long as
-GRIT's, alpha is varied in half of the base's epochs, and the lower threshold is where the base's ambiguous class begins.
+beside the paper's metrics; what is finished is not run again, and `--dry-run` prints command lines for a cluster. With `--scenes` (or
+`--emoji`) it builds the data, trains Con-D and runs the rows on two cores, and says after the first how long the others will take;
+`--con-d truth` takes the known truth for Con-D. Rows that name a size of the paper's data take it from the base
+(`lavis_mafa/configs/ablations.yaml`): the queue of momentum distillation is as long as GRIT's, alpha is varied in half of the base's
+epochs, and the lower threshold is where the base's ambiguous class begins.
 
 Combinations that are refused:
 

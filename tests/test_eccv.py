@@ -49,6 +49,7 @@ def dataset():
     return SimpleNamespace(
         image=[f"val2014/COCO_val2014_{image:012d}.jpg" for image in IMAGES],
         annotation=[{"caption": c} for c in captions],
+        text=[c for of_image in captions for c in of_image],
         img2txt={0: [0, 1], 1: [2, 3], 2: [4, 5, 6]},
     )
 
@@ -131,7 +132,8 @@ def test_wrong_files_are_one_message(dataset, captions, truth, tmp_path):
         coco_gallery(dataset, captions, truth)
 
 
-def test_the_task_adds_them_on_the_test_split_only(dataset, captions, truth, monkeypatch):
+def test_the_task_adds_them_on_the_test_split_only(dataset, captions, truth, monkeypatch, tmp_path):
+    from lavis.common.registry import registry
     from lavis.tasks.base_task import BaseTask
 
     from lavis_mafa.config.schema import RunBlock
@@ -143,7 +145,8 @@ def test_the_task_adds_them_on_the_test_split_only(dataset, captions, truth, mon
     task = MafaPretrainTask(RunBlock(coco_captions=str(captions), evaluate=True))
     task.build_datasets(SimpleNamespace(model_cfg={}, datasets_cfg={}))
     scores = torch.randn(3, 7).numpy()
-    result = {"i2t": scores, "t2i": scores.T.copy(), "relevant": torch.ones(3, 7, dtype=torch.bool)}
+    result = {"i2t": scores, "t2i": scores.T.copy(), "relevant": torch.ones(3, 7, dtype=torch.bool), "dataset": dataset}
+    monkeypatch.setitem(registry.mapping["paths"], "result_dir", str(tmp_path))
     assert "tr_eccv_map_at_r" in task.after_evaluation(result, split_name="test", epoch=0)
     assert "tr_eccv_map_at_r" not in task.after_evaluation(result, split_name="val", epoch=0)
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"coco_caption": {"train": []}})

@@ -1,4 +1,4 @@
-"""``lavis-mafa ablate --table mafa-4 --emoji``: the rows of a paper's ablation table, several seeds, and the table they give."""
+"""``lavis-mafa ablate --table mafa-4 --scenes``: the rows of a paper's ablation table, several seeds, and the table they give."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lavis_mafa.cli.options import share
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
     from lavis_mafa.tools.ablate import Table
 
+SMALL = {"scenes": "mafa/quickstart/scenes/mafa.yaml", "emoji": "mafa/quickstart/train/mafa.yaml"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", metavar="NAME", help="mafa-4, mafa-5, ...: `lavis-mafa ablate --list` shows all")
     parser.add_argument("--list", action="store_true", help="show the tables, or with --table the options of its rows, and stop")
-    parser.add_argument("--base", metavar="YAML", help="what the rows are options of (default: the paper's; --emoji: the quickstart's)")
+    parser.add_argument(
+        "--base", metavar="YAML", help="what the rows are options of (default: the paper's; --scenes, --emoji: the quickstart's)"
+    )
     parser.add_argument(
         "--finetune",
         metavar="YAML",
@@ -24,9 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--on", metavar="coco|flickr", help="whose metrics, after fine-tuning there (default: the table's first)")
     parser.add_argument(
-        "--oracle", metavar="CHECKPOINT", help="Con-D of an oracle's row: BLIP's, fine-tuned for retrieval on COCO (--emoji: the truth)"
+        "--oracle",
+        metavar="CHECKPOINT",
+        help="Con-D of an oracle's row: BLIP's, fine-tuned for retrieval on COCO (--scenes: the truth)",
     )
-    parser.add_argument("--emoji", action="store_true", help="all of it on emoji, on a CPU: build the data, train Con-D, then the rows")
+    parser.add_argument(
+        "--scenes", action="store_true", help="all of it on scenes, on a CPU: build the data, train Con-D, then the rows"
+    )
+    parser.add_argument("--emoji", action="store_true", help="the same on emoji")
+    parser.add_argument("--con-d", choices=["truth"], help="with --scenes or --emoji: the truth is Con-D in all rows with ECM")
+    parser.add_argument(
+        "--wrong",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="with --scenes: of training captions so many match nothing, but in the rows on 4M-Clean (default: 0, without these rows)",
+    )
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="these alone (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], metavar="N", help="default: 42 43 44")
     parser.add_argument("--output", type=Path, default=Path("output/ablate"), help="for runs and tables (default: output/ablate)")
@@ -44,6 +62,7 @@ def run_job(name: str, options: list[str]) -> Any:
 def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.distributed import rank_and_size
     from lavis_mafa.tools import ablate
+    from lavis_mafa.tools.ablation_table import collect, format_terminal, write_results
 
     if arguments.list:
         _show([ablate.find_table(arguments.table)] if arguments.table else [*ablate.load_tables().values()], arguments)
@@ -58,21 +77,27 @@ def run(arguments: argparse.Namespace) -> int:
     if processes > 1 and rank > 0:
         return 2  # one process speaks
     commands_only = arguments.dry_run or processes > 1
-    if arguments.emoji and commands_only:
-        raise UserError("--emoji trains in this process; it goes neither with --dry-run nor under torchrun.")
+    small = _small(arguments, commands_only)
     benchmark = arguments.on or next(iter(table.finetune))
     if benchmark not in table.finetune:
         raise UserError(f"--on is {benchmark}, but {table.key} has: {', '.join(table.finetune)}.")
-    oracle = ["model.discriminator.arch=ground_truth"] if arguments.emoji else _oracle(arguments.oracle)
-    base = arguments.base or ("mafa/quickstart/train/mafa.yaml" if arguments.emoji else table.base)
+    oracle = ablate.TRUTH if small else _oracle(arguments.oracle)
+    base = arguments.base or (SMALL[small] if small else table.base)
     finetune = arguments.finetune or (table.finetune[benchmark] if base == table.base else None)
-    options, runs, seeds = arguments.options, arguments.output / "runs", list(dict.fromkeys(arguments.seeds))
+    options, output, seeds = arguments.options, arguments.output, list(dict.fromkeys(arguments.seeds))
+    runs, truth = output / "runs", arguments.con_d == "truth"
+    clean = [f"{ablate.SCENES}={output}/scenes"] if arguments.wrong else None
     # all rows are planned, so that the table has those of earlier calls too; only what is to run must have its files
-    trials = ablate.plan_trials(table, seeds, base, finetune, options, runs, oracle, arguments.rows or ())
-    if arguments.emoji:
-        print("== the data and Con-D, made once", flush=True)
-        options = [*ablate.emoji_start(arguments.output, options, run_job), *options]
-        trials = ablate.plan_trials(table, seeds, base, finetune, options, runs, oracle)
+    trials = ablate.plan_trials(table, seeds, base, finetune, options, runs, oracle, arguments.rows or (), clean)
+    if small:
+        print("== the data, what the rows start from, and Con-D, made once", flush=True)
+        if arguments.wrong:
+            ablate.scenes_data(output)
+        if small == "scenes":
+            options = [*ablate.scenes_start(output, options, run_job, truth, arguments.wrong), *options]
+        else:
+            options = [*ablate.emoji_start(output, options, run_job, truth), *options]
+        trials = ablate.plan_trials(table, seeds, base, finetune, options, runs, oracle, clean=clean)
     chosen = [trial for trial in trials if trial.row.number in wanted]
     if commands_only:
         print("\n".join(ablate.command_lines(chosen, table, base, runs)))
@@ -84,22 +109,43 @@ def run(arguments: argparse.Namespace) -> int:
             ablate.check_files(trial)
 
     name = table.key if benchmark == next(iter(table.finetune)) else f"{table.key}-{benchmark}"
-    folder, started, trained = arguments.output / name, time.perf_counter(), 0
+    folder, started, trained = output / name, time.perf_counter(), 0
+
+    def write() -> dict[str, Any]:
+        results = collect(table, benchmark, base, options, trials, many_matches=small == "scenes")
+        write_results(folder, results, table.plotted)
+        return results
+
     for number, trial in enumerate(chosen, start=1):
-        ready = trial.metrics() is not None
-        text = f"{number}/{len(chosen)}  row {trial.row.number} ({trial.row.name}), seed {trial.seed}"
-        print(f"\n== {text}{': finished before' if ready else ''}", flush=True)
-        if not ready:
-            trial.train(run_job)
-            trained += 1
-            # after each, so that an interrupted table is there too
-            ablate.write_results(folder, ablate.collect(table, benchmark, base, options, trials), table.plotted)
-    results = ablate.collect(table, benchmark, base, options, trials)
-    ablate.write_results(folder, results, table.plotted)
+        print(f"\n== {number}/{len(chosen)}  row {trial.row.number} ({trial.row.name}), seed {trial.seed}", end="", flush=True)
+        if trial.metrics() is not None:
+            print(": finished before", flush=True)
+            continue
+        left = [one for one in chosen if one.metrics() is None]
+        if (seconds := ablate.expected_seconds(trials, left)) is not None:
+            print(f"; about {ablate.duration(seconds)} for {len(left)} run{'s' * (len(left) > 1)}", end="")
+        print(flush=True)
+        trial.train(run_job)
+        trained += 1
+        write()  # after each, so that an interrupted table is there too
     minutes = (time.perf_counter() - started) / 60
-    print(f"\n{ablate.format_terminal(results)}\n\n{trained} of {len(chosen)} trained in {minutes:.1f} minutes.", end=" ")
+    print(f"\n{format_terminal(write())}\n\n{trained} of {len(chosen)} trained in {minutes:.1f} minutes.", end=" ")
     print(f"The table: {folder}/table.md. All metrics: {folder}/results.json")
     return 0
+
+
+def _small(arguments: argparse.Namespace, commands_only: bool) -> str | None:
+    """``scenes``, ``emoji`` or None; raises UserError where flags contradict."""
+    asked = [name for name in SMALL if getattr(arguments, name)]
+    if len(asked) > 1:
+        raise UserError("--scenes and --emoji are given; choose one.")
+    if asked and commands_only:
+        raise UserError(f"--{asked[0]} trains in this process; it goes neither with --dry-run nor under torchrun.")
+    if arguments.con_d and not asked:
+        raise UserError("--con-d truth needs data whose truth is known: --scenes or --emoji.")
+    if arguments.wrong and asked != ["scenes"]:
+        raise UserError("--wrong is a share of the captions of scenes; it needs --scenes.")
+    return asked[0] if asked else None
 
 
 def _oracle(checkpoint: str | None) -> list[str] | None:

@@ -14,7 +14,7 @@ from lavis_mafa.datasets.scenes.world import World
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     world = World()
     parser.add_argument("folder", type=Path, help="where to build; it must not hold anything else")
-    parser.add_argument("--train", type=count, default=8192, help="images to train on (default 8192)")
+    parser.add_argument("--train", type=count, default=16384, help="images to train on (default 16384)")
     parser.add_argument("--test", type=count, default=1000, help="images of each of val, test and unseen (default 1000)")
     parser.add_argument("--seed", type=count, default=0, help="of everything that is drawn (default 0)")
     for name, text in {

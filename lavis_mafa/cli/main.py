@@ -26,6 +26,7 @@ COMMANDS = {
     "analyse": "look into soft labels, or into how much a model uses the image",
     "ablate": "run the rows of a paper's ablation table, several seeds, and print it",
     "report": "one HTML page about one or more runs: curves, connections, retrieval",
+    "compare": "is one run better than another: retrieval query by query, with intervals and p",
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
     "check-data": "find images and captions that training could not use, and write annotations without them",
     "build-emoji": "build the embedded emoji data into a folder",

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
 from lavis_mafa.config.schema import RunBlock
-from lavis_mafa.distributed import gather_own_first
+from lavis_mafa.datasets.ground_truth import NO_TRUTH
+from lavis_mafa.distributed import gather_own_first, rank
 from lavis_mafa.errors import UserError
+from lavis_mafa.files import digest, replacing
 from lavis_mafa.models.base import MafaModel
 from lavis_mafa.models.con_d import GroundTruthDiscriminator
-from lavis_mafa.tasks.retrieval_metrics import CocoGallery, coco_gallery, eccv_metrics, retrieval_metrics
+from lavis_mafa.tasks.retrieval_metrics import CocoGallery, QueryMetrics, averages, coco_gallery, eccv_metrics, query_metrics
 from lavis_mafa.tasks.task import MafaTask
 
 
 class MafaPretrainTask(MafaTask):
     """Builds data and model, hands the model's whole output to the runner, and evaluates retrieval.
 
-    Where the data set knows which pairs truly match (``concept``), the log also has the share of chosen hard negatives that are
-    false, and Con-D's precision and recall on them.
+    Where the data set knows which pairs truly match, the log also has the share of chosen hard negatives that are false, and Con-D's
+    precision and recall on them.
     """
 
     def __init__(self, run: RunBlock | None = None) -> None:
@@ -35,7 +40,7 @@ class MafaPretrainTask(MafaTask):
         if len(known) == 1 and len(datasets) == 1:
             self.truth = known[0]
         if self.truth is None and (cfg.model_cfg.get("discriminator") or {}).get("arch") == "ground_truth":
-            raise UserError("model.discriminator.arch is ground_truth, but the training data has no `concept` to know the truth from.")
+            raise UserError(f"model.discriminator.arch is ground_truth, but {NO_TRUTH}.")
         if self.run.coco_captions is not None:  # now, so that a wrong file is found before hours of scoring
             tests = [d["test"] for d in datasets.values() if hasattr(d.get("test"), "img2txt")]
             if len(tests) != 1:
@@ -91,27 +96,32 @@ class MafaPretrainTask(MafaTask):
 
     def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any]:
         """Scores of every image and text of the split, and which of them match."""
-        relevant = relevance(data_loader.dataset)
+        dataset = data_loader.dataset
+        result: dict[str, Any] = {"dataset": dataset, "relevant": relevance(dataset)}
         if isinstance(model, MafaModel):
             scores = model.retrieval_scores(data_loader, self.run)
-            return {"i2t": scores.i2t, "t2i": scores.t2i, "cosine": scores.cosine, "rank_by": scores.rank_by, "relevant": relevant}
+            return {**result, "i2t": scores.i2t, "t2i": scores.t2i, "cosine": scores.cosine, "rank_by": scores.rank_by}
         i2t, t2i = model.compute_sim_matrix(data_loader, task_cfg=self.run)  # LAVIS's models rank by their own score
-        return {"i2t": i2t, "t2i": t2i, "relevant": relevant}
+        return {**result, "i2t": i2t, "t2i": t2i}
 
     def after_evaluation(self, val_result: dict[str, Any], split_name: str, epoch: Any, **kwargs: Any) -> dict[str, Any]:
-        """The metrics of ``rank_by``'s score and, with ``itc_`` before their names, those of ITC's cosine alone."""
-        relevant, cosine = val_result["relevant"], val_result.get("cosine")
-        i2t, t2i = torch.as_tensor(val_result["i2t"]), torch.as_tensor(val_result["t2i"])
-        metrics: dict[str, Any] = self._metrics(i2t, t2i, relevant, split_name)
-        if cosine is not None:
-            of_cosine = self._metrics(cosine, cosine.T, relevant, split_name)
-            metrics |= {"rank_by": val_result["rank_by"], **{f"itc_{name}": value for name, value in of_cosine.items()}}
-        return metrics
+        """The metrics of ``rank_by``'s score and, with ``itc_`` before their names, those of ITC's cosine alone.
 
-    def _metrics(self, i2t: Tensor, t2i: Tensor, relevant: Tensor, split: str) -> dict[str, float]:
-        metrics = retrieval_metrics(i2t, t2i, relevant)
-        if self.coco is not None and split == "test":  # ECCV Caption annotates COCO's test split alone
-            metrics |= eccv_metrics(i2t, t2i, self.coco)
+        Those of each query go to ``result/<split>_queries.parquet``: these are their means.
+        """
+        relevant, cosine = val_result["relevant"], val_result.get("cosine")
+        scores = {"": (torch.as_tensor(val_result["i2t"]), torch.as_tensor(val_result["t2i"]))}
+        scores |= {} if cosine is None else {"itc_": (cosine, cosine.T)}
+        queries = {score: query_metrics(*pair, relevant) for score, pair in scores.items()}
+        metrics: dict[str, Any] = {}
+        for score, pair in scores.items():
+            found = averages(queries[score])
+            if self.coco is not None and split_name == "test":  # ECCV Caption annotates COCO's test split alone
+                found |= eccv_metrics(*pair, self.coco)
+            metrics |= {f"{score}{name}": value for name, value in found.items()}
+            metrics |= {"rank_by": val_result["rank_by"]} if "rank_by" in val_result else {}
+        if rank() == 0:
+            write_queries(split_name, queries, val_result["dataset"], relevant)
         return metrics
 
 
@@ -123,3 +133,30 @@ def relevance(dataset: Any) -> Tensor:
     for image, texts in dataset.img2txt.items():
         relevant[image, texts] = True
     return relevant
+
+
+def write_queries(split: str, queries: dict[str, dict[str, QueryMetrics]], dataset: Any, relevant: Tensor) -> Path:
+    """``<split>_queries.parquet`` in the run's ``result`` folder: a row a query.
+
+    Columns: ``direction`` (``tr`` or ``ir``), ``query`` (its place among images or texts), ``image`` (the query itself or, of a text,
+    the first image that it is written for), and every metric in per cent. The file's ``gallery`` changes with texts and matches.
+
+    Args:
+        queries: of each score what comes before the metrics' names -> direction -> metrics.
+        relevant: BoolTensor[I, T], of the ``dataset`` with ``text`` and ``img2txt``.
+    """
+    own = torch.zeros(len(dataset.text), dtype=torch.long)
+    for image, texts in reversed(dataset.img2txt.items()):
+        own[texts] = image
+    parts = []
+    for side, of in queries[""].items():
+        values = {f"{score}{name}": 100 * each for score, by in queries.items() for name, each in by[side].values.items()}
+        columns = {"query": of.query.int(), "image": (of.query if side == "tr" else own[of.query]).int(), **values}
+        direction = pa.array([side] * len(of.query)).dictionary_encode()
+        parts.append(pa.table({"direction": direction, **{name: column.numpy() for name, column in columns.items()}}))
+    gallery = digest([list(dataset.text), relevant.nonzero().tolist()])
+    path = Path(registry.get_path("result_dir")) / f"{split}_queries.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        pq.write_table(pa.concat_tables(parts).unify_dictionaries().replace_schema_metadata({"gallery": gallery}), part)
+    return path

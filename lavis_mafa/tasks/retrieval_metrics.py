@@ -27,8 +27,29 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 500  # queries, bounds memory
 
 
+@dataclass(frozen=True)
+class QueryMetrics:
+    """One direction's metrics, query by query. A query without a match is not among the Q."""
+
+    query: Tensor  # LongTensor[Q], its place among the images or texts
+    values: dict[str, Tensor]  # metric -> [Q], shares
+
+
 def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) -> dict[str, float]:
-    """Text retrieval (``tr_``, query = image) and image retrieval (``ir_``).
+    """Text retrieval (``tr_``, query = image) and image retrieval (``ir_``): :func:`averages` of :func:`query_metrics`."""
+    return averages(query_metrics(scores_i2t, scores_t2i, relevant))
+
+
+def averages(queries: dict[str, QueryMetrics]) -> dict[str, float]:
+    """Means over the queries in per cent: r1, r5, r10, r_precision, map_at_r per direction, and ``agg_metrics``, the mean of the six
+    recalls."""
+    results = {f"{side}_{name}": 100 * float(each.mean()) for side, of in queries.items() for name, each in of.values.items()}
+    recalls = [v for k, v in results.items() if k.split("_")[1] in ("r1", "r5", "r10")]
+    return results | {"agg_metrics": sum(recalls) / len(recalls)}
+
+
+def query_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) -> dict[str, QueryMetrics]:
+    """What each query finds: ``tr``, every image among the texts, and ``ir``, every text among the images.
 
     Of equal scores the wrong ones come first, so that a model that tells nothing apart finds nothing, in whatever order the
     gallery is.
@@ -38,14 +59,14 @@ def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) 
         relevant: BoolTensor[I, T], which pairs match. A query without a match is left out.
 
     Returns:
-        r1, r5, r10, r_precision, map_at_r per direction, and ``agg_metrics``, the mean of the six recalls.
+        r1, r5, r10, r_precision, map_at_r (of one query its average precision at R) per direction.
 
     Raises:
         UserError: a score is NaN or infinite, or nothing matches.
     """
     if not bool(relevant.any()):
         raise UserError("no image of the evaluation set has a text that matches it: there is nothing to find.")
-    results: dict[str, float] = {}
+    results: dict[str, QueryMetrics] = {}
     for side, query, scores, right in (("tr", "image", scores_i2t, relevant), ("ir", "text", scores_t2i, relevant.T)):
         check_scores(scores, query)
         equal = int((scores == scores[:, :1]).all(dim=1).sum())
@@ -53,9 +74,7 @@ def retrieval_metrics(scores_i2t: Tensor, scores_t2i: Tensor, relevant: Tensor) 
             logger.warning(
                 "%d of %d %ss score the same with the whole gallery; of equal scores wrong ones count first.", equal, len(scores), query
             )
-        results |= {f"{side}_{name}": value for name, value in _one_direction(scores, right).items()}
-    recalls = [v for k, v in results.items() if k.split("_")[1] in ("r1", "r5", "r10")]
-    results["agg_metrics"] = sum(recalls) / len(recalls)
+        results[side] = _one_direction(scores, right)
     return results
 
 
@@ -65,10 +84,10 @@ def best_first(scores: Tensor, relevant: Tensor) -> Tensor:
     return wrong_first.gather(1, scores.gather(1, wrong_first).argsort(dim=1, descending=True, stable=True))
 
 
-def _one_direction(scores: Tensor, relevant: Tensor) -> dict[str, float]:
+def _one_direction(scores: Tensor, relevant: Tensor) -> QueryMetrics:
     asked = relevant.any(dim=1)
     parts = [_of_queries(some, right) for some, right in zip(scores[asked].split(AT_ONCE), relevant[asked].split(AT_ONCE), strict=True)]
-    return {name: 100 * float(torch.cat([part[name] for part in parts]).mean()) for name in parts[0]}
+    return QueryMetrics(asked.nonzero().flatten(), {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _of_queries(scores: Tensor, relevant: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The papers' ablation tables: their rows as runs of a base, large or small, and the table that comes out beside the paper's.
+"""The papers' ablation tables: their rows as runs of a base, large or small.
 
 A row is a list of options of a YAML, a trial is a row with a seed, and its runs are one training after the other: pre-training and,
 where a paper scores a fine-tuned model, fine-tuning. What is finished is found on disk and never run again.
@@ -6,7 +6,6 @@ where a paper scores a fine-tuned model, fine-tuning. What is finished is found 
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import statistics
@@ -22,19 +21,14 @@ from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.read import find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError, did_you_mean
-from lavis_mafa.files import digest, last_checkpoint, write_bytes, write_text
-from lavis_mafa.tools.run_files import last_epoch, read_evaluations, read_metrics
+from lavis_mafa.files import digest, last_checkpoint
+from lavis_mafa.tools.run_files import last_epoch, read_evaluations, read_metrics, wall_seconds
 
 TABLES = Path(__file__).resolve().parents[1] / "configs" / "ablations.yaml"
 RELATIVE = re.compile(r"([\w.]+)=([\d.]+)\*(model|run)\.([\w.]+)")  # run.max_epoch=0.5*run.max_epoch
-BENCHMARKS = {"coco": "COCO's 5K test split", "flickr": "Flickr30K's 1K test split"}
-SHOWN = {"tr_r1": "TR R@1", "ir_r1": "IR R@1", "agg_metrics": "mean recall"}
-MEANS = {"tr_mean": "TR mean", "ir_mean": "IR mean"}  # of R@1, 5, 10, where a paper has nothing else
 SHARES = {"false_negative_share": "false negatives (known)", "new_positive_share": "false negatives (Con-D's)"}
-PAPER = (
-    "The paper's numbers are for {}, fine-tuned after pre-training on 4M pairs or more: "
-    "compare the order of the rows with them, not the numbers."
-)
+TRUTH = ["model.discriminator.arch=ground_truth"]
+SCENES = "datasets.grit_scenes.build_info.root"
 Metrics = dict[str, dict[str, float]]  # split -> metric -> per cent
 RunJob = Callable[[str, list[str]], Any]  # trains a YAML with options
 
@@ -168,6 +162,12 @@ class Run:
             raise UserError(f"{self.folder}: the run ended without metrics of {', '.join(self.test_splits)}.")
         return done
 
+    def seconds(self) -> float | None:
+        """How long it took with any seed that is finished, on average; None where none is."""
+        seeds = [replace(self, folder=folder).finished() for folder in self.folder.parent.glob("seed_*")]
+        times = [wall_seconds(folder) for folder in seeds if folder is not None]
+        return statistics.mean(times) if times else None
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -195,6 +195,11 @@ class Trial:
                     recalls = [values[f"{side}_r{k}"] for k in (1, 5, 10) if f"{side}_r{k}" in values]
                     found[split] |= {f"{side}_mean": sum(recalls) / 3} if len(recalls) == 3 else {}
         return found
+
+    def seconds(self) -> float | None:
+        """How long this row takes with one seed, where that is known."""
+        times = [run.seconds() for run in self.runs]
+        return sum(time for time in times if time is not None) if None not in times else None
 
     def shares(self) -> dict[str, float]:
         """Of the last epoch of pre-training: the share of new positives and, where the truth is known, of false negatives."""
@@ -234,6 +239,7 @@ def plan_trials(
     runs: Path,
     oracle: list[str] | None = None,
     asked: Collection[int] = (),
+    clean: list[str] | None = None,
 ) -> list[Trial]:
     """What each row takes with each seed. A row's options come after the user's, so that it stays that row.
 
@@ -243,6 +249,7 @@ def plan_trials(
         base: the YAML whose options the rows are. finetune: the YAML that follows each, or None.
         options: of the base, in all rows. runs: where the folders are. oracle: options that make the oracle the Con-D.
         asked: rows that the user named.
+        clean: options that stand for a row's own data sets (4M-Clean) on a base that has not the paper's.
 
     Raises:
         UserError: a row is impossible on this base, or one that was asked for is left out, or nothing would be scored.
@@ -250,14 +257,17 @@ def plan_trials(
     config, trials = read_base(base, options), []
     for row in table.rows:
         exchanged = {option.split(".")[1] for option in row.options if option.startswith("datasets.")}
+        own = row.options
+        if exchanged and clean is not None:
+            own = [*(option for option in own if not option.startswith("datasets.")), *clean]
         left_out = "needs --oracle CHECKPOINT" if row.oracle and oracle is None else None
-        if not exchanged <= set(config.datasets):
+        if not exchanged <= set(config.datasets) and clean is None:
             left_out = f"exchanges annotations of data sets that {base} does not have"
         if left_out and row.number in asked:
             raise UserError(f"--rows has {row.number} ({row.name}), which {left_out}.")
         if left_out:
             continue
-        given = [*options, *concrete(row.options, config), *(oracle or [] if row.oracle else [])]
+        given = [*options, *concrete(own, config), *(oracle or [] if row.oracle else [])]
         try:
             if finetune is None:
                 planned = [plan_run(base, [*given, *row.finetune_options], runs, files=False)]
@@ -285,17 +295,71 @@ def check_files(trial: Trial) -> None:
         raise UserError(f"row {trial.row.number} ({trial.row.name}): {error}{hint}") from error
 
 
-def emoji_start(output: Path, options: list[str], run_job: RunJob) -> list[str]:
-    """Data and Con-D on emoji, made once below ``output``; the options by which a run starts from them."""
+def emoji_start(output: Path, options: list[str], run_job: RunJob, truth: bool = False) -> list[str]:
+    """Data, start and Con-D on emoji, made once below ``output``; the options by which a run starts from them."""
     from lavis_mafa.datasets.emoji import build_emoji
 
-    data = f"datasets.grit_emoji.build_info.root={output}/emoji"
     build_emoji(output / "emoji")
-    shared = [data, *(option for option in options if option.startswith("datasets."))]
-    first = plan_run("mafa/quickstart/train/con_d_1.yaml", shared, output / "runs", name="con_d_1_").train(run_job)
-    half = f"model.pretrained={last_checkpoint(first)}"
-    second = plan_run("mafa/quickstart/train/con_d_2.yaml", [*shared, half], output / "runs", name="con_d_2_").train(run_job)
-    return [data, half, f"model.discriminator.checkpoint={last_checkpoint(second)}"]
+    data = [f"datasets.grit_emoji.build_info.root={output}/emoji"]
+    recipes = ("mafa/quickstart/train/con_d_1.yaml", "mafa/quickstart/train/con_d_2.yaml")
+    return [*data, *_start_and_con_d(recipes, data, output, options, run_job, truth)]
+
+
+def scenes_start(output: Path, options: list[str], run_job: RunJob, truth: bool = False, wrong: float = 0.0) -> list[str]:
+    """The same on scenes; ``wrong``: share of training captions that do not match."""
+    folder = scenes_data(output, wrong)
+    data = [f"{SCENES}={folder}", f"model.tokenizer={folder}/vocab.txt"]
+    recipes = ("mafa/quickstart/scenes/start.yaml", "mafa/quickstart/scenes/con_d.yaml")
+    return [*data, *_start_and_con_d(recipes, data, output, options, run_job, truth)]
+
+
+def scenes_data(output: Path, wrong: float = 0.0) -> Path:
+    """The folder of scenes below ``output``, built once."""
+    from lavis_mafa.datasets.scenes.build import build_scenes
+    from lavis_mafa.datasets.scenes.world import World
+
+    folder = output / (f"scenes_wrong_{wrong:g}" if wrong else "scenes")
+    build_scenes(folder, World(wrong=wrong))
+    return folder
+
+
+def _start_and_con_d(
+    recipes: tuple[str, str], data: list[str], output: Path, options: list[str], run_job: RunJob, truth: bool
+) -> list[str]:
+    """The options that name what every row starts from, and Con-D, which goes on from it; ``truth``: the truth is its Con-D."""
+    shared = [*data, *(option for option in options if option.startswith("datasets."))]
+
+    def trained(yaml: str, *more: str) -> Path:
+        run = plan_run(yaml, [*shared, *more], output / "runs", name=f"{Path(yaml).stem}_")
+        return last_checkpoint(run.train(run_job))
+
+    start = f"model.pretrained={trained(recipes[0])}"
+    return [start, *(TRUTH if truth else [f"model.discriminator.checkpoint={trained(recipes[1], start)}"])]
+
+
+def expected_seconds(trials: list[Trial], left: list[Trial]) -> float | None:
+    """How long ``left`` will take by what ``trials`` have taken: a row as its finished seeds, one without as the mean of the others.
+
+    None while nothing is finished.
+    """
+    found = {trial.row.number: trial.seconds() for trial in trials}
+    known = {row: seconds for row, seconds in found.items() if seconds is not None}
+    if not known:
+        return None
+    others = statistics.mean(known.values())
+    distinct = {trial.runs[-1].folder: trial.row.number for trial in left}  # rows may share runs
+    return sum(known.get(row, others) for row in distinct.values())
+
+
+def duration(seconds: float) -> str:
+    """In words, by the minute.
+
+    Example:
+        >>> duration(6010), duration(170), duration(3)
+        ('1 h 40 min', '3 min', '1 min')
+    """
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def command_lines(trials: list[Trial], table: Table, base: str, runs: Path) -> list[str]:
@@ -337,110 +401,3 @@ def _chain(runs: list[Run], con_d: Path | None = None) -> list[str]:
             options += f' model.discriminator.checkpoint="$(ls {shlex.quote(str(con_d))}/*/checkpoint_best.pth | tail -n 1)"'
         lines.append(f"{launch} train --cfg-path {shlex.quote(run.yaml)} --options {options}")
     return lines
-
-
-# --- results ------------------------------------------------------------------------------------------------------------
-
-
-def collect(table: Table, benchmark: str, base: str, options: list[str], trials: list[Trial]) -> dict[str, Any]:
-    """Everything that is known of a table's rows so far, as it goes into ``results.json``.
-
-    Of each row: the options, the metrics of the paper's ``benchmark``, those of each seed and split, and their ``mean`` and ``spread``
-    (the standard deviation of a sample, None for one seed). ``trials``: every row with every seed, finished or not.
-    """
-    rows = []
-    for row in table.rows:
-        own = [trial for trial in trials if trial.row == row]
-        if trials and not own:
-            continue  # a row that this base cannot have
-        seeds = {trial.seed: (str(trial.runs[-1].finished()), found) for trial in own if (found := trial.metrics()) is not None}
-        paper = row.paper.get(benchmark, {})
-        if len(paper) == 6:  # R@1, 5 and 10 both ways
-            paper = {**paper, "agg_metrics": round(statistics.mean(paper.values()), 1)}
-        rows.append(
-            {
-                "number": row.number,
-                "name": row.name,
-                "options": own[0].runs[0].options[len(options) : -1] if own else row.options,  # without the base's and the seed
-                "paper": paper,
-                "seeds": {str(seed): {"folder": folder, **found} for seed, (folder, found) in seeds.items()},
-                "shares": {str(trial.seed): shares for trial in own if (shares := trial.shares())},
-                "search_space": own[0].runs[0].search_space if own else None,
-                "mean": _over_seeds([found for _, found in seeds.values()], statistics.mean),
-                "spread": _over_seeds(
-                    [found for _, found in seeds.values()], lambda values: statistics.stdev(values) if len(values) > 1 else None
-                ),
-            }
-        )
-    about = {"table": table.key, "title": table.title, "benchmark": benchmark, "base": base, "options": options}
-    return {**about, "note": PAPER.format(BENCHMARKS[benchmark]), "rows": rows}
-
-
-def _over_seeds(seeds: list[Metrics], statistic: Callable[[list[float]], Any]) -> dict[str, dict[str, Any]]:
-    """A statistic of each metric that all seeds have of a split."""
-    result = {}
-    for split in dict.fromkeys(split for metrics in seeds for split in metrics):
-        values = [metrics[split] for metrics in seeds if split in metrics]
-        result[split] = {name: statistic([v[name] for v in values]) for name in values[0] if all(name in v for v in values)}
-    return result
-
-
-def format_terminal(results: dict[str, Any]) -> str:
-    """The table with aligned columns, one for each split that was scored."""
-    lines = [results["title"]]
-    for split, cells in _cells(results):
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += ["", f"{split} split of {results['base']}: mean ± standard deviation over seeds, per cent"]
-        for line in cells:
-            aligned = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-            lines.append("  ".join(aligned).rstrip())
-    return "\n".join([*lines, "", results["note"]])
-
-
-def format_markdown(results: dict[str, Any]) -> str:
-    """The same as Markdown."""
-    lines = [f"# {results['title']}"]
-    for split, (header, *rows) in _cells(results):
-        lines += ["", f"`{split}` split of `{results['base']}`: mean ± standard deviation over seeds, per cent.", ""]
-        lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(cells)} |" for cells in rows)]
-    changed = [f"Options of all rows: `{' '.join(results['options'])}`."] if results["options"] else []
-    lines += ["", results["note"], *changed, "", "| row | options |", "|---|---|"]
-    lines += [f"| {row['number']} | `{' '.join(row['options']) or 'none'}` |" for row in results["rows"]]
-    return "\n".join(lines) + "\n"
-
-
-def _cells(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """(split, lines of cells, the first one the header), for each split that any row was scored on."""
-    names = SHOWN | MEANS
-    given = [m for m in names if any(m in row["paper"] for row in results["rows"])]
-    shown = [*SHOWN, *(m for m in MEANS if m in given)]
-    tables = []
-    for split in dict.fromkeys(split for row in results["rows"] for split in row["mean"]):
-        lines = [["row", "", *(names[m] for m in shown), "seeds", *(f"paper {names[m]}" for m in given)]]
-        for row in results["rows"]:
-            count = str(sum(split in metrics for metrics in row["seeds"].values()))
-            mean, spread = row["mean"].get(split, {}), row["spread"].get(split, {})
-            measured = [_cell(mean.get(m), spread.get(m)) for m in shown]
-            lines.append([str(row["number"]), row["name"], *measured, count, *(_cell(row["paper"].get(m)) for m in given)])
-            if any(f"itc_{m}" in mean for m in shown):
-                alone = [_cell(mean.get(f"itc_{m}"), spread.get(f"itc_{m}")) for m in shown]
-                lines.append(["", "  ranked by ITC alone", *alone, count, *("" for _ in given)])
-        tables.append((split, lines))
-    return tables
-
-
-def _cell(mean: float | None, spread: float | None = None) -> str:
-    if mean is None:
-        return "-"
-    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.1f}"
-
-
-def write_results(folder: Path, results: dict[str, Any], plotted: bool) -> None:
-    """``results.json``, ``table.md`` and, of a table over the search space, ``figure.png`` in ``folder``, each replaced at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    write_text(folder / "table.md", format_markdown(results))
-    if plotted:
-        from lavis_mafa.tools.curves import search_space_plot
-
-        write_bytes(folder / "figure.png", search_space_plot(results["rows"], SHARES))

@@ -17,6 +17,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.tools import curves
 from lavis_mafa.tools.gallery import VERDICTS, Candidate, distinct_candidates, gallery_data, rows_of_all
 from lavis_mafa.tools.run_files import Run, last_epoch
+from lavis_mafa.tools.significance import ITC, METRICS, half_widths
 
 TEMPLATES = Path(__file__).with_name("page")
 SHOWN = """
@@ -34,9 +35,8 @@ SHARES = {
     "con_d_precision": "Con-D precision, all sightings",
     "con_d_recall": "Con-D recall, all sightings",
 }
-ITC = "itc_"  # before the metrics of ITC's cosine alone
 SIDES = {"tr": "TR", "txt": "TR", "ir": "IR", "img": "IR"}
-ENDINGS = {"r_precision": "R-Precision", "map_at_r": "mAP@R", "r_mean": "mean", "r1": "R@1", "r5": "R@5", "r10": "R@10"}
+ENDINGS = {**METRICS, "r_mean": "mean"}
 NAMES = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "cider": "CIDEr", "rouge_l": "ROUGE-L"}
 NAMES |= {"meteor": "METEOR", "spice": "SPICE", "accuracy": "answers right", "agg_metrics": "mean recall"}
 
@@ -136,21 +136,30 @@ def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
         for title, columns in (("Retrieval", retrieval), ("Captions and answers", [n for n in names if n not in retrieval])):
             if columns:
                 of_title = {run: values for run, values in found.items() if title == "Retrieval" or any(n in values for n in columns)}
-                tables.setdefault(split, []).append(evaluation_table(f"{title} on {split}, in per cent", columns, of_title))
+                half = {run.name: half_widths(run.folder, split) for run in runs} if columns == retrieval else {}
+                caption = f"{title} on {split}, in per cent"
+                caption += "; ± is half of the 95 % interval over queries (bootstrap)" if any(half.values()) else ""
+                tables.setdefault(split, []).append(evaluation_table(caption, columns, of_title, half))
     return tables
 
 
-def evaluation_table(caption: str, columns: list[str], found: dict[str, dict[str, Any]]) -> Table:
-    """``columns`` of each run's evaluation, the best of each column marked.
+def evaluation_table(
+    caption: str, columns: list[str], found: dict[str, dict[str, Any]], half: dict[str, dict[str, float]] | None = None
+) -> Table:
+    """``columns`` of each run's evaluation, the best of each column marked, with what comes after ± where it is known.
 
     Below a run that was ranked by its matching head stands what ITC's cosine alone gives; these rows have a best of their own.
     """
     lines = [(run, not place, line) for run, values in found.items() for place, line in enumerate(by_score(values))]
     own = {key: name for key, name in (("epoch", "epoch"), ("rank_by", "ranked by")) if any(key in line for _, _, line in lines)}
-    rows = [
-        [run, *(str(line.get(key, "–")) for key in own), *(number(line.get(name), digits=1) for name in columns)]
-        for run, _, line in lines
-    ]
+
+    def cell(run: str, first: bool, line: dict[str, Any], name: str) -> str:
+        spread = (half or {}).get(run, {}).get(name if first else f"{ITC}{name}")
+        return number(line.get(name), digits=1) + ("" if spread is None else f" ± {number(spread, digits=1)}")
+
+    rows = []
+    for run, first, line in lines:
+        rows.append([run, *(str(line.get(key, "–")) for key in own), *(cell(run, first, line, name) for name in columns)])
     table = Table(["run", *own.values(), *map(_metric, columns)], rows, caption)
     for place, name in enumerate(columns, start=1 + len(own)):
         for kind in (True, False):

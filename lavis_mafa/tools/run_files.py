@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_mafa.config.read import read_yaml
 from lavis_mafa.errors import UserError
 
+QUERIES = "_queries.parquet"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -57,6 +59,30 @@ def read_connections(run: Path) -> pa.Table:
     return pa.concat_tables(tables).unify_dictionaries()
 
 
+def read_queries(run: Path, split: str) -> pa.Table:
+    """The metrics of every query of a split's last evaluation (:func:`lavis_mafa.tasks.pretrain.write_queries`).
+
+    Raises:
+        UserError: there are none, or the file is damaged.
+    """
+    file = run / "result" / f"{split}{QUERIES}"
+    try:
+        return pq.read_table(file)
+    except FileNotFoundError:
+        known = ", ".join(query_splits(run)) or "none"
+        raise UserError(
+            f"{run} has no metrics of single queries of the split {split!r} (result/{file.name}); it has those of: {known}. They are "
+            "written by every retrieval evaluation; an older run gets them from `lavis-mafa evaluate`."
+        ) from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} is not readable as Parquet: {' '.join(str(error).split())}") from error
+
+
+def query_splits(run: Path) -> list[str]:
+    """The splits that :func:`read_queries` finds."""
+    return sorted(file.name.removesuffix(QUERIES) for file in (run / "result").glob(f"*{QUERIES}"))
+
+
 def last_epoch(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Each metric's average over the steps of the last epoch; a record stands for the steps since the one before it."""
     last = [record for record in metrics if record["epoch"] == metrics[-1]["epoch"]]
@@ -67,6 +93,21 @@ def last_epoch(metrics: list[dict[str, Any]]) -> dict[str, float]:
             if isinstance(value, int | float):
                 found.setdefault(name, []).append((value, count))
     return {name: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
+
+
+def wall_seconds(run: Path) -> float:
+    """How long a finished run has trained, by its log, and was evaluated after that, by the times of its files.
+
+    Neither waiting between an interruption and going on is in it, nor starting up.
+    """
+    records, before, seconds = read_metrics(run), 0, 0.0
+    for record in records:
+        seconds += max(0, record["samples_seen"] - before) / record["samples_per_second"]
+        before = record["samples_seen"]
+    trained, scored = (run / name for name in ("metrics.jsonl", "evaluation.jsonl"))
+    if trained.is_file() and scored.is_file():
+        seconds += max(0.0, scored.stat().st_mtime - trained.stat().st_mtime)
+    return seconds
 
 
 def _open_run(folder: Path, name: str) -> Run:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,15 @@ import pytest
 from lavis_mafa.cli import ablate
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.check import check_yaml
+from lavis_mafa.datasets.scenes.build import vocabulary
+from lavis_mafa.datasets.scenes.world import World
 from lavis_mafa.runners.job import run_job
-from lavis_mafa.tools.ablate import collect, concrete, find_table, format_terminal, load_tables, plan_trials
+from lavis_mafa.tools.ablate import TRUTH, Trial, concrete, expected_seconds, find_table, load_tables, plan_trials
+from lavis_mafa.tools.ablation_table import collect, format_terminal
 
 pytestmark = pytest.mark.slow
 
-SMALL = "mafa/quickstart/train/mafa.yaml"
+SMALL, SCENES = "mafa/quickstart/train/mafa.yaml", "mafa/quickstart/scenes/mafa.yaml"
 ROWS = [row for table in load_tables().values() for row in table.rows]
 
 
@@ -31,15 +35,15 @@ def options_on(base: str, table: str, number: int) -> list[str]:
 # --- the rows -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("base", [SMALL, SCENES])
 @pytest.mark.parametrize("key", load_tables())
-def test_a_row_is_a_switch_of_a_small_base_too(key):
+def test_a_row_is_a_switch_of_a_small_base_too(key, base):
     table = find_table(key)  # on the paper's base: test_project_yamls.py
-    oracle = ["model.discriminator.arch=ground_truth"]
-    trials = plan_trials(table, [42], SMALL, None, [], Path("runs"), oracle)
+    trials = plan_trials(table, [42], base, None, [], Path("runs"), TRUTH)
     here = [row for row in table.rows if not any(option.startswith("datasets.") for option in row.options)]
     assert [trial.row for trial in trials] == here
-    # 448 samples in all leave no room for three search spaces; without fine-tuning ALBEF's last two rows are one
-    same = {"mafa-13": 2, "albef-1": 1}.get(key, 0)
+    # emoji's 448 samples leave no room for three search spaces; without fine-tuning ALBEF's last two rows are one
+    same = {"mafa-13": 2 * (base == SMALL), "albef-1": 1}.get(key, 0)
     assert len({trial.runs[0].folder for trial in trials}) == len(here) - same  # else no two rows are the same
 
 
@@ -64,6 +68,7 @@ def test_sizes_of_the_paper_become_those_of_the_base():
     space = "run.grit.search_space"
     assert [options_on(large, "mafa-13", n)[-1] for n in (4, 5, 6)] == [f"{space}=960", f"{space}=4800", f"{space}=48000"]
     assert [options_on(small, "mafa-13", n)[-1] for n in (4, 5, 6)] == [f"{space}=64", f"{space}=64", f"{space}=448"]
+    assert [options_on(SCENES, "mafa-13", n)[-1] for n in (4, 5, 6)] == [f"{space}=128", f"{space}=1024", f"{space}=8192"]
     grit_vlp = options_on(find_table("grit-vlp-3").base, "grit-vlp-3", 2)
     assert grit_vlp[-2:] == ["run.batch_size_train=128", f"{space}=1920"]
     assert options_on(small, "grit-vlp-3", 2)[-2:] == ["run.batch_size_train=85", f"{space}=112"]  # a divisor of 448 that holds 85
@@ -109,6 +114,10 @@ def test_two_rows_with_two_seeds_end_with_a_table_and_are_not_trained_again(base
     assert lines["4"].endswith("78.0          61.2               84.2") and "-" in lines["2"].split()
     assert "5" not in lines  # 4M-Clean exchanges data sets that this base does not have
     assert "COCO's 5K test split" in said
+    heads = [line for line in said.splitlines() if line.startswith("== ")]
+    assert "about" not in heads[0] and [line.split("; ")[1] for line in heads[1:]] == [
+        f"about 1 min for {n}" for n in ("3 runs", "2 runs", "1 run")
+    ]
     below = [line for line in said.splitlines() if line.strip().startswith("ranked by ITC alone")]
     assert len(below) == 2 and all(line.count("±") == 3 for line in below)
 
@@ -252,7 +261,12 @@ def test_wrong_calls_are_one_message(refused, base, monkeypatch, capsys):
     assert "--on is flickr, but mafa-5 has: coco" in refused("ablate", "--table", "mafa-5", "--on", "flickr")
     assert "give --options model.discriminator.checkpoint" in refused("ablate", "--table", "mafa-4", "--base", SMALL, "--dry-run")
     assert "none of ours" in refused("ablate", "--table", "mafa-4", "--base", str(lavis_yaml()))
-    assert "neither with --dry-run" in refused("ablate", "--table", "mafa-4", "--emoji", "--dry-run")
+    for small in ("--emoji", "--scenes"):
+        assert "neither with --dry-run" in refused("ablate", "--table", "mafa-4", small, "--dry-run")
+    assert "choose one" in refused("ablate", "--table", "mafa-4", "--emoji", "--scenes")
+    assert "--con-d truth needs data whose truth is known" in refused("ablate", "--table", "mafa-4", "--con-d", "truth")
+    assert "it needs --scenes" in refused("ablate", "--table", "mafa-4", "--emoji", "--wrong", "0.3")
+    assert "'2' is not a number between 0 and 1" in refused("ablate", "--table", "mafa-4", "--scenes", "--wrong", "2")
     base.write_text(base.read_text().replace("test_splits: [test]", "test_splits: []"))
     assert "run.test_splits is empty" in refused("ablate", "--table", "mafa-4", "--base", str(base))
     monkeypatch.setenv("WORLD_SIZE", "abc")
@@ -279,36 +293,139 @@ def test_the_list_shows_every_row_and_with_a_table_its_options(capsys):
     assert "model.itc.momentum_distillation.queue_size=448" in capsys.readouterr().out
 
 
-def test_on_emoji_con_d_is_trained_once(monkeypatch, tmp_path, capsys):
-    """Without training: what would be started, and with which checkpoints."""
+@pytest.fixture
+def started(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
+    """Without training: every run that is started, with its options. It leaves a checkpoint, and scores that grow with row and seed."""
+    import torch
+
     calls: list[tuple[str, list[str]]] = []
+    torch.save({"text_encoder.cls.predictions.bias": torch.zeros(1)}, tmp_path / "con_d.pth")
 
     def leaves_behind(yaml: str, options: list[str]) -> None:
-        calls.append((yaml, options))
+        calls.append((Path(yaml).stem, options))
         config = check_yaml(yaml, options)  # every checkpoint it names is there
         folder = Path(config.run.output_dir) / "20250101000000"
         folder.mkdir(parents=True)
         (folder / "config.yaml").touch()
-        shutil.copy(con_d, folder / "checkpoint_9.pth")
-        lines = ({"split": split, "epoch": "last", "tr_r1": 1.0, "ir_r1": 2.0, "agg_metrics": 3.0} for split in config.run.test_splits)
+        shutil.copy(tmp_path / "con_d.pth", folder / f"checkpoint_{config.run.max_epoch - 1}.pth")
+        write_metrics(folder, 3600)
+        score = 10.0 + config.run.seed + config.run.seed % 3 * (1 + config.model.itc.smoothing) + 5 * config.model.ecm.enabled
+        of = dict.fromkeys(("tr_r1", "ir_r1", "tr_r_precision", "ir_r_precision", "tr_map_at_r", "ir_map_at_r", "agg_metrics"), score)
+        lines = ({"split": split, "epoch": "last", **of} for split in config.run.test_splits)
         (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    import torch
-
-    con_d = tmp_path / "con_d.pth"
-    torch.save({"text_encoder.cls.predictions.bias": torch.zeros(1)}, con_d)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablate, "run_job", leaves_behind)
+    return calls
+
+
+def write_metrics(folder: Path, seconds: float) -> None:
+    """Of a run that trained so long, in two pieces, the second four times as fast."""
+    rows = [{"epoch": 0, "step": 1, "samples_seen": 400 * n, "samples_per_second": 4**n * 125 / seconds} for n in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_on_emoji_con_d_is_trained_once(started, monkeypatch, tmp_path, capsys):
     (tmp_path / "output/ablate/emoji").mkdir(parents=True)
     (tmp_path / "output/ablate/emoji/truth.parquet").touch()
     monkeypatch.setattr("lavis_mafa.datasets.emoji.build_emoji", lambda folder: None)
     call = ["ablate", "--table", "mafa-4", "--emoji", "--seeds", "42", "--options", "datasets.grit_emoji.build_info.max_concepts=60"]
     assert main(call) == 0
-    names = [Path(yaml).stem for yaml, _ in calls]
-    assert names == ["con_d_1", "con_d_2", "mafa", "mafa", "mafa", "mafa"]
-    assert all("datasets.grit_emoji.build_info.max_concepts=60" in options for _, options in calls)
-    assert main([*call, "run.max_epoch=2"]) == 0 and len(calls) == 10  # other rows, the same Con-D
-    assert capsys.readouterr().out.count("3.0") == 16  # four rows, two splits, two calls
+    assert [name for name, _ in started] == ["con_d_1", "con_d_2", "mafa", "mafa", "mafa", "mafa"]
+    assert all("datasets.grit_emoji.build_info.max_concepts=60" in options for _, options in started)
+    assert main([*call, "run.max_epoch=2"]) == 0 and len(started) == 10  # other rows, the same Con-D
+    assert "R-P" not in capsys.readouterr().out
+    assert main([*call, "--con-d", "truth"]) == 0 and len(started) == 14
+    assert all(TRUTH[0] in options for _, options in started[10:])
+
+
+@pytest.fixture
+def scenes(started, monkeypatch, tmp_path) -> list[tuple[str, float]]:
+    """Name and share of wrong captions of all scenes that are built; nothing is drawn."""
+    built: list[tuple[str, float]] = []
+
+    def build(folder: Path, world: World) -> None:
+        if not folder.exists():
+            built.append((folder.name, world.wrong))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("train", "curated", "val", "test", "unseen"):
+            (folder / f"{name}.parquet").touch()
+        (folder / "vocab.txt").write_text("\n".join(vocabulary()))
+        (folder / "summary.json").write_text("{}")
+
+    monkeypatch.setattr("lavis_mafa.datasets.scenes.build.build_scenes", build)
+    return built
+
+
+def test_on_scenes_a_table_says_how_sure_it_is(started, scenes, capsys, tmp_path):
+    call = ["ablate", "--table", "mafa-4", "--scenes", "--seeds", "1", "2", "3"]
+    assert main(call) == 0
+    assert [name for name, _ in started] == ["start", "con_d", *["mafa"] * 12] and scenes == [("scenes", 0.0)]
+    root = "output/ablate/scenes"
+    assert all({f"datasets.grit_scenes.build_info.root={root}", f"model.tokenizer={root}/vocab.txt"} <= {*o} for _, o in started)
+    start, con_d = (next(option for option in started[n][1] if option.startswith("model.pretrained=")) for n in (1, 2))
+    assert start == con_d and "start_" in start
+    (judge,) = {option for _, options in started[2:] for option in options if option.startswith("model.discriminator")}
+    assert "con_d_" in judge
+
+    said = capsys.readouterr().out
+    heads = [line for line in said.splitlines() if line.startswith("== ")]
+    assert len(heads) == 13 and "about" not in heads[1] and heads[2].endswith("; about 11 h 0 min for 11 runs")
+    assert "val split of mafa/quickstart/scenes/mafa.yaml: mean ± half of its 95 % interval (Student's t) over seeds" in said
+    (head,) = {line for line in said.splitlines() if line.startswith("row") and "seeds" in line}
+    assert [name in head for name in ("TR R@1", "IR R-P", "TR mAP@R", "mean recall")] == [True] * 4
+    results = json.loads((tmp_path / "output/ablate/mafa-4/results.json").read_text())
+    rows = {row["number"]: row for row in results["rows"]}
+    assert [*rows] == [1, 2, 3, 4]
+    of_seeds = {n: [rows[n]["seeds"][seed]["val"]["ir_r_precision"] for seed in "123"] for n in rows}
+    assert rows[2]["half"]["val"]["ir_r_precision"] == pytest.approx(4.3027 * statistics.stdev(of_seeds[2]) / 3**0.5, rel=1e-4)
+    differences = [a - b for a, b in zip(of_seeds[2], of_seeds[4], strict=True)]
+    found = rows[2]["against"]["4"]["val"]["ir_r_precision"]
+    assert found["difference"] == pytest.approx(statistics.fmean(differences))
+    assert found["half"] == pytest.approx(4.3027 * statistics.stdev(differences) / 3**0.5, rel=1e-4) and 0 < found["p"] < 1
+    assert [*rows[1]["against"]] == ["4"] and [*rows[2]["against"]] == ["1", "4"] and [*rows[4]["against"]] == ["1"]
+    lines = said[said.index("val: differences over the same seeds") :].splitlines()
+    assert lines[1].split("  ")[-1] == "IR R-P - row 4" and lines[3].startswith("2    ECM")
+    assert lines[3].endswith(f"{found['difference']:+.1f} ± {found['half']:.1f}, p = {found['p']:.2g}")
+    assert "| 2 | ECM | +5.0 ± 0.0 |" in (tmp_path / "output/ablate/mafa-4/table.md").read_text()  # ECM adds 5, whatever the seed
+
+    # one more seed, whose time the others tell; a row with fewer seeds makes it a table of standard deviations
+    assert main([*call[:4], "--seeds", "1", "2", "3", "4", "--rows", "1"]) == 0 and len(started) == 15
+    said = capsys.readouterr().out
+    assert "about 1 h 0 min for 1 run\n" in said
+    assert main([*call[:4], "--seeds", "1", "2"]) == 0 and "± standard deviation over seeds" in capsys.readouterr().out
+
+
+def test_on_scenes_with_wrong_captions_the_clean_rows_have_none(started, scenes, capsys):
+    call = ["ablate", "--table", "mafa-4", "--scenes", "--con-d", "truth", "--wrong", "0.3", "--seeds", "1"]
+    assert main(call) == 0
+    assert [name for name, _ in started] == ["start", *["mafa"] * 6] and sorted(scenes) == [("scenes", 0.0), ("scenes_wrong_0.3", 0.3)]
+    roots = [[option.split("=")[1] for option in options if "grit_scenes" in option][-1] for _, options in started]
+    assert [Path(root).name for root in roots] == ["scenes_wrong_0.3"] * 5 + ["scenes"] * 2
+    assert all(TRUTH[0] in options for _, options in started[1:]) and not any("cc3m" in o for _, options in started for o in options)
+    assert "GRIT-VLP, 4M-Clean" in capsys.readouterr().out
+
+
+def test_a_row_that_is_not_known_takes_as_long_as_the_others(tmp_path):
+    table = find_table("mafa-4")
+    trials = plan_trials(table, [1, 2], SMALL, None, [], tmp_path)
+
+    def finish(trial: Trial, seconds: float, seed: int) -> None:
+        folder = trial.runs[0].folder.parent / f"seed_{seed}" / "20250101000000"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").touch()
+        write_metrics(folder, seconds)
+        scored = "".join(json.dumps({"split": split, "epoch": "last"}) + "\n" for split in ("val", "test"))
+        (folder / "evaluation.jsonl").write_text(scored)
+        end = (folder / "metrics.jsonl").stat().st_mtime
+        os.utime(folder / "evaluation.jsonl", (end + 10, end + 10))
+
+    assert expected_seconds(trials, trials) is None
+    finish(trials[0], 100, seed=1)
+    finish(trials[0], 140, seed=9)  # of an earlier call
+    assert expected_seconds(trials, trials[1:]) == pytest.approx(7 * 130)
+    finish(trials[2], 290, seed=1)
+    assert expected_seconds(trials, [trials[1], trials[3], trials[4]]) == pytest.approx(130 + 300 + 215)
 
 
 def test_a_table_without_any_run_has_no_metrics():

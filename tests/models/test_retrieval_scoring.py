@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
@@ -21,6 +24,7 @@ from lavis_mafa.models.blip import BlipMafa
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.retrieval import retrieval_scores, without_autocast
 from lavis_mafa.runners.runner_mafa import evaluate_split
+from lavis_mafa.tasks import pretrain
 from lavis_mafa.tasks.pretrain import MafaPretrainTask
 from lavis_mafa.tasks.retrieval_metrics import retrieval_metrics
 
@@ -157,12 +161,20 @@ def test_matching_logits_are_fp32_under_autocast():
     assert logits.dtype == torch.float32 and torch.equal(logits, head(states))
 
 
-def test_an_evaluation_has_the_figures_of_its_score_and_of_the_cosine(tmp_path, caplog):
+@pytest.fixture
+def result_dir(tmp_path, monkeypatch) -> Path:
+    """Where a run's results go."""
+    monkeypatch.setitem(registry.mapping["paths"], "result_dir", str(tmp_path / "result"))
+    return tmp_path / "result"
+
+
+def test_an_evaluation_has_the_figures_of_its_score_and_of_the_cosine(tmp_path, caplog, result_dir):
     caplog.set_level("INFO")
     model, gallery = Model(), Gallery()
     relevant = torch.zeros(IMAGES, TEXTS, dtype=torch.bool)
     relevant[torch.arange(IMAGES), torch.arange(IMAGES)] = True
-    gallery.dataset = SimpleNamespace(**vars(Gallery.dataset), relevant=relevant)
+    img2txt = {i: [i] for i in range(IMAGES - 1)} | {IMAGES - 1: [*range(IMAGES - 1, TEXTS)]}
+    gallery.dataset = SimpleNamespace(**vars(Gallery.dataset), relevant=relevant, img2txt=img2txt)
     task = MafaPretrainTask(RunBlock(k_test=4, rank_by="itm"))
     stats = evaluate_split(task, model, gallery, gallery.dataset, "val", 3, tmp_path, cuda_enabled=False)
     record = json.loads((tmp_path / "evaluation.jsonl").read_text())
@@ -172,18 +184,28 @@ def test_an_evaluation_has_the_figures_of_its_score_and_of_the_cosine(tmp_path, 
     wanted |= {f"itc_{name}": value for name, value in retrieval_metrics(cosine, cosine.T, relevant).items()}
     assert {name: value for name, value in stats.items() if name != "rank_by"} == pytest.approx(wanted)
     assert stats["agg_metrics"] != stats["itc_agg_metrics"]
+    queries = pq.read_table(result_dir / "val_queries.parquet").to_pandas()
+    asked = queries[queries.direction == "ir"]
+    assert asked["query"].tolist() == asked["image"].tolist() == [*range(IMAGES)]  # two texts match nothing
+    assert asked["itc_map_at_r"].mean() == pytest.approx(stats["itc_ir_map_at_r"])
     assert f"val: tr_r1 {stats['tr_r1']:.2f}" in caplog.text and "rank_by itm" in caplog.text
 
 
-def test_lavis_models_rank_by_their_own_score(monkeypatch):
+def test_lavis_models_rank_by_their_own_score(monkeypatch, result_dir):
     class OfLavis(torch.nn.Module):
         def compute_sim_matrix(self, loader: Any, task_cfg: Any) -> Any:
             return torch.eye(3).numpy(), torch.eye(3).numpy()
 
     of_lavis = OfLavis()
     task = MafaPretrainTask(RunBlock())
-    loader: Any = SimpleNamespace(dataset=SimpleNamespace(relevant=torch.eye(3, dtype=torch.bool)))
+    loader: Any = SimpleNamespace(dataset=SimpleNamespace(image=["x"] * 3, text=["a", "b", "c"], img2txt={0: [0], 1: [1], 2: [2]}))
     figures = task.after_evaluation(task.evaluation(of_lavis, loader), "val", 0)
+    queries = pq.read_table(result_dir / "val_queries.parquet")
+    assert queries["image"].to_pylist() == [0, 1, 2] * 2 and set(queries["r_precision"].to_pylist()) == {100.0}
+    assert queries.column_names == ["direction", "query", "image", "r1", "r5", "r10", "r_precision", "map_at_r"]
+    monkeypatch.setattr(pretrain, "rank", lambda: 1)
+    task.after_evaluation(task.evaluation(of_lavis, loader), "test", 0)
+    assert [file.name for file in result_dir.iterdir()] == ["val_queries.parquet"]
     assert figures["tr_r1"] == 100 and not any("itc" in name or name == "rank_by" for name in figures)
     monkeypatch.setattr(BaseTask, "build_model", lambda self, cfg: of_lavis)
     cfg = SimpleNamespace(model_cfg=SimpleNamespace(arch="albef_retrieval", get=lambda *_: None))

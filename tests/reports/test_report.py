@@ -18,7 +18,8 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.runners.log import ConnectionRecord
 from lavis_mafa.tools.gallery import Thumbnails, distinct_candidates, read_training_rows
 from lavis_mafa.tools.report import evaluation_tables
-from lavis_mafa.tools.run_files import Run, open_runs
+from lavis_mafa.tools.run_files import Run, open_runs, read_evaluations
+from lavis_mafa.tools.significance import half_widths
 
 
 @pytest.fixture
@@ -258,3 +259,17 @@ def test_the_cosine_alone_stands_below_the_score_a_run_was_ranked_by():
         ["cosine", "3", "itc", "1.0", "1.0"],
     ]
     assert table.best == {(2, 3), (2, 4), (1, 3), (3, 4)}
+
+
+def test_what_was_scored_query_by_query_has_intervals(tmp_path):
+    scored, old = run_folder.write_run(tmp_path / "scored", None), run_folder.write_run(tmp_path / "old", None)
+    run_folder.write_scores(scored, 1.0)
+    (table,) = evaluation_tables(open_runs([scored, old]))["val"]
+    assert "± is half of the 95 % interval over queries" in table.caption
+    columns = {head: number for number, head in enumerate(table.head)}
+    by_itm, by_itc, without = table.rows
+    half, values = half_widths(scored, "val"), read_evaluations(scored)["val"]
+    for row, score in ((by_itm, ""), (by_itc, "itc_")):
+        for name, head in (("tr_r_precision", "TR R-Precision"), ("ir_r1", "IR R@1")):
+            assert row[columns[head]] == f"{values[score + name]:.1f} ± {half[score + name]:.1f}"
+    assert by_itm[1:] != by_itc[1:] and not any("±" in cell for cell in without)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -91,3 +93,28 @@ def many(count: int) -> list[dict]:
         text = (image + 1 + pair % (ROWS - 1)) % ROWS
         rows.append(connection(("text for image", "image for text")[n % 2], image, text, 1 - n / count, epoch=n % 2, step=n))
     return rows
+
+
+def write_scores(folder: Path, right: float, seed: int = 0, images: int = 30, texts: int = 60, matches: int = 0) -> Path:
+    """What an evaluation of ``val`` leaves, of a model that adds ``right`` to what matches: also the metrics of each query.
+
+    Each text is written for one image; ``matches``, a seed, gives further pairs.
+    """
+    import torch
+    from lavis.common.registry import registry
+
+    from lavis_mafa.tasks.pretrain import MafaPretrainTask
+
+    own = torch.arange(texts) % images
+    relevant = torch.rand(images, texts, generator=torch.Generator().manual_seed(matches)) < 0.05
+    relevant[own, torch.arange(texts)] = True
+    noise = torch.Generator().manual_seed(seed)
+    i2t, t2i, cosine = (torch.randn(images, texts, generator=noise) + right * relevant for _ in range(3))
+    dataset = SimpleNamespace(
+        text=[f"text {n}" for n in range(texts)], img2txt={i: [*range(i, texts, images)] for i in range(images)}, relevant=relevant
+    )
+    result = {"i2t": i2t, "t2i": t2i.T, "cosine": cosine, "rank_by": "itm", "dataset": dataset, "relevant": relevant}
+    with mock.patch.dict(registry.mapping["paths"], {"result_dir": str(folder / "result")}):
+        metrics = MafaPretrainTask().after_evaluation(result, "val", "last")
+    (folder / "evaluation.jsonl").write_text(json.dumps({"split": "val", "epoch": "last", **metrics}) + "\n")
+    return folder

@@ -62,7 +62,7 @@ class ScenesSummary:
 
 
 def build_scenes(
-    folder: str | Path, world: World | None = None, train: int = 8192, test: int = 1000, seed: int = 0, progress: bool = True
+    folder: str | Path, world: World | None = None, train: int = 16384, test: int = 1000, seed: int = 0, progress: bool = True
 ) -> ScenesSummary:
     """Build scenes in ``folder``, once; a complete build with the same settings is left as it is.
 
@@ -79,7 +79,7 @@ def build_scenes(
 
     Example:
         >>> build_scenes("data/scenes", World(wrong=0.2)).images
-        {'train': 8192, 'val': 1000, 'test': 1000, 'unseen': 1000}
+        {'train': 16384, 'val': 1000, 'test': 1000, 'unseen': 1000}
     """
     folder, world = Path(folder), world or World()
     for name, count in (("train", train), ("test", test)):
@@ -140,7 +140,7 @@ def _write(folder: Path, world: World, counts: dict[str, int], seed: int, progre
         captions, wrong = [[tell(scene, world, rng) for _ in range(CAPTIONS[split])] for scene in scenes], set[int]()
         if split == "train":
             captions, wrong = _with_wrong(scenes, captions, world.wrong, rng)
-            everything = (2, world.things[1])
+            everything = (1, world.things[1])
             curated = [[tell(scene, world, rng, everything) for _ in range(CURATED)] for scene in scenes]
             _write_rows(folder / "curated.parquet", _pairs(split, scenes, curated), SCHEMA)
         _write_rows(folder / f"{split}.parquet", _pairs(split, scenes, captions, wrong), SCHEMA)
