@@ -26,7 +26,7 @@ from lavis_mafa.errors import UserError
 LAYOUT = 1  # counts up when the same packages, world and seed would give other pictures, captions, facts, splits or words
 NEW_ARTIST = "twemoji"  # whose drawings are in the split ``test`` alone
 CAPTIONS = {"train": 1, "val": 3, "test": 3, "unseen": 3}  # of an image, as web data
-CURATED = 4  # captions of an image that tell of more than web data, in ``curated.parquet``
+CURATED = 4  # captions of an image that may tell of more than web data, in ``curated.parquet``
 FEWEST = 2  # images of a split: a statement is about two
 DRAWN_AT = 72  # pixels at least, before things are brought to their sizes
 COVER = (70, 70, 70)  # the colour of a card: no ground's, no plate's
@@ -227,7 +227,7 @@ def paint(scene: Scene, drawings: Drawings, card: Box | None = None) -> Image.Im
         if thing.plate:
             edge = scene.edge
             draw.ellipse((left - edge, top - edge, right + edge - 1, bottom + edge - 1), fill=COLOURS[thing.plate], outline="black")
-        drawing = drawings[thing.noun.name, thing.artist].resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+        drawing = drawings(thing.noun.name, thing.artist, right - left)
         picture.paste(drawing, (left, top), drawing)
     if card is not None:
         draw.rectangle(_inclusive(card), fill=COVER, outline="white")
