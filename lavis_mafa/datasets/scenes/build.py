@@ -26,7 +26,7 @@ from lavis_mafa.errors import UserError
 LAYOUT = 1  # counts up when the same packages, world and seed would give other pictures, captions, facts, splits or words
 NEW_ARTIST = "twemoji"  # whose drawings are in the split ``test`` alone
 CAPTIONS = {"train": 1, "val": 3, "test": 3, "unseen": 3}  # of an image, as web data
-CURATED = 4  # captions of an image that may tell of more than web data, in ``curated.parquet``
+CURATED = 4  # captions of an image that tell of more than web data, in ``curated.parquet``
 FEWEST = 2  # images of a split: a statement is about two
 DRAWN_AT = 72  # pixels at least, before things are brought to their sizes
 COVER = (70, 70, 70)  # the colour of a card: no ground's, no plate's
@@ -140,7 +140,7 @@ def _write(folder: Path, world: World, counts: dict[str, int], seed: int, progre
         captions, wrong = [[tell(scene, world, rng) for _ in range(CAPTIONS[split])] for scene in scenes], set[int]()
         if split == "train":
             captions, wrong = _with_wrong(scenes, captions, world.wrong, rng)
-            everything = (1, world.things[1])
+            everything = (2, world.things[1])
             curated = [[tell(scene, world, rng, everything) for _ in range(CURATED)] for scene in scenes]
             _write_rows(folder / "curated.parquet", _pairs(split, scenes, curated), SCHEMA)
         _write_rows(folder / f"{split}.parquet", _pairs(split, scenes, captions, wrong), SCHEMA)
