@@ -441,7 +441,7 @@ def test_a_full_disk_is_said_in_one_line(refused, run_yaml, monkeypatch):
         (["build-scenes", "new", "--things", "2", "9"], "things is 2 9; allowed"),
         (["build-scenes", "new", "--things", "3"], "--things: expected 2 arguments"),
         (["build-scenes", "new", "--named", "2", "5"], "named is 2 5; allowed"),
-        (["build-scenes", "new", "--size", "20"], "size is 20; allowed: 24 to 1024"),
+        (["build-scenes", "new", "--size", "20"], "size is 20; allowed: 24 to 512"),
         (["build-scenes", "new", "--clutter", "-1"], "--clutter: '-1' is not a whole number of at least 0"),
         (["build-scenes", "new", "--train", "1"], "train is 1; allowed: 2 or more"),
         (["build-scenes", "new", "--seed", "one"], "--seed: 'one' is not a whole number"),

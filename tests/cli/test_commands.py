@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -72,6 +73,19 @@ def test_help_lists_every_command_and_each_explains_its_flags(capsys):
             main([name, "--help"])
         said = capsys.readouterr().out
         assert COMMANDS[name].split(" (")[0] in " ".join(said.split()) and flags.get(name, "") in said
+
+
+def test_scenes_are_built_as_told(tmp_path, capsys):
+    """Each flag is the world's setting of its name."""
+    flags = "--concepts 7 --unseen 2 --things 1 3 --size 32 --clutter 1 --named 1 3 --wrong 0.25"
+    shares = {"relations": 0.1, "counts": 0.2, "plates": 0.3, "grounds": 0.4}
+    told = [*flags.split(), *(part for name, share in shares.items() for part in (f"--{name}", str(share)))]
+    assert main(["build-scenes", str(tmp_path / "new"), "--train", "8", "--test", "4", "--seed", "5", *told]) == 0
+    said = capsys.readouterr().out
+    assert "8 train, 4 val, 4 test, 4 unseen images" in said and "start.yaml --options" in said
+    summary = json.loads((tmp_path / "new/summary.json").read_text())
+    world = {"concepts": 7, "unseen": 2, "things": [1, 3], "size": 32, "clutter": 1, "named": [1, 3], "wrong": 0.25, **shares}
+    assert summary["world"] == world and summary["seed"] == 5
 
 
 def test_looking_around_does_not_wait_for_torch():

@@ -146,8 +146,8 @@ def test_splits_hold_out_an_artist_and_concepts(full: Path) -> None:
     for split in ("train", "val", "unseen"):
         assert seen[split]["artist"] == {"noto", "openmoji"}
     for split in ("train", "val", "test"):
-        assert seen[split]["thing"] == known
-    assert seen["unseen"]["thing"] == known | unseen
+        assert seen[split]["thing"] <= known
+    assert unseen <= seen["unseen"]["thing"] <= known | unseen
     assert all(len(files) == len(ARTISTS) for code, files in find_drawings().items() if code in {noun.code for noun in NOUNS})
 
 
@@ -340,7 +340,7 @@ def test_every_world_speaks_english_of_its_vocabulary(world: World, seed: int) -
         ({"concepts": 4}, "concepts is 4; allowed: at least 5"),
         ({"concepts": 100}, r"concepts \(100\) and unseen \(12\) are 112; there are 104"),
         ({"unseen": 0}, "unseen is 0; allowed"),
-        ({"size": 23}, "size is 23; allowed: 24 to 1024"),
+        ({"size": 23}, "size is 23; allowed: 24 to 512"),
         ({"clutter": -1}, "clutter is -1; allowed"),
         ({"wrong": 1.01}, "wrong is 1.01; allowed: a share from 0 to 1"),
         ({"plates": float("nan")}, "plates is nan; allowed: a share from 0 to 1"),

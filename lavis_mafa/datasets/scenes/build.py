@@ -28,7 +28,7 @@ NEW_ARTIST = "twemoji"  # whose drawings are in the split ``test`` alone
 CAPTIONS = {"train": 1, "val": 3, "test": 3, "unseen": 3}  # of an image, as web data
 CURATED = 4  # captions of an image that tell of more than web data, in ``curated.parquet``
 FEWEST = 2  # images of a split: a statement is about two
-DRAWN_AT = 72  # pixels, before things are brought to their sizes
+DRAWN_AT = 72  # pixels at least, before things are brought to their sizes
 COVER = (70, 70, 70)  # the colour of a card: no ground's, no plate's
 CARD = Path(__file__).with_name("card.md")
 TILE = 280  # pixels of a picture on the sheet
@@ -132,7 +132,7 @@ def _as_json(world: World) -> dict[str, Any]:
 def _write(folder: Path, world: World, counts: dict[str, int], seed: int, progress: bool, sources: dict[str, str]) -> ScenesSummary:
     nouns = random.Random(seed).sample(NOUNS, world.concepts + world.unseen)
     known, new = nouns[: world.concepts], nouns[world.concepts :]
-    drawings = cut_drawings(nouns, max(DRAWN_AT, world.size))
+    drawings = cut_drawings(nouns, max(DRAWN_AT, world.size // world.cells))
     views: dict[str, dict[str, int]] = {view: {} for view in VIEWS}
     for split, count in counts.items():
         rng = random.Random(f"{seed}/{split}")
@@ -227,7 +227,7 @@ def paint(scene: Scene, drawings: Drawings, card: Box | None = None) -> Image.Im
         if thing.plate:
             edge = scene.edge
             draw.ellipse((left - edge, top - edge, right + edge - 1, bottom + edge - 1), fill=COLOURS[thing.plate], outline="black")
-        drawing = drawings[thing.noun.name, thing.artist].resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+        drawing = drawings(thing.noun.name, thing.artist, right - left)
         picture.paste(drawing, (left, top), drawing)
     if card is not None:
         draw.rectangle(_inclusive(card), fill=COVER, outline="white")

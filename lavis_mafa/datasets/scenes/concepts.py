@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
 from lavis_mafa.datasets.emoji.drawings import cutout, find_drawings
 
-Drawings = dict[tuple[str, str], Image.Image]  # (noun, artist) -> RGBA
+Drawings = Callable[[str, str, int], Image.Image]  # noun, artist, side -> square RGBA
 
 # code: noun, with its plural where that is not noun + s
 _NOUNS = """
@@ -74,9 +75,15 @@ NOUNS = _read()
 
 
 def cut_drawings(nouns: Sequence[Noun], side: int) -> Drawings:
-    """Of each noun what every artist drew, at most ``side`` pixels wide, without the margin, which is each artist's own."""
+    """Of each noun what every artist drew, without the margin, which is each artist's own. ``side``: pixels, before it is sized."""
     files = find_drawings()
-    return {(noun.name, artist): _without_margin(cutout(file, side)) for noun in nouns for artist, file in files[noun.code].items()}
+    cut = {(noun.name, artist): _without_margin(cutout(file, side)) for noun in nouns for artist, file in files[noun.code].items()}
+
+    @lru_cache(maxsize=1200)  # as many as the quickstart's scenes have: a third of what they take
+    def sized(noun: str, artist: str, side: int) -> Image.Image:
+        return cut[noun, artist].resize((side, side), Image.Resampling.LANCZOS)
+
+    return sized
 
 
 def _without_margin(drawing: Image.Image) -> Image.Image:

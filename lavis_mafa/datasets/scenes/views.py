@@ -139,7 +139,7 @@ def entailment(split: str, scenes: Sequence[Scene], rng: random.Random) -> Itera
         scene, box = f"{split}-{number}", None if card is None else corners(card)
         return {"image": image, "sentence": f"there is {noun.one}", "label": label, "scene": scene, "card": box}
 
-    for pair in islice(_neighbours(scenes), 0, None, 2):
+    for pair in islice(_neighbours(scenes), 0, None, 2):  # of all, the pictures with cards would take as long as all others
         if (found := _in_one_alone(scenes, pair, rng)) is None:
             continue
         with_it, without, noun = found
@@ -198,10 +198,9 @@ def statements(split: str, scenes: Sequence[Scene], rng: random.Random) -> Itera
     def of_numbers() -> list[Row]:
         one, other = rng.sample(range(len(scenes)), 2)
         more = len(scenes[one].things) - len(scenes[other].things)
-        pairs = (((one, other), more), ((other, one), -more)) if more else ()
-        return [
-            row(pair, f"the {s} picture has more things", d > 0) for pair, left in pairs for s, d in (("left", left), ("right", -left))
-        ]
+        said = {side: f"the {side} picture has more things" for side in ("left", "right")}
+        pairs = (((one, other), more > 0), ((other, one), more < 0)) if more else ()
+        return [row(pair, said[side], left == (side == "left")) for pair, left in pairs for side in said]
 
     for _ in range(len(scenes) // 4):
         drawn = (rng.choice([*STATEMENTS, None]) for _ in range(TRIES))

@@ -30,7 +30,7 @@ COLOURS = {  # of grounds and plates
 }
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLACES = {"left of": "right of", "above": "below"}  # each with the same place seen from the other side
-SIZES = (24, 1024)
+SIZES = (24, 512)
 CLUTTER = 100
 SIDE = (0.9, 1.0)  # of a thing, in sides of its cell
 APART = 0.2  # of two middles, in sides of the picture, for one thing to be left of or above the other
@@ -65,6 +65,11 @@ class World:
     plates: float = 0.0
     grounds: float = 0.0
     wrong: float = 0.0
+
+    @property
+    def cells(self) -> int:
+        """Per side of the picture: as many as the most things need, of which each has one for itself."""
+        return math.ceil(math.sqrt(self.things[1]))
 
     def __post_init__(self) -> None:
         low, most = self.things
@@ -170,7 +175,7 @@ def draw_scene(world: World, nouns: Sequence[Noun], artists: Sequence[str], rng:
     if world.counts and count > 1 and rng.random() < 0.5:  # one of them is there more than once
         times = rng.randint(2, count)
         sorts[:times] = [sorts[0]] * times
-    boxes = _boxes(count, world.things[1], world.size, rng)
+    boxes = _boxes(count, world, rng)
     plates = [rng.choice([*COLOURS]) if world.plates and rng.random() < 0.5 else None for _ in sorts]
     things = [Thing(n, rng.choice(artists), box, plate) for n, box, plate in zip(sorts, boxes, plates, strict=True)]
     small = [_box(world.size, rng.uniform(0.08, 0.16), rng) for _ in range(world.clutter)]
@@ -220,14 +225,13 @@ def _phrase(scene: Scene, noun: Noun, world: World, rng: random.Random) -> Told:
     return noun.one, [noun.name]
 
 
-def _boxes(count: int, most: int, size: int, rng: random.Random) -> list[Box]:
-    """A square for each thing, somewhere in a cell of its own: the picture has as many cells as ``most`` things need."""
-    cells = math.ceil(math.sqrt(most))
-    side = size // cells
+def _boxes(count: int, world: World, rng: random.Random) -> list[Box]:
+    """A square for each thing, somewhere in a cell of its own."""
+    side = world.size // world.cells
     boxes = []
-    for cell in rng.sample(range(cells * cells), count):
+    for cell in rng.sample(range(world.cells**2), count):
         left, top, right, bottom = _box(side, rng.uniform(*SIDE), rng)
-        across, down = cell % cells * side, cell // cells * side
+        across, down = cell % world.cells * side, cell // world.cells * side
         boxes.append((left + across, top + down, right + across, bottom + down))
     return boxes
 
