@@ -37,6 +37,14 @@ WRAPPERS = ("module.", "model.", "net.", "network.", "_forward_module.")  # DDP 
 INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP; anywhere in a name
 
 
+CHECKPOINTS = Path(__file__).with_name("checkpoints")
+
+
+def shipped(name: str) -> Path:
+    """Weights that come with the package, such as ``scenes_con_d``; ``checkpoints/README.md`` says what they are."""
+    return CHECKPOINTS / f"{name}.safetensors"
+
+
 def weight_files(path: Path, key: str) -> list[Path]:
     """The files that hold a checkpoint's weights: ``path`` itself, or the parts of a sharded one or of a Hugging Face folder.
 

@@ -31,6 +31,16 @@ def emoji(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A few scenes of the quickstart's world, as `lavis-mafa build-scenes` writes them: 64 to train on, 24 of each other split."""
+    from lavis_mafa.datasets.scenes import build_scenes
+
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    build_scenes(folder, train=64, test=24, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_yaml(tmp_path_factory, emoji) -> Path:
     """A MAFA run on 60 concepts that takes seconds: the same blocks as the paper's YAML."""
     path = tmp_path_factory.mktemp("yaml") / "tiny.yaml"

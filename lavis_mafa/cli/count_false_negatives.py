@@ -100,13 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _count(arguments: argparse.Namespace, opened: Opened, batch_sizes: Sequence[int], search_spaces: Sequence[int]) -> None:
+    from lavis_mafa.datasets.ground_truth import NO_TRUTH
     from lavis_mafa.distributed import rank
     from lavis_mafa.files import write_bytes, write_text
     from lavis_mafa.tools.candidates import Encoder, Known, ReadableRows, progress_bar, shuffled
     from lavis_mafa.tools.count import Count, count_false_negatives, count_plot, count_results, format_count, samplings
 
     if arguments.truth and getattr(opened.dataset, "truth", None) is None:
-        raise UserError("--truth is given, but the training data has no `concept` to know the truth from, or is several data sets.")
+        raise UserError(f"--truth is given, but {NO_TRUTH}.")
     run, folder = opened.run, arguments.output
     seed = run.seed if arguments.seed is None else arguments.seed
     rows = ReadableRows(opened.dataset, run.seed, run.batch_size_eval, run.num_workers)

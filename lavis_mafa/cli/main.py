@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
     "check-data": "find images and captions that training could not use, and write annotations without them",
     "build-emoji": "build the embedded emoji data into a folder",
+    "build-scenes": "build scenes of emoji whose truth is known, with questions and sentences about them",
     "validate": "check YAMLs without running them",
     "ls": "list the project YAMLs that come with this package",
     "cp": "copy one of them to edit it",

@@ -1,4 +1,4 @@
-"""``lavis-mafa quickstart``: the main job end to end on emoji, in minutes on a laptop CPU, with ALBEF or with BLIP-2."""
+"""``lavis-mafa quickstart``: the main job end to end on drawings, in minutes on a laptop CPU, with ALBEF or with BLIP-2."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import datetime
 import json
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lavis_mafa.errors import UserError
 
-ALBEF, BLIP2 = "mafa/quickstart/train", "mafa/quickstart/blip2"
+ALBEF, BLIP2 = "mafa/quickstart/scenes", "mafa/quickstart/blip2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         choices=("albef", "blip2"),
         default="albef",
-        help="albef: GRIT against MAFA, with a report; blip2: stage 1 with MAFA, stage 2, captions and answers (default: albef)",
+        help="albef: random batches, GRIT and MAFA on scenes, with a report; blip2: stage 1 with MAFA, stage 2, captions and answers (default: albef)",
     )
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of all runs")
 
@@ -33,38 +32,37 @@ def run(arguments: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--folder: cannot write {folder}: {error.strerror}.") from error
-    from lavis_mafa.datasets.emoji import build_emoji
-    from lavis_mafa.runners.job import run_job
-
-    emoji = folder / "emoji"
-    _say("1/4  the data: emoji drawn by three artists, with their names and keywords")
-    build_emoji(emoji)
-
-    def start(yaml: str, *options: str) -> Any:
-        common = [f"datasets.grit_emoji.build_info.root={emoji}", f"run.output_dir={folder}/{Path(yaml).stem}"]
-        return run_job(yaml, [*common, *options, *arguments.options])
-
     show = _albef if arguments.model == "albef" else _blip2
-    show(start, folder, arguments.options, started)
+    show(folder, arguments.options, started)
     return 0
 
 
-def _albef(start: Callable[..., Any], folder: Path, options: list[str], started: float) -> None:
+def _albef(folder: Path, options: list[str], started: float) -> None:
     import torch
 
-    from lavis_mafa.files import last_checkpoint
+    from lavis_mafa.datasets.scenes import build_scenes
+    from lavis_mafa.runners.job import run_job
     from lavis_mafa.tools.quickstart import albef_results, albef_text, write_report
+    from lavis_mafa.weights import shipped
 
-    _say("2/4  Con-D: a small ALBEF that learns what matches from curated captions; random negatives first, then sampled ones")
-    first = start(f"{ALBEF}/con_d_1.yaml")
-    half = f"model.pretrained={last_checkpoint(first.output_dir)}"
-    con_d = last_checkpoint(start(f"{ALBEF}/con_d_2.yaml", half).output_dir)
-    _say("3/4  GRIT: from Con-D's first half on, grouped batches and the hardest negatives, be they true or false")
-    grit = start(f"{ALBEF}/grit.yaml", half)
-    _say("4/4  MAFA: the same, but Con-D looks at every hard negative, and false ones become positives")
-    mafa = start(f"{ALBEF}/mafa.yaml", half, f"model.discriminator.checkpoint={con_d}")
+    scenes, start, con_d = folder / "scenes", shipped("scenes_start"), shipped("scenes_con_d")
+    _say("1/5  the data: scenes composed of emoji, with captions that tell part of what is there")
+    build_scenes(scenes)
+    data = [f"datasets.grit_scenes.build_info.root={scenes}", f"model.tokenizer={scenes}/vocab.txt", f"model.pretrained={start}"]
 
-    runs = {"start": first.output_dir, "GRIT": grit.output_dir, "MAFA": mafa.output_dir}
+    def run(name: str, *more: str) -> Any:
+        return run_job(f"{ALBEF}/{name}.yaml", [*data, f"run.output_dir={folder}/{name}", *more, *options])
+
+    _say("2/5  the start: a tiny ALBEF that comes with the package, trained with random negatives; scored alone")
+    first = run("start", "run.evaluate=true")
+    _say("3/5  random batches, with negatives sampled by similarity")
+    random = run("random")
+    _say("4/5  GRIT: batches of similar pairs and the hardest negatives, be they true or false")
+    grit = run("grit")
+    _say("5/5  MAFA: the same, but Con-D looks at every hardest negative, and false ones become positives")
+    mafa = run("mafa", f"model.discriminator.checkpoint={con_d}")
+
+    runs = {"start": first.output_dir, "random": random.output_dir, "GRIT": grit.output_dir, "MAFA": mafa.output_dir}
     results = albef_results(runs, mafa.datasets, mafa.settings.batch_size_train)
     minutes = (time.perf_counter() - started) / 60
     about = {
@@ -77,9 +75,18 @@ def _albef(start: Callable[..., Any], folder: Path, options: list[str], started:
     print(f"\n{minutes:.1f} minutes. The page with mined connections: {page}\nThe metrics: {page.with_name('results.json')}")
 
 
-def _blip2(start: Callable[..., Any], folder: Path, options: list[str], started: float) -> None:
+def _blip2(folder: Path, options: list[str], started: float) -> None:
+    from lavis_mafa.datasets.emoji import build_emoji
     from lavis_mafa.files import last_checkpoint, write_text
+    from lavis_mafa.runners.job import run_job
     from lavis_mafa.tools.quickstart import blip2_results, blip2_text
+
+    _say("1/4  the data: emoji drawn by three artists, with their names and keywords")
+    build_emoji(folder / "emoji")
+
+    def start(yaml: str, *more: str) -> Any:
+        common = [f"datasets.grit_emoji.build_info.root={folder}/emoji", f"run.output_dir={folder}/{Path(yaml).stem}"]
+        return run_job(yaml, [*common, *more, *options])
 
     _say("2/4  Con-D: a small BLIP-2 stage 1 from scratch, which also stands in for a pre-trained ViT")
     con_d = last_checkpoint(start(f"{BLIP2}/con_d.yaml").output_dir)

@@ -59,7 +59,12 @@ def check_keys(where: str, block: Iterable[Any], allowed: Iterable[str], of: str
 
 TRAINING_FILES = {"fixed": "train.jsonl", "drawn": "train_captions.jsonl", "curated": "train_captions.jsonl"}
 SCENE_FILES = {"web": "train.parquet", "curated": "curated.parquet"}
-SPLITS = {"grit_pairs": ("train", "val", "test"), "grit_vqa": ("val", "test"), "grit_emoji": ("train", "val", "test"), "grit_scenes": ("train", "val", "test", "unseen")}
+SPLITS = {
+    "grit_pairs": ("train", "val", "test"),
+    "grit_vqa": ("val", "test"),
+    "grit_emoji": ("train", "val", "test"),
+    "grit_scenes": ("train", "val", "test", "unseen"),
+}
 _ROWS: dict[str, Rule] = {
     "annotations": _BLOCK,
     "images": ("a block, such as {storage: FOLDER}", lambda value: isinstance(value, dict)),
@@ -72,6 +77,7 @@ INFO: dict[str, dict[str, Rule]] = {  # keys of build_info
     "grit_scenes": {
         "root": ("the folder that `lavis-mafa build-scenes` wrote", lambda value: isinstance(value, str)),
         "captions": _one_of(*SCENE_FILES),
+        "view": _one_of("pairs", "questions"),
         "prefix_lm": _TRUE_OR_FALSE,
         "max_images": _COUNT,
     },
@@ -188,7 +194,8 @@ def missing_files(name: str, block: Mapping[str, Any]) -> list[str]:
     """
     where, info = f"datasets.{name}.build_info", block["build_info"]
     if name == "grit_scenes":
-        built = (Path(info["root"]) / "summary.json").is_file()
+        needed = "questions_val.parquet" if info.get("view") == "questions" else "train.parquet"
+        built = (Path(info["root"]) / needed).is_file()
         return [] if built else [f"{info['root']} holds no scenes; build them once with: lavis-mafa build-scenes {info['root']}"]
     if name == "grit_emoji":
         built = (Path(info["root"]) / "truth.parquet").is_file()

@@ -212,7 +212,7 @@ class LanguageModel:
 class DiscriminatorBlock:
     arch: str = setting(
         "albef_retrieval",
-        "whose checkpoint it is, ours or LAVIS's; `ground_truth` knows the answer (data with `concept`): an upper bound",
+        "whose checkpoint it is, ours or LAVIS's; `ground_truth` knows the answer (data with `concept` or `facts`): an upper bound",
         "MAFA Table 16",
         choices=FAMILIES.keys(),
     )

@@ -17,11 +17,11 @@ import pyarrow as pa
 import torch
 
 from lavis_mafa.config.data import AnnotationFile, annotation_file, ending
+from lavis_mafa.datasets.facts import TEXTS, check_facts, fact_columns, one_each
 from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, Columns, one_message
-from lavis_mafa.datasets.ids import id_texts, is_missing, is_text, number_columns, pc, with_numbers
+from lavis_mafa.datasets.ids import id_texts, is_blank, is_missing, is_text, number_columns, pc, with_numbers
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 
-TEXTS = pa.list_(pa.string())
 # how Python and numpy print a list of texts: what a table of lists holds after it went through CSV
 PRINTED_LIST = r"""(?s)^\s*\[\s*(['"].*['"])?\s*\]\s*$"""
 # absolute (on Windows too), or with a component `..`
@@ -35,8 +35,9 @@ def read_annotations(
     """Read annotation files (.json, .jsonl, .ndjson, .csv, .tsv, .parquet) into one table, in the order given.
 
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
-    ``image_id`` (what results call the image), ``concept`` (what it shows: ground truth for reports) and ``same_image`` (equal for
-    rows whose paths count as one image). ``QUESTIONS`` are ``image``, ``question``, ``answer``, ``question_id`` likewise.
+    ``image_id`` (what results call the image), ``same_image`` (equal for rows whose paths count as one image), and ground truth:
+    ``concept`` (what it shows), or ``facts`` (a list of texts: all that it shows) with ``caption_facts`` (for each caption a list: what
+    it claims). ``QUESTIONS`` are ``image``, ``question``, ``answer``, ``question_id`` likewise.
 
     Args:
         files: at least one. Images of one with a folder of its own get absolute paths.
@@ -45,13 +46,14 @@ def read_annotations(
 
     Returns:
         ``columns.single`` string, ``columns.several`` list<string>, and where a file has them ``columns.optional`` string (see
-        :mod:`lavis_mafa.datasets.ids`); those of ``same_image`` differ from file to file.
+        :mod:`lavis_mafa.datasets.ids`), ``columns.facts`` as in :mod:`lavis_mafa.datasets.facts`; those of ``same_image`` differ from
+        file to file.
 
     Raises:
         UserError: a file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type; a
             row has an empty image, caption, question or answer, a caption that is a printed list, an image path that leaves the
-            image folder, or the image_id of another image of its file. The message names file and row, counted from 1 without a
-            header.
+            image folder, or the image_id of another image of its file; facts do not fit (``check_facts``). The message names file
+            and row, counted from 1 without a header.
 
     Example:
         >>> read_annotations(["train.jsonl"]).column_names
@@ -67,6 +69,7 @@ def read_annotations(
             groups = pc.binary_join_element_wise(str(len(tables)), table[SAME_IMAGE], "/")
             table = table.set_column(table.schema.get_field_index(SAME_IMAGE), SAME_IMAGE, groups)
         tables.append(in_folder(table, file.images))
+    check_facts([(annotation_file(file).path, table) for file, table in zip(files, tables, strict=True)])
     table = pa.concat_tables(tables, promote_options="default")
     numbers = [name for name in columns.optional if all(name in number_columns(t) for t in tables if name in t.column_names)]
     # Arrow would keep what the parsers no longer need for its next use, but the table is there for the whole run.
@@ -147,16 +150,14 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
         if texts.null_count < table.num_rows:
             found[name] = texts
             numbers += [name] if are_numbers else []
-    for name, kind in zip(columns.facts, (TEXTS, pa.list_(TEXTS)), strict=False):
-        if name in table.column_names:
-            found[name] = table[name].cast(kind)
+    found |= fact_columns(path, table) if columns.facts else {}
     return with_numbers(pa.table(found), numbers)
 
 
 def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: bool) -> None:
     for name in columns.single:
         kind = "a path" if name == "image" else "a text"
-        _refuse(path, table[name], _is_empty(table[name]), f"'{name}' is empty; allowed: {kind}.")
+        _refuse(path, table[name], is_blank(table[name]), f"'{name}' is empty; allowed: {kind}.")
         if name == "question":
             _refuse(path, table[name], is_missing(table[name]), "the question {} is how a missing one is written; allowed: a text.")
     if not allow_absolute_paths:
@@ -166,7 +167,7 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
     texts = pc.list_flatten(lists)
     empty = f"the {name} is empty or null; allowed: a text, or a list of texts."
     _refuse(path, lists, pc.equal(pc.fill_null(pc.list_value_length(lists), 0), 0), empty)
-    _refuse(path, texts, _is_empty(texts), empty, lists)
+    _refuse(path, texts, is_blank(texts), empty, lists)
     printed = f"the {name} {{}} is a printed list; allowed: one text a row, or a list of {name}s in .json, .jsonl or .parquet."
     _refuse(path, texts, is_printed_list(texts), printed, lists)
     if name == "caption":  # an answer may be `none`
@@ -187,11 +188,6 @@ def _refuse(path: Path, values: Any, wrong: Any, message: str, lists: pa.Chunked
         raise UserError(f"{path}, row {row + 1}: {message.format(repr(str(values[place].as_py())[:SHOWN]))}")
 
 
-def _is_empty(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    # a pattern, not a comparison of trimmed texts: it copies nothing
-    return pc.invert(pc.fill_null(pc.match_substring_regex(texts, r"\S"), False))
-
-
 def is_printed_list(captions: pa.ChunkedArray) -> pa.ChunkedArray:
     """Bool [N], null where there is no caption: a text such as ``['a dog', 'a puppy']``, which lists become in CSV."""
     return pc.match_substring_regex(captions, PRINTED_LIST)
@@ -205,9 +201,7 @@ def _text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
         return column.cast(pa.list_(kind.value_type)).cast(TEXTS)
     if not is_text(_plain(kind)):
         raise UserError(f"{path}: column '{name}' holds {kind}; allowed: text or lists of text.")
-    # The texts stay where they are; only the boundaries of the one-text lists are new.
-    lists = [pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk) for chunk in column.cast(pa.string()).chunks]
-    return pa.chunked_array(lists, TEXTS)
+    return one_each(column.cast(pa.string()))
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

@@ -1,4 +1,4 @@
-"""LAVIS dataset builders: ``grit_pairs`` and ``grit_vqa`` (one's own image-text pairs and questions), ``grit_emoji`` (embedded data).
+"""LAVIS dataset builders: ``grit_pairs`` and ``grit_vqa`` (one's own), ``grit_emoji`` and ``grit_scenes`` (embedded data).
 
 Nothing is ever downloaded, and relative paths start from the working directory, not from LAVIS's cache.
 """
@@ -14,7 +14,16 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from torch.utils.data import Dataset
 
-from lavis_mafa.config.data import SCENE_FILES, SPLITS, TRAINING_FILES, allows_absolute_paths, check_info, kept, missing_files, own_files
+from lavis_mafa.config.data import (
+    SCENE_FILES,
+    SPLITS,
+    TRAINING_FILES,
+    allows_absolute_paths,
+    check_info,
+    kept,
+    missing_files,
+    own_files,
+)
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
@@ -132,7 +141,8 @@ class GritEmojiBuilder(_LocalBuilder):
 class GritScenesBuilder(_LocalBuilder):
     """The scenes that ``lavis-mafa build-scenes`` writes.
 
-    Splits: ``train``; ``val``, new scenes; ``test``, new scenes by another artist; ``unseen``, scenes with things that are not in training.
+    Splits: ``train``; ``val``, new scenes; ``test``, new scenes by another artist; ``unseen``, scenes of things that may not be in
+    training. With ``view: questions``, all but ``train`` are questions with one right answer each.
     """
 
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_scenes" / "defaults.yaml")}
@@ -144,14 +154,25 @@ class GritScenesBuilder(_LocalBuilder):
             raise UserError(missing[0])
         self.build_processors()
         root, prefix_lm = Path(info.root).expanduser(), info.get("prefix_lm", False)
-        files = {split: f"{split}.parquet" for split in SPLITS["grit_scenes"]} | {"train": SCENE_FILES[info.get("captions", "web")]}
-        limits = {"train": info.get("max_images")}
-        return {
-            split: self._pairs(split, root, [root / file], None, partial(kept, limit=limits.get(split), seed=None), prefix_lm=prefix_lm)
-            for split, file in files.items()
-        }
+        datasets: Datasets = {}
+        for split in SPLITS["grit_scenes"]:
+            if split == "train":
+                file, select = root / SCENE_FILES[info.get("captions", "web")], partial(kept, limit=info.get("max_images"), seed=None)
+                datasets[split] = self._pairs(split, root, [file], None, select, prefix_lm=prefix_lm)
+            elif info.get("view") == "questions":
+                file = root / f"questions_{split}.parquet"
+                _, table = open_annotations(root, [file], None, QUESTIONS)
+                datasets[split] = ImageQuestions(*self._processors(split), root, table, str(file))
+            else:
+                datasets[split] = self._pairs(split, root, [root / f"{split}.parquet"], prefix_lm=prefix_lm)
+        return datasets
 
 
-BUILDERS = {"grit_pairs": GritPairsBuilder, "grit_vqa": GritVqaBuilder, "grit_emoji": GritEmojiBuilder, "grit_scenes": GritScenesBuilder}
+BUILDERS = {
+    "grit_pairs": GritPairsBuilder,
+    "grit_vqa": GritVqaBuilder,
+    "grit_emoji": GritEmojiBuilder,
+    "grit_scenes": GritScenesBuilder,
+}
 # here, not in plugin.py: where this module is the first to import LAVIS, that asks for it while it is only half imported
 registry.mapping["builder_name_mapping"].update(BUILDERS)

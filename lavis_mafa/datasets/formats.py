@@ -17,6 +17,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from lavis_mafa.config.data import ending
+from lavis_mafa.datasets.facts import FACTS, TEXTS, claims_of_json, facts_of_cell, facts_of_json
 from lavis_mafa.datasets.ids import id_of_json, shown_json, with_numbers, written_numbers
 from lavis_mafa.datasets.separated_values import other_separator, separated_rows
 from lavis_mafa.errors import UserError, did_you_mean
@@ -28,7 +29,7 @@ CHARACTERS_AT_ONCE = 1 << 20
 @dataclass(frozen=True)
 class Columns:
     """A kind of annotations: columns ``single`` (a text), ``several`` (a text or a list of texts), ``optional`` (ids) and ``facts``
-    (all or none of them: what the image has, a list of texts, and for each of ``several`` what it claims, another).
+    (see :mod:`lavis_mafa.datasets.facts`).
     """
 
     single: tuple[str, ...]
@@ -37,13 +38,16 @@ class Columns:
     facts: tuple[str, ...] = ()
 
     @property
+    def known(self) -> tuple[str, ...]:
+        return (*self.required, *self.optional, *self.facts)
+
+    @property
     def required(self) -> tuple[str, ...]:
         return (*self.single, self.several)
 
 
 SAME_IMAGE = "same_image"
-FACTS = ("facts", "caption_facts")
-PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept", SAME_IMAGE), facts=FACTS)
+PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept", SAME_IMAGE), facts=tuple(FACTS))
 QUESTIONS = Columns(single=("image", "question"), several="answer", optional=("question_id",))
 
 
@@ -68,14 +72,14 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
 def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[str]:
     """Which of ``columns`` are among ``found``; a missing required one, or one that is there twice, is a UserError."""
     found = list(found)
-    for name in columns.optional + columns.required + columns.facts:
+    for name in columns.known:
         if found.count(name) > 1:
             raise UserError(f"{path}: column '{name}' is there {found.count(name)} times; allowed: once.")
     for name in columns.required:
         if name not in found:
             shown = [" ".join(other.split()) for other in found]
             raise UserError(f"{path}: no column '{name}'; its columns are {', '.join(shown)}.{did_you_mean(name, shown)}")
-    return [name for name in (*columns.required, *columns.optional, *columns.facts) if name in found]
+    return [name for name in columns.known if name in found]
 
 
 def read_parquet(path: Path, columns: Columns) -> pa.Table:
@@ -91,11 +95,16 @@ def read_separated(path: Path, columns: Columns) -> pa.Table:
     if header is None:
         return pa.table({})
     names = known_columns(path, columns, header)
-    schema = pa.schema({name: pa.string() for name in names})
-    places = [header.index(name) for name in names]
+    schema = pa.schema({name: TEXTS if name in columns.facts else pa.string() for name in names})
+    places = {name: header.index(name) for name in names}
     tables: list[pa.Table] = []
+    read = 0
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
-        tables.append(pa.table([[row[place] for row in chunk] for place in places], schema=schema))
+        cells: dict[str, list[Any]] = {name: [row[place] for row in chunk] for name, place in places.items()}
+        for name in places.keys() & columns.facts:
+            cells[name] = [facts_of_cell(f"{path}, row {row}: '{name}'", cell) for row, cell in enumerate(cells[name], read + 1)]
+        tables.append(pa.table(cells, schema=schema))
+        read += len(chunk)
     return written_numbers(pa.concat_tables(tables), columns.optional) if tables else pa.table({})
 
 
@@ -137,7 +146,9 @@ def read_json_lines(path: Path, columns: Columns) -> pa.Table:
     # always holds for the others; where it does not (texts and lists of texts mixed, a wrong type, a torn line), Python reads
     # the file again and can name the row that is wrong.
     fields: dict[str, pa.DataType] = {name: pa.string() for name in columns.single}
-    fields[columns.several] = pa.list_(pa.string()) if isinstance(first[columns.several], list) else pa.string()
+    several = isinstance(first[columns.several], list)
+    fields[columns.several] = TEXTS if several else pa.string()
+    fields |= {name: FACTS[name] if several else TEXTS for name in columns.facts}
     fields |= {name: pa.int64() if type(first.get(name)) is int else pa.string() for name in columns.optional}
     options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
     try:
@@ -213,7 +224,7 @@ def _each_once(columns: Columns) -> Callable[[list[tuple[str, Any]]], dict[str, 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            for name in (*columns.required, *columns.optional):
+            for name in columns.known:
                 if sum(key == name for key, _ in pairs) > 1:
                     raise ValueError(f"'{name}' is there twice")
         return value
@@ -237,7 +248,7 @@ def _object(path: Path, columns: Columns, row: int, value: Any) -> dict[str, Any
 def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -> pa.Table:
     several = columns.several
     types = {name: pa.string() for name in (*columns.required, *columns.optional)}
-    schema = pa.schema(types | {several: pa.list_(pa.string())})
+    schema = pa.schema(types | {several: TEXTS} | {name: FACTS[name] for name in columns.facts})
     tables: list[pa.Table] = []
     numbers = dict.fromkeys(columns.optional, True)
     row = 0
@@ -259,16 +270,23 @@ def _table_of(path: Path, columns: Columns, objects: Iterator[dict[str, Any]]) -
                 text, is_number = id_of_json(f"{path}, row {row}: '{name}'", record.get(name))
                 cells[name].append(text)
                 numbers[name] &= is_number or text is None
+            if columns.facts:
+                cells["facts"].append(facts_of_json(f"{path}, row {row}: 'facts'", record.get("facts")))
+                cells["caption_facts"].append(claims_of_json(f"{path}, row {row}: 'caption_facts'", record.get("caption_facts"), value))
         try:
             tables.append(pa.table(cells, schema=schema))
         except UnicodeEncodeError as error:  # JSON can escape half of a pair of UTF-16 (``\ud83d``), which is no text
             for number, record in enumerate(chunk, row - len(chunk) + 1):
                 for name, value in record.items():
-                    if name in schema.names and error.object in (value if isinstance(value, list) else [value]):
+                    if name in schema.names and error.object in _flat(value):
                         half = f"{json.dumps(value)[:60]}, with half of a character; allowed: whole ones."
                         raise UserError(f"{path}, row {number}: '{name}' is {half}") from error
             raise
     return with_numbers(pa.concat_tables(tables), [name for name, all_are in numbers.items() if all_are]) if tables else pa.table({})
+
+
+def _flat(value: Any) -> list[Any]:
+    return [text for one in value for text in _flat(one)] if isinstance(value, list) else [value]
 
 
 def _typed(path: Path, row: int, record: dict[str, Any], name: str, kind: type | tuple[type, ...], allowed: str) -> Any:

@@ -35,6 +35,12 @@ def is_missing(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.match_substring_regex(texts, PATTERN)
 
 
+def is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Bool [N]: it is null, or holds nothing but blanks."""
+    # a pattern, not a comparison of trimmed texts: it copies nothing
+    return pc.invert(pc.fill_null(pc.match_substring_regex(texts, r"\S"), False))
+
+
 def is_missing_text(text: str) -> bool:
     return text.strip() in MISSING
 

@@ -57,7 +57,7 @@ class _AnnotatedImages(Dataset):
         vis_processor: PIL RGB image -> tensor. text_processor: str -> str.
         vis_root: folder that relative image paths start from; ``allow_absolute_paths``: they may leave it.
         ann_paths: annotation files, see ``read_annotations``.
-        truth: which image matches which text; None takes what a ``concept`` column of the annotations tells.
+        truth: which image matches which text; None takes what the annotations tell, by ``concept`` or by ``facts``.
         select: the table -> the rows to use (at least one).
 
     Raises:
@@ -159,12 +159,13 @@ class RetrievalPairs(_AnnotatedImages):
     Attributes:
         image: [N] paths of the distinct images. text: [T] distinct captions, processed; raw_text: as they were written.
         img2txt: image -> its own texts; txt2img: text -> the images it is written for.
-        relevant: Bool [N, T], which text is right for which image. The own pairs, and with a truth all that it knows to match.
+        relevant: Bool [N, T], which text is right for which image: all that the truth knows to match, and the own pairs. Of these,
+            where the truth is told by facts, only those of which it does not know whether they match.
         image_ids: [N] the annotations' own where all of them are whole numbers (``007`` stays that text), else 0 to N-1.
         concepts: [N] or None. text_keys: [T] or None.
 
     Raises:
-        UserError: as above, or a caption holds no word.
+        UserError: as above, a caption holds no word, or by their facts no caption is right for any image.
     """
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -196,12 +197,19 @@ class RetrievalPairs(_AnnotatedImages):
         self.concepts: torch.Tensor | None = None
         self.text_keys: torch.Tensor | None = None
         self.relevant = torch.zeros(len(self.image), len(self.text), dtype=torch.bool)
+        for image, texts in self.img2txt.items():
+            self.relevant[image, texts] = True
         if self.truth is not None and (concepts := self._concepts()) is not None:
             self.concepts = concepts[first_rows]
             self.text_keys = torch.tensor([self.truth.text_key(caption) for caption in self.raw_text])
+            if self.truth.facts is not None:  # these tell of a wrong caption, too
+                self.relevant &= ~self.truth.knows(self.concepts[:, None], self.text_keys)
             self.relevant |= self.truth.matrix(self.concepts, self.text_keys)
-        for image, texts in self.img2txt.items():
-            self.relevant[image, texts] = True
+        if not self.relevant.any():
+            raise UserError(
+                f"{self.files}: by 'facts' and 'caption_facts' no caption is right for any image, so there is nothing to find; "
+                f"allowed: a caption all of whose facts some image has."
+            )
 
         # what captioning names its captions by: the annotations' own ids where they are numbers, as COCO's are
         ids = typed_ids(self.table.take(first_rows), "image_id") if "image_id" in self.table.column_names else []

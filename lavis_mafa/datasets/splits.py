@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lavis_mafa.datasets.annotations import image_keys
+from lavis_mafa.datasets.facts import check_facts
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.datasets.pairs import ImageTextPairs, RetrievalPairs
@@ -25,7 +26,7 @@ def with_training_splits(datasets: dict[str, Splits], wanted: Sequence[str]) -> 
     """The data sets by name and split, with what they have of the ``wanted`` ones joined as their ``train``; the others stay.
 
     Raises:
-        UserError: no data set has such a split, or one has nothing there to train on.
+        UserError: no data set has such a split, or one has nothing there to train on, or their facts do not fit (``check_facts``).
     """
     wanted = list(dict.fromkeys(wanted))
     there = sorted({split for parts in datasets.values() for split in parts})
@@ -56,6 +57,7 @@ def _joined(name: str, chosen: Splits, train: Any) -> Any:
         tables = [part.table for part in chosen.values()]
         pairs.table = pa.concat_tables(tables, promote_options="default")
         pairs.image_keys = shared_keys(tables)  # type: ignore[assignment]
+        check_facts([(f"datasets.{name}, split {split!r}", part.table) for split, part in chosen.items()])
         if any(part.truth is not train.truth for part in chosen.values()):  # each knows what its own rows say
             pairs.truth = GroundTruth.from_table(pairs.table)
         pairs.concepts = pairs._concepts()

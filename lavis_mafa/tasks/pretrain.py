@@ -12,6 +12,7 @@ from lavis.common.registry import registry
 from torch import Tensor, nn
 
 from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.datasets.ground_truth import NO_TRUTH
 from lavis_mafa.distributed import gather_own_first, rank
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import digest, replacing
@@ -24,8 +25,8 @@ from lavis_mafa.tasks.task import MafaTask
 class MafaPretrainTask(MafaTask):
     """Builds data and model, hands the model's whole output to the runner, and evaluates retrieval.
 
-    Where the data set knows which pairs truly match (``concept``), the log also has the share of chosen hard negatives that are
-    false, and Con-D's precision and recall on them.
+    Where the data set knows which pairs truly match, the log also has the share of chosen hard negatives that are false, and Con-D's
+    precision and recall on them.
     """
 
     def __init__(self, run: RunBlock | None = None) -> None:
@@ -39,7 +40,7 @@ class MafaPretrainTask(MafaTask):
         if len(known) == 1 and len(datasets) == 1:
             self.truth = known[0]
         if self.truth is None and (cfg.model_cfg.get("discriminator") or {}).get("arch") == "ground_truth":
-            raise UserError("model.discriminator.arch is ground_truth, but the training data has no `concept` to know the truth from.")
+            raise UserError(f"model.discriminator.arch is ground_truth, but {NO_TRUTH}.")
         if self.run.coco_captions is not None:  # now, so that a wrong file is found before hours of scoring
             tests = [d["test"] for d in datasets.values() if hasattr(d.get("test"), "img2txt")]
             if len(tests) != 1:

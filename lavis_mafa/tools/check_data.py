@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from lavis_mafa.config.data import SPLITS, AnnotationFile, ending, files_of
 from lavis_mafa.datasets.annotations import (
-    TEXTS,
     clean_caption,
     ids_of_other_images,
+    in_folder,
     is_printed_list,
     leaves_folder,
     path_hint,
@@ -31,6 +31,7 @@ from lavis_mafa.datasets.annotations import (
     shortened,
     shown,
 )
+from lavis_mafa.datasets.facts import TEXTS, check_facts
 from lavis_mafa.datasets.formats import (
     PAIRS,
     SAME_IMAGE,
@@ -41,7 +42,7 @@ from lavis_mafa.datasets.formats import (
     open_text,
     separated_values,
 )
-from lavis_mafa.datasets.ids import Id, is_missing, pc, typed_ids
+from lavis_mafa.datasets.ids import is_missing, pc, typed_ids
 from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, load_rgb
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 from lavis_mafa.files import replacing
@@ -221,7 +222,11 @@ def read_sources(sources: Sequence[Source]) -> Rows:
     files = [file for source in sources for file in source.files]
     tables, count = [], 0
     for source in sources:
-        parts = [_rows_of(source, file, count + number) for number, file in enumerate(source.files)]
+        read = [_read(source, file) for file in source.files]
+        check_facts([(file.path, in_folder(table, file.images)) for file, table in zip(source.files, read, strict=True)])
+        parts = [
+            _rows_of(source, file, table, count + number) for number, (file, table) in enumerate(zip(source.files, read, strict=True))
+        ]
         tables.append(source.select(pa.concat_tables(parts)))
         count += len(parts)
     table = pa.concat_tables(tables)
@@ -243,14 +248,16 @@ def read_sources(sources: Sequence[Source]) -> Rows:
     )
 
 
-def _rows_of(source: Source, file: AnnotationFile, number: int) -> pa.Table:
+def _read(source: Source, file: AnnotationFile) -> pa.Table:
     if source.text == "question":
-        table = read_rows(file.path, ASKED).rename_columns({"question": "caption"})
-    elif source.text is None:
+        return read_rows(file.path, ASKED).rename_columns({"question": "caption"})
+    if source.text is None:
         images = [image if isinstance(image := record.get("image"), str) else None for record in read_records(file.path)]
-        table = pa.table({"image": pa.chunked_array([images], pa.string()), "caption": pa.nulls(len(images), TEXTS)})
-    else:
-        table = read_rows(file.path, PAIRS)
+        return pa.table({"image": pa.chunked_array([images], pa.string()), "caption": pa.nulls(len(images), TEXTS)})
+    return read_rows(file.path, PAIRS)
+
+
+def _rows_of(source: Source, file: AnnotationFile, table: pa.Table, number: int) -> pa.Table:
     count = len(table)
     leaves = pc.fill_null(leaves_folder(table["image"]), False)
     leaves = pc.and_(leaves, not source.allow_absolute_paths)
@@ -543,7 +550,7 @@ def _good_records(rows: Rows) -> Iterator[dict[str, Any]]:
     bad_row[~bad_row] = rows.bad_image[rows.image_of[~bad_row]] != 0
     after, row = np.cumsum(rows.captions), 0
     for number, file in enumerate(rows.files):
-        end, ids = int(np.searchsorted(rows.file_of, number, side="right")), _ids(rows, number)
+        end, typed = int(np.searchsorted(rows.file_of, number, side="right")), _typed(rows, number)
         for at, record in enumerate(read_records(file.path)):
             if row == end:
                 break
@@ -552,15 +559,18 @@ def _good_records(rows: Rows) -> Iterator[dict[str, Any]]:
             bad = rows.bad_caption[after[row] - rows.captions[row] : after[row]]
             if not bad_row[row] and not bad.all():
                 if bad.any():
-                    record["caption"] = [text for text, is_bad in zip(record["caption"], bad, strict=True) if not is_bad]
-                yield record | {name: values[at] for name, values in ids.items()}
+                    for name in ("caption", "caption_facts"):
+                        if record.get(name) is not None:
+                            record[name] = [one for one, is_bad in zip(record[name], bad, strict=True) if not is_bad]
+                yield record | {name: values[at] for name, values in typed.items()}
             row += 1
         if row != end:
             raise UserError(f"{file} has fewer rows than when it was checked; check it again.")
 
 
-def _ids(rows: Rows, number: int) -> dict[str, list[Id | None]]:
-    """What training takes for ids, where a record does not say it: the 7.0 of a .csv may be a number; ``same_image`` is a file's."""
+def _typed(rows: Rows, number: int) -> dict[str, list[Any]]:
+    """What training takes for ids and facts, where a record does not say it: the 7.0 of a .csv may be a number, and its lists are
+    texts; ``same_image`` is a file's."""
     several = len(rows.files) > 1
     if not several and ending(rows.files[number].path) not in (".csv", ".tsv", ".parquet"):
         return {}
@@ -568,7 +578,9 @@ def _ids(rows: Rows, number: int) -> dict[str, list[Id | None]]:
     ids = {name: typed_ids(table, name) for name in PAIRS.optional if name in table.column_names}
     if several and SAME_IMAGE in ids:
         ids[SAME_IMAGE] = [None if one is None else f"{number}/{one}" for one in ids[SAME_IMAGE]]
-    return ids
+    if "facts" not in table.column_names or ending(rows.files[number].path) not in (".csv", ".tsv"):
+        return ids
+    return ids | {"facts": table["facts"].to_pylist(), "caption_facts": pc.list_flatten(table["caption_facts"]).to_pylist()}
 
 
 def _as_json(record: dict[str, Any]) -> str:

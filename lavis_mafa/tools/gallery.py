@@ -68,9 +68,8 @@ class TrainingRows:
         their concepts differently, so nothing is known of their pairs.
         """
         part = self.parts[0] if len(self.parts) == 1 else None
-        if part is None or part.truth is None or "concept" not in part.table.column_names:
+        if part is None or part.truth is None or (concepts := part.truth.images(part.table)) is None:
             return [None] * len(images)
-        concepts = part.truth.concepts.find_all(part.table["concept"])
         keys = {row: [part.truth.text_key(caption) for caption in self.captions(row)] for row in set(texts)}
         asked = [(p, i, key) for p, (i, t) in enumerate(zip(images, texts, strict=True)) if i < len(self) for key in keys[t]]
         found: list[set[bool]] = [set() for _ in images]

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lavis_mafa.datasets.facts import FACTS, TEXTS, check_facts, one_each
 from lavis_mafa.datasets.formats import SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import broadcast_object, rank, world_size
@@ -97,8 +98,12 @@ def fingerprint(dataset: Any, keys: Tensor, settings: str) -> str:
 class SourceRows:
     """The annotations behind a training set, whichever builder made it: what mined pairs are written from.
 
+    Raises:
+        UserError: several data sets whose facts do not fit (see ``check_facts``).
+
     Attributes:
-        table: ``image``, list of ``caption`` and, where known, ``concept``, as they were written; N rows.
+        table: ``image``, list of ``caption`` and, where known, ``concept`` or ``facts`` and ``caption_facts``, as they were written;
+            N rows.
         root: the folder the image paths start from; None where they are absolute, since several data sets have several folders.
     """
 
@@ -110,12 +115,13 @@ class SourceRows:
         self.root = roots.pop() if len(roots) == 1 else None
         tables = []
         for part in parts:
-            table = part.table.select([name for name in ("image", "caption", "concept") if name in part.table.column_names])
+            table = part.table.select([name for name in ("image", "caption", "concept", *FACTS) if name in part.table.column_names])
             if self.root is None:
                 image = table["image"]
                 below = pc.binary_join_element_wise(str(part.root.absolute()), image, "/")
                 table = table.set_column(0, "image", pc.if_else(pc.starts_with(image, "/"), image, below))
             tables.append(table)
+        check_facts([(f"data set {number}", table) for number, table in enumerate(tables, 1)])
         self.table = pa.concat_tables(tables, promote_options="default")
 
     def __len__(self) -> int:
@@ -307,20 +313,18 @@ def pairs_table(source: SourceRows, image_keys: np.ndarray, candidates: pa.Table
     Columns: ``image``; ``caption`` (text, or a list of texts where a row of the data has several); ``image_id``, equal for all rows of
     one image; ``source`` (original, mined); ``score``, Con-D's probability (of the caption that was drawn, where there are several;
     null where an image could not be read); ``image_sample`` and ``text_sample``, data set rows; where the data count several paths
-    as one, ``same_image``, which tells ``grit_pairs``; ``concept`` where the data have it, null for a mined pair.
+    as one, ``same_image``, which tells ``grit_pairs``; where the data have them, ``concept``, null for a mined pair, or the image's
+    ``facts`` and the text's ``caption_facts``.
     """
     old, count = source.table, len(source)
-    several = bool(pc.any(pc.greater(pc.list_value_length(old["caption"]), 1)).as_py())
     new = candidates.take(mined[np.argsort(-candidates["probability"].to_numpy()[mined], kind="stable")])
-    texts = new["caption"].combine_chunks()
-    if several:
-        texts = pa.ListArray.from_arrays(np.arange(len(texts) + 1, dtype=np.int32), texts)
     paths = pc.index_in(old["image"], value_set=pc.unique(old["image"])).to_numpy().astype(np.int64)
     several_paths = len(np.unique(np.stack([image_keys, paths]), axis=1).T) > len(np.unique(image_keys))
-    types = {"image": pa.string(), "caption": pa.list_(pa.string()) if several else pa.string(), "image_id": pa.int64()}
+    types = {"image": pa.string(), "caption": TEXTS, "image_id": pa.int64()}
     types |= {"source": pa.string(), "score": pa.float32(), "image_sample": pa.int64(), "text_sample": pa.int64()}
     types |= {SAME_IMAGE: pa.int64()} if several_paths else {}
-    types |= {"concept": pa.string()} if "concept" in old.column_names else {}
+    truth = {"concept": pa.string(), **FACTS}
+    types |= {name: kind for name, kind in truth.items() if name in old.column_names}
 
     def part(kind: str, image_rows: np.ndarray, text_rows: np.ndarray, **columns: Any) -> pa.Table:
         ids = image_keys[image_rows]
@@ -328,16 +332,28 @@ def pairs_table(source: SourceRows, image_keys: np.ndarray, candidates: pa.Table
         columns |= {"image_sample": image_rows, "text_sample": text_rows}
         return pa.table({name: columns[name] for name in types}).cast(pa.schema(types))
 
-    rows, concepts = np.arange(count), old["concept"] if "concept" in types else None
-    captions = old["caption"] if several else pc.list_flatten(old["caption"])
-    originals = part(
-        "original", rows, rows, image=old["image"], caption=captions, score=own_scores(candidates, count), concept=concepts
-    )
-    images, none = old["image"].take(new["image"]), pa.nulls(new.num_rows, pa.string())
-    additions = part(
-        "mined", new["image"].to_numpy(), new["text"].to_numpy(), image=images, caption=texts, score=new["probability"], concept=none
-    )
-    return pa.concat_tables([originals, additions])
+    rows = np.arange(count)
+    as_written = {name: old[name] for name in ("caption", *truth) if name in old.column_names}
+    originals = part("original", rows, rows, image=old["image"], score=own_scores(candidates, count), **as_written)
+    right: dict[str, Any] = {"concept": pa.nulls(new.num_rows, pa.string())}
+    if "facts" in types:
+        right = {"facts": old["facts"].take(new["image"]), "caption_facts": one_each(_claims_of(new["caption"], old))}
+    images, captions = old["image"].take(new["image"]), one_each(new["caption"])
+    image_rows, text_rows = new["image"].to_numpy(), new["text"].to_numpy()
+    additions = part("mined", image_rows, text_rows, image=images, caption=captions, score=new["probability"], **right)
+    table = pa.concat_tables([originals, additions])
+    if not pc.any(pc.greater(pc.list_value_length(table["caption"]), 1)).as_py():
+        for name in {"caption", "caption_facts"}.intersection(types):
+            table = table.set_column(table.schema.get_field_index(name), name, pc.list_element(table[name], 0))
+    return table
+
+
+def _claims_of(texts: pa.ChunkedArray, table: pa.Table) -> pa.ChunkedArray:
+    """[R] what each of these captions of a table claims; null where no row says it."""
+    told = table.filter(table["caption_facts"].is_valid())
+    captions, claims = pc.list_flatten(told["caption"]), pc.list_flatten(told["caption_facts"])
+    known = claims.is_valid()
+    return claims.filter(known).take(pc.index_in(texts, value_set=captions.filter(known)))
 
 
 def own_scores(candidates: pa.Table, count: int) -> pa.Array:

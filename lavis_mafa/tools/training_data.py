@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
 from lavis_mafa.config.check import check_yaml
-from lavis_mafa.config.data import SPLITS, TRAINING_FILES, AnnotationFile, allows_absolute_paths, own_files
+from lavis_mafa.config.data import (
+    SCENE_FILES,
+    SPLITS,
+    TRAINING_FILES,
+    AnnotationFile,
+    allows_absolute_paths,
+    kept,
+    missing_files,
+    own_files,
+)
 from lavis_mafa.config.read import find_yaml, plain
 from lavis_mafa.config.schema import RUN_BLOCKS, WITH_MATCHING, RunBlock, con_d_block, typed_block
-from lavis_mafa.datasets.annotations import TEXTS, read_annotations
+from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
+from lavis_mafa.datasets.facts import TEXTS
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import init_process_group
@@ -50,7 +61,7 @@ def split_files(name: str, block: Any, split: str, base: Path = Path()) -> Split
     Relative paths start from ``base``: those of a finished run from the folder it was started in.
 
     Raises:
-        UserError: a wrong form, or a pattern without files; of LAVIS's data sets one without images in files.
+        UserError: a wrong form, a pattern without files, or a folder without scenes; of LAVIS's data sets one without images in files.
     """
     where, info = f"datasets.{name}.build_info", block.build_info
     if name in SPLITS:
@@ -59,6 +70,13 @@ def split_files(name: str, block: Any, split: str, base: Path = Path()) -> Split
         root, captions = Path(info.root).expanduser(), TRAINING_FILES[info.get("captions", "fixed")]
         file = {"train": captions, "val": "seen.jsonl", "test": "unseen.jsonl"}.get(split)
         return None if file is None else SplitFiles([AnnotationFile(root / file)], root)
+    if name == "grit_scenes":
+        if missing := missing_files(name, {"build_info": info}):
+            raise UserError(missing[0])
+        root, limits = Path(info.root).expanduser(), {"train": info.get("max_images")}
+        of_split = {other: f"{other}.parquet" for other in SPLITS[name]} | {"train": SCENE_FILES[info.get("captions", "web")]}
+        keep = partial(kept, limit=limits.get(split), seed=None)
+        return SplitFiles([AnnotationFile(root / of_split[split])], root, select=keep) if split in of_split else None
     if name in SPLITS:
         own, root, select = own_files(where, info, SPLITS[name])
         return SplitFiles(own[split], root, allows_absolute_paths(where, info), select) if split in own else None
@@ -109,7 +127,7 @@ class Annotated:
     """The training rows of one data set as they were written."""
 
     root: Path  # where image paths start from
-    table: pa.Table  # ``image`` string, ``caption`` list<string> and, where known, ``concept``
+    table: pa.Table  # ``image`` string, ``caption`` list<string> and, where known, ``concept`` or ``facts``
     truth: GroundTruth | None = None
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,12 @@ run:
   k_test: 4
   device: cpu
 """
+
+
+@pytest.fixture(scope="session")
+def run_of() -> Callable[[Path], str]:
+    """The YAML of a run on the data in a folder."""
+    return lambda data: RUN.replace("DATA", str(data))
 
 
 @pytest.fixture

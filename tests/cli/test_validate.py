@@ -91,7 +91,7 @@ NOT_TRAINED = [  # options, words of the message
         "run.test_splits is 'dev', but grit_pairs, coco_caption has: train, val, test",
     ),
     (["datasets={coco_caption: {type: large}}"], "datasets.coco_caption.type is 'large'; allowed: default"),
-    ([f"{TRAIN}=DATA/plain.csv"], "discriminator.arch is ground_truth, but the training data has no `concept`"),
+    ([f"{TRAIN}=DATA/plain.csv"], "discriminator.arch is ground_truth, but the training data tell no truth"),
     (["run.task=captioning"], "run.num_beams is missing, but captioning needs it."),
     (
         ["datasets.grit_pairs.text_processor.train.name=albef_image_eval"],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pyarrow as pa
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lavis_mafa.datasets import ground_truth
-from lavis_mafa.datasets.ground_truth import GroundTruth, SortedStrings
+from lavis_mafa.datasets.facts import TEXTS
+from lavis_mafa.datasets.ground_truth import GroundTruth, SortedStrings, contradiction
 
 NAMES = st.text("abü🐶 ", max_size=3)
 
@@ -34,6 +37,63 @@ def test_sorted_strings_against_a_list(names: list[str], asked: list[str | None]
     assert [strings.find(name) for name in asked if name is not None] == [
         number for number, name in zip(expected, asked, strict=True) if name is not None
     ]
+
+
+# names that a careless join of them would mix up
+FACTS = st.sampled_from(["dog", "cat", "do", "g", "", ",", "0", "1", "0,1", "\x1f", "ü"])
+LISTS = st.one_of(st.none(), st.lists(FACTS, max_size=4))
+
+
+@settings(deadline=None)
+@given(
+    images=st.lists(LISTS, max_size=8),
+    told=st.lists(st.tuples(st.sampled_from(["a", "b", "c", "d", "e"]), LISTS), max_size=8),
+    cut=st.integers(0, 8),
+    block=st.integers(1, 9),
+)
+def test_facts_against_sets(images: list[list[str] | None], told: list[tuple[str, list[str] | None]], cut: int, block: int) -> None:
+    def chunked(values: list[Any], kind: pa.DataType) -> pa.ChunkedArray:
+        return pa.chunked_array(
+            [pa.array([[None], *values[:cut]], kind)[1:] if pa.types.is_list(kind) else values[:cut], values[cut:]], kind
+        )
+
+    texts, claims = chunked([text for text, _ in told], pa.string()), chunked([claim for _, claim in told], TEXTS)
+    truth = GroundTruth.from_facts(chunked(images, TEXTS), texts, claims)
+    claimed: dict[str, set[str]] = {}
+    for text, claim in told:
+        if claim is not None:
+            claimed.setdefault(text, set()).update(claim)
+    expected = [[has is not None and text in claimed and claimed[text] <= set(has) for text in "abcdefg"] for has in images]
+    shuffled = [has and [*reversed(has), has[0]] for has in images]  # order and repeats mean nothing
+    concepts = truth.images(pa.table({"facts": chunked(shuffled, TEXTS)}))
+    assert concepts is not None and [number < 0 for number in concepts.tolist()] == [has is None for has in images]
+    keys = torch.tensor([truth.text_key(text) for text in "abcdefg"])
+    assert [key >= 0 for key in keys.tolist()] == [text in claimed for text in "abcdefg"]
+    assert truth.matches(concepts[:, None], keys).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ground_truth, "PAIRS_AT_ONCE", block)
+        assert truth.matrix(concepts, keys).tolist() == expected
+    assert len(truth.concepts) == len({frozenset(has) for has in images if has is not None})
+
+
+def test_images_that_the_truth_has_not_seen_are_unknown() -> None:
+    truth = GroundTruth.from_facts(*(pa.chunked_array([part]) for part in ([["dog", "red"]], ["a dog"], [["dog"]])))
+    unseen = pa.table({"facts": [["red", "dog"], ["dog"], ["dog", "red", "big"], ["big"]]})
+    assert truth.images(unseen).tolist() == [0, -1, -1, -1]
+    assert truth.images(pa.table({"concept": ["dog"]})) is None
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.tuples(st.sampled_from([None, "a", "b", "c"]), LISTS), max_size=10), cut=st.integers(0, 10))
+def test_a_contradiction_is_found_by_a_loop(rows: list[tuple[str | None, list[str] | None]], cut: int) -> None:
+    names, lists = [name for name, _ in rows], [one for _, one in rows]
+    first: dict[str, int] = {}
+    expected = None
+    for row, (name, one) in enumerate(rows):
+        if name is not None and one is not None and set(one) != set(lists[first.setdefault(name, row)] or ()):
+            expected = expected or (row, first[name])
+    chunks = pa.chunked_array([names[:cut], names[cut:]], pa.string()), pa.chunked_array([lists[:cut], lists[cut:]], TEXTS)
+    assert contradiction(*chunks) == expected
 
 
 def test_numbers_lead_back_to_names_and_kinds() -> None:

@@ -258,7 +258,7 @@ def test_truth_needs_a_concept(work, tmp_path, refused):
     }
     OmegaConf.save(config, tmp_path / "own.yaml")
     command = ["count-false-negatives", "--cfg-path", tmp_path / "own.yaml", "--con-d", work / "albef_mafa.pth"]
-    assert "--truth is given, but the training data has no `concept`" in refused(*command, "--truth", "--output", tmp_path / "out")
+    assert "--truth is given, but the training data tell no truth" in refused(*command, "--truth", "--output", tmp_path / "out")
 
 
 def test_only_what_does_not_score_may_miss_or_be_left_over(work, models, tmp_path):

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lavis_mafa.datasets.annotations import TEXTS, image_keys, read_annotations
+from lavis_mafa.datasets.annotations import image_keys, read_annotations
+from lavis_mafa.datasets.facts import TEXTS
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import check_unfinished

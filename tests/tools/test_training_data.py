@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from lavis_mafa.errors import UserError
@@ -76,3 +77,28 @@ def test_data_without_captions_are_refused():
     lavis.annotation = [{"question": "a"}] * 2
     with pytest.raises(UserError, match="keeps no list of images and captions"):
         annotated(lavis)
+
+
+@pytest.mark.parametrize("captions", ["web", "curated"])
+def test_the_rows_of_scenes_are_those_of_the_built_data_set(tmp_path_factory, captions):
+    from lavis_mafa.datasets.builders import GritScenesBuilder
+    from lavis_mafa.datasets.scenes.build import build_scenes
+
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    build_scenes(root, train=12, test=3, progress=False)
+    text, image = ({m: {"name": name} for m in ("train", "eval")} for name in ("albef_caption", "albef_image_eval"))
+    info = {"root": str(root), "captions": captions, "max_images": 5}
+    block = OmegaConf.create({"build_info": info, "data_type": "images", "text_processor": text, "vis_processor": image})
+    built, read = GritScenesBuilder(block).build(), read_annotated("grit_scenes", block)
+    assert read.table.equals(built["train"].table) and (read.root, len(read)) == (root, 5)
+    pairs = torch.arange(5).repeat(2), torch.arange(5).repeat_interleave(2)
+    keys = torch.tensor([read.truth.text_key(captions[0]) for captions in read.table["caption"].to_pylist()])
+    match = built["train"].truth.matches(built["train"].concepts[pairs[0]], keys[pairs[1]])
+    assert read.truth.matches(read.truth.images(read.table)[pairs[0]], keys[pairs[1]]).equal(match)
+    for split in ("val", "test", "unseen"):
+        (file,) = split_files("grit_scenes", block, split).files
+        assert [str(file)] == built[split].files.split(", ")
+    assert split_files("grit_scenes", block, "other") is None
+    block.build_info.root = "nowhere"
+    with pytest.raises(UserError, match="nowhere holds no scenes; build them once with"):
+        read_annotated("grit_scenes", block)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lavis_mafa.datasets.images import load_rgb, on_white
+from lavis_mafa.datasets.images import on_white
 from lavis_mafa.errors import UserError
 
 # Import name -> name on PyPI.

@@ -21,7 +21,7 @@ def load_emoji_truth(folder: str | Path, max_concepts: int | None = None) -> Gro
     names = first_concepts(table, max_concepts)
     table = table.filter(pc.is_in(table["concept"], value_set=names))
     kinds = dict(zip(table["text"].to_pylist(), table["kind"].to_pylist(), strict=True))
-    return GroundTruth(table["text"], table["concept"], kinds)
+    return GroundTruth.from_concepts(table["text"], table["concept"], kinds)
 
 
 def read_truth(folder: str | Path) -> pa.Table:

@@ -1,7 +1,7 @@
 """Scenes: things on a coloured ground, what is true of them, and captions that tell part of it.
 
-A scene has *facts*, texts such as ``dog``, ``two dogs``, ``dog on red``, ``dog left of pizza``, ``blue ground``. A caption claims some. It
-matches every scene that has all facts it claims, whoever's caption it is: that is the whole truth, exactly.
+A scene has *facts*, texts such as ``dog``, ``two dogs``, ``dog on red``, ``dog left of pizza``, ``blue ground``. A caption claims
+some. It matches every scene that has all facts it claims, whoever's caption it is: that is the whole truth, exactly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 
-from lavis_mafa.datasets.scenes.concepts import Noun
+from lavis_mafa.datasets.scenes.concepts import NOUNS, Noun, with_article
+from lavis_mafa.errors import UserError
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 COLOURS = {  # of grounds and plates
     "red": (222, 92, 88),
@@ -26,6 +29,9 @@ COLOURS = {  # of grounds and plates
     "grey": (150, 150, 150),
 }
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+PLACES = {"left of": "right of", "above": "below"}  # each with the same place seen from the other side
+SIZES = (24, 1024)
+CLUTTER = 100
 SIDE = (0.8, 1.0)  # of a thing, in sides of its cell
 APART = 0.2  # of two middles, in sides of the picture, for one thing to be left of or above the other
 
@@ -39,10 +45,13 @@ class World:
         things: fewest and most things of a scene. size: pixels per side.
         clutter: coloured shapes of a scene that no caption names.
         named: fewest and most sorts of things that a caption names.
-        relations: share of captions of two things that say where one is (``a dog left of a pizza``).
+        relations: share of captions of two sorts that say where one is (``a dog left of a pizza``), where that is plain to see.
         counts: share of captions that say how many there are, where there are several; 0 draws every thing once.
         plates: share that say what colour the plate below a thing has; 0 draws no plates. grounds: and the ground behind all.
         wrong: share of training captions that are another scene's and do not match: false positives.
+
+    Raises:
+        UserError: there is no such world.
     """
 
     concepts: int = 48
@@ -57,6 +66,30 @@ class World:
     grounds: float = 0.0
     wrong: float = 0.0
 
+    def __post_init__(self) -> None:
+        low, most = self.things
+        if not 1 <= low <= most <= max(NUMBERS):
+            raise UserError(f"things is {low} {most}; allowed: the fewest and the most things of a scene, from 1 to {max(NUMBERS)}.")
+        if not 1 <= self.named[0] <= self.named[1] <= most:
+            named = f"{self.named[0]} {self.named[1]}"
+            raise UserError(f"named is {named}; allowed: the fewest and the most that a caption names, from 1 to {most}, of things.")
+        if self.concepts <= most:
+            raise UserError(f"concepts is {self.concepts}; allowed: at least {most + 1}, more than a scene has things ({most}).")
+        if self.unseen < 1:
+            raise UserError(f"unseen is {self.unseen}; allowed: at least 1.")
+        if (total := self.concepts + self.unseen) > len(NOUNS):
+            raise UserError(f"concepts ({self.concepts}) and unseen ({self.unseen}) are {total}; there are {len(NOUNS)}.")
+        for name, value, (least, highest) in (("size", self.size, SIZES), ("clutter", self.clutter, (0, CLUTTER))):
+            if not least <= value <= highest:
+                raise UserError(f"{name} is {value}; allowed: {least} to {highest}.")
+        for name in ("relations", "counts", "plates", "grounds", "wrong"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; allowed: a share from 0 to 1.")
+        if self.relations and self.named[1] < 2:
+            raise UserError(f"relations is {self.relations}, but captions name one sort of thing alone; raise named, or leave it 0.")
+        if self.counts and most < 2:
+            raise UserError(f"counts is {self.counts}, but scenes have one thing alone; raise things, or leave it 0.")
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -64,7 +97,7 @@ class Thing:
 
     noun: Noun
     artist: str
-    box: tuple[int, int, int, int]
+    box: Box
     plate: str | None = None
 
     @property
@@ -88,7 +121,7 @@ class Scene:
     size: int
     ground: str
     things: tuple[Thing, ...]
-    clutter: tuple[tuple[tuple[int, int, int, int], str], ...] = ()
+    clutter: tuple[tuple[Box, str], ...] = ()
     facts: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,20 +137,30 @@ class Scene:
             if thing.plate:
                 yield f"{thing.noun.name} on {thing.plate}"
         for one, other in permutations(self.things, 2):
-            if place := self.place(one, other):
+            if (place := self.place(one, other)) in PLACES:
                 yield f"{one.noun.name} {place} {other.noun.name}"
 
     def place(self, one: Thing, other: Thing) -> str | None:
-        """``left of`` or ``above``, where that is plain to see of ``one``, seen from ``other``."""
+        """Where ``one`` is, seen from ``other``: left of, right of, above, below; None where that is not plain to see."""
         across, down = (b - a for a, b in zip(one.middle, other.middle, strict=True))
-        far = APART * self.size
-        if across > far and across > abs(down):
-            return "left of"
-        return "above" if down > far and down > abs(across) else None
+        if max(abs(across), abs(down)) <= APART * self.size or abs(across) == abs(down):
+            return None
+        if abs(across) > abs(down):
+            return "left of" if across > 0 else "right of"
+        return "above" if down > 0 else "below"
 
     def nouns(self) -> list[Noun]:
         """The sorts of things, each once."""
         return list(dict.fromkeys(thing.noun for thing in self.things))
+
+    def count(self, noun: Noun) -> int:
+        """How many things of this sort there are."""
+        return sum(thing.noun == noun for thing in self.things)
+
+    @property
+    def edge(self) -> int:
+        """Pixels by which a plate is wider than its thing, on each side."""
+        return max(2, self.size // 24)
 
 
 def draw_scene(world: World, nouns: Sequence[Noun], artists: Sequence[str], rng: random.Random) -> Scene:
@@ -136,38 +179,48 @@ def draw_scene(world: World, nouns: Sequence[Noun], artists: Sequence[str], rng:
 
 def tell(scene: Scene, world: World, rng: random.Random, named: tuple[int, int] | None = None) -> Caption:
     """A caption of ``scene`` that tells as much as ``world`` says, of ``named`` sorts of things (None: the world's)."""
-    nouns, facts = scene.nouns(), list[str]()
+    nouns = scene.nouns()
     low, high = (min(count, len(nouns)) for count in named or world.named)
     chosen = rng.sample(nouns, rng.randint(low, high))
-    phrases = [_phrase(scene, noun, world, rng, facts) for noun in chosen]
-    text = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-    if len(chosen) == 2 and rng.random() < world.relations:
-        first, second = ([thing for thing in scene.things if thing.noun == noun] for noun in chosen)
-        places = [place for a in first for b in second if (place := scene.place(a, b))]
-        if places:
-            facts.append(f"{chosen[0].name} {places[0]} {chosen[1].name}")
-            text = f"{phrases[0]} {places[0]} {phrases[1]}"
+    told = _relation(scene, *chosen) if len(chosen) == 2 and rng.random() < world.relations else None
+    text, facts = told or _listed([_phrase(scene, noun, world, rng) for noun in chosen])
     if rng.random() < world.grounds:
-        facts.append(f"{scene.ground} ground")
-        text += f" in front of {scene.ground}"
+        text, facts = f"{text} in front of {with_article(scene.ground)} ground", [*facts, f"{scene.ground} ground"]
     return Caption(text, tuple(sorted(set(facts))))
 
 
-def _phrase(scene: Scene, noun: Noun, world: World, rng: random.Random, facts: list[str]) -> str:
-    """What a caption says of one sort of things; adds what that claims to ``facts``."""
-    facts.append(noun.name)
+Told = tuple[str, list[str]]  # words, and the facts that they claim
+
+
+def _relation(scene: Scene, one: Noun, other: Noun) -> Told | None:
+    """``a dog left of a pizza``, where that holds of some two. Nothing more of either: a caption claims each fact by itself, and
+    another dog than the one beside the pizza may be on red."""
+    for place, opposite in PLACES.items():
+        for words, fact in ((place, f"{one.name} {place} {other.name}"), (opposite, f"{other.name} {place} {one.name}")):
+            if fact in scene.facts:
+                return f"{one.one} {words} {other.one}", [one.name, other.name, fact]
+    return None
+
+
+def _listed(phrases: Sequence[Told]) -> Told:
+    """``a dog, two cats and a pizza on red``."""
+    *others, last = [words for words, _ in phrases]
+    return f"{', '.join(others)} and {last}" if others else last, [fact for _, facts in phrases for fact in facts]
+
+
+def _phrase(scene: Scene, noun: Noun, world: World, rng: random.Random) -> Told:
+    """What a caption says of one sort of things."""
     of_this = [thing for thing in scene.things if thing.noun == noun]
     if len(of_this) > 1 and rng.random() < world.counts:
-        facts.append(f"{NUMBERS[len(of_this)]} {noun.plural}")
-        return facts[-1]
+        several = f"{NUMBERS[len(of_this)]} {noun.plural}"
+        return several, [noun.name, several]
     plates = [thing.plate for thing in of_this if thing.plate]
     if plates and rng.random() < world.plates:
-        facts.append(f"{noun.name} on {plates[0]}")
-        return f"{noun.one} on {plates[0]}"
-    return noun.one
+        return f"{noun.one} on {plates[0]}", [noun.name, f"{noun.name} on {plates[0]}"]
+    return noun.one, [noun.name]
 
 
-def _boxes(count: int, most: int, size: int, rng: random.Random) -> list[tuple[int, int, int, int]]:
+def _boxes(count: int, most: int, size: int, rng: random.Random) -> list[Box]:
     """A square for each thing, somewhere in a cell of its own: the picture has as many cells as ``most`` things need."""
     cells = math.ceil(math.sqrt(most))
     side = size // cells
@@ -179,7 +232,7 @@ def _boxes(count: int, most: int, size: int, rng: random.Random) -> list[tuple[i
     return boxes
 
 
-def _box(size: int, share: float, rng: random.Random) -> tuple[int, int, int, int]:
+def _box(size: int, share: float, rng: random.Random) -> Box:
     side = max(2, round(share * size))
     left, top = rng.randint(0, size - side), rng.randint(0, size - side)
     return left, top, left + side, top + side
