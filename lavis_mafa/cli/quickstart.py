@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         choices=("albef", "blip2"),
         default="albef",
-        help="albef: random batches, GRIT and MAFA on scenes, with a report; blip2: stage 1 with MAFA, stage 2, captions and answers (default: albef)",
+        help="albef: random batches, GRIT and MAFA on scenes, with a report; blip2: stage 1 with MAFA, stage 2, captions and answers "
+        "(default: albef)",
     )
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of all runs")
 

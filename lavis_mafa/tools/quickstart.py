@@ -106,7 +106,8 @@ def albef_text(results: dict[str, Any]) -> str:
         lines.append(f"  {name:10s} {count['per_batch']:14.1f} {count['share']:12.1%} {chosen:34.1%}")
     score = results["con_d"]
     lines += ["", "Con-D on the hardest negatives, at its threshold; a pair counts as often as it was recorded"]
-    lines.append(f"  {score['pairs']:,} pairs, {score['true_share']:.1%} truly match: {score['precision']:.1%} precision, {score['recall']:.1%} recall")
+    shares = f"{score['precision']:.1%} precision, {score['recall']:.1%} recall"
+    lines.append(f"  {score['pairs']:,} pairs, {score['true_share']:.1%} truly match: {shares}")
     lines += ["", "The matching head on its training pairs, last epoch"]
     for name, (positive, negative) in results["matching"].items():
         lines.append(f"  {name:10s} right on {positive:6.1%} of pairs labelled positive, {negative:6.1%} of those labelled negative")

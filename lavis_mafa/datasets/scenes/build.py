@@ -140,7 +140,7 @@ def _write(folder: Path, world: World, counts: dict[str, int], seed: int, progre
         captions, wrong = [[tell(scene, world, rng) for _ in range(CAPTIONS[split])] for scene in scenes], set[int]()
         if split == "train":
             captions, wrong = _with_wrong(scenes, captions, world.wrong, rng)
-            everything = (1, world.things[1])
+            everything = (2, world.things[1])
             curated = [[tell(scene, world, rng, everything) for _ in range(CURATED)] for scene in scenes]
             _write_rows(folder / "curated.parquet", _pairs(split, scenes, curated), SCHEMA)
         _write_rows(folder / f"{split}.parquet", _pairs(split, scenes, captions, wrong), SCHEMA)

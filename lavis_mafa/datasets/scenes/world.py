@@ -32,7 +32,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLACES = {"left of": "right of", "above": "below"}  # each with the same place seen from the other side
 SIZES = (24, 1024)
 CLUTTER = 100
-SIDE = (0.8, 1.0)  # of a thing, in sides of its cell
+SIDE = (0.9, 1.0)  # of a thing, in sides of its cell
 APART = 0.2  # of two middles, in sides of the picture, for one thing to be left of or above the other
 
 
