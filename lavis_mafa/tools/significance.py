@@ -201,7 +201,7 @@ def over_seeds(values: list[float]) -> float | None:
 
 
 def paired_over_seeds(a: list[float], b: list[float]) -> dict[str, float | None]:
-    """Two rows with the same two seeds or more: the mean ``difference`` a - b, ``half`` of its 95 % interval, the ``p`` of a paired t-test.
+    """Two rows with the same two seeds or more: mean ``difference`` a - b, ``half`` of its 95 % interval, ``p`` of a paired t-test.
 
     The p of differences that are all the same is None: they have no spread to compare them with.
     """

@@ -173,7 +173,7 @@ def test_an_evaluation_has_the_figures_of_its_score_and_of_the_cosine(tmp_path, 
     model, gallery = Model(), Gallery()
     relevant = torch.zeros(IMAGES, TEXTS, dtype=torch.bool)
     relevant[torch.arange(IMAGES), torch.arange(IMAGES)] = True
-    img2txt = {i: [i] for i in range(IMAGES - 1)} | {IMAGES - 1: [*range(IMAGES - 1, TEXTS)]}
+    img2txt = {i: [i] for i in range(IMAGES - 1)} | {IMAGES - 1: [*range(IMAGES - 1, TEXTS), 2]}  # text 2 is written for two
     gallery.dataset = SimpleNamespace(**vars(Gallery.dataset), relevant=relevant, img2txt=img2txt)
     task = MafaPretrainTask(RunBlock(k_test=4, rank_by="itm"))
     stats = evaluate_split(task, model, gallery, gallery.dataset, "val", 3, tmp_path, cuda_enabled=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -31,6 +32,7 @@ def queries(seed: int, images: int, shape: tuple[int, ...] = (), shared: float =
 @pytest.mark.parametrize("seed", range(3))
 def test_the_interval_is_that_of_drawing_images_by_hand(seed):
     values, image = queries(seed, 25, shared=2.0)
+    values += 10  # else it would not matter that sums and counts are drawn together
     draw, means = random.Random(seed), []
     for _ in range(4000):
         drawn = [v for i in draw.choices(range(25), k=25) for v in values[image == i]]
@@ -125,6 +127,16 @@ def test_two_runs_are_compared_query_by_query(scored):
     same = paired(scored["grit"], scored["grit"], "val", "itc_r1", "tr")
     assert (same.difference, same.p) == (0, 1)
     assert same.sentence("A", "B") == "A and B cannot be told apart: +0.0 ± 0.0 points of R@1 by ITC alone, TR; p = 1"
+
+
+def test_the_texts_of_an_image_are_one_witness(scored, tmp_path):
+    other = run_folder.write_scores(tmp_path, 1.1, seed=5)
+    found = paired(other, scored["grit"], "val", "map_at_r", "ir")
+    a, b = (table.filter(pc.equal(table["direction"], "ir")) for table in (read_queries(run, "val") for run in (other, scored["grit"])))
+    difference, image = a["map_at_r"].to_numpy() - b["map_at_r"].to_numpy(), a["image"].to_numpy()
+    assert len(image) == 60 and len(set(image)) == 30 and 0.001 < found.p < 0.999
+    wanted = (*map(float, interval(difference, image)), float(sign_flip(difference, image)))
+    assert (found.low, found.high, found.p) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_pairs_are_surer_than_two_runs_apart(scored, tmp_path):
