@@ -44,7 +44,8 @@ SCHEMA = pa.schema(
         "wrong": pa.bool_(),
     }
 )
-WORDS = "a an and in front of on left right above below two three four what is how many the colour ground there yes no . , ?"
+WORDS = """a an and in front of on left right above below one two three four what is are how many the colour ground there yes no . , ?
+picture pictures both exactly has have things thing more than leftmost rightmost top bottom side only all not or with it at this"""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class World:
     things: tuple[int, int] = (2, 4)
     size: int = 48
     clutter: int = 0
-    named: tuple[int, int] = (1, 2)
+    named: tuple[int, int] = (2, 2)
     relations: float = 0.0
     counts: float = 0.0
     plates: float = 0.0
