@@ -33,7 +33,7 @@ def emoji(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """A few scenes of the quickstart's world, as `lavis-mafa build-scenes` writes them: 64 to train on, 24 of each other split."""
-    from lavis_mafa.datasets.scenes import build_scenes
+    from lavis_mafa.datasets.scenes.build import build_scenes
 
     folder = tmp_path_factory.mktemp("data") / "scenes"
     build_scenes(folder, train=64, test=24, progress=False)

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in fields(World)}
     world = World(**given | {name: tuple(given[name]) for name in ("things", "named")})
-    from lavis_mafa.datasets.scenes import build_scenes
+    from lavis_mafa.datasets.scenes.build import build_scenes
 
     summary = build_scenes(arguments.folder, world, arguments.train, arguments.test, arguments.seed)
     images, views = summary.images, summary.views

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _albef(folder: Path, options: list[str], started: float) -> None:
     import torch
 
-    from lavis_mafa.datasets.scenes import build_scenes
+    from lavis_mafa.datasets.scenes.build import build_scenes
     from lavis_mafa.runners.job import run_job
     from lavis_mafa.tools.quickstart import albef_results, albef_text, write_report
     from lavis_mafa.weights import shipped

@@ -71,7 +71,8 @@ def _retrieval(run: Path, split: str) -> dict[str, Any]:
     """The metrics that are shown, ITC's alone after ``itc_``, each with half of its 95 % interval after ``half_``."""
     kept = (*COLUMNS, "rank_by", *(f"{ITC}{name}" for name in COLUMNS))
     values, halves = read_evaluations(run)[split], half_widths(run, split)
-    return {name: values[name] for name in kept if name in values} | {f"half_{m}": halves[m] for m in kept if m in halves}
+    found = {name: values[name] for name in kept if name in values}
+    return found | {f"half_{name}": halves[name] for name in found if name in halves}
 
 
 def own_text_keys(dataset: Any) -> Tensor:
@@ -124,7 +125,8 @@ def albef_text(results: dict[str, Any]) -> str:
 
 
 def _halves(values: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("half_"): value for name, value in values.items() if name.startswith("half_")}
+    halves = {name.removeprefix("half_"): value for name, value in values.items() if name.startswith("half_")}
+    return halves | {"rank_by": values.get("rank_by")}
 
 
 def _with_half(value: float, half: float | None) -> str:

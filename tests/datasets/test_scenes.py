@@ -19,10 +19,11 @@ from PIL import Image
 
 from lavis_mafa.datasets.builders import GritScenesBuilder
 from lavis_mafa.datasets.emoji.drawings import ARTISTS, find_drawings
-from lavis_mafa.datasets.scenes import World, build, build_scenes
+from lavis_mafa.datasets.scenes import build
+from lavis_mafa.datasets.scenes.build import build_scenes
 from lavis_mafa.datasets.scenes.concepts import NOUNS
 from lavis_mafa.datasets.scenes.views import VIEWS
-from lavis_mafa.datasets.scenes.world import COLOURS, draw_scene, tell
+from lavis_mafa.datasets.scenes.world import COLOURS, World, draw_scene, tell
 from lavis_mafa.errors import UserError
 from lavis_mafa.processors import PROCESSORS
 

@@ -115,7 +115,7 @@ def test_the_quickstart_page_shows_text(bite):
         }
         values = {"tables": {"batches": table, "con_d": table, "matching": table}, "about": {text: text}, "gallery": gallery}
         values |= {"runs": [{"name": text, "folder": text}], "summary": table, "settings": table, "evaluations": {text: [table]}}
-        values |= {"yamls": {text: text}, "queries": {text: [1, 2]}, "meaning": {text: text}}
+        values |= {"yamls": {text: text}, "queries": {text: [1, 2]}, "meaning": {text: text}, "words": {text: [text]}}
         return Outline(render("quickstart.html", **values, legend=[{"name": text, "colour": "red", "dashes": ""}] * 2))
 
     found = page(bite)

@@ -65,12 +65,6 @@ def test_precision_and_recall_equal_the_loop():
     assert score["true_share"] == sum(truth) / len(truth)
 
 
-def test_scores_can_be_limited_to_kinds_of_text():
-    data = Data()
-    score = score_con_d(table([(0, 1), (2, 0)], ["positive", "positive"]), data, own_text_keys(data), ("name",))
-    assert score["pairs"] == 1 and score["precision"] == 1.0
-
-
 def test_nothing_found_has_no_precision():
     data = Data()
     assert math.isnan(score_con_d(table([(1, 0)], ["negative"]), data, own_text_keys(data))["precision"])
