@@ -23,6 +23,7 @@ from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError, did_you_mean
 from lavis_mafa.files import digest, last_checkpoint
 from lavis_mafa.tools.run_files import last_epoch, read_evaluations, read_metrics, wall_seconds
+from lavis_mafa.weights import shipped
 
 TABLES = Path(__file__).resolve().parents[1] / "configs" / "ablations.yaml"
 RELATIVE = re.compile(r"([\w.]+)=([\d.]+)\*(model|run)\.([\w.]+)")  # run.max_epoch=0.5*run.max_epoch
@@ -306,9 +307,12 @@ def emoji_start(output: Path, options: list[str], run_job: RunJob, truth: bool =
 
 
 def scenes_start(output: Path, options: list[str], run_job: RunJob, truth: bool = False, wrong: float = 0.0) -> list[str]:
-    """The same on scenes; ``wrong``: share of training captions that do not match."""
+    """The same on scenes, where start and Con-D come with the package; trained anew for a share of ``wrong`` training captions."""
     folder = scenes_data(output, wrong)
     data = [f"{SCENES}={folder}", f"model.tokenizer={folder}/vocab.txt"]
+    if not wrong:
+        con_d = TRUTH if truth else [f"model.discriminator.checkpoint={shipped('scenes_con_d')}"]
+        return [*data, f"model.pretrained={shipped('scenes_start')}", *con_d]
     recipes = ("mafa/quickstart/scenes/start.yaml", "mafa/quickstart/scenes/con_d.yaml")
     return [*data, *_start_and_con_d(recipes, data, output, options, run_job, truth)]
 

@@ -8,7 +8,6 @@ from functools import lru_cache
 
 from PIL import Image
 
-from lavis_mafa.datasets.emoji.drawings import cutout, find_drawings
 
 Drawings = Callable[[str, str, int], Image.Image]  # noun, artist, side -> square RGBA
 
@@ -76,6 +75,8 @@ NOUNS = _read()
 
 def cut_drawings(nouns: Sequence[Noun], side: int) -> Drawings:
     """Of each noun what every artist drew, without the margin, which is each artist's own. ``side``: pixels, before it is sized."""
+    from lavis_mafa.datasets.emoji.drawings import cutout, find_drawings  # not above: `build-scenes --help` waits for no library
+
     files = find_drawings()
     cut = {(noun.name, artist): _without_margin(cutout(file, side)) for noun in nouns for artist, file in files[noun.code].items()}
 
