@@ -8,7 +8,6 @@ from functools import lru_cache
 
 from PIL import Image
 
-
 Drawings = Callable[[str, str, int], Image.Image]  # noun, artist, side -> square RGBA
 
 # code: noun, with its plural where that is not noun + s
