@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a first result: installs into .venv, then trains Con-D, GRIT and MAFA on emoji and compares them.
+# From a fresh clone to a first result: installs into .venv, then trains random batches, GRIT and MAFA on scenes and compares them.
 #
 #   bash run_scripts/quickstart.sh                      results below ./quickstart
 #   bash run_scripts/quickstart.sh --folder elsewhere   other flags: .venv/bin/lavis-mafa quickstart --help

@@ -20,7 +20,7 @@ from lavis_mafa.errors import RankLost, UserError, WorkerLost, death_of_a_worker
 COMMANDS = {
     "train": "pre-train or fine-tune from a YAML (same flags as LAVIS's train.py)",
     "evaluate": "evaluate from a YAML, without training",
-    "quickstart": "train Con-D, GRIT and MAFA on emoji and show what was found",
+    "quickstart": "train random batches, GRIT and MAFA on scenes and show what was found",
     "count-false-negatives": "how many false negatives do these data have, before training anything",
     "mine": "find missing image-text connections and write them as an annotation file",
     "analyse": "look into soft labels, or into how much a model uses the image",
