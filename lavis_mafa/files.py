@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,22 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)  # the new name too
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def built_folder(folder: Path) -> Iterator[Path]:
+    """A sibling of ``folder``, absent or empty, to build in; at the end it takes its place, and where the building fails it is gone:
+    the folder is either absent or complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

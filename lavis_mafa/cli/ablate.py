@@ -34,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Con-D of an oracle's row: BLIP's, fine-tuned for retrieval on COCO (--scenes: the truth)",
     )
     parser.add_argument(
-        "--scenes", action="store_true", help="all of it on scenes, on a CPU: build the data, train Con-D, then the rows"
+        "--scenes",
+        action="store_true",
+        help="all of it on scenes, on a CPU: build the data, then the rows, from the package's start and Con-D",
     )
-    parser.add_argument("--emoji", action="store_true", help="the same on emoji")
+    parser.add_argument("--emoji", action="store_true", help="the same on emoji, where Con-D is trained first")
     parser.add_argument("--con-d", choices=["truth"], help="with --scenes or --emoji: the truth is Con-D in all rows with ECM")
     parser.add_argument(
         "--wrong",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from lavis_mafa.datasets.emoji.drawings import ARTISTS, find_drawings, package_versions, render, same_pictures
 from lavis_mafa.datasets.emoji.texts import KINDS, Concept, read_concepts, true_pairs
 from lavis_mafa.errors import UserError
+from lavis_mafa.files import built_folder
 
 SPLITS = ("train", "seen", "unseen")
 UNSEEN_FAMILIES = 0.1
@@ -149,18 +148,8 @@ def build_emoji(folder: str | Path, size: int = 72, seed: int = 0, progress: boo
     if ready is not None:
         return ready
     sources = package_versions()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the last step is a rename: the folder is either absent or complete.
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        summary = _write(partial, size, seed, progress, sources)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return summary
+    with built_folder(folder) as partial:
+        return _write(partial, size, seed, progress, sources)
 
 
 def _earlier_build(folder: Path, size: int, seed: int) -> EmojiSummary | None:

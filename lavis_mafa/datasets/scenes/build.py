@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 import textwrap
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +20,7 @@ from lavis_mafa.datasets.scenes.concepts import NOUNS, Drawings, cut_drawings
 from lavis_mafa.datasets.scenes.views import CORNERS, VIEWS, Row, corners, image_path
 from lavis_mafa.datasets.scenes.world import COLOURS, NUMBERS, Box, Caption, Scene, World, draw_scene, tell
 from lavis_mafa.errors import UserError
+from lavis_mafa.files import built_folder
 
 LAYOUT = 1  # counts up when the same packages, world and seed would give other pictures, captions, facts, splits or words
 NEW_ARTIST = "twemoji"  # whose drawings are in the split ``test`` alone
@@ -90,18 +89,8 @@ def build_scenes(
     if (ready := _earlier_build(folder, world, counts, seed)) is not None:
         return ready
     sources = package_versions()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the last step is a rename: the folder is either absent or complete.
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        summary = _write(partial, world, counts, seed, progress, sources)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return summary
+    with built_folder(folder) as partial:
+        return _write(partial, world, counts, seed, progress, sources)
 
 
 def _earlier_build(folder: Path, world: World, counts: dict[str, int], seed: int) -> ScenesSummary | None:
