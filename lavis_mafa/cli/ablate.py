@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scenes",
         action="store_true",
-        help="all of it on scenes, on a CPU: build the data, then the rows, from the start and with the Con-D that come with the package",
+        help="all of it on scenes, on a CPU: build the data, then the rows; start and Con-D come with the package",
     )
     parser.add_argument("--emoji", action="store_true", help="the same on emoji, where Con-D is trained first")
     parser.add_argument("--con-d", choices=["truth"], help="with --scenes or --emoji: the truth is Con-D in all rows with ECM")
