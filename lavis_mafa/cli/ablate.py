@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lavis_mafa.tools.ablate import Table
 
 SMALL = {"scenes": "mafa/quickstart/scenes/mafa.yaml", "emoji": "mafa/quickstart/train/mafa.yaml"}
+SMALL_BLIP2 = "mafa/quickstart/scenes/blip2_mafa.yaml"  # of a table of BLIP-2's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if benchmark not in table.finetune:
         raise UserError(f"--on is {benchmark}, but {table.key} has: {', '.join(table.finetune)}.")
     oracle = ablate.TRUTH if small else _oracle(arguments.oracle)
-    base = arguments.base or (SMALL[small] if small else table.base)
+    base = arguments.base or _base(table, small)
     finetune = arguments.finetune or (table.finetune[benchmark] if base == table.base else None)
     options, output, seeds = arguments.options, arguments.output, list(dict.fromkeys(arguments.seeds))
     runs, truth = output / "runs", arguments.con_d == "truth"
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.wrong:
             ablate.scenes_data(output)
         if small == "scenes":
-            options = [*ablate.scenes_start(output, options, run_job, truth, arguments.wrong), *options]
+            options = [*ablate.scenes_start(base, output, options, run_job, truth, arguments.wrong), *options]
         else:
             options = [*ablate.emoji_start(output, options, run_job, truth), *options]
         trials = ablate.plan_trials(table, seeds, base, finetune, options, runs, oracle, clean=clean)
@@ -134,6 +135,15 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{format_terminal(write())}\n\n{trained} of {len(chosen)} trained in {minutes:.1f} minutes.", end=" ")
     print(f"The table: {folder}/table.md. All metrics: {folder}/results.json")
     return 0
+
+
+def _base(table: Table, small: str | None) -> str:
+    """The YAML whose options the rows are, where the user names none; raises UserError where there is no small one of the model."""
+    if small is None or not table.base.startswith("mafa/blip2"):
+        return SMALL[small] if small else table.base
+    if small == "emoji":
+        raise UserError(f"--emoji has an ALBEF alone, but {table.key} is about BLIP-2; --scenes has both.")
+    return SMALL_BLIP2
 
 
 def _small(arguments: argparse.Namespace, commands_only: bool) -> str | None:

@@ -261,7 +261,7 @@ class MafaModel(nn.Module, Generic[Block]):
         if image is None:
             image = torch.full((len(texts),), UNKNOWN)
         text = torch.tensor([text_key(text) if ecm.same_text else UNKNOWN for text in texts])
-        return torch.stack([image.to(self.device), text.to(self.device)], dim=1)
+        return torch.stack([image.to(self.device, non_blocking=True), text.to(self.device, non_blocking=True)], dim=1)
 
     @property
     def _judges(self) -> bool:

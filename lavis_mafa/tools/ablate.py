@@ -29,6 +29,7 @@ TABLES = Path(__file__).resolve().parents[1] / "configs" / "ablations.yaml"
 RELATIVE = re.compile(r"([\w.]+)=([\d.]+)\*(model|run)\.([\w.]+)")  # run.max_epoch=0.5*run.max_epoch
 SHARES = {"false_negative_share": "false negatives (known)", "new_positive_share": "false negatives (Con-D's)"}
 TRUTH = ["model.discriminator.arch=ground_truth"]
+SCENES_PREFIXES = {"albef_mafa": "", "blip2_mafa": "blip2_"}  # model.arch -> of its YAMLs and shipped weights
 SCENES = "datasets.grit_scenes.build_info.root"
 Metrics = dict[str, dict[str, float]]  # split -> metric -> per cent
 RunJob = Callable[[str, list[str]], Any]  # trains a YAML with options
@@ -306,14 +307,20 @@ def emoji_start(output: Path, options: list[str], run_job: RunJob, truth: bool =
     return [*data, *_start_and_con_d(recipes, data, output, options, run_job, truth)]
 
 
-def scenes_start(output: Path, options: list[str], run_job: RunJob, truth: bool = False, wrong: float = 0.0) -> list[str]:
-    """The same on scenes, where start and Con-D come with the package; trained anew for a share of ``wrong`` training captions."""
-    folder = scenes_data(output, wrong)
+def scenes_start(base: str, output: Path, options: list[str], run_job: RunJob, truth: bool = False, wrong: float = 0.0) -> list[str]:
+    """The same on scenes, where start and Con-D come with the package; trained anew for a share of ``wrong`` training captions.
+
+    ``base``: whose model is started, ALBEF or BLIP-2; raises UserError where it is another.
+    """
+    arch = read_base(base, []).model.arch
+    if arch not in SCENES_PREFIXES:
+        raise UserError(f"{base}: model.arch is {arch!r}, but weights for scenes are there for {' and '.join(SCENES_PREFIXES)} alone.")
+    folder, prefix = scenes_data(output, wrong), SCENES_PREFIXES[arch]
     data = [f"{SCENES}={folder}", f"model.tokenizer={folder}/vocab.txt"]
     if not wrong:
-        con_d = TRUTH if truth else [f"model.discriminator.checkpoint={shipped('scenes_con_d')}"]
-        return [*data, f"model.pretrained={shipped('scenes_start')}", *con_d]
-    recipes = ("mafa/quickstart/scenes/start.yaml", "mafa/quickstart/scenes/con_d.yaml")
+        con_d = TRUTH if truth else [f"model.discriminator.checkpoint={shipped(f'scenes_{prefix}con_d')}"]
+        return [*data, f"model.pretrained={shipped(f'scenes_{prefix}start')}", *con_d]
+    recipes = (f"mafa/quickstart/scenes/{prefix}start.yaml", f"mafa/quickstart/scenes/{prefix}con_d.yaml")
     return [*data, *_start_and_con_d(recipes, data, output, options, run_job, truth)]
 
 

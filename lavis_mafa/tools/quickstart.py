@@ -1,5 +1,4 @@
-"""What the quickstarts show of their runs. ALBEF: tables for the terminal, one JSON file and one page that needs no network.
-BLIP-2: mined connections against the truth, captions and answers of drawings it has not seen."""
+"""What the quickstart shows of its runs: tables for the terminal, one JSON file and one page that needs no network."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ from lavis_mafa.tools.significance import DIRECTIONS, Comparison, half_widths, p
 from lavis_mafa.weights import read_checkpoint
 
 AT_MOST = 2000  # connections in the page
-SPLITS = {"val": "new drawings of known concepts", "test": "unknown concepts"}
-SCENE_SPLITS = {"val": "new scenes", "test": "new scenes by another artist"}
+SPLITS = {"val": "new scenes", "test": "new scenes by another artist"}
 COMPARED = "r_precision"
 COLUMNS = {  # of the terminal's retrieval table
     "tr_r1": "TR R@1",
@@ -33,14 +31,9 @@ COLUMNS = {  # of the terminal's retrieval table
     "tr_map_at_r": "TR mAP@R",
     "ir_map_at_r": "IR mAP@R",
 }
-STAGE_1 = ("loss_itc", "loss_itm", "loss_lm", "new_positive_share", "false_negative_share", "con_d_precision", "con_d_recall")
-EXAMPLES = 6
 
 
-# --- ALBEF: random batches, GRIT and MAFA -------------------------------------------------------------------------------
-
-
-def albef_results(runs: dict[str, Path], datasets: dict[str, Any], batch_size: int) -> dict[str, Any]:
+def results_of(runs: dict[str, Path], datasets: dict[str, Any], batch_size: int) -> dict[str, Any]:
     """Every number of the table; ``runs``: the folders of "start" (evaluated alone), "random", "GRIT" and "MAFA"."""
     dataset = datasets["train"].datasets[0]
     keys, connections = own_text_keys(dataset), read_connections(runs["MAFA"])
@@ -55,15 +48,15 @@ def albef_results(runs: dict[str, Path], datasets: dict[str, Any], batch_size: i
         "chosen_false_negatives": {name: ends[name].get("false_negative_share", math.nan) for name in orders},
         "con_d": score_con_d(connections, dataset, keys),
         "matching": {name: [end["itm_accuracy_positive"], end["itm_accuracy_negative"]] for name, end in ends.items()},
-        "retrieval": {name: {split: _retrieval(run, split) for split in SCENE_SPLITS} for name, run in runs.items()},
+        "retrieval": {name: {split: _retrieval(run, split) for split in SPLITS} for name, run in runs.items()},
         "compared": {
             split: {
                 other: {side: asdict(paired(runs["MAFA"], runs[other], split, COMPARED, side)) for side in DIRECTIONS}
                 for other in ("GRIT", "random", "start")
             }
-            for split in SCENE_SPLITS
+            for split in SPLITS
         },
-        "queries": {split: [len(datasets[split]), len(datasets[split].text)] for split in SCENE_SPLITS},
+        "queries": {split: [len(datasets[split]), len(datasets[split].text)] for split in SPLITS},
     }
 
 
@@ -98,7 +91,7 @@ def score_con_d(connections: pa.Table, dataset: Any, text_keys: Tensor) -> dict[
     return {name: score[name] for name in ("pairs", "true_share", "precision", "recall")}
 
 
-def albef_text(results: dict[str, Any]) -> str:
+def results_text(results: dict[str, Any]) -> str:
     """The results for a terminal of 120 columns."""
     lines = ["False negatives, known: a caption matches every scene that has all it names"]
     lines.append(f"  {'batches':10s} {'pairs a batch':>14s} {'of all pairs':>13s} {'of the negatives that ITM is given':>35s}")
@@ -112,7 +105,7 @@ def albef_text(results: dict[str, Any]) -> str:
     lines += ["", "The matching head on its training pairs, last epoch"]
     for name, (positive, negative) in results["matching"].items():
         lines.append(f"  {name:10s} right on {positive:6.1%} of pairs labelled positive, {negative:6.1%} of those labelled negative")
-    for split, meaning in SCENE_SPLITS.items():
+    for split, meaning in SPLITS.items():
         images, texts = results["queries"][split]
         lines += ["", f"Retrieval, {meaning}: {images:,} images, {texts:,} texts (per cent ± half of the 95 % bootstrap interval)"]
         lines.append(f"  {'model':7s} {'ranked by':9s} " + " ".join(f"{head:>12s}" for head in COLUMNS.values()))
@@ -149,8 +142,8 @@ def write_report(folder: Path, results: dict[str, Any], runs: dict[str, Path], a
     start, *compared = (replace(run, name=name) for run, name in zip(open_runs([*runs.values()]), runs, strict=True))
     write_bytes(folder / "curves.png", curves.training_curves({run.name: run.metrics for run in compared}))
     shown = [replace(start, metrics=[]), *compared]  # of the start its retrieval alone
-    words = {f"{split}: {meaning}": _sentences(results, split) for split, meaning in SCENE_SPLITS.items()}
-    own = {"tables": _tables(results), "queries": results["queries"], "meaning": SCENE_SPLITS, "words": words, "about": about}
+    words = {f"{split}: {meaning}": _sentences(results, split) for split, meaning in SPLITS.items()}
+    own = {"tables": _tables(results), "queries": results["queries"], "meaning": SPLITS, "words": words, "about": about}
     page, _ = report_page(shown, AT_MOST, "quickstart.html", **own)
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -172,62 +165,3 @@ def _tables(results: dict[str, Any]) -> dict[str, Table]:
         "con_d": Table(["pairs", "truly match", "precision", "recall"], [con_d], "Every recorded sighting of a pair, at the threshold"),
         "matching": Table(sides, matching, "Share of pairs"),
     }
-
-
-# --- BLIP-2: stage 1 with MAFA, stage 2, captions and answers -----------------------------------------------------------
-
-
-def blip2_results(stage_1: Path, captions: Any, answers: Any) -> dict[str, Any]:
-    """Everything that is shown, from the folder of stage 1 and the finished runners that wrote captions and answered questions."""
-    last = last_epoch(read_metrics(stage_1))
-    return {
-        "stage_1": {name: last[name] for name in STAGE_1 if name in last} | {"retrieval": read_evaluations(stage_1).get("val", {})},
-        "captions": read_evaluations(captions.output_dir),
-        "answers": read_evaluations(answers.output_dir),
-        "examples": {split: _examples(captions, answers, split) for split in SPLITS},
-    }
-
-
-def blip2_text(results: dict[str, Any]) -> str:
-    """The results as a text for the terminal."""
-    stage_1 = results["stage_1"]
-    lines = ["Stage 1, last epoch: " + "  ".join(f"{name} {value:.3f}" for name, value in stage_1.items() if isinstance(value, float))]
-    lines += ["", f"{'':<36}{'BLEU-4':>8}{'CIDEr':>8}{'ROUGE-L':>9}{'answers right':>15}"]
-    for split, name in SPLITS.items():
-        caption, answer = results["captions"][split], results["answers"][split]
-        scores = [caption.get(key) for key in ("bleu_4", "cider", "rouge_l")] + [answer.get("accuracy")]
-        cells = ("-" if value is None else f"{value:.1f}" for value in scores)
-        lines.append(f"{name:<36}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (8, 8, 9, 15), strict=True)))
-    if retrieval := stage_1["retrieval"]:
-        lines += ["", f"Retrieval of {SPLITS['val']} by stage 1 (per cent){'TR R@1':>21}{'IR R@1':>8}{'mean recall':>13}"]
-        for values in by_score(retrieval):
-            shown = f"{values['tr_r1']:8.1f}{values['ir_r1']:8.1f}{values['agg_metrics']:13.1f}"
-            lines.append(f"  ranked by {values.get('rank_by', '-'):<59}{shown}")
-    for split, name in SPLITS.items():
-        lines += ["", f'{name}: caption | "what is this?" | right']
-        lines += [f"  {e['caption']} | {e['answer']} | {', '.join(e['right'][:3])}" for e in results["examples"][split]]
-    return "\n".join(lines)
-
-
-def _examples(captions: Any, answers: Any, split: str) -> list[dict[str, Any]]:
-    """The first few images of a split: their caption, the answer, and what would be right."""
-    gallery, questions = captions.datasets[split], answers.datasets[split]
-    written = {row["image"]: row["caption"] for row in _read(captions.output_dir, f"{split}_epoch*.json")}
-    said = {row["question_id"]: row["answer"] for row in _read(answers.output_dir, f"{split}_vqa_result.json")}
-    first = list(written)[:: max(1, len(written) // EXAMPLES)][:EXAMPLES]
-    place = {path: row for row, path in enumerate(gallery.image)}
-    asked = {str(questions.vis_root / path): questions.question_ids[row] for row, path in enumerate(questions.image)}
-    return [
-        {
-            "caption": written[image],
-            "answer": said.get(asked.get(image, -1), ""),
-            "right": [gallery.raw_text[text] for text in gallery.img2txt[place[image]]],
-        }
-        for image in first
-    ]
-
-
-def _read(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    (path,) = (folder / "result").glob(pattern)
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return rows

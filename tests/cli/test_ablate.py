@@ -18,8 +18,9 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.config.check import check_yaml
 from lavis_mafa.datasets.scenes.build import vocabulary
 from lavis_mafa.datasets.scenes.world import World
+from lavis_mafa.errors import UserError
 from lavis_mafa.runners.job import run_job
-from lavis_mafa.tools.ablate import TRUTH, Trial, concrete, expected_seconds, find_table, load_tables, plan_trials
+from lavis_mafa.tools.ablate import TRUTH, Trial, concrete, expected_seconds, find_table, load_tables, plan_trials, scenes_start
 from lavis_mafa.tools.ablation_table import collect, format_terminal
 from lavis_mafa.weights import shipped
 
@@ -356,6 +357,17 @@ def scenes(started, monkeypatch, tmp_path) -> list[tuple[str, float]]:
 
     monkeypatch.setattr("lavis_mafa.datasets.scenes.build.build_scenes", build)
     return built
+
+
+def test_a_table_of_blip2_has_scenes_of_its_own(started, scenes, refused, tmp_path):
+    assert main(["ablate", "--table", "mafa-7", "--scenes", "--seeds", "1"]) == 0
+    assert [name for name, _ in started] == ["blip2_mafa"] * 3
+    given = {option for _, options in started for option in options if option.startswith(("model.pretrained", "model.discriminator"))}
+    both = f"model.pretrained={shipped('scenes_blip2_start')}", f"model.discriminator.checkpoint={shipped('scenes_blip2_con_d')}"
+    assert given == {*both}
+    assert "--scenes has both" in refused("ablate", "--table", "mafa-7", "--emoji")
+    with pytest.raises(UserError, match="'blip_mafa', but weights for scenes are there for albef_mafa and blip2_mafa alone"):
+        scenes_start("mafa/blip/train/pretrain.yaml", tmp_path, [], lambda name, options: None)
 
 
 def test_on_scenes_a_table_says_how_sure_it_is(started, scenes, capsys, tmp_path):
