@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,8 @@ class AlbefPairs:
     text_mask: Tensor  # BoolTensor[K, T] on the host
     momentum_image_embeds: Tensor | None = None  # [K, N, width]
     distillation: float = 0.0
+    teacher_states: Tensor | None = None  # [K, T, width of the language teacher], of the whole texts
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def keys_values(self) -> KeysValues:
@@ -59,12 +61,22 @@ class AlbefPairs:
         ids, labels = on_device(ids, model.device), on_device(labels.index_select(0, masked), model.device)
         chosen = reading.tokens_at(masked)
         logits = model.predict(model.text_encoder, ids, reading, images, chosen)
-        momentum_logits = None
+        soft, share = None, self.distillation
         if self.momentum_image_embeds is not None:
             with torch.no_grad():
                 images_m = model.text_encoder_m.bert.keys_values(named_images(self.momentum_image_embeds, image_index)[0])
-                momentum_logits = model.predict(model.text_encoder_m, ids, reading, images_m, chosen)
-        return masked_lm_loss(logits, labels, momentum_logits, self.distillation)
+                soft = model.predict(model.text_encoder_m, ids, reading, images_m, chosen)
+        elif self.teacher_states is not None:
+            soft, share = self._of_language(reading.rows.index_select(0, masked)), model.settings.mlm.cross_distillation
+            self.metrics["teacher_top1"] = (soft.argmax(dim=1) == labels).float().mean()
+            soft = soft / model.settings.mlm.temperature
+        return masked_lm_loss(logits, labels, soft, share)
+
+    def _of_language(self, rows: Tensor) -> Tensor:
+        """What the language teacher expects at places among K * T, LongTensor[N] on the host: -> logits [N, words]."""
+        teacher, states = self.model.language_teacher, self.teacher_states
+        assert teacher is not None and states is not None
+        return teacher.predict(states.flatten(0, 1).index_select(0, on_device(rows, states.device)))
 
     def _reading(self, image_index: Tensor, text_index: Tensor) -> tuple[KeysValues, Reading]:
         named, index = named_images(self.image_embeds, image_index)
@@ -112,10 +124,14 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         distillation = self.settings.itc.momentum_distillation
         if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):
             momentum_images = None  # nobody asks it about words
+        teacher_states = None
+        if self.language_teacher is not None and self.settings.mlm.cross_distillation and loss_weights(self.settings)["mlm"]:
+            teacher_states = self.language_teacher.states(*own, self.reading(own[1]))
         if self.gathers:
             images, texts = gather_own_first(images, with_gradient=True), gather_own_first(texts, with_gradient=True)
             momentum_images = None if momentum_images is None else gather_own_first(momentum_images)
-        pairs = AlbefPairs(self, images, texts, ids, mask, momentum_images, batch.distillation)
+            teacher_states = None if teacher_states is None else gather_own_first(teacher_states)
+        pairs = AlbefPairs(self, images, texts, ids, mask, momentum_images, batch.distillation, teacher_states)
         return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
 
     def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
