@@ -261,7 +261,21 @@ RANKS = [
         "gather_own_first(texts)",
     ),
 ]
+VILTA = [
+    ("objectives/synthetic_negatives.py", "scatter(1, original[:, None], False)", "scatter(1, original[:, None], True)"),
+    ("objectives/synthetic_negatives.py", "best - known.gather", "best + known.gather"),
+    ("objectives/synthetic_negatives.py", "masked_fill(~eligible, -1.0)", "masked_fill(eligible, -1.0)"),
+    ("objectives/synthetic_negatives.py", "allowed.expand_as(fits)", "torch.ones_like(fits, dtype=torch.bool)"),
+    ("models/albef.py", "batch.extra.text_index + len(mask)", "batch.extra.text_index"),
+    (
+        "models/albef.py",
+        "tokens = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1) + at[:, 0]",
+        "tokens = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1)",
+    ),
+    ("models/albef.py", "self._of_language(reading.rows.index_select(0, masked))", "self._of_language(masked)"),
+]
 MUTANTS = [(*m, [OBJECTIVES, STEP]) for m in PURE] + [(*m, [LOSSES, ALBEF]) for m in HOSTS] + [(*m, [GATHERING]) for m in RANKS]
+MUTANTS += [(*m, ["tests/models/test_vilta.py"]) for m in VILTA]
 
 
 def survives(copy: Path, file: str, old: str, new: str, tests: list[str]) -> bool:

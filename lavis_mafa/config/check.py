@@ -94,8 +94,10 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[Checked,
     if own["arch"] in MODEL_BLOCKS:
         if run.get("evaluate") is True and own["arch"] != "blip2_opt_mafa" and isinstance(own.get("ecm", {}), dict):
             own["ecm"] = {**own.get("ecm", {}), "enabled": False}  # evaluating needs no Con-D, and no teacher
-            if own.pop("language_teacher", None) is not None and isinstance(own.get("mlm"), dict):
-                own["mlm"] = {**own["mlm"], "cross_distillation": 0.0}
+            own |= {key: None for key in ("language_teacher",) if key in own}
+            for part, off in (("mlm", {"cross_distillation": 0.0, "temperature": 1.0}), ("itm", {"synthetic": None})):
+                if isinstance(own.get(part), dict):
+                    own[part] = {key: off.get(key, value) for key, value in own[part].items()}
         if "model_type" not in own:
             found.add(f"model.model_type is None, but {own['arch']} has: {', '.join(model_types(own['arch']))}.")
         model = found(typed_block, "model", own)
@@ -394,29 +396,38 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
 
 
 def _language_teacher(model: Any, weights: dict[str, float]) -> Iterator[str]:
-    """ViLTA's: something to teach, and one teacher a softmax."""
+    """ViLTA's: something to teach, one teacher a prediction, and somebody who knows which words fit."""
     if not isinstance(model, AlbefBlock):
         return
-    share, momentum = model.mlm.cross_distillation, model.itc.momentum_distillation
-    if share and model.language_teacher is None:
+    share, momentum, synthetic = model.mlm.cross_distillation, model.itc.momentum_distillation, model.itm.synthetic
+    key, by_teacher = "model.mlm.cross_distillation", synthetic is not None and synthetic.generator == "teacher"
+    if (share or by_teacher) and model.language_teacher is None:
+        asks = f"{key} is {share}" if share else "model.itm.synthetic.generator is teacher"
         yield (
-            f"model.mlm.cross_distillation is {share}, but there is no model.language_teacher; give {{init: bert-base-uncased}}, or a "
-            "folder that `lavis-mafa train-teacher` made."
+            f"{asks}, but there is no model.language_teacher; give {{init: bert-base-uncased}}, or a folder that "
+            "`lavis-mafa train-teacher` made."
         )
     if share and not weights["mlm"]:
-        yield f"model.mlm.cross_distillation is {share}, but masked language modelling is off, which it is a part of; allowed here: 0."
+        yield f"{key} is {share}, but masked language modelling is off, which it is a part of; allowed here: 0."
     if share and momentum is not None and momentum.mlm and momentum.alpha:
         yield (
-            f"model.mlm.cross_distillation is {share}, but model.itc.momentum_distillation.mlm is true, and one prediction has one "
-            "teacher; set momentum_distillation.mlm: false, or cross_distillation: 0."
+            f"{key} is {share}, but model.itc.momentum_distillation.mlm is true, and one prediction has one teacher; set "
+            "momentum_distillation.mlm: false, or cross_distillation: 0."
         )
-    if model.language_teacher is not None and not share:
+    if model.language_teacher is not None and not share and not by_teacher:
         yield (
-            "model.language_teacher is set, but model.mlm.cross_distillation is 0, so it would teach nothing; set it (ViLTA: 0.5), or "
+            f"model.language_teacher is set, but {key} is 0 and nothing else asks it; set that (ViLTA: 0.5) or model.itm.synthetic, or "
             "leave the teacher out."
         )
     if model.mlm.temperature != 1 and not share:
         yield f"model.mlm.temperature is {model.mlm.temperature}, but is cross_distillation's alone, which is 0; allowed here: 1."
+    if synthetic is not None and not weights["itm"]:
+        yield "model.itm.synthetic is set, but matching, whose negatives they are, is off; allowed here: null."
+    if synthetic is not None and not by_teacher and not weights["mlm"]:
+        yield (
+            "model.itm.synthetic.generator is model, but masked language modelling is off, so nothing trains the head that it asks; "
+            "allowed here: teacher."
+        )
 
 
 def _runs(run: RunBlock) -> Iterator[str]:

@@ -142,6 +142,28 @@ class Mlm:
 
 
 @dataclass
+class Synthetic:
+    """A text with one word replaced, as a further hard negative of its image."""
+
+    mode: str = setting(
+        "add", "`add` a pair for each image; `replace` its hardest text by it", "ViLTA sec. 3.3", choices=("add", "replace")
+    )
+    top_k: int = setting(50, "the so many most probable words at the place come into question", low=1)
+    generator: str = setting(
+        "teacher",
+        "who says which words fit: the frozen `language_teacher`, or the `model`'s own masked language modelling without an image",
+        "ViLTA Table 6",
+        choices=("teacher", "model"),
+    )
+    judge: bool = setting(True, "with ECM: Con-D is asked about these texts too, and those that may be true take no part")
+
+
+@dataclass
+class AlbefItm(ItmSettings):
+    synthetic: Synthetic | None = setting(None, "hard negatives by replaced words; null: none", "ViLTA sec. 3.3")
+
+
+@dataclass
 class Lm:
     weight: float = setting(1.0, OF_THE_SUM, low=0)
 
@@ -269,6 +291,7 @@ class AlbefBlock(MafaBlock):
     image_encoder: ImageEncoder = setting(..., "the ViT")
     text_encoder: TextEncoder = setting(..., "BERT, split into text and fusion layers")
     itc: AlbefItc = as_in(MafaBlock, "itc", AlbefItc)
+    itm: AlbefItm = as_in(MafaBlock, "itm", AlbefItm)
     mlm: Mlm = setting(Mlm, "masked language modelling", "ALBEF eq. 3")
     language_teacher: LanguageTeacher | None = setting(None, "a frozen language model that never sees an image", "ViLTA sec. 3.2")
 

@@ -281,13 +281,17 @@ class MafaModel(nn.Module, Generic[Block]):
         """Is there a Con-D that is asked, if not in every step?"""
         return self.settings.ecm.enabled and self.discriminator is not None
 
+    def _asks(self, inputs: StepInputs) -> bool:
+        """Is it asked in this step?"""
+        return self._judges and inputs.update % self.settings.ecm.every == 0
+
     def _step_settings(self, inputs: StepInputs) -> StepSettings:
         itc, when = self.settings.itc, self.settings.itc.smooth_when
         smooth = when == "always" or (when == "grouped" and inputs.grouped)
         itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
         return StepSettings(
             itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
-            ecm=replace(self.settings.ecm, enabled=self._judges and inputs.update % self.settings.ecm.every == 0),
+            ecm=replace(self.settings.ecm, enabled=self._asks(inputs)),
             negatives=self.settings.itm.negatives,
             itm_weight=itm_weight,
             lm_weight=lm_weight,

@@ -23,8 +23,10 @@ def test_a_teacher_is_trained_used_and_resumed_with(run_yaml, capsys):
     assert main(command) == 0
     assert "of the masked words of those held out it guesses" in capsys.readouterr().out
     assert main(command) == 2 and "never overwritten" in capsys.readouterr().err
-    whole = trained(run_yaml)
-    assert all("teacher_top1" in record for record in outputs.metrics(whole))
-    part = trained(run_yaml, f"run.max_steps={STEPS + 2}")
-    resumed = trained(run_yaml, f"run.resume_ckpt_path={part}/checkpoint_1_2.pth")
+    synthetic = "model.itm.synthetic={top_k: 4}"
+    whole = trained(run_yaml, synthetic)
+    for record in outputs.metrics(whole):
+        assert {"teacher_top1", "synthetic_share", "itm_accuracy_extra_negative", "extra_judged_true_share"} <= record.keys()
+    part = trained(run_yaml, synthetic, f"run.max_steps={STEPS + 2}")
+    resumed = trained(run_yaml, synthetic, f"run.resume_ckpt_path={part}/checkpoint_1_2.pth")
     outputs.assert_same_weights(whole / "checkpoint_1.pth", resumed / "checkpoint_1.pth")

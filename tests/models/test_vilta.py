@@ -18,6 +18,8 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models import albef as albef_pairs
 from lavis_mafa.models.encoders import build_tokenizer
 from lavis_mafa.models.language_teacher import build_language_teacher
+from lavis_mafa.models.synthetic_texts import ReplaceableWords
+from lavis_mafa.objectives.synthetic_negatives import draw, replacements
 
 VOCABULARY = families.REDUCED["blip2"].VOCABULARY
 FAMILY = ("albef", False)
@@ -158,13 +160,180 @@ def test_training_without_the_teacher_that_is_set_is_refused(folder):
         model(batch())
 
 
+# --- synthetic negatives -----------------------------------------------------------------------------------------------
+
+
+def test_replacements_equal_the_loop():
+    """p_m / q of the top k words by p_m, without the word itself and what may not be drawn."""
+    generator = torch.Generator().manual_seed(3)
+    masked, whole = 3 * torch.randn(2, 5, 30, generator=generator)
+    allowed = torch.rand(30, generator=generator) < 0.6
+    original = torch.randint(30, (5,), generator=generator)
+    words, probability = replacements(masked, whole, original, allowed, 7)
+    for b in range(5):
+        p_m, q = (oracles.softmax(row[b].tolist()) for row in (masked, whole))
+        open_to = [w for w in range(30) if allowed[w] and w != original[b]]
+        best = sorted(open_to, key=lambda w: -p_m[w])[:7]
+        total = sum(p_m[w] / q[w] for w in best)
+        found = dict(zip(words[b].tolist(), probability[b].tolist(), strict=True))
+        assert found == pytest.approx({w: p_m[w] / q[w] / total for w in best}, rel=1e-4)
+
+
+def test_words_are_drawn_as_often_as_they_are_probable():
+    torch.manual_seed(0)
+    probability = torch.tensor([0.6, 0.3, 0.1, 0.0]).expand(10_000, 4)
+    drawn = draw(torch.tensor([7, 2, 5, 9]).expand(10_000, 4), probability)
+    shares = [float((drawn == word).float().mean()) for word in (7, 2, 5, 9)]
+    assert shares == pytest.approx([0.6, 0.3, 0.1, 0.0], abs=0.02) and shares[3] == 0
+    draw(torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), float("nan")))
+
+
+def test_any_whole_content_word_may_be_replaced_and_nothing_else():
+    tokenizer = build_tokenizer(VOCABULARY)
+    captions = ["a red dog on the roof", "dogs walking home at night", "the man and the woman", "an on the", "sleeps"]
+    ids = tokenizer(captions, padding=True, return_tensors="pt").input_ids
+    choices, chosen = ReplaceableWords(tokenizer, 5), [set() for _ in captions]
+    for _ in range(200):
+        for places, place in zip(chosen, choices.choose(ids).tolist(), strict=True):
+            places.add(place)
+    for caption, places in zip(captions, chosen, strict=True):
+        wanted, place = set(), 1  # after [CLS]
+        for word in caption.split():
+            pieces = tokenizer.tokenize(word)
+            if len(pieces) == 1 and pieces != ["[UNK]"] and word not in ("a", "an", "on", "the", "at", "and"):
+                wanted.add(place)
+            place += len(pieces)
+        assert places == (wanted or {-1}), caption
+
+
+SYNTHETIC = {"top_k": 5}
+
+
+def watched(model, monkeypatch) -> dict[str, Any]:
+    """What the model draws from, and the words that it reads."""
+    seen: dict[str, Any] = {}
+
+    def watch(*given):
+        seen["given"] = given
+        seen["found"] = replacements(*given)
+        return seen["found"]
+
+    monkeypatch.setattr(albef_pairs, "replacements", watch)
+    text_states = model.text_states
+    model.text_states = lambda ids, *more: seen.__setitem__("ids", ids) or text_states(ids, *more)  # the last one is the synthetic
+    return seen
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_synthetic_texts_differ_in_one_word_that_the_teacher_finds_fitting(folder, share, mode, monkeypatch):
+    model = build(folder, itm={"synthetic": {**SYNTHETIC, "mode": mode}}, mlm={"cross_distillation": share}).eval()
+    seen = watched(model, monkeypatch)
+    with torch.no_grad():
+        pairs, encoded, _ = model.encode(model.inputs(batch()))
+    ids, mask = model.words(CAPTIONS)
+    masked, whole, original, allowed, top_k = seen["given"]
+    assert torch.equal(allowed, model.replaceable.content) and top_k == 5
+    for b, length in enumerate(mask.sum(dim=1).tolist()):
+        own, new = ids[b, :length].tolist(), seen["ids"][b, :length].tolist()
+        [place] = [t for t in range(length) if own[t] != new[t]]
+        assert torch.equal(seen["ids"][b, length:], ids[b, length:])
+        assert original[b] == own[place] and allowed[own[place]] and allowed[new[place]] and new[place] in seen["found"][0][b]
+        torch.testing.assert_close(whole[b], hub_logits(own)[place], atol=1e-4, rtol=1e-4)
+        own[place] = model.tokenizer.mask_token_id
+        torch.testing.assert_close(masked[b], hub_logits(own)[place], atol=1e-4, rtol=1e-4)
+    extra = encoded.extra
+    assert extra.image_index.tolist() == [0, 1, 2, 3] and extra.text_index.tolist() == [4, 5, 6, 7] and encoded.candidates == 4
+    assert extra.label.tolist() == [0] * 4 and extra.weight.tolist() == [1.0] * 4 and extra.in_place == (mode == "replace")
+    # and matching reads them as any other text
+    texts = model.tokenizer.batch_decode(seen["ids"], skip_special_tokens=True)
+    with torch.no_grad():
+        found = pairs.itm_logits(extra.image_index, extra.text_index)
+        model.settings.itm.synthetic = None
+        others = model.encode(model.inputs(batch() | {"text_input": texts})).pairs
+        wanted = others.itm_logits(torch.arange(4), torch.arange(4))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_matching_alone_sees_them(folder):
+    plain = families.step(build(None), batch())[0]
+    model = build(folder, itm={"synthetic": SYNTHETIC})
+    output, gradients = families.step(model, batch())
+    assert torch.equal(output.loss_itc, plain.loss_itc) and abs(output.loss_itm - plain.loss_itm) > 1e-4
+    assert output.verdicts["image"].shape == (8,) and output.stats["synthetic_share"] == 1
+    assert output.metrics.keys() >= {"itm_accuracy_extra_negative", "itm_accuracy_negative"}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+class Judge(families.Always):
+    """Says of texts beyond the batch what it is told to."""
+
+    def match_probability(self, samples, image_index, text_index):
+        self.texts = samples.get("more_texts")
+        return torch.where(text_index >= 4, self.probability, 0.0)
+
+
+@pytest.mark.parametrize(("probability", "dropped"), [(0.9, True), (0.6, True), (0.1, False)])
+def test_what_con_d_takes_for_true_is_no_negative(folder, probability, dropped):
+    con_d = Judge(probability)
+    outputs = {}
+    for judge in (True, False):
+        model = build(folder, con_d, itm={"synthetic": {**SYNTHETIC, "judge": judge}})
+        model.con_d_check = None
+        outputs[judge] = families.step(model, batch())[0]
+        assert (con_d.texts is not None and len(con_d.texts) == 4) == judge
+    assert outputs[True].stats["extra_judged_true_share"] == dropped and "extra_judged_true_share" not in outputs[False].stats
+    plain = families.step(build(None), batch())[0].loss_itm
+    torch.testing.assert_close(outputs[True].loss_itm, plain if dropped else outputs[False].loss_itm)
+
+
+def test_con_d_is_not_asked_in_steps_between(folder):
+    con_d = Judge(0.9)
+    model = build(folder, con_d, itm={"synthetic": SYNTHETIC}, ecm={"every": 2})
+    con_d.texts = None
+    output = families.step(model, batch(epoch=0, iters=1, num_iters_per_epoch=4))[0]
+    assert con_d.texts is None and "extra_judged_true_share" not in output.stats
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+def test_texts_without_a_word_to_replace_have_no_synthetic_one(folder, mode):
+    texts = ["the on a", "an and the", "a", "the"]
+    model, plain = build(folder, itm={"synthetic": {**SYNTHETIC, "mode": mode}}), build(None)
+    output, wanted = (families.step(m, batch() | {"text_input": texts})[0] for m in (model, plain))
+    assert output.stats["synthetic_share"] == 0
+    torch.testing.assert_close(output.loss_itm, wanted.loss_itm)
+
+
+def test_the_model_itself_may_say_which_words_fit(monkeypatch):
+    """As its masked language modelling does for an image whose every token is zero."""
+    model = build(None, itm={"synthetic": {**SYNTHETIC, "generator": "model"}}).eval()
+    seen = watched(model, monkeypatch)
+    with torch.no_grad():
+        pairs = model.encode(model.inputs(batch())).pairs
+        pairs.image_embeds = torch.zeros_like(pairs.image_embeds[:1])
+        ids, mask = model.words(CAPTIONS)
+        images, reading = pairs._reading(torch.zeros(4, dtype=torch.long), torch.arange(4))
+        logits = model.predict(model.text_encoder, reading.take(ids), reading, images, reading.tokens_at(torch.arange(int(mask.sum()))))
+    place = (seen["ids"] != ids).int().argmax(dim=1)
+    start = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1)
+    torch.testing.assert_close(seen["given"][1], logits[start + place], atol=1e-4, rtol=1e-4)
+
+
+def test_more_words_than_there_are_cannot_come_into_question():
+    with pytest.raises(UserError, match="model.itm.synthetic.top_k is 500, but model.tokenizer has .* words"):
+        build(None, itm={"synthetic": {"top_k": 500}})
+
+
 TEACHER = {"init": "bert-base-uncased"}
 MOMENTUM = {"momentum_distillation": {"queue_size": 8}}
 COMBINATIONS: list[tuple[dict[str, Any], str]] = [
     ({"mlm": {"cross_distillation": 0.5}}, "but there is no model.language_teacher"),
     ({"mlm": {"cross_distillation": 0.5, "weight": 0}, "language_teacher": TEACHER}, "masked language modelling is off"),
     ({"mlm": {"cross_distillation": 0.5}, "language_teacher": TEACHER, "itc": MOMENTUM}, "one prediction has one teacher"),
-    ({"language_teacher": TEACHER}, "it would teach nothing"),
+    ({"language_teacher": TEACHER}, "nothing else asks it"),
+    ({"itm": {"synthetic": {}}}, "synthetic.generator is teacher, but there is no model.language_teacher"),
+    ({"itm": {"synthetic": {}, "weight": 0}, "language_teacher": TEACHER}, "whose negatives they are, is off"),
+    ({"itm": {"synthetic": {"generator": "model"}}, "mlm": {"weight": 0}}, "nothing trains the head that it asks"),
     ({"mlm": {"temperature": 2.0}}, "cross_distillation's alone"),
 ]
 
