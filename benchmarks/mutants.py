@@ -84,6 +84,10 @@ PURE = [
     ("objectives/itm.py", "positive = pairs.label.float() * pairs.weight", "positive = pairs.label.float()"),
     ("objectives/itm.py", "negative = (1 - pairs.label).float() * pairs.weight", "negative = (1 - pairs.label).float()"),
     ("objectives/itm.py", "(right * negative).sum() / negative.sum()", "(right * negative).sum() / pairs.weight.sum()"),
+    ("objectives/itm.py", "taken = extra.weight > 0", "taken = extra.weight >= 0"),
+    ("objectives/itm.py", "torch.arange(len(joined", "1 + torch.arange(len(joined"),
+    ("objectives/pretraining.py", "(extra.label == 1) | (of_extra", "(extra.label == 0) | (of_extra"),
+    ("objectives/pretraining.py", "of_extra <= ecm.ambiguous_from", "of_extra <= ecm.threshold"),
     ("objectives/lm.py", "noise = torch.randint(vocab_size,", "noise = torch.randint(3,"),
     ("objectives/lm.py", "(what < 0.8)", "(what < 0.7)"),
     ("objectives/lm.py", "(what >= 0.9)", "(what >= 0.8)"),
@@ -257,7 +261,21 @@ RANKS = [
         "gather_own_first(texts)",
     ),
 ]
+VILTA = [
+    ("objectives/synthetic_negatives.py", "scatter(1, original[:, None], False)", "scatter(1, original[:, None], True)"),
+    ("objectives/synthetic_negatives.py", "best - known.gather", "best + known.gather"),
+    ("objectives/synthetic_negatives.py", "masked_fill(~eligible, -1.0)", "masked_fill(eligible, -1.0)"),
+    ("objectives/synthetic_negatives.py", "allowed.expand_as(fits)", "torch.ones_like(fits, dtype=torch.bool)"),
+    ("models/albef.py", "batch.extra.text_index + len(mask)", "batch.extra.text_index"),
+    (
+        "models/albef.py",
+        "tokens = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1) + at[:, 0]",
+        "tokens = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1)",
+    ),
+    ("models/albef.py", "self._of_language(reading.rows.index_select(0, masked))", "self._of_language(masked)"),
+]
 MUTANTS = [(*m, [OBJECTIVES, STEP]) for m in PURE] + [(*m, [LOSSES, ALBEF]) for m in HOSTS] + [(*m, [GATHERING]) for m in RANKS]
+MUTANTS += [(*m, ["tests/models/test_vilta.py"]) for m in VILTA]
 
 
 def survives(copy: Path, file: str, old: str, new: str, tests: list[str]) -> bool:

@@ -23,6 +23,7 @@ COMMANDS = {
     "quickstart": "train random batches, GRIT and MAFA on scenes and show what was found",
     "count-false-negatives": "how many false negatives do these data have, before training anything",
     "mine": "find missing image-text connections and write them as an annotation file",
+    "train-teacher": "train a small language model on a YAML's captions, for ViLTA",
     "analyse": "look into soft labels, or into how much a model uses the image",
     "ablate": "run the rows of a paper's ablation table, several seeds, and print it",
     "report": "one HTML page about one or more runs: curves, connections, retrieval",

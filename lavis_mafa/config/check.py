@@ -93,7 +93,11 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[Checked,
     model = None
     if own["arch"] in MODEL_BLOCKS:
         if run.get("evaluate") is True and own["arch"] != "blip2_opt_mafa" and isinstance(own.get("ecm", {}), dict):
-            own["ecm"] = {**own.get("ecm", {}), "enabled": False}  # evaluating needs no Con-D
+            own["ecm"] = {**own.get("ecm", {}), "enabled": False}  # evaluating needs no Con-D, and no teacher
+            own |= {key: None for key in ("language_teacher",) if key in own}
+            for part, off in (("mlm", {"cross_distillation": 0.0, "temperature": 1.0}), ("itm", {"synthetic": None})):
+                if isinstance(own.get(part), dict):
+                    own[part] = {key: off.get(key, value) for key, value in own[part].items()}
         if "model_type" not in own:
             found.add(f"model.model_type is None, but {own['arch']} has: {', '.join(model_types(own['arch']))}.")
         model = found(typed_block, "model", own)
@@ -376,6 +380,7 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
     elif teacher and model.arch != "blip2_mafa" and not weights["itc"] and not (of_words and weights["mlm"]):
         what = f"{keys[0]} and {keys[2]} are" if of_words else f"{keys[0]} is"
         yield f"model.itc.momentum_distillation is set, but {what} 0, so its teacher would teach nothing; allowed here: null."
+    yield from _language_teacher(model, weights)
     if ecm.ambiguous_from > ecm.threshold:
         yield (
             f"model.ecm.ambiguous_from is {ecm.ambiguous_from}, but must not exceed threshold ({ecm.threshold}); "
@@ -387,6 +392,41 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
         yield (
             f"model.ecm.enabled is true, but there is no model.discriminator (Con-D); give {{arch: {model.arch}, checkpoint: PATH}} "
             "or set ecm.enabled: false."
+        )
+
+
+def _language_teacher(model: Any, weights: dict[str, float]) -> Iterator[str]:
+    """ViLTA's: something to teach, one teacher a prediction, and somebody who knows which words fit."""
+    if not isinstance(model, AlbefBlock):
+        return
+    share, momentum, synthetic = model.mlm.cross_distillation, model.itc.momentum_distillation, model.itm.synthetic
+    key, by_teacher = "model.mlm.cross_distillation", synthetic is not None and synthetic.generator == "teacher"
+    if (share or by_teacher) and model.language_teacher is None:
+        asks = f"{key} is {share}" if share else "model.itm.synthetic.generator is teacher"
+        yield (
+            f"{asks}, but there is no model.language_teacher; give {{init: bert-base-uncased}}, or a folder that "
+            "`lavis-mafa train-teacher` made."
+        )
+    if share and not weights["mlm"]:
+        yield f"{key} is {share}, but masked language modelling is off, which it is a part of; allowed here: 0."
+    if share and momentum is not None and momentum.mlm and momentum.alpha:
+        yield (
+            f"{key} is {share}, but model.itc.momentum_distillation.mlm is true, and one prediction has one teacher; set "
+            "momentum_distillation.mlm: false, or cross_distillation: 0."
+        )
+    if model.language_teacher is not None and not share and not by_teacher:
+        yield (
+            f"model.language_teacher is set, but {key} is 0 and nothing else asks it; set that (ViLTA: 0.5) or model.itm.synthetic, or "
+            "leave the teacher out."
+        )
+    if model.mlm.temperature != 1 and not share:
+        yield f"model.mlm.temperature is {model.mlm.temperature}, but is cross_distillation's alone, which is 0; allowed here: 1."
+    if synthetic is not None and not weights["itm"]:
+        yield "model.itm.synthetic is set, but matching, whose negatives they are, is off; allowed here: null."
+    if synthetic is not None and not by_teacher and not weights["mlm"]:
+        yield (
+            "model.itm.synthetic.generator is model, but masked language modelling is off, so nothing trains the head that it asks; "
+            "allowed here: teacher."
         )
 
 

@@ -39,8 +39,31 @@ def words_of_bert(name: str | None) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def check_same_words(teacher: str, theirs: list[str], own: list[str]) -> None:
+    """A language teacher says which word by its number: its vocabulary is the model's, word for word; raises UserError."""
+    if theirs == own:
+        return
+    first = next((number for number, pair in enumerate(zip(theirs, own, strict=False)) if pair[0] != pair[1]), None)
+    how = f"{len(theirs)} words, not {len(own)}" if first is None else f"{theirs[first]!r} as word {first}, not {own[first]!r}"
+    raise UserError(
+        f"model.language_teacher.init is {teacher!r}, whose vocabulary has {how} as model.tokenizer; give a teacher with those words "
+        "(`lavis-mafa train-teacher` trains one on the captions)."
+    )
+
+
+def _vocabulary(name: str) -> list[str] | None:
+    """Of a local file or folder."""
+    path = Path(name).expanduser()
+    file = path / "vocab.txt" if path.is_dir() else path
+    return list(dict.fromkeys(file.read_text(encoding="utf-8").split("\n")[:-1])) if file.is_file() else None
+
+
 def check_words(block: Any) -> None:
-    """The tokenizer of a typed ``model:`` block has the words of the BERT that it starts from; raises UserError."""
+    """The tokenizer of a typed ``model:`` block has the words of the BERT that it starts from, and of its teacher; raises UserError."""
+    if (teacher := getattr(block, "language_teacher", None)) is not None:
+        own, theirs = _vocabulary(block.tokenizer), _vocabulary(teacher.init)
+        if own is not None and theirs is not None:
+            check_same_words(teacher.init, theirs, own)
     part = "qformer" if hasattr(block, "qformer") else "text_encoder"
     if block.arch not in ADDED or getattr(block, part).init is None:
         return

@@ -135,6 +135,32 @@ class Mlm:
     mask_probability: float = setting(
         0.5, "share of words that is masked; BERT's is 0.15; 0 is `weight: 0`", "GRIT-VLP Table 4", low=0, high=1
     )
+    cross_distillation: float = setting(
+        0.0, "weight of what `language_teacher` predicts from the whole text; 0 is off", "ViLTA sec. 3.2", low=0, high=1
+    )
+    temperature: float = setting(1.0, "by which that teacher's logits are divided: above 1 its predictions are softer", low=0.01)
+
+
+@dataclass
+class Synthetic:
+    """A text with one word replaced, as a further hard negative of its image."""
+
+    mode: str = setting(
+        "add", "`add` a pair for each image; `replace` its hardest text by it", "ViLTA sec. 3.3", choices=("add", "replace")
+    )
+    top_k: int = setting(50, "the so many most probable words at the place come into question", low=1)
+    generator: str = setting(
+        "teacher",
+        "who says which words fit: the frozen `language_teacher`, or the `model`'s own masked language modelling without an image",
+        "ViLTA Table 6",
+        choices=("teacher", "model"),
+    )
+    judge: bool = setting(True, "with ECM: Con-D is asked about these texts too, and those that may be true take no part")
+
+
+@dataclass
+class AlbefItm(ItmSettings):
+    synthetic: Synthetic | None = setting(None, "hard negatives by replaced words; null: none", "ViLTA sec. 3.3")
 
 
 @dataclass
@@ -188,6 +214,16 @@ class TextEncoder(MedEncoder):
     init: str | None = setting(..., BERT, "ALBEF sec. 3.5", path="name")
     layers: int = setting(..., "text and fusion layers together", low=1)
     fusion_layer: int = setting(..., "the first so many layers are text layers, the others fuse", "ALBEF sec. 3.1", low=1)
+
+
+@dataclass
+class LanguageTeacher:
+    init: str = setting(
+        ...,
+        "hub name or folder of a whole BERT with its head and the model's vocabulary; `lavis-mafa train-teacher` makes one",
+        "ViLTA sec. 3.2",
+        path="name",
+    )
 
 
 @dataclass(kw_only=True)
@@ -255,7 +291,9 @@ class AlbefBlock(MafaBlock):
     image_encoder: ImageEncoder = setting(..., "the ViT")
     text_encoder: TextEncoder = setting(..., "BERT, split into text and fusion layers")
     itc: AlbefItc = as_in(MafaBlock, "itc", AlbefItc)
+    itm: AlbefItm = as_in(MafaBlock, "itm", AlbefItm)
     mlm: Mlm = setting(Mlm, "masked language modelling", "ALBEF eq. 3")
+    language_teacher: LanguageTeacher | None = setting(None, "a frozen language model that never sees an image", "ViLTA sec. 3.2")
 
 
 @dataclass(kw_only=True)

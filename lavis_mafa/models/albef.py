@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,22 +17,29 @@ from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_text_encoder, build_tokenizer, with_bert
 from lavis_mafa.models.momentum import project
 from lavis_mafa.models.step import Encoded, StepInputs
+from lavis_mafa.models.synthetic_texts import ReplaceableWords
 from lavis_mafa.models.transformer import KeysValues, Reading, Tokens, named_images, on_device
-from lavis_mafa.objectives import mask_tokens, masked_lm_loss
+from lavis_mafa.objectives import ExtraPairs, mask_tokens, masked_lm_loss
 from lavis_mafa.objectives.lm import IGNORED
+from lavis_mafa.objectives.synthetic_negatives import draw, replacements
 
 
 @dataclass
 class AlbefPairs:
-    """K images and K texts as token states; an index may name any of them, also those gathered from other ranks."""
+    """K images and K texts as token states; an index may name any of them, also those gathered from other ranks.
+
+    Synthetic texts follow the K, for matching alone.
+    """
 
     model: AlbefMafa
     image_embeds: Tensor  # [K, N, width]
-    text_embeds: Tensor  # [K, T, width]
+    text_embeds: Tensor  # [K or K + B, T, width]
     text_ids: Tensor  # LongTensor[K, T] on the host
-    text_mask: Tensor  # BoolTensor[K, T] on the host
+    text_mask: Tensor  # BoolTensor[K or K + B, T] on the host
     momentum_image_embeds: Tensor | None = None  # [K, N, width]
     distillation: float = 0.0
+    teacher_states: Tensor | None = None  # [K, T, width of the language teacher], of the whole texts
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def keys_values(self) -> KeysValues:
@@ -59,12 +66,22 @@ class AlbefPairs:
         ids, labels = on_device(ids, model.device), on_device(labels.index_select(0, masked), model.device)
         chosen = reading.tokens_at(masked)
         logits = model.predict(model.text_encoder, ids, reading, images, chosen)
-        momentum_logits = None
+        soft, share = None, self.distillation
         if self.momentum_image_embeds is not None:
             with torch.no_grad():
                 images_m = model.text_encoder_m.bert.keys_values(named_images(self.momentum_image_embeds, image_index)[0])
-                momentum_logits = model.predict(model.text_encoder_m, ids, reading, images_m, chosen)
-        return masked_lm_loss(logits, labels, momentum_logits, self.distillation)
+                soft = model.predict(model.text_encoder_m, ids, reading, images_m, chosen)
+        elif self.teacher_states is not None:
+            soft, share = self._of_language(reading.rows.index_select(0, masked)), model.settings.mlm.cross_distillation
+            self.metrics["teacher_top1"] = (soft.argmax(dim=1) == labels).float().mean()
+            soft = soft / model.settings.mlm.temperature
+        return masked_lm_loss(logits, labels, soft, share)
+
+    def _of_language(self, rows: Tensor) -> Tensor:
+        """What the language teacher expects at places among K * T, LongTensor[N] on the host: -> logits [N, words]."""
+        teacher, states = self.model.language_teacher, self.teacher_states
+        assert teacher is not None and states is not None
+        return teacher.predict(states.flatten(0, 1).index_select(0, on_device(rows, states.device)))
 
     def _reading(self, image_index: Tensor, text_index: Tensor) -> tuple[KeysValues, Reading]:
         named, index = named_images(self.image_embeds, image_index)
@@ -95,6 +112,8 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
 
     def add_text(self, settings: Any, encoder_width: int, words: int) -> None:
         self.text_encoder = build_text_encoder(settings, encoder_width, words)
+        synthetic, asked = self.settings.itm.synthetic, loss_weights(self.settings)["itm"] > 0
+        self.replaceable = ReplaceableWords(self.tokenizer, synthetic.top_k) if synthetic is not None and asked else None
         fusion = range(settings.fusion_layer, settings.layers)
         self.trained_by = {
             PROJECTIONS: {"itc"},
@@ -112,11 +131,63 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         distillation = self.settings.itc.momentum_distillation
         if distillation is not None and not (distillation.mlm and loss_weights(self.settings)["mlm"]):
             momentum_images = None  # nobody asks it about words
+        teacher_states = None
+        if self.language_teacher is not None and self.settings.mlm.cross_distillation and loss_weights(self.settings)["mlm"]:
+            teacher_states = self.language_teacher.states(*own, self.reading(own[1]))
+        synthetic = self._synthetic(inputs, *own, teacher_states)
         if self.gathers:
             images, texts = gather_own_first(images, with_gradient=True), gather_own_first(texts, with_gradient=True)
             momentum_images = None if momentum_images is None else gather_own_first(momentum_images)
-        pairs = AlbefPairs(self, images, texts, ids, mask, momentum_images, batch.distillation)
+            teacher_states = None if teacher_states is None else gather_own_first(teacher_states)
+        if synthetic is not None:
+            states, batch.extra = synthetic
+            batch.extra = replace(batch.extra, text_index=batch.extra.text_index + len(mask))
+            texts, mask = torch.cat([texts, states]), torch.cat([mask, own[1]])
+        metrics = {} if synthetic is None else {"synthetic_share": synthetic[1].weight.mean()}
+        pairs = AlbefPairs(self, images, texts, ids, mask, momentum_images, batch.distillation, teacher_states, metrics)
         return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
+
+    def _synthetic(
+        self, inputs: StepInputs, ids: Tensor, mask: Tensor, teacher_states: Tensor | None
+    ) -> tuple[Tensor, ExtraPairs] | None:
+        """Each of B texts with one word replaced, as states [B, T, width], and its pair with its image (ViLTA section 3.3).
+
+        ``teacher_states``: [B, T, width of the language teacher] of the whole texts, where it has read them. Texts count from 0.
+        """
+        how, count = self.settings.itm.synthetic, len(ids)
+        teacher = self.language_teacher if how is not None and how.generator == "teacher" else None
+        if how is None or self.replaceable is None or (how.generator == "teacher" and teacher is None):
+            return None
+        place = self.replaceable.choose(ids)
+        exists, at = on_device((place >= 0).float(), self.device), place.clamp_min(0)[:, None]
+        tokens = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1) + at[:, 0]  # among all S
+        masked = ids.scatter(1, at, self.tokenizer.mask_token_id)
+        if teacher is None:
+            fits, known = self._without_image(masked, mask, tokens), self._without_image(ids, mask, tokens)
+        else:
+            reading = self.reading(mask)
+            chosen = reading.tokens_at(tokens)
+            fits = teacher.predict(teacher.read(masked, reading, chosen))
+            if teacher_states is None:
+                known = teacher.predict(teacher.read(ids, reading, chosen))
+            else:
+                known = teacher.predict(teacher_states[torch.arange(count, device=self.device), on_device(at[:, 0], self.device)])
+        original, at = on_device(ids.gather(1, at), self.device), on_device(at, self.device)
+        word = draw(*replacements(fits, known, original[:, 0], on_device(self.replaceable.content, self.device), how.top_k))
+        words = on_device(ids, self.device).scatter(1, at, word[:, None])
+        own, texts = torch.arange(count, device=self.device), None
+        if how.judge and self._asks(inputs):
+            texts = self.tokenizer.batch_decode(words, skip_special_tokens=True)
+        extra = ExtraPairs(own, own, torch.zeros_like(own), exists, texts, in_place=how.mode == "replace")
+        return self.text_states(words, mask), extra
+
+    @torch.no_grad()
+    def _without_image(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """What masked language modelling expects at one token of each text, all of an image's being zero: -> [B, words]."""
+        nothing = torch.zeros(1, 1, self.settings.image_encoder.width, device=self.device)
+        every = torch.arange(len(ids))
+        reading = Reading.of(mask, self.device, every, torch.zeros_like(every), 1)
+        return self.predict(self.text_encoder, reading.take(ids), reading, self.keys_values(nothing), reading.tokens_at(tokens))
 
     def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
         """Texts are read once, and then fused with any image."""

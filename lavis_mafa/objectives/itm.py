@@ -22,13 +22,52 @@ class CandidatePairs:
 
 
 @dataclass(frozen=True)
-class ItmPairs:
-    """The 3B pairs of the matching loss; weight 0 marks a pair that takes no part (shapes stay static)."""
+class ExtraPairs:
+    """E pairs with images or texts beyond the batch, such as a text with one word replaced; the matching loss alone sees them.
 
-    image_index: Tensor  # LongTensor[3B]
-    text_index: Tensor  # LongTensor[3B]
-    label: Tensor  # LongTensor[3B], 1 matches
-    weight: Tensor  # Tensor[3B], 0 or 1
+    They are no candidates: not mined, not contrasted, in no language model, in no queue and no record of verdicts.
+    """
+
+    image_index: Tensor  # LongTensor[E]; from K on rows beyond the K candidates, likewise of texts
+    text_index: Tensor  # LongTensor[E]
+    label: Tensor  # LongTensor[E], 1 matches
+    weight: Tensor  # Tensor[E], 0 or 1
+    texts: list[str] | None = None  # what text rows K, K + 1, ... say: Con-D is asked about these pairs; None: it is not
+    in_place: bool = False  # pair b (of B) is image b's, and takes the place of that image's hardest text
+
+
+@dataclass(frozen=True)
+class ItmPairs:
+    """The P = 3B pairs of the matching loss, and extra ones; weight 0 marks a pair that takes no part (shapes stay static)."""
+
+    image_index: Tensor  # LongTensor[P]
+    text_index: Tensor  # LongTensor[P]
+    label: Tensor  # LongTensor[P], 1 matches
+    weight: Tensor  # Tensor[P], 0 or 1
+    extra: Tensor | None = None  # BoolTensor[P]: is it one of ExtraPairs; None: there are none
+
+    def extended(self, extra: ExtraPairs | None) -> ItmPairs:
+        """With extra pairs, at the end or in the place of hardest texts. The loss stays the mean over all pairs of weight 1."""
+        if extra is None:
+            return self
+        if not extra.in_place:
+            columns = ("image_index", "text_index", "label", "weight")
+            joined = {name: torch.cat([getattr(self, name), getattr(extra, name)]) for name in columns}
+            is_extra = torch.arange(len(joined["label"]), device=self.label.device) >= len(self.label)
+            return ItmPairs(**joined, extra=is_extra)
+        taken = extra.weight > 0  # an image without an extra pair keeps its hardest text
+
+        def put(new: Tensor, old: Tensor) -> Tensor:
+            own, hardest, of_texts = old.chunk(3)
+            return torch.cat([own, torch.where(taken, new, hardest), of_texts])
+
+        return ItmPairs(
+            self.image_index,
+            put(extra.text_index, self.text_index),
+            put(extra.label, self.label),
+            put(extra.weight, self.weight),
+            extra=put(taken, torch.zeros_like(self.label, dtype=torch.bool)),
+        )
 
 
 def candidate_pairs(negatives: HardNegatives, second: bool = False) -> CandidatePairs:
@@ -85,7 +124,7 @@ def itm_pairs(
 
 
 def itm_loss(logits: Tensor, pairs: ItmPairs) -> Tensor:
-    """Cross-entropy of the matching head, averaged over the pairs that remain (MAFA eq. 3): [3B, 2], column 1 "matches" -> []."""
+    """Cross-entropy of the matching head, averaged over the pairs that remain (MAFA eq. 3): [P, 2], column 1 "matches" -> []."""
     per_pair = F.cross_entropy(logits.float(), pairs.label, reduction="none")
     return (per_pair * pairs.weight).sum() / pairs.weight.sum()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lavis_mafa.objectives.connections import Connections, check_probabilities, is_probability, sorted_connections
 from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
-from lavis_mafa.objectives.itm import CandidatePairs, ItmPairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
+from lavis_mafa.objectives.itm import CandidatePairs, ExtraPairs, ItmPairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
 from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
 from lavis_mafa.objectives.momentum import distilled_targets
 from lavis_mafa.objectives.setting import setting
@@ -34,7 +34,11 @@ class Discriminator(Protocol):
     """Con-D: how probable is it that a pair matches."""
 
     def match_probability(self, samples: dict[str, Any], image_index: Tensor, text_index: Tensor) -> Tensor:
-        """LongTensor[P], LongTensor[P] -> Tensor[P] in [0, 1], without gradients."""
+        """LongTensor[P], LongTensor[P] -> Tensor[P] in [0, 1], without gradients.
+
+        A text beyond the K candidates is one of ``samples["more_texts"]``, a list of this process's own; it is there with extra pairs
+        that are to be judged alone.
+        """
         ...
 
 
@@ -109,6 +113,7 @@ class EncodedBatch:
     teacher_i2t: Tensor | None = None  # [B, C] the momentum model's cosines
     teacher_t2i: Tensor | None = None
     distillation: float = 0.0  # alpha of ALBEF eq. 6
+    extra: ExtraPairs | None = None
 
 
 @dataclass
@@ -182,23 +187,25 @@ def mafa_step(
         sampling_scores(batch.sim_t2i[:, :count], batch.temperature, settings.negatives),
         known,
     )
-    mined = Mined(candidate_pairs(negatives))
+    mined, extra = Mined(candidate_pairs(negatives)), batch.extra if settings.itm_weight else None
     if ecm.enabled:
         if discriminator is None:
             raise ValueError("ecm.enabled is true, but no discriminator (Con-D) was set")
-        mined = _ask(discriminator, samples, _with_similarity(mined.pairs, batch), ecm)
+        mined, extra = _ask(discriminator, samples, _with_similarity(mined.pairs, batch), extra, ecm)
     verdicts = mined.connections
 
-    metrics, ranges = {}, {"similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach()}
+    metrics: dict[str, Tensor] = {}
+    ranges = {"similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach()}
     loss_itc = loss_itm = loss_lm = None
     if settings.itc.weight:
         loss_itc = _contrast(batch, mined, settings)
     pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
+    pairs = pairs.extended(extra)
     image_index, text_index, new_image, new_text = _on_host(pairs, mined, count)
     if settings.itm_weight:
         logits = model.itm_logits(image_index, text_index)
         loss_itm = itm_loss(logits, pairs)
-        metrics["itm_accuracy_positive"], metrics["itm_accuracy_negative"] = itm_accuracy(logits.detach(), pairs)
+        metrics |= _accuracies(logits.detach(), pairs)
         ranges["itm_logits"] = value_range(logits)
     if settings.lm_weight:
         own = torch.arange(own_count)
@@ -210,6 +217,8 @@ def mafa_step(
         asked = mined.pairs.exists.sum().clamp_min(1)
         metrics["new_positive_share"] = verdicts.positive.sum() / asked
         metrics["ambiguous_share"] = verdicts.ambiguous.sum() / asked
+    if extra is not None and batch.extra is not None and extra is not batch.extra:
+        metrics["extra_judged_true_share"] = 1 - extra.weight.sum() / batch.extra.weight.sum()
     metrics["temperature"] = batch.temperature.detach()
     ranges["temperature"] = value_range(batch.temperature)
     if mined.probability is not None:
@@ -219,11 +228,32 @@ def mafa_step(
 
 
 @torch.no_grad()
-def _ask(discriminator: Discriminator, samples: dict[str, Any], pairs: CandidatePairs, ecm: EcmSettings) -> Mined:
-    probability = discriminator.match_probability(samples, pairs.image_index, pairs.text_index)
+def _ask(
+    discriminator: Discriminator, samples: dict[str, Any], pairs: CandidatePairs, extra: ExtraPairs | None, ecm: EcmSettings
+) -> tuple[Mined, ExtraPairs | None]:
+    """Verdicts on the candidates; and the extra pairs, where these are to be judged, without those negatives that may match."""
+    image_index, text_index, count = pairs.image_index, pairs.text_index, len(pairs.exists)
+    if extra is not None and extra.texts is not None:
+        samples = {**samples, "more_texts": extra.texts}
+        image_index, text_index = torch.cat([image_index, extra.image_index]), torch.cat([text_index, extra.text_index])
+    answers = discriminator.match_probability(samples, image_index, text_index)
+    probability, of_extra = answers[:count], answers[count:]
+    if extra is not None and extra.texts is not None:
+        kept = (extra.label == 1) | (of_extra <= ecm.ambiguous_from)
+        extra = replace(extra, weight=extra.weight * kept)
     # an anchor without a candidate was asked about its own pair: no verdict on it counts
     counted = torch.where(pairs.exists, probability, 0.0)
-    return Mined(pairs, probability, sorted_connections(counted, ecm.threshold, ecm.ambiguous_from))
+    return Mined(pairs, probability, sorted_connections(counted, ecm.threshold, ecm.ambiguous_from)), extra
+
+
+def _accuracies(logits: Tensor, pairs: ItmPairs) -> dict[str, Tensor]:
+    """Of the matching head, on extra pairs apart."""
+    accuracies = {}
+    parts = {"": pairs.extra} if pairs.extra is None else {"": ~pairs.extra, "extra_": pairs.extra}
+    for name, part in parts.items():
+        of_part = pairs if part is None else replace(pairs, weight=pairs.weight * part)
+        accuracies[f"itm_accuracy_{name}positive"], accuracies[f"itm_accuracy_{name}negative"] = itm_accuracy(logits, of_part)
+    return accuracies
 
 
 def _with_similarity(pairs: CandidatePairs, batch: EncodedBatch) -> CandidatePairs:

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+from transformers import BertConfig
 
 from lavis_mafa.config.schema import FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
@@ -29,6 +30,7 @@ from lavis_mafa.models import blip2, qformer, transformer
 from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
 from lavis_mafa.models.con_d import as_con_d, untrained
 from lavis_mafa.models.encoders import PRECISIONS
+from lavis_mafa.models.language_teacher import untrained_teacher
 from lavis_mafa.plugin import register
 
 # width, layers, heads as released, all with 50,272 words (OPT, Table 1); 350m is built differently
@@ -37,6 +39,7 @@ BERT_WORDS = 30522
 # the parts of a step; ITC is also what belongs to no other
 IMAGE, TEXT, TEACHER, ITC, ITM, LM = "image encoder", "text encoder", "momentum teacher", "ITC", "ITM", "LM"
 QUERIES, CON_D, CON_D_VIT = "Q-Former's queries", "Con-D, matching", "Con-D, image encoder"
+LANGUAGE = "language teacher"
 # torch counts attention on GPUs alone; that its kernels compute the logits again in backward is none of the model's work
 ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -143,7 +146,10 @@ def build(settings: Any) -> Any:
     plain = _without_files(settings)
     with _vocabulary(plain), NoValues():
         if settings.arch != "blip2_opt_mafa":
-            return registry.get_model_class(settings.arch)(plain).train()
+            model = registry.get_model_class(settings.arch)(plain).train()
+            if (teacher := getattr(settings, "language_teacher", None)) is not None:
+                model.set_language_teacher(untrained_teacher(len(model.tokenizer), *_bert_sizes(teacher.init)))
+            return model
         plain.max_text_length = min(settings.max_text_length, POSITIONS - settings.qformer.queries)
         model, language = Blip2OptMafa(plain), settings.language_model
         if language.init is not None:  # then of the size of what it would download
@@ -154,6 +160,12 @@ def build(settings: Any) -> Any:
             model.opt_proj = nn.Linear(settings.qformer.width, model.opt_model.config.hidden_size)
         model.max_txt_len = settings.max_text_length
         return model.train()
+
+
+def _bert_sizes(init: str) -> tuple[int, int, int]:
+    """Width, layers and heads of a local folder's BERT; of any other name those of BERT base."""
+    config = BertConfig.from_pretrained(init) if Path(init).is_dir() else BertConfig()
+    return config.hidden_size, config.num_hidden_layers, config.num_attention_heads
 
 
 def build_con_d(settings: Any, own_vit: bool = False) -> Any:
@@ -205,6 +217,7 @@ def weights_of(model: Any, con_d: Any) -> Weights:
     for name, weight in model.named_parameters():
         kind = "teacher" if name.split(".")[0].endswith("_m") else "trained" if weight.requires_grad else "frozen"
         groups[kind].append(weight)
+    groups["teacher"] += [weight for module in _modules_of(getattr(model, "language_teacher", None)) for weight in module.parameters()]
     groups["con_d"] = [weight for module in _modules_of(con_d) for weight in module.parameters()]
     counts = {kind: sum(weight.numel() for weight in group) for kind, group in groups.items()}
     sizes = {f"bytes_{kind}": sum(weight.nbytes for weight in group) for kind, group in groups.items()}
@@ -294,6 +307,9 @@ class _Step:
         self.held: dict[int, Tensor] = {}  # by storage; kept, so that no storage's address is used twice
         for name, module in model.named_children():
             self._watch(module, TEACHER if name.endswith("_m") else BY_MODULE.get(name, ITC), reads_words=name == "Qformer")
+        for module in _modules_of(getattr(model, "language_teacher", None)):
+            self._watch(module, LANGUAGE)
+            model.tokenizer.batch_decode = lambda ids, **_: ["a " * size.text_length] * len(ids)  # which have no values to read
         for holder in (con_d, *_modules_of(con_d)):
             if vit := getattr(holder, "visual_encoder", None):
                 self._watch(vit, IMAGE)
@@ -326,7 +342,7 @@ class _Step:
             stack.enter_context(patch(f"{transformer.__name__}.lengths_of", lambda mask: [mask.shape[1]] * len(mask)))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(NoValues(self))
-            for module in (self.model, *_modules_of(self.con_d)):
+            for module in (self.model, *_modules_of(self.con_d), *_modules_of(getattr(self.model, "language_teacher", None))):
                 _move(module, device)
                 self.held |= {t.untyped_storage()._cdata: t for t in (*module.parameters(), *module.buffers())}
             yield

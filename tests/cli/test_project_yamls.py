@@ -23,6 +23,8 @@ from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.read import project_files, projects_root
 from lavis_mafa.config.schema import typed_block
 from lavis_mafa.errors import UserError
+from lavis_mafa.models.language_teacher import untrained_teacher
+from lavis_mafa.models.synthetic_texts import ReplaceableWords
 from lavis_mafa.tools.ablate import Row, concrete, load_tables
 
 pytestmark = pytest.mark.slow
@@ -362,6 +364,9 @@ def test_the_model_takes_a_step_at_a_small_size(name):
     model.batch_scope = run.grit.batch_scope
     if hasattr(settings, "ecm"):
         model.set_discriminator(NoFalseNegatives() if settings.ecm.enabled else None)
+    if getattr(settings, "language_teacher", None) is not None:
+        model.set_language_teacher(untrained_teacher(len(model.tokenizer), width=32, layers=1, heads=2))
+        model.replaceable = ReplaceableWords(model.tokenizer, settings.itm.synthetic.top_k)
     size = settings.image_encoder.image_size
     output = model({"image": torch.randn(2, 3, size, size), "text_input": CAPTIONS, "grouped": True})
     output.loss.backward()

@@ -16,7 +16,7 @@ import reduced
 from lavis_mafa.config.schema import con_d_block
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.con_d import GroundTruthDiscriminator, build_discriminator
+from lavis_mafa.models.con_d import GroundTruthDiscriminator, as_con_d, build_discriminator
 from lavis_mafa.models.vit import resize_images
 from lavis_mafa.processors import AlbefImageEvalProcessor
 
@@ -187,6 +187,20 @@ def test_a_harmless_object_beside_the_weights_is_refused_with_advice(tmp_path):
         build_discriminator(block(tmp_path / "namespace.pth"))
 
 
+# --- texts beyond the batch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", families.REDUCED)
+@pytest.mark.parametrize("longest_first", [True, False])
+def test_texts_beyond_the_batch_are_judged_as_those_of_it(name, longest_first):
+    family = families.REDUCED[name]
+    con_d, samples = as_con_d(family.ours(3)), family.batch(4)
+    texts = sorted(samples["text_input"], key=len, reverse=longest_first)
+    wanted = con_d.match_probability({**samples, "text_input": texts}, IMAGE, TEXT)
+    found = con_d.match_probability({**samples, "text_input": texts[:2], "more_texts": texts[2:]}, IMAGE, TEXT)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
 # --- images of another size --------------------------------------------------------------------------------------------
 
 
@@ -249,6 +263,9 @@ def test_ground_truth_is_the_truth():
         "text_key": torch.tensor([truth.text_key(t) for t in texts]),
     }
     image, text = torch.arange(4).repeat_interleave(4), torch.arange(4).repeat(4)
+    found = GroundTruthDiscriminator(truth).match_probability(samples, image, text).view(4, 4)
+    assert found.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    samples["text_key"], samples["more_texts"] = samples["text_key"][:2], ["cat", "a cat"]  # one is a caption of the data
     found = GroundTruthDiscriminator(truth).match_probability(samples, image, text).view(4, 4)
     assert found.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     assert build_discriminator(block(None, "ground_truth")) is None  # the task sets it: it knows the data

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import step_oracle
-from lavis_mafa.objectives import EcmSettings, EncodedBatch, ItcSettings, StepSettings, known_positives, mafa_step, text_key
+from lavis_mafa.objectives import EcmSettings, EncodedBatch, ExtraPairs, ItcSettings, StepSettings, known_positives, mafa_step, text_key
 
 B, K, TEMPERATURE = 6, 6, 0.1
 
@@ -81,8 +81,9 @@ class Problem:
     alpha: float
     keys: torch.Tensor  # [C, 2]
     candidates: int
-    con_d: torch.Tensor  # [K, K]
+    con_d: torch.Tensor  # [K, K], with extra rows more
     seed: int
+    extra: ExtraPairs | None = None
 
     def encoded(self) -> EncodedBatch:
         sims, teacher = self.sims.clone().requires_grad_(), None
@@ -94,6 +95,7 @@ class Problem:
             self.candidates,
             *((None, None) if teacher is None else teacher),
             distillation=self.alpha,
+            extra=self.extra,
         )
         batch.leaves = sims, teacher
         return batch
@@ -119,10 +121,34 @@ class Problem:
             con_d=self.con_d.tolist(),
             itm_logits=pairs.itm.tolist(),
             lm_losses=pairs.lm.tolist(),
+            **{} if self.extra is None else self._extra_as_lists(self.extra),
         )
 
+    @staticmethod
+    def _extra_as_lists(extra: ExtraPairs):
+        columns = (column.long().tolist() for column in (extra.image_index, extra.text_index, extra.label, extra.weight))
+        return {"extra": list(zip(*columns, strict=True)), "judged": extra.texts is not None, "in_place": extra.in_place}
 
-def problem(rows: int, more: int, queue: int, teacher: bool, known: int, seed: int, ties: bool = True) -> Problem:
+
+EXTRA = st.sampled_from([None, None, "texts", "texts, judged", "texts in place", "texts in place, judged", "images and texts"])
+
+
+def extra_pairs(kind: str | None, rows: int, candidates: int, generator: torch.Generator) -> ExtraPairs | None:
+    """A text beyond the candidates for each image; or two images and two texts in all sorts of pairs."""
+    if kind is None:
+        return None
+    own, beyond = torch.arange(rows), candidates + torch.arange(rows)
+    weight = torch.randint(2, (rows,), generator=generator).float()
+    if kind == "images and texts":
+        image, text = (torch.tensor(rows_) for rows_ in ([candidates, candidates, 0], [0, candidates, candidates]))
+        return ExtraPairs(image, text, torch.tensor([1, 0, 0]), torch.tensor([1.0, 1.0, 0.0]))
+    texts = [f"text {b}" for b in range(rows)] if "judged" in kind else None
+    return ExtraPairs(own, beyond, torch.zeros_like(own), weight, texts, "in place" in kind)
+
+
+def problem(
+    rows: int, more: int, queue: int, teacher: bool, known: int, seed: int, ties: bool = True, extra: str | None = None
+) -> Problem:
     """``more`` candidates of other ranks, ``queue`` further keys; of ``known`` images and texts (0: nothing is known)."""
     generator = torch.Generator().manual_seed(seed)
     candidates = rows + more
@@ -133,14 +159,16 @@ def problem(rows: int, more: int, queue: int, teacher: bool, known: int, seed: i
     keys = torch.full((candidates + queue, 2), -1)
     if known:
         keys = torch.randint(-1, known, keys.shape, generator=generator)
+    probability = probabilities[torch.randint(len(probabilities), (candidates + rows, candidates + rows), generator=generator)]
     return Problem(
         sims,
         torch.rand(sims.shape, generator=generator) * 2 - 1 if teacher else None,
         0.4 if teacher else 0.0,
         keys,
         candidates,
-        probabilities[torch.randint(len(probabilities), (candidates, candidates), generator=generator)],
+        probability,
         seed,
+        extra_pairs(extra, rows, candidates, generator),
     )
 
 
@@ -154,10 +182,12 @@ def problem(rows: int, more: int, queue: int, teacher: bool, known: int, seed: i
     teacher=st.booleans(),
     known=st.sampled_from([0, 2, 6, 30]),
     seed=st.integers(0, 10**6),
+    extra=EXTRA,
 )
-def test_the_step_equals_the_loops(how, weights, rows, more, queue, teacher, known, seed):
+def test_the_step_equals_the_loops(how, weights, rows, more, queue, teacher, known, seed, extra):
     how = replace(how, itc=replace(how.itc, weight=weights[0]), itm_weight=weights[1], lm_weight=weights[2])
-    given_, pairs = problem(rows, more, queue, teacher, known, seed), TablePairs(seed, rows + more)
+    given_ = problem(rows, more, queue, teacher, known, seed, extra=extra)
+    pairs = TablePairs(seed, 2 * rows + more)
     encoded, as_lists = given_.encoded(), given_.as_lists(pairs, how)
     if how.negatives == "sampled":  # rounding decides between scores that are all but equal
         scores = given_.sims[:, :, : rows + more] / 0.25 + torch.tensor(as_lists.noise)
@@ -182,7 +212,8 @@ def test_the_step_equals_the_loops(how, weights, rows, more, queue, teacher, kno
     # no pass of a loss that is off; the others are asked about the right pairs
     assert (pairs.asked_itm is None) == (weights[1] == 0) and (pairs.asked_lm is None) == (weights[2] == 0)
     assert not Counter((i, t) for i, t, _ in wanted.itm) - Counter(pairs.asked_itm or [])
-    assert pairs.asked_itm is None or len(pairs.asked_itm) == 3 * rows  # static shapes
+    appended = 0 if given_.extra is None or given_.extra.in_place else len(given_.extra.label)
+    assert pairs.asked_itm is None or len(pairs.asked_itm) == 3 * rows + appended  # static shapes
     assert (pairs.asked_lm or []) == wanted.lm
     sims, of_teacher = encoded.leaves
     if weights[0]:

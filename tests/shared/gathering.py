@@ -18,6 +18,7 @@ import reduced
 import reduced_blip
 from lavis_mafa.models import albef as albef_mafa
 from lavis_mafa.models import blip as blip_mafa
+from lavis_mafa.models import synthetic_texts
 
 # both halves have 33 tokens: a mean over the tokens of each process is then that over all; one caption is on both processes
 CAPTIONS = [*reduced.CAPTIONS, "a tall man in a green hat", reduced.CAPTIONS[3], "an old boat"]
@@ -36,8 +37,16 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "lm alone": (blip_mafa, reduced_blip.ours, {"itc": {"weight": 0}, "itm": {"weight": 0}}),
     "teacher": (albef_mafa, reduced.ours, {"mlm": {"mask_probability": 0}, "itc": {"momentum_distillation": {"queue_size": 12}}}),
+    "synthetic": (  # the first word that may be replaced, by the one word that comes into question: nothing is drawn
+        albef_mafa,
+        reduced.ours,
+        {"mlm": {"mask_probability": 0}, "itm": {"synthetic": {"top_k": 1, "generator": "model"}}},
+    ),
     "no queue": (blip_mafa, reduced_blip.ours, {"itc": {"momentum_distillation": {"queue_size": 0}}}),
 }
+
+
+synthetic_texts.choose_place = lambda eligible: torch.where(eligible.any(dim=1), eligible.float().argmax(dim=1), -1)
 
 
 class EveryOther:

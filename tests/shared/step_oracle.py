@@ -22,6 +22,9 @@ class Given:
     con_d: list[list[float]]  # [K][K] of image and text
     itm_logits: list[list[list[float]]]  # [K][K][2]
     lm_losses: list[list[float]]  # [K][K]
+    extra: list[tuple[int, int, int, int]] = field(default_factory=list)  # image, text, label, weight
+    judged: bool = False  # is Con-D asked about them
+    in_place: bool = False  # of the images' hardest texts
 
 
 @dataclass
@@ -146,7 +149,15 @@ def match(given: Given, settings, mined, positive, ambiguous, found: Found) -> N
     """Eq. 3 over the own pairs and the hard negatives with their corrected labels."""
     ecm = settings.ecm
     pairs = [(b, b, 1) for b in range(len(given.sims[0]))]
+    extra = [pair for *pair, weight in given.extra if weight]
+    asked = ecm.enabled and given.judged
+    kept = [(i, t, y) for i, t, y in extra if y == 1 or not asked or given.con_d[i][t] <= ecm.ambiguous_from]
+    taken = {image for image, _, _ in kept} if given.in_place else set()
+    if asked:
+        found.metrics["extra_judged_true_share"] = 1 - len(kept) / len(extra) if extra else math.nan
     for direction, b, hardest, second in mined:
+        if direction == 0 and b in taken:
+            continue
         other, label = hardest, 0
         if "itm" in ecm.use_in and (direction, b) in positive:
             label = 1
@@ -155,16 +166,19 @@ def match(given: Given, settings, mined, positive, ambiguous, found: Found) -> N
             other = second
         if other is not None:
             pairs.append((b, other, label) if direction == 0 else (other, b, label))
+    own, pairs = len(pairs), pairs + kept
     found.itm, found.losses["itm"] = pairs, 0.0
-    right: dict[int, list[bool]] = {0: [], 1: []}
-    for image, text, label in pairs:
+    right: dict[tuple[bool, int], list[bool]] = {(extra, label): [] for extra in (False, True) for label in (0, 1)}
+    for number, (image, text, label) in enumerate(pairs):
         logits = given.itm_logits[image][text]
         predicted = softmax(logits)
         found.losses["itm"] -= math.log(predicted[label]) / len(pairs)
-        right[label].append((logits[1] > logits[0]) == bool(label))
+        right[number >= own, label].append((logits[1] > logits[0]) == bool(label))
         for which in (0, 1):
             place = (image, text, which)
             gradient = settings.itm_weight * (predicted[which] - (which == label)) / len(pairs)
             found.of_itm[place] = found.of_itm.get(place, 0.0) + gradient
-    for label, name in ((1, "itm_accuracy_positive"), (0, "itm_accuracy_negative")):
-        found.metrics[name] = sum(right[label]) / len(right[label]) if right[label] else math.nan
+    for (of_extra, label), answers in right.items():
+        if given.extra or not of_extra:
+            name = f"itm_accuracy_{'extra_' * of_extra}{('negative', 'positive')[label]}"
+            found.metrics[name] = sum(answers) / len(answers) if answers else math.nan
