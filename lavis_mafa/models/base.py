@@ -329,11 +329,12 @@ class MafaModel(nn.Module, Generic[Block]):
         return texts, self.text_features(texts)
 
     def retrieval_scores(self, data_loader: Any, run: Any) -> RetrievalScores:
-        """Scores of an evaluation set by ``run.rank_by`` (null or absent: this model's own) with ``run.k_test``, and cosines."""
-        rank_by, allowed = getattr(run, "rank_by", None) or self.rank_by, CHOICES["run.rank_by"]
+        """Scores of an evaluation set by ``run.rank_by`` (null or absent: this model's own, or ``itc`` where ``run.k_test`` is 0), and
+        cosines."""
+        top_k, allowed = getattr(run, "k_test", None), CHOICES["run.rank_by"]
+        rank_by = getattr(run, "rank_by", None) or ("itc" if top_k == 0 else self.rank_by)
         if rank_by not in allowed:  # LAVIS's tasks check nothing
             raise UserError(f"run.rank_by is {rank_by!r}, but must be one of {', '.join(allowed)}, or null.")
-        top_k = getattr(run, "k_test", None)
         if rank_by != "itc" and (not isinstance(top_k, int) or top_k < 1):
             raise UserError(f"run.k_test is {top_k!r}, but must be a whole number, 1 or more.")
         return retrieval_scores(self, data_loader, top_k or 0, rank_by)

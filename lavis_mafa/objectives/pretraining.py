@@ -77,9 +77,9 @@ class ItmSettings:
     weight: float = setting(1.0, OF_THE_SUM, "GRIT-VLP Table 5", low=0)
     negatives: str = setting(
         "hardest",
-        "`hardest` (GRIT-VLP, MAFA), `sampled` by similarity (ALBEF), `random` (ITM_rand)",
-        "GRIT-VLP Table 4",
-        choices=("hardest", "sampled", "random"),
+        "`hardest` (GRIT-VLP, MAFA), `sampled` by similarity (ALBEF), `random` (ITM_rand); `none`: as `weight: 0`",
+        "GRIT-VLP Tables 4, 5",
+        choices=("hardest", "sampled", "random", "none"),
     )
 
 
@@ -158,7 +158,8 @@ def mafa_step(
     """Mine, judge, correct the labels, and compute the three losses (MAFA Algorithm 1, eq. 6).
 
     With ``ecm.enabled: false`` and ``itc.smoothing: 0`` this is ALBEF without momentum distillation. A loss of weight 0 costs nothing:
-    its pass does not run. Without ITC the negatives are still those that the similarities, whoever trained them, name.
+    its pass does not run. Without ITC the negatives are still those that the similarities, whoever trained them, name; where ITM has
+    none (``negatives``), it is off, and Con-D is asked about the hardest pairs.
 
     Similarities that are not finite make losses that are not finite, and no exception: whether to skip such a step is the caller's.
 
@@ -173,13 +174,14 @@ def mafa_step(
         ValueError: ECM without a discriminator, probabilities that are none (see :func:`judge_connections`), or no loss at all.
     """
     ecm, count, own_count = settings.ecm, batch.candidates, len(batch.sim_i2t)
-    weights = settings.itc.weight, settings.itm_weight, settings.lm_weight
+    itm_weight, how = (0.0, "hardest") if settings.negatives == "none" else (settings.itm_weight, settings.negatives)
+    weights = settings.itc.weight, itm_weight, settings.lm_weight
     if not any(weights):
         raise ValueError("the weights of all losses are 0")
     known = batch.known_positive[:, :count]
     negatives = mine_hard_negatives(
-        sampling_scores(batch.sim_i2t[:, :count], batch.temperature, settings.negatives),
-        sampling_scores(batch.sim_t2i[:, :count], batch.temperature, settings.negatives),
+        sampling_scores(batch.sim_i2t[:, :count], batch.temperature, how),
+        sampling_scores(batch.sim_t2i[:, :count], batch.temperature, how),
         known,
     )
     mined = Mined(candidate_pairs(negatives))
@@ -195,7 +197,7 @@ def mafa_step(
         loss_itc = _contrast(batch, mined, settings)
     pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
     image_index, text_index, new_image, new_text = _on_host(pairs, mined, count)
-    if settings.itm_weight:
+    if itm_weight:
         logits = model.itm_logits(image_index, text_index)
         loss_itm = itm_loss(logits, pairs)
         metrics["itm_accuracy_positive"], metrics["itm_accuracy_negative"] = itm_accuracy(logits.detach(), pairs)

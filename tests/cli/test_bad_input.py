@@ -70,9 +70,12 @@ WRONG_SETTINGS = [
     ("model.lm.weight=0", "model.lm is not a setting", "Allowed:"),
     (
         "model={itc: {weight: 0}, itm: {weight: 0}, mlm: {weight: 0}}",
-        "model.itc.weight, model.itm.weight, model.mlm.weight are all 0",
+        "model.itc.weight is 0, model.itm.weight is 0, model.mlm.weight is 0, so there is nothing to train",
         "one",
     ),
+    ("model={itm: {negatives: none}, ecm: {use_in: [itm]}}", "use_in is [itm], but model.itm.negatives is none", "a loss that is on"),
+    ("model={itc: {weight: 0}, itm: {negatives: none}, mlm: {mask_probability: 0}}", "model.itm.negatives is none, ", "one of them on"),
+    ("run={k_test: 0, rank_by: itm}", "run.k_test is 0, so that the cosine alone ranks, but run.rank_by is itm", "itc, or null"),
     (
         "model={itm: {weight: 0}, ecm: {use_in: [itm]}}",
         "model.ecm.use_in is [itm], but model.itm.weight is 0",

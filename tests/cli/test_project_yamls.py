@@ -109,7 +109,8 @@ def build(settings: Any, device: str = "cpu") -> Any:
     if hasattr(settings, "ecm"):
         usual = typed_block("model", {"arch": settings.arch})
         itc = dataclasses.replace(usual.itc, momentum_distillation=settings.itc.momentum_distillation)
-        plain = dataclasses.replace(plain, itc=itc, ecm=usual.ecm, itm=usual.itm, discriminator=None)
+        itm = dataclasses.replace(usual.itm, negatives="none" if settings.itm.negatives == "none" else usual.itm.negatives)
+        plain = dataclasses.replace(plain, itc=itc, ecm=usual.ecm, itm=itm, discriminator=None)
     model = built(settings.arch, json.dumps(dataclasses.asdict(plain), sort_keys=True), device)
     model.settings = settings
     return model
@@ -173,11 +174,13 @@ def test_a_missing_file_is_named(tmp_path):
 def test_all_tables_are_there():
     counts = {"mafa-4": 6, "mafa-5": 5, "mafa-6": 6, "mafa-7": 3, "mafa-13": 6, "mafa-14": 5, "mafa-15": 2, "mafa-16": 3, "mafa-17": 8}
     counts |= {"mafa-18": 5, "grit-vlp-1": 6, "grit-vlp-2": 4, "grit-vlp-3": 2, "grit-vlp-4": 7, "albef-1": 6, "albef-6": 5}
+    counts |= {"grit-vlp-5": 4}
     assert {key: len(table.rows) for key, table in load_tables().items()} == counts
     for key, table in load_tables().items():
         assert table.title.startswith(f"{key.rsplit('-', 1)[0].upper()} Table {key.rsplit('-', 1)[1]}")
         assert "--list`" in (projects_root() / table.base).read_text()
-        assert all(row.paper and set(row.paper) <= set(table.finetune) for row in table.rows)
+        known = key != "grit-vlp-5"  # whose numbers we have not
+        assert all(bool(row.paper) == known and set(row.paper) <= set(table.finetune) for row in table.rows)
         assert {table.base, *table.finetune.values(), *table.con_d} <= set(YAMLS)
         splits = [blocks(yaml)[1].test_splits for yaml in table.finetune.values()]
         assert all(split == ["test"] for split in splits)
@@ -339,7 +342,9 @@ def test_the_model_has_the_papers_size(name):
     assert vit == pytest.approx(85.8e6, rel=0.01)
     # ViT-B/16 85.8M and BERT 123.7M (ALBEF section 3.5); BLIP's encoder and decoder share all but self-attention (its Table 3)
     # where LM is off (fine-tuning BLIP), what it alone trains, the decoder's self-attention, is frozen
+    # and without matching and masked words the six fusion layers and both heads are
     expected = 210e6 if arch == "albef_mafa" else 252e6 if settings.lm.weight > 0 else 224e6
+    expected = 152.6e6 if settings.itm.negatives == "none" else expected
     assert learned == pytest.approx(expected, rel=0.025)
     if settings.itc.momentum_distillation is not None:
         assert whole > (1.99 if arch == "albef_mafa" else 1.88) * learned - 1e5  # BLIP's decoder has no teacher
