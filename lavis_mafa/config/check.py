@@ -378,6 +378,11 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
     elif teacher and model.arch != "blip2_mafa" and not weights["itc"] and not (of_words and weights["mlm"]):
         what = f"{keys[0]} and {keys[2]} are" if of_words else f"{keys[0]} is"
         yield f"model.itc.momentum_distillation is set, but {what} 0, so its teacher would teach nothing; allowed here: null."
+    if inside := getattr(model.itc, "intra_modal", []):
+        missing = [] if teacher else ["model.itc.momentum_distillation is null, whose encoders make its keys"]
+        missing += [] if weights["itc"] else [f"{keys[0]} is 0, so it would change nothing"]
+        if missing:
+            yield f"model.itc.intra_modal is [{', '.join(inside)}], but {' and '.join(missing)}; allowed then: []."
     if ecm.ambiguous_from > ecm.threshold:
         yield (
             f"model.ecm.ambiguous_from is {ecm.ambiguous_from}, but must not exceed threshold ({ecm.threshold}); "

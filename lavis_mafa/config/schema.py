@@ -108,6 +108,12 @@ class Itc(ItcSettings):
 @dataclass
 class AlbefItc(Itc):
     momentum_distillation: AlbefDistillation | None = as_in(Itc, "momentum_distillation", None)
+    intra_modal: list[str] = setting(
+        [],
+        "TCL: images contrasted with a second view of images, texts with texts; as wholes (`global`), with their parts (`local`)",
+        "GRIT-VLP Table 6; TCL, arXiv 2202.10401",
+        choices=("global", "local"),
+    )
 
 
 @dataclass

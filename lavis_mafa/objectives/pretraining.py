@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.objectives.connections import Connections, check_probabilities, is_probability, sorted_connections
+from lavis_mafa.objectives.intra_modal import IntraModal, intra_modal_losses
 from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
 from lavis_mafa.objectives.itm import CandidatePairs, ItmPairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
 from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
@@ -109,6 +110,7 @@ class EncodedBatch:
     teacher_i2t: Tensor | None = None  # [B, C] the momentum model's cosines
     teacher_t2i: Tensor | None = None
     distillation: float = 0.0  # alpha of ALBEF eq. 6
+    intra: IntraModal | None = None  # TCL
 
 
 @dataclass
@@ -191,10 +193,13 @@ def mafa_step(
         mined = _ask(discriminator, samples, _with_similarity(mined.pairs, batch), ecm)
     verdicts = mined.connections
 
-    metrics, ranges = {}, {"similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach()}
+    metrics: dict[str, Tensor] = {}
+    ranges = {"similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach()}
     loss_itc = loss_itm = loss_lm = None
     if settings.itc.weight:
-        loss_itc = _contrast(batch, mined, settings)
+        intra = {} if batch.intra is None else intra_modal_losses(batch.intra, batch.temperature, batch.known_positive)
+        loss_itc = _contrast(batch, mined, settings, [*intra.values()])
+        metrics |= {name: loss.detach() for name, loss in intra.items()}
     pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
     image_index, text_index, new_image, new_text = _on_host(pairs, mined, count)
     if itm_weight:
@@ -235,7 +240,8 @@ def _with_similarity(pairs: CandidatePairs, batch: EncodedBatch) -> CandidatePai
     return replace(pairs, exists=pairs.exists & similarity.isfinite())
 
 
-def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings) -> Tensor:
+def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings, intra: list[Tensor]) -> Tensor:
+    """The mean of ITC and of the ``intra``-modal losses, each a mean of images and texts (TCL's loss), plus consistency."""
     logits_i2t, logits_t2i = batch.sim_i2t / batch.temperature, batch.sim_t2i / batch.temperature
     consistency = None
     if settings.itc.consistency > 0:
@@ -263,6 +269,7 @@ def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings) -> Tens
         targets_i2t = distilled_targets(targets_i2t, teacher_i2t.detach(), batch.distillation)
         targets_t2i = distilled_targets(targets_t2i, teacher_t2i.detach(), batch.distillation)
     loss = itc_loss(logits_i2t, logits_t2i, targets_i2t, targets_t2i)
+    loss = torch.stack([loss, *intra]).mean() if intra else loss
     return loss if consistency is None else loss + settings.itc.consistency * consistency
 
 
