@@ -85,5 +85,5 @@ def pooled_patches(features: Tensor) -> Tensor:
     side = math.isqrt(features.shape[1])
     if side**2 != features.shape[1]:
         raise ValueError(f"{features.shape[1]} patches make no square")
-    grid = features.transpose(1, 2).unflatten(2, (side, side))
+    grid = features.transpose(1, 2).reshape(len(features), features.shape[2], side, side)
     return F.adaptive_avg_pool2d(grid, math.isqrt(side)).flatten(2).transpose(1, 2)
