@@ -54,6 +54,8 @@ Combinations that are refused:
 - **ECM and Con-D**: `ecm.ambiguous_from` above `threshold`; `ecm.enabled` without a discriminator or its checkpoint; a block below
   `discriminator` that its family has not (`qformer` for ALBEF), or sizes there that cannot be; `discriminator.image_size` where Con-D
   takes the model's frozen ViT, which has its own, and the same size in `discriminator.image_encoder`.
+- **Losses**: all three off; `itc.intra_modal` without `itc.momentum_distillation` or with `itc.weight: 0`; `run.k_test: 0` beside
+  another `rank_by` than `itc`.
 - **GRIT**: B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
 - **Tasks**: captions from `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with

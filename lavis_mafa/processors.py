@@ -19,6 +19,7 @@ from lavis.processors.randaugment import RandomAugment, arg_dict, func_dict
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -73,6 +74,19 @@ class RandAugment(RandomAugment):
         return torch.from_numpy(array).permute(2, 0, 1)
 
 
+class Distortions(v2.Compose):
+    """TCL's of uint8 [3, H, W], each with its probability: brightness, contrast, saturation (0.4) and hue (0.1), grey, a blur."""
+
+    def __init__(self, jitter: float, grayscale: float, blur: float) -> None:
+        super().__init__(
+            [
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=jitter),
+                v2.RandomGrayscale(grayscale),
+                v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=blur),
+            ]
+        )
+
+
 class _FromConfig:
     """LAVIS gives a processor its YAML block; here the block's keys are the constructor's arguments."""
 
@@ -92,6 +106,7 @@ class AlbefImageTrainProcessor(_FromConfig, BlipImageBaseProcessor):
     Args:
         min_scale: smallest share of the image's area that a crop keeps; max_scale: the largest.
         flip: mirror half of the images; switch it off where left and right mean something.
+        distortions: ``{jitter: 0.8, grayscale: 0.2, blur: 0.5}`` are the probabilities of TCL's, or None for none. They change colours.
         randaugment: ``{n: operations, m: strength of 10}``, or None for none.
         mean: of the three channels; None is LAVIS's. std: likewise.
     """
@@ -107,9 +122,12 @@ class AlbefImageTrainProcessor(_FromConfig, BlipImageBaseProcessor):
         randaugment: Mapping[str, int] | None = {"n": 2, "m": 7},  # noqa: B006 (only read)
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        distortions: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(mean=mean, std=std)
         steps: list[Any] = [RandomCrop(image_size, (min_scale, max_scale))]
+        if distortions is not None:
+            steps.append(Distortions(**distortions))
         if flip:
             steps.append(transforms.RandomHorizontalFlip())
         if randaugment is not None:

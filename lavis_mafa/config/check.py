@@ -367,11 +367,13 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
     if isinstance(model, AlbefBlock) and model.mlm.weight and not model.mlm.mask_probability:
         keys[2] = "model.mlm.mask_probability"
     off = {loss: "" if weights[name] else f"{key} is 0" for loss, name, key in zip(("itc", "itm", "lm"), weights, keys, strict=True)}
+    if off["itm"] and model.itm.weight:
+        off["itm"] = "model.itm.negatives is none"
     if ecm.false_negatives == "eliminate":
         off["lm"] = off["lm"] or "false_negatives: eliminate adds no pairs to lm"
     of_words = getattr(teacher, "mlm", False)  # ALBEF's alone has this switch
     if not any(weights.values()):
-        yield f"{', '.join(keys)} are all 0, so there is nothing to train; set one of them above 0."
+        yield f"{', '.join(off.values())}, so there is nothing to train; switch one of them on."
     elif ecm.enabled and ecm.use_in and all(off[loss] for loss in ecm.use_in):
         yield (
             f"model.ecm.use_in is [{', '.join(ecm.use_in)}], but {' and '.join(off[loss] for loss in ecm.use_in)}, so ECM would change "
@@ -381,6 +383,11 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
         what = f"{keys[0]} and {keys[2]} are" if of_words else f"{keys[0]} is"
         yield f"model.itc.momentum_distillation is set, but {what} 0, so its teacher would teach nothing; allowed here: null."
     yield from _language_teacher(model, weights)
+    if inside := getattr(model.itc, "intra_modal", []):
+        missing = [] if teacher else ["model.itc.momentum_distillation is null, whose encoders make its keys"]
+        missing += [] if weights["itc"] else [f"{keys[0]} is 0, so it would change nothing"]
+        if missing:
+            yield f"model.itc.intra_modal is [{', '.join(inside)}], but {' and '.join(missing)}; allowed then: []."
     if ecm.ambiguous_from > ecm.threshold:
         yield (
             f"model.ecm.ambiguous_from is {ecm.ambiguous_from}, but must not exceed threshold ({ecm.threshold}); "
@@ -445,6 +452,8 @@ def _runs(run: RunBlock) -> Iterator[str]:
     if isinstance(run, CaptioningRun | VqaRun) and run.min_len > run.max_len:
         yield f"run.min_len is {run.min_len}, but must not exceed max_len ({run.max_len})."
     if run.task == "mafa_pretrain":
+        if run.k_test == 0 and run.rank_by not in (None, "itc"):
+            yield f"run.k_test is 0, so that the cosine alone ranks, but run.rank_by is {run.rank_by}; allowed then: itc, or null."
         if run.use_dist_eval_sampler:
             yield f"run.use_dist_eval_sampler is true, but {run.task} shares the rows itself; allowed: false."
         return
@@ -541,17 +550,17 @@ def doubtful(model: Any, run: RunBlock) -> Iterator[str]:
     """What a user may want (a paper's table has it), but should know of."""
     if not isinstance(model, MafaBlock) or run.evaluate:
         return
-    chosen = [f"model.itm.negatives: {model.itm.negatives}"] if model.itm.weight and model.itm.negatives != "random" else []
+    matches = loss_weights(model)["itm"]
+    chosen = [f"model.itm.negatives: {model.itm.negatives}"] if matches and model.itm.negatives != "random" else []
     chosen += ["run.grit.enabled: true"] if run.grit.enabled else []
     if not model.itc.weight and chosen:
         yield (
             f"model.itc.weight is 0, so nothing trains the similarities that {' and '.join(chosen)} go by, and that retrieval picks "
             "its candidates by. GRIT-VLP Table 1 takes those of an ITC model: model.pretrained; model.itm.negatives: random needs none."
         )
-    if not model.itm.weight and (run.valid_splits or run.test_splits) and run.rank_by != "itc":
-        yield (
-            "model.itm.weight is 0, so nothing trains the matching head that ranks in retrieval; only scores by itc are worth a look."
-        )
+    if not matches and (run.valid_splits or run.test_splits) and run.rank_by != "itc" and run.k_test:
+        off = "model.itm.negatives is none" if model.itm.weight else "model.itm.weight is 0"
+        yield f"{off}, so nothing trains the matching head that ranks in retrieval; run.k_test: 0 ranks by the cosine alone."
 
 
 # --- splits, image sizes, and runs of LAVIS's --------------------------------------------------------------------------

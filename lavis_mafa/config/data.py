@@ -295,6 +295,12 @@ def _randaugment(value: Any) -> bool:
     return set(value) == {"n", "m"} and _whole(value["n"], 0, 100) and _whole(value["m"], 0, 10)
 
 
+def _distortions(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return value is None
+    return set(value) == {"jitter", "grayscale", "blur"} and all(_number(one, 0, 1) for one in value.values())
+
+
 _SHARE: Rule = ("a number from 0 to 1", lambda value: _number(value, 0, 1))
 _SCALES: dict[str, Rule] = {"min_scale": _SHARE, "max_scale": _SHARE}
 _IMAGE: dict[str, Rule] = {
@@ -310,6 +316,7 @@ SETTINGS: dict[str, dict[str, Rule]] = {
         **_SCALES,
         "flip": _TRUE_OR_FALSE,
         "randaugment": ("{n: 2, m: 7} (m up to 10), or null", _randaugment),
+        "distortions": ("{jitter: 0.8, grayscale: 0.2, blur: 0.5} (each from 0 to 1), or null", _distortions),
     },
     "albef_image_eval": _IMAGE,
     "albef_caption": _CAPTION,

@@ -108,6 +108,12 @@ class Itc(ItcSettings):
 @dataclass
 class AlbefItc(Itc):
     momentum_distillation: AlbefDistillation | None = as_in(Itc, "momentum_distillation", None)
+    intra_modal: list[str] = setting(
+        [],
+        "TCL: images contrasted with a second view of images, texts with texts; as wholes (`global`), with their parts (`local`)",
+        "GRIT-VLP Table 6; TCL, arXiv 2202.10401",
+        choices=("global", "local"),
+    )
 
 
 @dataclass
@@ -338,13 +344,15 @@ class Blip2OptBlock:
 
 
 def loss_weights(model: MafaBlock) -> dict[str, float]:
-    """Block -> weight of the three losses; 0 is off, as is masked language modelling that masks nothing.
+    """Block -> weight of the three losses; 0 is off, as are matching without negatives and a language model that masks nothing.
 
     Example:
         >>> loss_weights(typed_block("model", {"arch": "blip_mafa"}))
         {'itc': 1.0, 'itm': 1.0, 'lm': 1.0}
     """
     weights = {name: getattr(model, name).weight for name in ("itc", "itm", "mlm" if isinstance(model, AlbefBlock) else "lm")}
+    if model.itm.negatives == "none":
+        weights["itm"] = 0.0
     if isinstance(model, AlbefBlock) and model.mlm.mask_probability == 0:
         weights["mlm"] = 0.0
     return weights
@@ -433,7 +441,9 @@ class RunBlock:
         [], "evaluated after each epoch; `val` says which is the best (mean recall, CIDEr + BLEU-4, or accuracy)"
     )
     test_splits: list[str] = setting([], "evaluated at the end, with the best checkpoint where there is one")
-    k_test: int = setting(256, "candidates per query that the matching head re-ranks", "ALBEF sec. 5", low=1)
+    k_test: int = setting(
+        256, "candidates per query that the matching head re-ranks; 0: none, as `rank_by: itc`", "ALBEF sec. 5; GRIT-VLP Table 5", low=0
+    )
     rank_by: str | None = setting(
         None,
         "the matching logit, logit + cosine, or ITC's cosine, whose metrics stand beside; null: `itm` for ALBEF, else `itm+itc`",

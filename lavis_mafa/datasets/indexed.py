@@ -43,12 +43,13 @@ class IndexedDataset(Dataset):
     alone: the runner, which counts them, ends the run with one message.
 
     Args:
+        two_views: each sample also has ``image_second_view``, its image processed once more with other random draws; it is read twice.
         bytes_if_possible: images are uint8 where :func:`with_bytes` can have them so, and whoever iterates calls :meth:`normalised`.
     """
 
-    def __init__(self, dataset: Any, seed: int = 0, bytes_if_possible: bool = False) -> None:
+    def __init__(self, dataset: Any, seed: int = 0, bytes_if_possible: bool = False, two_views: bool = False) -> None:
         self.dataset, self._normalise = with_bytes(dataset) if bytes_if_possible else (dataset, None)
-        self.seed = seed
+        self.seed, self.two_views = seed, two_views
         # in shared memory: workers outlive an epoch
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         self.image_keys = image_keys(dataset)
@@ -74,6 +75,8 @@ class IndexedDataset(Dataset):
         sample = self.dataset[index]
         if isinstance(sample, dict):
             sample = {**sample, "index": index, "image_key": int(self.image_keys[index])}
+            if self.two_views:
+                sample["image_second_view"] = self.dataset[index]["image"]
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:

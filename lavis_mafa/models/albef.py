@@ -205,8 +205,8 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
     def first_states(self, texts: Texts) -> Tensor:
         return texts[0][:, 0]
 
-    def momentum_first_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.text_states(ids, mask, encoder=self.text_encoder_m)[:, 0]
+    def momentum_text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.text_states(ids, mask, encoder=self.text_encoder_m)
 
     def keys_values(self, image_tokens: Tensor) -> KeysValues:
         return self.text_encoder.bert.keys_values(image_tokens)

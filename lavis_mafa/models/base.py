@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +25,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_image_encoder, fold_token_type, tokenize
 from lavis_mafa.models.language_teacher import LanguageTeacher, build_language_teacher
-from lavis_mafa.models.momentum import TEACHERS, MomentumModel, project
+from lavis_mafa.models.momentum import TEACHERS, MomentumModel, Parts, project
 from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
 from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
@@ -33,6 +34,7 @@ from lavis_mafa.models.vit import fit_position_embeddings, resize_images
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,
+    IntraModal,
     ItcSettings,
     StepOutput,
     StepSettings,
@@ -123,6 +125,11 @@ class MafaModel(nn.Module, Generic[Block]):
     def gathers(self) -> bool:
         return self.batch_scope == "global"
 
+    @property
+    def intra_modal(self) -> Collection[str]:
+        """Which of TCL's contrasts within a modality are on; a step then needs a second view of each image."""
+        return getattr(self.settings.itc, "intra_modal", ())
+
     # --- what a host defines ---------------------------------------------------------------------------------------
 
     def encode(self, inputs: StepInputs) -> Encoded:
@@ -206,7 +213,13 @@ class MafaModel(nn.Module, Generic[Block]):
 
     def inputs(self, samples: dict[str, Any]) -> StepInputs:
         """LAVIS's samples, checked; raises UserError."""
-        return StepInputs.of(self.check_samples(samples, "image", "text_input"), self.device)
+        inputs = StepInputs.of(self.check_samples(samples, "image", "text_input"), self.device)
+        if self.intra_modal and inputs.second_view is None:
+            raise UserError(
+                "samples has no 'image_second_view', with which model.itc.intra_modal contrasts images; needed: each image augmented "
+                "once more, as runner_mafa gives it, or intra_modal: []."
+            )
+        return inputs
 
     def at_own_size(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> images of the size that this model's image encoder reads; as they are where they have it."""
@@ -225,6 +238,7 @@ class MafaModel(nn.Module, Generic[Block]):
         momentum: tuple[Tensor, Tensor] | None = None,
         queue: tuple[Tensor, Tensor, Tensor] | None = None,
         distillation: float = 0.0,
+        parts: Parts | None = None,
     ) -> EncodedBatch:
         """Similarities of a batch with the keys of this step, which carry no gradient.
 
@@ -232,6 +246,7 @@ class MafaModel(nn.Module, Generic[Block]):
             inputs: of the step; features of its images [B, d] or [B, queries, d], and of its texts [B, d].
             momentum: features that are the keys, if not the batch's own; their similarities are soft targets (``distillation``).
             queue: features [Q, d] of images and of texts that are contrasted with and never mined, and their keys [Q, 2].
+            parts: the momentum model's, of this batch, if images and texts are contrasted with them.
         """
         keys = all_keys = self._keys(inputs)
         own = momentum or (image_feature.detach(), text_feature.detach())
@@ -239,6 +254,7 @@ class MafaModel(nn.Module, Generic[Block]):
         if self.gathers:
             all_keys = gather_own_first(keys)
             keys_image, keys_text = gather_own_first(keys_image), gather_own_first(keys_text)
+            parts = None if parts is None else Parts(*map(gather_own_first, parts[:2]), gather_own_first(parts.real.long()).bool())
         candidates = len(all_keys)
         if queue is not None:
             keys_image, keys_text = torch.cat([keys_image, queue[0]]), torch.cat([keys_text, queue[1]])
@@ -246,7 +262,11 @@ class MafaModel(nn.Module, Generic[Block]):
         sim_i2t, sim_t2i = _similarities(image_feature, text_feature, keys_image, keys_text)
         teacher_i2t, teacher_t2i = (None, None) if momentum is None else _similarities(*own, keys_image, keys_text)
         known = known_positives(keys, all_keys)
-        return EncodedBatch(sim_i2t, sim_t2i, self.temp, known, candidates, teacher_i2t, teacher_t2i, distillation)
+        intra = None
+        if self.intra_modal:
+            whole = (keys_image, keys_text) if "global" in self.intra_modal else None
+            intra = _within(image_feature, text_feature, whole, parts)
+        return EncodedBatch(sim_i2t, sim_t2i, self.temp, known, candidates, teacher_i2t, teacher_t2i, distillation, intra)
 
     def _check_step(self, con_d: Discriminator | None, inputs: StepInputs, batch: EncodedBatch, output: StepOutput) -> None:
         self.batch_check.update(inputs.captions, output, self.settings)
@@ -346,11 +366,12 @@ class MafaModel(nn.Module, Generic[Block]):
         return texts, self.text_features(texts)
 
     def retrieval_scores(self, data_loader: Any, run: Any) -> RetrievalScores:
-        """Scores of an evaluation set by ``run.rank_by`` (null or absent: this model's own) with ``run.k_test``, and cosines."""
-        rank_by, allowed = getattr(run, "rank_by", None) or self.rank_by, CHOICES["run.rank_by"]
+        """Scores of an evaluation set by ``run.rank_by`` (null or absent: this model's own, or ``itc`` where ``run.k_test`` is 0), and
+        cosines."""
+        top_k, allowed = getattr(run, "k_test", None), CHOICES["run.rank_by"]
+        rank_by = getattr(run, "rank_by", None) or ("itc" if top_k == 0 else self.rank_by)
         if rank_by not in allowed:  # LAVIS's tasks check nothing
             raise UserError(f"run.rank_by is {rank_by!r}, but must be one of {', '.join(allowed)}, or null.")
-        top_k = getattr(run, "k_test", None)
         if rank_by != "itc" and (not isinstance(top_k, int) or top_k < 1):
             raise UserError(f"run.k_test is {top_k!r}, but must be a whole number, 1 or more.")
         return retrieval_scores(self, data_loader, top_k or 0, rank_by)
@@ -373,6 +394,17 @@ def _similarities(image: Tensor, text: Tensor, keys_image: Tensor, keys_text: Te
     with torch.autocast(image.device.type, enabled=False):
         t2i = text @ keys_image.T if keys_image.dim() == 2 else best_query(keys_image, text).T
         return best_query(image, keys_text), t2i
+
+
+def _within(image: Tensor, text: Tensor, whole: tuple[Tensor, Tensor] | None, parts: Parts | None) -> IntraModal:
+    """Cosines of images and texts [B, d] with the keys of their own modality [C, d], and with parts [K, M, d]; in fp32."""
+    with torch.autocast(image.device.type, enabled=False):
+        return IntraModal(
+            None if whole is None else (image @ whole[0].T, text @ whole[1].T),
+            None
+            if parts is None
+            else (torch.einsum("bd,kmd->bkm", image, parts.regions), torch.einsum("bd,kmd->bkm", text, parts.words), parts.real),
+        )
 
 
 def _may_lack_language(state: dict[str, Tensor], arch: str, source: str) -> tuple[str, ...]:
@@ -480,9 +512,12 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
             return self.contrast(inputs, image_feature, text_feature), None
         if self.training and inputs.first_of_window:  # once in an accumulation window, as the student moves
             self._momentum_update()
-        states, *own = self._momentum_features(inputs.image, ids, mask)
+        view = inputs.second_view if self.intra_modal else inputs.image
+        assert view is not None
+        states, *own, parts = self._momentum_features(view, ids, mask, local="local" in self.intra_modal)
         queue = self.image_queue.T, self.text_queue.T, torch.cat([self.idx_queue, self.text_queue_keys]).T
-        batch = self.contrast(inputs, image_feature, text_feature, (own[0], own[1]), queue, self._distillation_weight(inputs))
+        weight = self._distillation_weight(inputs)
+        batch = self.contrast(inputs, image_feature, text_feature, (own[0], own[1]), queue, weight, parts)
         self._enqueue(own[0], own[1], self._keys(inputs))
         return batch, states
 

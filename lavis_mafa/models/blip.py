@@ -106,9 +106,9 @@ class BlipMafa(DualEncoder[BlipBlock]):
         reading = self.reading(texts[1])
         return self.text_encoder.read(texts[0], reading, chosen=reading.first)
 
-    def momentum_first_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def momentum_text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         reading = self.reading(mask)
-        return self.text_encoder_m.read(ids, reading, chosen=reading.first)
+        return self.text_encoder_m.read(ids, reading, chosen=reading.first)[:, None]
 
     def keys_values(self, image_tokens: Tensor) -> KeysValues:
         return self.text_encoder.keys_values(image_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from lavis_mafa.config.schema import MafaBlock
 from lavis_mafa.distributed import gather_in_rank_order
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.step import StepInputs
-from lavis_mafa.objectives import enqueue, ramp_up, update_teacher
+from lavis_mafa.models.transformer import on_device
+from lavis_mafa.objectives import enqueue, pooled_patches, ramp_up, update_teacher
 
 MOMENTUM_PARTS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 # beginnings of what a momentum model has in checkpoints of ours and LAVIS's
@@ -21,6 +22,14 @@ TEACHERS = (
     *(f"{part}_m." for part in (*MOMENTUM_PARTS, "text_decoder")),
     *("image_queue", "text_queue", "queue_ptr", "ptr_queue", "idx_queue"),
 )
+
+
+class Parts(NamedTuple):
+    """Features of what images and texts are made of, without gradient (TCL): regions of patches, and words."""
+
+    regions: Tensor  # [K, M, d]
+    words: Tensor  # [K, N, d]
+    real: Tensor  # BoolTensor[K, N], False where a text has ended
 
 
 class MomentumModel(nn.Module):
@@ -67,14 +76,19 @@ class MomentumModel(nn.Module):
             update_teacher(getattr(self, part).parameters(), getattr(self, f"{part}_m").parameters(), momentum.momentum)
 
     @torch.no_grad()
-    def _momentum_features(self, image: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The momentum model's image states [B, N, width], and its features [B, d] of images and texts."""
-        states = self.visual_encoder_m.forward_features(image)
-        texts = self.momentum_first_states(ids, mask)
-        return states, project(self.vision_proj_m, states[:, 0]), project(self.text_proj_m, texts)
+    def _momentum_features(
+        self, image: Tensor, ids: Tensor, mask: Tensor, local: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Parts | None]:
+        """The momentum model's image states [B, N, width], features [B, d] of images and texts and, if ``local``, of their parts."""
+        states, texts = self.visual_encoder_m.forward_features(image), self.momentum_text_states(ids, mask)
+        parts = None
+        if local:
+            regions = pooled_patches(project(self.vision_proj_m, states[:, 1:]))
+            parts = Parts(regions, project(self.text_proj_m, texts[:, 1:]), on_device(mask[:, 1:], regions.device))
+        return states, project(self.vision_proj_m, states[:, 0]), project(self.text_proj_m, texts[:, 0]), parts
 
-    def momentum_first_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Its text encoder's first token of each text, which a host defines: [B, T] on the host -> [B, width]."""
+    def momentum_text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Its text encoder's states, which a host defines: [B, T] on the host -> [B, T, width], or of the first token alone."""
         raise NotImplementedError
 
     def _distillation_weight(self, inputs: StepInputs) -> float:
@@ -103,6 +117,6 @@ class MomentumModel(nn.Module):
 
 
 def project(layer: nn.Linear, first: Tensor) -> Tensor:
-    """Normalised projection of first tokens: [B, width] -> [B, d], always fp32 since it decides what is mined."""
+    """Normalised projection of tokens: [..., width] -> [..., d], always fp32 since it decides what is mined."""
     with torch.autocast(first.device.type, enabled=False):
         return F.normalize(layer(first.float()), dim=-1)

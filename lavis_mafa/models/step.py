@@ -30,10 +30,12 @@ class StepInputs:
     step: int = 0  # of the epoch
     steps_per_epoch: int = 1
     window: int = 1  # steps whose gradients are accumulated
+    second_view: Tensor | None = None  # [B, 3, H, W], the same images augmented once more (TCL)
 
     @classmethod
     def of(cls, samples: dict[str, Any], device: Any) -> StepInputs:
         """From samples that :func:`check_samples` gives."""
+        second = samples.get("image_second_view")
         return cls(
             samples,
             samples["image"].to(device),
@@ -45,6 +47,7 @@ class StepInputs:
             samples.get("iters", 0),
             samples.get("num_iters_per_epoch", 1),
             samples.get("window", 1),
+            None if second is None else second.to(device),
         )
 
     @property
@@ -121,6 +124,10 @@ def check_samples(samples: dict[str, Any], image_size: int, *keys: str) -> dict[
             raise UserError("samples['image'] has no image; needed: at least one.")
         if image.dtype not in FLOATS:
             raise UserError(f"samples['image'] is {image.dtype}; needed: torch.float32, normalised as an image processor gives it.")
+        second = samples.get("image_second_view")
+        if second is not None and (not isinstance(second, Tensor) or second.shape != image.shape or second.dtype not in FLOATS):
+            found = f"{second.dtype} {list(second.shape)}" if isinstance(second, Tensor) else type(second).__name__
+            raise UserError(f"samples['image_second_view'] is {found}; needed: another view of each image, as samples['image'] is.")
     if "text_input" not in keys:
         return samples
     texts = samples["text_input"]

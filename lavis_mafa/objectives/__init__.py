@@ -1,6 +1,7 @@
 """MAFA's objectives as pure tensor functions: usable with any model, importing torch alone."""
 
 from lavis_mafa.objectives.connections import Connections, judge_connections
+from lavis_mafa.objectives.intra_modal import IntraModal, intra_modal_losses, local_loss, pooled_patches
 from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
 from lavis_mafa.objectives.itm import ExtraPairs, ItmPairs, candidate_pairs, itm_loss, itm_pairs
 from lavis_mafa.objectives.lm import language_modelling_loss, mask_tokens, masked_lm_loss
@@ -25,6 +26,7 @@ __all__ = [
     "EncodedBatch",
     "ExtraPairs",
     "HardNegatives",
+    "IntraModal",
     "ItcSettings",
     "ItmPairs",
     "PairModel",
@@ -34,6 +36,7 @@ __all__ = [
     "consistency_loss",
     "distilled_targets",
     "enqueue",
+    "intra_modal_losses",
     "itc_loss",
     "itc_targets",
     "itm_loss",
@@ -41,10 +44,12 @@ __all__ = [
     "judge_connections",
     "known_positives",
     "language_modelling_loss",
+    "local_loss",
     "mafa_step",
     "mask_tokens",
     "masked_lm_loss",
     "mine_hard_negatives",
+    "pooled_patches",
     "ramp_up",
     "sampling_scores",
     "text_key",

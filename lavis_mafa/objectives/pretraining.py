@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.objectives.connections import Connections, check_probabilities, is_probability, sorted_connections
+from lavis_mafa.objectives.intra_modal import IntraModal, intra_modal_losses
 from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
 from lavis_mafa.objectives.itm import CandidatePairs, ExtraPairs, ItmPairs, candidate_pairs, itm_accuracy, itm_loss, itm_pairs
 from lavis_mafa.objectives.mining import mine_hard_negatives, sampling_scores
@@ -81,9 +82,9 @@ class ItmSettings:
     weight: float = setting(1.0, OF_THE_SUM, "GRIT-VLP Table 5", low=0)
     negatives: str = setting(
         "hardest",
-        "`hardest` (GRIT-VLP, MAFA), `sampled` by similarity (ALBEF), `random` (ITM_rand)",
-        "GRIT-VLP Table 4",
-        choices=("hardest", "sampled", "random"),
+        "`hardest` (GRIT-VLP, MAFA), `sampled` by similarity (ALBEF), `random` (ITM_rand); `none`: as `weight: 0`",
+        "GRIT-VLP Tables 4, 5",
+        choices=("hardest", "sampled", "random", "none"),
     )
 
 
@@ -114,6 +115,7 @@ class EncodedBatch:
     teacher_t2i: Tensor | None = None
     distillation: float = 0.0  # alpha of ALBEF eq. 6
     extra: ExtraPairs | None = None
+    intra: IntraModal | None = None  # TCL
 
 
 @dataclass
@@ -163,7 +165,8 @@ def mafa_step(
     """Mine, judge, correct the labels, and compute the three losses (MAFA Algorithm 1, eq. 6).
 
     With ``ecm.enabled: false`` and ``itc.smoothing: 0`` this is ALBEF without momentum distillation. A loss of weight 0 costs nothing:
-    its pass does not run. Without ITC the negatives are still those that the similarities, whoever trained them, name.
+    its pass does not run. Without ITC the negatives are still those that the similarities, whoever trained them, name; where ITM has
+    none (``negatives``), it is off, and Con-D is asked about the hardest pairs.
 
     Similarities that are not finite make losses that are not finite, and no exception: whether to skip such a step is the caller's.
 
@@ -178,16 +181,17 @@ def mafa_step(
         ValueError: ECM without a discriminator, probabilities that are none (see :func:`judge_connections`), or no loss at all.
     """
     ecm, count, own_count = settings.ecm, batch.candidates, len(batch.sim_i2t)
-    weights = settings.itc.weight, settings.itm_weight, settings.lm_weight
+    itm_weight, how = (0.0, "hardest") if settings.negatives == "none" else (settings.itm_weight, settings.negatives)
+    weights = settings.itc.weight, itm_weight, settings.lm_weight
     if not any(weights):
         raise ValueError("the weights of all losses are 0")
     known = batch.known_positive[:, :count]
     negatives = mine_hard_negatives(
-        sampling_scores(batch.sim_i2t[:, :count], batch.temperature, settings.negatives),
-        sampling_scores(batch.sim_t2i[:, :count], batch.temperature, settings.negatives),
+        sampling_scores(batch.sim_i2t[:, :count], batch.temperature, how),
+        sampling_scores(batch.sim_t2i[:, :count], batch.temperature, how),
         known,
     )
-    mined, extra = Mined(candidate_pairs(negatives)), batch.extra if settings.itm_weight else None
+    mined, extra = Mined(candidate_pairs(negatives)), batch.extra if itm_weight else None
     if ecm.enabled:
         if discriminator is None:
             raise ValueError("ecm.enabled is true, but no discriminator (Con-D) was set")
@@ -198,11 +202,13 @@ def mafa_step(
     ranges = {"similarity": value_range(batch.sim_i2t, batch.sim_t2i) / batch.temperature.detach()}
     loss_itc = loss_itm = loss_lm = None
     if settings.itc.weight:
-        loss_itc = _contrast(batch, mined, settings)
+        intra = {} if batch.intra is None else intra_modal_losses(batch.intra, batch.temperature, batch.known_positive)
+        loss_itc = _contrast(batch, mined, settings, [*intra.values()])
+        metrics |= {name: loss.detach() for name, loss in intra.items()}
     pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
     pairs = pairs.extended(extra)
     image_index, text_index, new_image, new_text = _on_host(pairs, mined, count)
-    if settings.itm_weight:
+    if itm_weight:
         logits = model.itm_logits(image_index, text_index)
         loss_itm = itm_loss(logits, pairs)
         metrics |= _accuracies(logits.detach(), pairs)
@@ -263,7 +269,8 @@ def _with_similarity(pairs: CandidatePairs, batch: EncodedBatch) -> CandidatePai
     return replace(pairs, exists=pairs.exists & similarity.isfinite())
 
 
-def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings) -> Tensor:
+def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings, intra: list[Tensor]) -> Tensor:
+    """The mean of ITC and of the ``intra``-modal losses, each a mean of images and texts (TCL's loss), plus consistency."""
     logits_i2t, logits_t2i = batch.sim_i2t / batch.temperature, batch.sim_t2i / batch.temperature
     consistency = None
     if settings.itc.consistency > 0:
@@ -291,6 +298,7 @@ def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings) -> Tens
         targets_i2t = distilled_targets(targets_i2t, teacher_i2t.detach(), batch.distillation)
         targets_t2i = distilled_targets(targets_t2i, teacher_t2i.detach(), batch.distillation)
     loss = itc_loss(logits_i2t, logits_t2i, targets_i2t, targets_t2i)
+    loss = torch.stack([loss, *intra]).mean() if intra else loss
     return loss if consistency is None else loss + settings.itc.consistency * consistency
 
 

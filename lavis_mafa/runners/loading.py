@@ -36,15 +36,19 @@ FEW = 200  # images that one process reads sooner than workers are started
 # --- loaders -----------------------------------------------------------------------------------------------------------
 
 
-def train_loader(dataset: Any, batch_size: int, grit: Grit | None, settings: RunBlock, pin: bool) -> tuple[DataLoader, GritFeed]:
-    """The training loader and the feed that orders it. Its batches want :meth:`IndexedDataset.normalised`, on the device.
+def train_loader(
+    dataset: Any, batch_size: int, grit: Grit | None, settings: RunBlock, pin: bool, two_views: bool = False
+) -> tuple[DataLoader, GritFeed]:
+    """The training loader, with ``two_views`` of each image, and the feed that orders it.
+
+    Its batches want :meth:`IndexedDataset.normalised`, on the device.
 
     Raises:
         UserError: a stream, or fewer samples than one global batch.
     """
     if isinstance(dataset, tuple | list | IterableDataset):
         raise UserError("run.runner runner_mafa trains on map-style data sets; use LAVIS's runner_iter for webdataset streams.")
-    indexed = IndexedDataset(dataset, settings.seed, bytes_if_possible=True)
+    indexed = IndexedDataset(dataset, settings.seed, bytes_if_possible=True, two_views=two_views)
     try:
         feed = GritFeed(grit, len(indexed), batch_size, rank(), world_size(), settings.seed)
     except ValueError as error:

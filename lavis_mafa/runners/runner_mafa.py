@@ -169,7 +169,7 @@ class RunnerMafa(RunnerBase):
         if self.evaluate_only:  # nobody asks for it, and a set for evaluation may be smaller than a training batch
             return None
         grit = self.settings.grit if isinstance(self.task, MafaTask) else None
-        loader, self.feed = train_loader(dataset, batch_size, grit, self.settings, pin)
+        loader, self.feed = train_loader(dataset, batch_size, grit, self.settings, pin, bool(getattr(self._model, "intra_modal", ())))
         return loader
 
     # --- a run -----------------------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class MafaPretrainTask(MafaTask):
         if model_class is None or not issubclass(model_class, MafaModel):
             if (rank_by := self.run.rank_by) is not None:
                 raise UserError(f"run.rank_by is {rank_by}, but {cfg.model_cfg.arch} ranks by LAVIS's own score; allowed: null.")
+            if self.run.k_test == 0:
+                raise UserError(f"run.k_test is 0, but {cfg.model_cfg.arch} ranks by its matching head alone; allowed: 1 or more.")
             return super().build_model(cfg)
         model: Any = model_class.from_config(self.model_block or cfg.model_cfg, self.run.grit.batch_scope)
         con_d = model.settings.discriminator

@@ -19,6 +19,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 TITLES = {
     "loss": "Total loss",
     "loss_itc": "ITC loss",
+    "loss_imc": "Within images, within texts (TCL's IMC)",
+    "loss_lmi": "Wholes and their parts (TCL's LMI)",
     "loss_itm": "ITM loss",
     "loss_mlm": "MLM loss",
     "loss_lm": "LM loss",

@@ -52,6 +52,7 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
     ours = [f"model.pretrained={checkpoint}", "model.discriminator=null", "run.evaluate=true", "run.distributed=false"]
     ours += [f"model.{part}.init=null" for part in COVERED[arch]]
     ours += [] if teacher else ["model.itc.momentum_distillation=null"]
+    ours += ["model.itc.intra_modal=[]"] if arch == "albef_mafa" else []  # a tool sees each image once
     _, cfg = prepare(name, [*options, *ours])
 
     import lavis.tasks as tasks

@@ -70,9 +70,15 @@ WRONG_SETTINGS = [
     ("model.lm.weight=0", "model.lm is not a setting", "Allowed:"),
     (
         "model={itc: {weight: 0}, itm: {weight: 0}, mlm: {weight: 0}}",
-        "model.itc.weight, model.itm.weight, model.mlm.weight are all 0",
+        "model.itc.weight is 0, model.itm.weight is 0, model.mlm.weight is 0, so there is nothing to train",
         "one",
     ),
+    ("model={itm: {negatives: none}, ecm: {use_in: [itm]}}", "use_in is [itm], but model.itm.negatives is none", "a loss that is on"),
+    ("model={itc: {weight: 0}, itm: {negatives: none}, mlm: {mask_probability: 0}}", "model.itm.negatives is none, ", "one of them on"),
+    ("model.itc.intra_modal=[global]", "intra_modal is [global], but model.itc.momentum_distillation is null, whose", "then: []"),
+    ("model.itc.intra_modal=[locale]", "model.itc.intra_modal is 'locale'", "one of global, local"),
+    ("model.itc={weight: 0, momentum_distillation: {}, intra_modal: [local]}", "[local], but model.itc.weight is 0", "then: []"),
+    ("run={k_test: 0, rank_by: itm}", "run.k_test is 0, so that the cosine alone ranks, but run.rank_by is itm", "itc, or null"),
     (
         "model={itm: {weight: 0}, ecm: {use_in: [itm]}}",
         "model.ecm.use_in is [itm], but model.itm.weight is 0",

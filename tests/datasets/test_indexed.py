@@ -212,3 +212,21 @@ def test_a_single_word_that_is_all_output_says_something():
 
     first, second = IndexedDataset(Split(2)).__getitems__([0, 1])
     assert first["bad_samples"][0]["index"] == 0 and "bad_samples" not in second
+
+
+def test_the_second_view_is_the_image_drawn_anew():
+    """The first is what it would be without, and both depend on seed, epoch and index alone."""
+
+    class Views:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> dict:
+            return {"image": torch.rand(2), "text_input": f"caption {random.randrange(10**9)}"}
+
+    one, two = IndexedDataset(Views(), seed=3), IndexedDataset(Views(), seed=3, two_views=True)
+    for index in (2, 0, 1):
+        alone, both = one[index], two[index]
+        second = both.pop("image_second_view")
+        assert torch.equal(alone.pop("image"), both.pop("image")) and alone == both
+        assert torch.equal(second, two[index]["image_second_view"]) and not torch.equal(second, two[index]["image"])

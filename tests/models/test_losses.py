@@ -177,6 +177,23 @@ def test_the_teacher_reads_no_words_in_vain(mlm, weight, asked):
     assert (pairs.momentum_image_embeds is not None) == asked
 
 
+@every_family
+def test_no_negatives_is_no_matching_loss(family):
+    """ITC alone (GRIT-VLP Table 5): exactly the contrastive loss; what it does not train gets no gradient and no decay."""
+    alone = {third(family): {"weight": 0}}
+    model = build(family, Always(0.9), itm={"negatives": "none"}, **alone)
+    assert loss_weights(model.settings) == {"itc": 1.0, "itm": 0.0, third(family): 0.0}
+    output, gradients = step(model, batch(family))
+    weighted, same = step(build(family, Always(0.9), itm={"weight": 0}, **alone), batch(family))
+    assert torch.equal(output.loss, output.loss_itc) and torch.equal(output.loss, weighted.loss) and output.loss_itm is None
+    assert gradients.keys() == same.keys() and output.verdicts["positive"].any()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert any("itm_head" in name for name in frozen)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    optimizer.step()
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen and "_m." not in name)
+
+
 def test_masking_nothing_is_no_masked_lm():
     assert loss_weights(build(ALBEF, mlm={"mask_probability": 0}).settings) == {"itc": 1.0, "itm": 1.0, "mlm": 0.0}
 

@@ -91,9 +91,9 @@ def test_the_queue_takes_no_row_that_is_not_finite(family, modality, monkeypatch
     else:
         features = model._momentum_features
 
-        def broken(*arguments):
-            images, image, text = features(*arguments)
-            return images, image, text.index_fill(0, torch.tensor(1), INF)
+        def broken(*arguments, **more):
+            images, image, text, parts = features(*arguments, **more)
+            return images, image, text.index_fill(0, torch.tensor(1), INF), parts
 
         monkeypatch.setattr(model, "_momentum_features", broken)
     before = {name: getattr(model, name).clone() for name in ("image_queue", "text_queue", "idx_queue")}

@@ -110,6 +110,10 @@ def test_who_ranks_by_what():
             assert torch.equal(torch.from_numpy(matrix), scores)
     with pytest.raises(UserError, match="run.rank_by is 'cosine', but must be one of itm, "):
         model.compute_sim_matrix(Gallery(), OmegaConf.create({"k_test": 4, "rank_by": "cosine"}))
+    model.rank_by = "itm"
+    cosine = model.retrieval_scores(Gallery(), OmegaConf.create({"k_test": 0}))
+    assert cosine.rank_by == "itc" and torch.equal(cosine.i2t, model.cosine) and torch.equal(cosine.t2i, model.cosine.T)
+    model.rank_by = "itc"
     for run in ({"k_test": 0}, {"k_test": -1}, {}):
         assert model.retrieval_scores(Gallery(), OmegaConf.create(run)).rank_by == "itc", "which has no use for it"
         with pytest.raises(UserError, match=f"run.k_test is {run.get('k_test')}, but must be a whole number, 1 or more"):

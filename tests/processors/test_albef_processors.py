@@ -160,6 +160,7 @@ def test_processors_can_be_sent_to_a_worker_that_was_spawned() -> None:
         *(("albef_image_eval", "image_size", value) for value in ("abc", 0, 16.0, None, [16, 16])),
         *(("albef_image_eval", "mean", value) for value in (1, "abc", [1, 2], [1, 2, "3"])),
         ("albef_image_train", "flip", "yes"),
+        *(("albef_image_train", "distortions", value) for value in (True, {"blur": 1}, {"jitter": 0, "grayscale": 0, "blur": 2})),
         ("albef_image_eval", "std", [1, 1, 0]),
         ("albef_caption", "max_words", -1),
         ("albef_caption", "prompt", 3),
@@ -168,6 +169,25 @@ def test_processors_can_be_sent_to_a_worker_that_was_spawned() -> None:
 def test_a_wrong_value_is_named(name: str, key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"^{name}.{key} is .*; allowed: "):
         PROCESSORS[name].from_config(OmegaConf.create({"name": name, key: value}))
+
+
+def test_distortions_have_their_probabilities(image: Image.Image) -> None:
+    """Pixels as they were at 0; at 1 all images are grey, and blurred ones vary less from pixel to pixel."""
+
+    def distorted(seed: int = 0, **probabilities: float) -> torch.Tensor:
+        given = {"jitter": 0, "grayscale": 0, "blur": 0, **probabilities}
+        process = AlbefImageTrainProcessor(image_size=32, flip=False, randaugment=None, distortions=given, mean=[0] * 3, std=[1] * 3)
+        torch.manual_seed(seed)
+        return process(image)
+
+    torch.manual_seed(0)
+    plain = AlbefImageTrainProcessor(image_size=32, flip=False, randaugment=None, mean=[0] * 3, std=[1] * 3)(image)
+    assert torch.equal(distorted(), plain)
+    grey = distorted(grayscale=1)
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2]) and not torch.equal(plain[0], plain[1])
+    assert distorted(3, blur=1).diff(dim=2).abs().mean() < distorted(3).diff(dim=2).abs().mean()
+    assert not torch.equal(distorted(jitter=1), plain) and distorted(jitter=1).shape == plain.shape
+    assert len({distorted(seed, grayscale=0.5).std(dim=0).max() < 1e-6 for seed in range(20)}) == 2
 
 
 def test_config_mistakes() -> None:

@@ -42,6 +42,14 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         reduced.ours,
         {"mlm": {"mask_probability": 0}, "itm": {"synthetic": {"top_k": 1, "generator": "model"}}},
     ),
+    "tcl": (
+        albef_mafa,
+        reduced.ours,
+        {
+            "mlm": {"mask_probability": 0},
+            "itc": {"momentum_distillation": {"queue_size": 12}, "intra_modal": ["global", "local"]},
+        },
+    ),
     "no queue": (blip_mafa, reduced_blip.ours, {"itc": {"momentum_distillation": {"queue_size": 0}}}),
 }
 
@@ -69,7 +77,8 @@ def build(name: str) -> Any:
 def samples(start: int, end: int) -> dict[str, Any]:
     images = torch.randn(8, 3, reduced.SIZE, reduced.SIZE, generator=torch.Generator().manual_seed(5))
     key = torch.tensor([0, 1, 2, 3, 4, 0, 5, 6])  # one image on both processes
-    return {"image": images[start:end], "text_input": CAPTIONS[start:end], "image_key": key[start:end]}
+    views = {"image": images[start:end], "image_second_view": images.flip(3)[start:end]}
+    return {**views, "text_input": CAPTIONS[start:end], "image_key": key[start:end]}
 
 
 def gradients(name: str, start: int, end: int) -> dict[str, Tensor]:

@@ -69,6 +69,7 @@ def step(given: Given, settings) -> Found:
                 "hardest": lambda k, d=direction, b=b: given.sims[d][b][k],
                 "sampled": lambda k, d=direction, b=b: given.sims[d][b][k] / temperature + given.noise[d][b][k],
                 "random": lambda k, d=direction, b=b: given.noise[d][b][k],
+                "none": lambda k, d=direction, b=b: given.sims[d][b][k],  # ITM asks nothing, and Con-D about the hardest
             }[settings.negatives]
             ranked = sorted(open_, key=lambda k: (-score(k), k))
             mined.append((direction, b, ranked[0] if ranked else None, ranked[1] if len(ranked) > 1 else None))
@@ -91,7 +92,7 @@ def step(given: Given, settings) -> Found:
     if settings.itc.weight > 0:
         found.losses["itc"] = contrast(given, settings, mined, positive, found.of_sims)
         found.loss += settings.itc.weight * found.losses["itc"]
-    if settings.itm_weight > 0:
+    if settings.itm_weight > 0 and settings.negatives != "none":
         match(given, settings, mined, positive, ambiguous, found)
         found.loss += settings.itm_weight * found.losses["itm"]
     if settings.lm_weight > 0:
