@@ -254,7 +254,9 @@ class MafaModel(nn.Module, Generic[Block]):
         if self.gathers:
             all_keys = gather_own_first(keys)
             keys_image, keys_text = gather_own_first(keys_image), gather_own_first(keys_text)
-            parts = None if parts is None else Parts(*map(gather_own_first, parts[:2]), gather_own_first(parts.real.long()).bool())
+            if parts is not None:
+                real = gather_own_first(parts.real.long()).bool()
+                parts = Parts(gather_own_first(parts.regions), gather_own_first(parts.words), real)
         candidates = len(all_keys)
         if queue is not None:
             keys_image, keys_text = torch.cat([keys_image, queue[0]]), torch.cat([keys_text, queue[1]])

@@ -439,10 +439,9 @@ def samples_of(settings: Any, size: StepSize, device: Any) -> dict[str, Any]:
     side = settings.image_encoder.image_size
     captions = [f"{i} " + "a " * size.text_length for i in range(size.batch)]
     # not of the first epoch: Con-D has been looked at, and a momentum teacher counts in full; a step in which Con-D is asked
-    samples = {"image": torch.randn(size.batch, 3, side, side, device=device), "text_input": captions, "epoch": 2 * every_of(settings)}
-    if getattr(getattr(settings, "itc", None), "intra_modal", []):
-        samples["image_second_view"] = torch.randn_like(samples["image"])
-    return samples
+    views = ["image", "image_second_view"] if getattr(getattr(settings, "itc", None), "intra_modal", []) else ["image"]
+    images = {view: torch.randn(size.batch, 3, side, side, device=device) for view in views}
+    return {**images, "text_input": captions, "epoch": 2 * every_of(settings)}
 
 
 def _move(module: nn.Module, device: str) -> None:
