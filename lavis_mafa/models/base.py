@@ -268,7 +268,7 @@ class MafaModel(nn.Module, Generic[Block]):
         if self.intra_modal:
             whole = (keys_image, keys_text) if "global" in self.intra_modal else None
             intra = _within(image_feature, text_feature, whole, parts)
-        return EncodedBatch(sim_i2t, sim_t2i, self.temp, known, candidates, teacher_i2t, teacher_t2i, distillation, intra)
+        return EncodedBatch(sim_i2t, sim_t2i, self.temp, known, candidates, teacher_i2t, teacher_t2i, distillation, intra=intra)
 
     def _check_step(self, con_d: Discriminator | None, inputs: StepInputs, batch: EncodedBatch, output: StepOutput) -> None:
         self.batch_check.update(inputs.captions, output, self.settings)
