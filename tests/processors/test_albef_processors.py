@@ -187,7 +187,7 @@ def test_distortions_have_their_probabilities(image: Image.Image) -> None:
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2]) and not torch.equal(plain[0], plain[1])
     assert distorted(3, blur=1).diff(dim=2).abs().mean() < distorted(3).diff(dim=2).abs().mean()
     assert not torch.equal(distorted(jitter=1), plain) and distorted(jitter=1).shape == plain.shape
-    assert len({distorted(seed, grayscale=0.5).std(dim=0).max() < 1e-6 for seed in range(20)}) == 2
+    assert len({bool(distorted(seed, grayscale=0.5).std(dim=0).max() < 1e-6) for seed in range(20)}) == 2
 
 
 def test_config_mistakes() -> None:
