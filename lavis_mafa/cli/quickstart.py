@@ -13,7 +13,6 @@ from lavis_mafa.errors import UserError
 
 YAMLS = "mafa/quickstart/scenes"
 NAMES = {"albef": "ALBEF", "blip2": "BLIP-2 (stage 1)"}
-PREFIXES = {"albef": "", "blip2": "blip2_"}  # of its YAMLs, weights and folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +41,11 @@ def _scenes(model: str, folder: Path, options: list[str], started: float) -> Non
 
     from lavis_mafa.datasets.scenes.build import build_scenes
     from lavis_mafa.runners.job import run_job
+    from lavis_mafa.tools.ablate import SCENES_PREFIXES
     from lavis_mafa.tools.quickstart import results_of, results_text, write_report
     from lavis_mafa.weights import shipped
 
-    scenes, name, prefix = folder / "scenes", NAMES[model], PREFIXES[model]
+    scenes, name, prefix = folder / "scenes", NAMES[model], SCENES_PREFIXES[f"{model}_mafa"]
     start, con_d = shipped(f"scenes_{prefix}start"), shipped(f"scenes_{prefix}con_d")
     _say("1/5  the data: scenes composed of emoji, with captions that tell part of what is there")
     build_scenes(scenes)

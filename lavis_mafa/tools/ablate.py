@@ -29,7 +29,7 @@ TABLES = Path(__file__).resolve().parents[1] / "configs" / "ablations.yaml"
 RELATIVE = re.compile(r"([\w.]+)=([\d.]+)\*(model|run)\.([\w.]+)")  # run.max_epoch=0.5*run.max_epoch
 SHARES = {"false_negative_share": "false negatives (known)", "new_positive_share": "false negatives (Con-D's)"}
 TRUTH = ["model.discriminator.arch=ground_truth"]
-SCENES_PREFIXES = {"albef_mafa": "", "blip2_mafa": "blip2_"}  # model.arch -> of its YAMLs and shipped weights
+SCENES_PREFIXES = {"albef_mafa": "", "blip2_mafa": "blip2_"}  # model.arch -> of its YAMLs, shipped weights and folders
 SCENES = "datasets.grit_scenes.build_info.root"
 Metrics = dict[str, dict[str, float]]  # split -> metric -> per cent
 RunJob = Callable[[str, list[str]], Any]  # trains a YAML with options
