@@ -157,7 +157,7 @@ class Synthetic:
     top_k: int = setting(50, "the so many most probable words at the place come into question", low=1)
     generator: str = setting(
         "teacher",
-        "who says which words fit: the frozen `language_teacher`, or the `model`'s own masked language modelling without an image",
+        "who says which words fit: the frozen `language_teacher`, or of `albef_mafa` the `model`'s own MLM without an image",
         "ViLTA Table 6",
         choices=("teacher", "model"),
     )
@@ -165,7 +165,7 @@ class Synthetic:
 
 
 @dataclass
-class AlbefItm(ItmSettings):
+class Itm(ItmSettings):
     synthetic: Synthetic | None = setting(None, "hard negatives by replaced words; null: none", "ViLTA sec. 3.3")
 
 
@@ -284,7 +284,8 @@ class MafaBlock:
     temperature: float = setting(..., "start value; learned, and kept in [0.001, 0.5]", "ALBEF sec. 3.2", low=0.001, high=0.5)
     itc: Itc = setting(Itc, "contrastive loss", "MAFA eq. 1")
     ecm: Ecm = setting(Ecm, "efficient connection mining", "MAFA Table 4, sec. 4.1")
-    itm: ItmSettings = setting(ItmSettings, "matching loss", "MAFA eq. 3")
+    itm: Itm = setting(Itm, "matching loss", "MAFA eq. 3")
+    language_teacher: LanguageTeacher | None = setting(None, "a frozen language model that never sees an image", "ViLTA sec. 3.2")
     discriminator: DiscriminatorBlock | None = setting(
         None, "Con-D; needed while `ecm.enabled`; any family for any model", "MAFA sec. 4.1"
     )
@@ -297,9 +298,7 @@ class AlbefBlock(MafaBlock):
     image_encoder: ImageEncoder = setting(..., "the ViT")
     text_encoder: TextEncoder = setting(..., "BERT, split into text and fusion layers")
     itc: AlbefItc = as_in(MafaBlock, "itc", AlbefItc)
-    itm: AlbefItm = as_in(MafaBlock, "itm", AlbefItm)
     mlm: Mlm = setting(Mlm, "masked language modelling", "ALBEF eq. 3")
-    language_teacher: LanguageTeacher | None = setting(None, "a frozen language model that never sees an image", "ViLTA sec. 3.2")
 
 
 @dataclass(kw_only=True)

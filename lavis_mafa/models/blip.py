@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,12 +21,16 @@ from lavis_mafa.objectives import language_modelling_loss
 
 @dataclass
 class BlipPairs:
-    """K images as token states and K texts as ids; an index may name any of them, also those gathered from other ranks."""
+    """K images as token states and K texts as ids; an index may name any of them, also those gathered from other ranks.
+
+    Synthetic texts follow the K, for matching alone.
+    """
 
     model: BlipMafa
     image_embeds: Tensor  # [K, N, width]
-    text_ids: Tensor  # LongTensor[K, T] on the host
-    text_mask: Tensor  # BoolTensor[K, T] on the host
+    text_ids: Tensor  # LongTensor[K, T] on the host, or [K + B, T] on the device
+    text_mask: Tensor  # BoolTensor[K or K + B, T] on the host
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def keys_values(self) -> KeysValues:
@@ -96,7 +100,11 @@ class BlipMafa(DualEncoder[BlipBlock]):
         batch, _ = self.contrast_with_queue(inputs, image_feature, text_feature, *own)
         if self.gathers:
             images = gather_own_first(images, with_gradient=True)
-        return Encoded(BlipPairs(self, images, ids, mask), batch, (image_feature.detach(), text_feature.detach()))
+        pairs = BlipPairs(self, images, ids, mask)
+        if (synthetic := self.synthetic_texts(inputs, *own, len(mask))) is not None:
+            batch.extra, pairs.metrics = synthetic.pairs, synthetic.metrics
+            pairs.text_ids, pairs.text_mask = synthetic.following(ids, mask)
+        return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
 
     def text_states(self, ids: Tensor, mask: Tensor, padded: bool = False) -> Tensor:
         reading = self.reading(mask, padded)
