@@ -1,4 +1,4 @@
-"""``lavis-mafa analyse soft-labels|vision-usage|minimal-pairs``: look into a trained model, without training."""
+"""``lavis-mafa analyse soft-labels|vision-usage|minimal-pairs|grounding``: look into a trained model, without training."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 SOFT_LABELS = "soft labels of S-ITC, the consistency loss and momentum distillation (MAFA Table 2)"
 VISION_USAGE = "accuracy of predicted words with and without the image (GRIT-VLP's usage of vision)"
 MINIMAL_PAIRS = "accuracy between captions that differ in one word, of which one is true of the image (chance: 50 %)"
+GROUNDING = "does Grad-CAM of the matching score lie on the thing that a text names? (ALBEF section 6)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{soft-labels,vision-usage,minimal-pairs}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{soft-labels,vision-usage,minimal-pairs,grounding}")
     labels = kinds.add_parser("soft-labels", help=SOFT_LABELS, description=SOFT_LABELS)
     _add_common(labels, "run.batch_size_train")
     labels.add_argument(
@@ -41,6 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument("--split", default="val", help="of the data, one that is evaluated (default: val)")
     pairs.add_argument("--score", choices=("itm", "itc"), help="matching head or cosine (default: both, where the model has both)")
     pairs.set_defaults(analyse=_minimal_pairs)
+    grounding = kinds.add_parser("grounding", help=GROUNDING, description=GROUNDING)
+    _add_common(grounding, "run.batch_size_eval", "expressions")
+    what = "Parquet or JSON lines: image, text, box, boxes (grounding_val.parquet of scenes)"
+    grounding.add_argument("--boxes", required=True, type=Path, metavar="FILE", help=what)
+    grounding.add_argument("--images", type=Path, metavar="DIR", help="that image paths start from (default: the folder of --boxes)")
+    grounding.add_argument("--by", choices=("itm", "itc"), default="itm", help="matching logit or cosine (default: itm)")
+    grounding.add_argument(
+        "--layer", type=positive, metavar="N", help="of those that look at images, for itm (default: the middle one)"
+    )
+    grounding.set_defaults(analyse=_grounding)
 
 
 def _add_common(parser: argparse.ArgumentParser, size: str, samples: str = "samples") -> None:
@@ -187,6 +198,41 @@ def _minimal_pairs(arguments: argparse.Namespace) -> None:
     more = {"split": arguments.split, "seed": run.seed, "truth_known": truth, **counts, "chance": analysis.CHANCE}
     results = {name: asdict(one) for name, one in figures.items()}
     _write(output / "minimal_pairs.json", {**_about(arguments, opened, size), **more, "results": results, "examples": cases})
+
+
+def _grounding(arguments: argparse.Namespace) -> None:
+    if arguments.by == "itc" and arguments.layer is not None:
+        raise UserError(f"--layer is {arguments.layer}, but --by itc reads the image encoder's last block; leave --layer out.")
+    from lavis_mafa.files import new_folder
+    from lavis_mafa.models.base import DualEncoder
+    from lavis_mafa.models.soft_masks import middle
+    from lavis_mafa.runners.step import autocast
+    from lavis_mafa.tools import grounding as analysis
+    from lavis_mafa.tools.candidates import shuffled
+    from lavis_mafa.tools.trained_model import evaluation_processors, open_checkpoint
+
+    expressions = analysis.read_boxes(arguments.boxes, arguments.images)
+    opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
+    run, settings = opened.run, opened.model.settings
+    if not isinstance(opened.model, DualEncoder):
+        raise UserError(f"model.arch is {settings.arch}, whose texts look at no patches; allowed here: albef_mafa, blip_mafa.")
+    layer = None
+    if arguments.by == "itm":
+        layer = arguments.layer or middle(settings.text_encoder.layers - getattr(settings.text_encoder, "fusion_layer", 0))
+    drawn = sorted(shuffled(len(expressions), run.seed, arguments.max_samples).tolist())
+    expressions, size = [expressions[number] for number in drawn], arguments.batch_size or run.batch_size_eval
+    with autocast(run.precision, opened.device):
+        tally = analysis.ground(opened.model, expressions, evaluation_processors(opened), arguments.by, layer, size)
+    figures, images = tally.figures(), len(set(tally.image))
+    at = f" at layer {layer}" if layer else ""
+    print(f"{len(expressions):,} expressions about {images:,} images; Grad-CAM of {arguments.by.upper()}{at}")
+    print(analysis.format_figures(figures))
+    if tally.blank:
+        print(f"({tally.blank:,} maps are 0 everywhere, which counts as wrong)")
+    results = {name: {**asdict(one), "chance": chance} for name, (one, chance) in figures.items()}
+    counts = {"expressions": len(expressions), "images": images, "blank": tally.blank}
+    more = {"boxes": str(arguments.boxes), "by": arguments.by, "layer": layer, "seed": run.seed, **counts, "results": results}
+    _write(new_folder(arguments.output) / "grounding.json", {**_about(arguments, opened, size), **more})
 
 
 def _draw(arguments: argparse.Namespace, opened: Opened, dataset: Any) -> Tensor:

@@ -15,7 +15,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.grit.sampler import seeded_generator
 from lavis_mafa.models.retrieval import best_query, joined_texts
 from lavis_mafa.tools.candidates import shuffled
-from lavis_mafa.tools.significance import interval
+from lavis_mafa.tools.significance import Accuracy
 
 SCORES = {"itm": "ITM", "itc": "ITC"}
 PARTNERS = 3  # of a caption at most: a caption of common words has hundreds
@@ -188,21 +188,6 @@ def preferred(own: Tensor, other: Tensor, caption: Tensor) -> Tensor:
 
 
 # --- said -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Of captions above their partners, and the ends of its 95 % interval over images; None where there is one image."""
-
-    accuracy: float
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, wins: Tensor, image: Tensor) -> Accuracy:
-        """Shares [C], and LongTensor[C] the image of each."""
-        low, high = (float(end) for end in interval(wins.double().numpy(), image.numpy()))
-        return cls(float(wins.double().mean()), *((None, None) if low != low else (low, high)))
 
 
 def accuracies(pairs: MinimalPairs, scores: dict[str, Tensor]) -> dict[str, Accuracy]:

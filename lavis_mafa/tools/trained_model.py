@@ -105,6 +105,15 @@ def open_gallery(opened: Opened, split: str) -> Any:
     return dataset
 
 
+def evaluation_processors(opened: Opened) -> tuple[Any, Any]:
+    """Of images and texts, as the data evaluate with; UserError where no split is evaluated."""
+    splits = sorted(opened.datasets, key=lambda split: (split != "val", split))
+    dataset = next((opened.datasets[split] for split in splits if _is_gallery(opened.datasets[split])), None)
+    if dataset is None:
+        raise UserError("no split of the data is evaluated, so nothing says how images are processed then; give one, such as val.")
+    return dataset.vis_processor, dataset.text_processor
+
+
 def _split(opened: Opened, split: str) -> Any:
     dataset = opened.datasets.get(split)
     if dataset is None:

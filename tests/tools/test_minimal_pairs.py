@@ -15,7 +15,8 @@ import reduced_blip2
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.retrieval import best_query
-from lavis_mafa.tools.minimal_pairs import Accuracy, OneWordApart, accuracies, examples, find_pairs, preferred, score_pairs
+from lavis_mafa.tools.minimal_pairs import OneWordApart, accuracies, examples, find_pairs, preferred, score_pairs
+from lavis_mafa.tools.significance import Accuracy
 from lavis_mafa.weights import shipped
 
 MODELS = {"albef": reduced, "blip": reduced_blip, "blip2": reduced_blip2}
