@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SOFT_LABELS = "soft labels of S-ITC, the consistency loss and momentum distillation (MAFA Table 2)"
 VISION_USAGE = "accuracy of predicted words with and without the image (GRIT-VLP's usage of vision)"
-MINIMAL_PAIRS = "accuracy between captions that differ in one word, of which one is true of the image (chance: 50 %)"
+MINIMAL_PAIRS = "accuracy between captions that differ in one word, of which one is true of the image; chance is a half"
 GROUNDING = "does Grad-CAM of the matching score lie on the thing that a text names? (ALBEF section 6)"
 
 
