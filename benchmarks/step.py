@@ -6,8 +6,8 @@
 Measured: forward, backward, gradient norm and AdamW (fused; LAVIS's row as its runner has it) on random images and captions; CPU time
 of one thread, or elapsed time on a GPU, the median of the rounds. Con-D is a model of the same size, untrained, so its answers are
 replaced: it finds nothing, or calls every hard negative positive. Loading is not in it. ``saved`` is what forward leaves for backward.
-ViLTA's row is GRIT's with cross-distillation and synthetic texts, by a teacher of the text encoder's size; SoftMask's is GRIT's with softly
-masked images.
+ViLTA's row is GRIT's with cross-distillation and synthetic texts, by a teacher of the text encoder's size; SoftMask's is GRIT's with
+softly masked images.
 
 ``--without-lavis`` imports neither LAVIS nor transformers, so that it runs wherever torch does; then there is no row of LAVIS.
 """
@@ -35,7 +35,7 @@ ABSENT = ("lavis", "transformers", "timm", "fairscale", "omegaconf", "iopath", "
 SMALL = {"image": 48, "patch": 6, "width": 192, "depth": 6, "heads": 3, "layers": 6, "fusion": 3, "words": 2000, "dim": 64}
 LARGE = {"image": 224, "patch": 16, "width": 384, "depth": 6, "heads": 6, "layers": 6, "fusion": 3, "words": 2000, "dim": 256}
 PAPER = {"image": 256, "patch": 16, "width": 768, "depth": 12, "heads": 12, "layers": 12, "fusion": 6, "words": 30522, "dim": 256}
-TRY = {"image": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2, "layers": 2, "fusion": 1, "words": 200, "dim": 16}
+TRY = {"image": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2, "layers": 3, "fusion": 1, "words": 200, "dim": 16}
 SIZES: dict[str, dict[str, Any]] = {
     "small": SMALL | {"batch": 96, "text": 16, "full": True},
     "large": LARGE | {"batch": 32, "text": 25, "full": False},
