@@ -33,7 +33,7 @@ from lavis_mafa.tools.trained_model import _PairsOfGallery
 
 pytestmark = pytest.mark.slow
 
-COUNT, SIZE, SPACE = 22, 5, 10
+COUNT, SIZE, SPACE = 22, 5, 8
 KNOWN = Known(same_image=True, same_text=True)
 
 
