@@ -383,6 +383,7 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
         what = f"{keys[0]} and {keys[2]} are" if of_words else f"{keys[0]} is"
         yield f"model.itc.momentum_distillation is set, but {what} 0, so its teacher would teach nothing; allowed here: null."
     yield from _language_teacher(model, weights)
+    yield from _soft_masks(model, weights)
     if inside := getattr(model.itc, "intra_modal", []):
         missing = [] if teacher else ["model.itc.momentum_distillation is null, whose encoders make its keys"]
         missing += [] if weights["itc"] else [f"{keys[0]} is 0, so it would change nothing"]
@@ -434,6 +435,24 @@ def _language_teacher(model: Any, weights: dict[str, float]) -> Iterator[str]:
         yield (
             "model.itm.synthetic.generator is model, but masked language modelling is off, so nothing trains the head that it asks; "
             "allowed here: teacher."
+        )
+
+
+def _soft_masks(model: Any, weights: dict[str, float]) -> Iterator[str]:
+    """SoftMask's: a matching score, from a layer whose every word reaches it; and words that are masked at all."""
+    if getattr(getattr(model, "mlm", None), "mask_everywhere", False) and not weights["mlm"]:
+        yield "model.mlm.mask_everywhere is true, but masked language modelling, whose masks they are, is off; allowed here: false."
+    how = getattr(model.itm, "soft_mask", None)
+    if how is None:
+        return
+    if not weights["itm"]:
+        yield "model.itm.soft_mask is set, but matching, whose positives they are, is off; allowed here: null."
+    layers = model.text_encoder.layers - getattr(model.text_encoder, "fusion_layer", 0)
+    if layers < 2 or (how.layer or 1) >= layers:
+        allowed = f"a number below {layers}, or null" if layers > 1 else "soft_mask: null"
+        yield (
+            f"model.itm.soft_mask.layer is {how.layer}, of {layers} layers that look at images; from the last one no word's own map "
+            f"reaches the score. Allowed: {allowed}."
         )
 
 

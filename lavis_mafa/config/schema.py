@@ -47,6 +47,7 @@ _OLD_NAMES = {
     "run.resume_ckpt_path": "run.resume",
     "nothing: answers are generated": "run.inference_method",
     "nothing: metrics do not depend on it": "run.task_type",
+    "nothing: words that look at an image's patches are ALBEF's and BLIP's": "model.itm.soft_mask",
     "nothing: data sets are joined, each sample once an epoch": "run.train_dataset_ratios",
     "model.itc.momentum_distillation.alpha": "run.alpha model.alpha",
     "model.temperature": "run.temp model.temp",
@@ -145,6 +146,7 @@ class Mlm:
         0.0, "weight of what `language_teacher` predicts from the whole text; 0 is off", "ViLTA sec. 3.2", low=0, high=1
     )
     temperature: float = setting(1.0, "by which that teacher's logits are divided: above 1 its predictions are softer", low=0.01)
+    mask_everywhere: bool = setting(False, "ITC and ITM read texts with masked words too, masked by draws of their own", "SoftMask")
 
 
 @dataclass
@@ -165,8 +167,25 @@ class Synthetic:
 
 
 @dataclass
+class SoftMask:
+    """Each image once more, its patches masked by where one word of its text looks, as a further positive of that text."""
+
+    layer: int | None = setting(
+        None, "whose map, of the layers that look at images, from 1; null: the middle one (3 of 6); never the last", "SoftMask", low=1
+    )
+    share: float = setting(0.5, "of the patches, which the masks add up to", "SoftMask supplement sec. 2", low=0.01, high=0.99)
+    by: str = setting(
+        "grad_cam",
+        "`grad_cam` of the matching score, or the `attention` itself",
+        "SoftMask Table 9",
+        choices=("grad_cam", "attention"),
+    )
+
+
+@dataclass
 class AlbefItm(ItmSettings):
     synthetic: Synthetic | None = setting(None, "hard negatives by replaced words; null: none", "ViLTA sec. 3.3")
+    soft_mask: SoftMask | None = setting(None, "softly masked images as further positives; null: none", "SoftMask")
 
 
 @dataclass

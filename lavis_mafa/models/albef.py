@@ -16,6 +16,7 @@ from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_text_encoder, build_tokenizer, with_bert
 from lavis_mafa.models.momentum import project
+from lavis_mafa.models.soft_masks import softly_masked, told_of
 from lavis_mafa.models.step import Encoded, StepInputs
 from lavis_mafa.models.synthetic_texts import ReplaceableWords
 from lavis_mafa.models.transformer import KeysValues, Reading, Tokens, named_images, on_device
@@ -28,11 +29,11 @@ from lavis_mafa.objectives.synthetic_negatives import draw, replacements
 class AlbefPairs:
     """K images and K texts as token states; an index may name any of them, also those gathered from other ranks.
 
-    Synthetic texts follow the K, for matching alone.
+    Synthetic texts and softly masked images follow the K, for matching alone.
     """
 
     model: AlbefMafa
-    image_embeds: Tensor  # [K, N, width]
+    image_embeds: Tensor  # [K or K + B, N, width]
     text_embeds: Tensor  # [K or K + B, T, width]
     text_ids: Tensor  # LongTensor[K, T] on the host
     text_mask: Tensor  # BoolTensor[K or K + B, T] on the host
@@ -48,20 +49,14 @@ class AlbefPairs:
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one fusion pass."""
-        images, reading = self._reading(image_index, text_index)
+        images, reading = self._reading(self.image_embeds, image_index, text_index)
         return self.model.itm_head(self.model.fuse(images, self.text_embeds, reading, reading.first))
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: masked tokens of each text predicted with its image; last layer and head run on masked positions only."""
-        model, tokenizer = self.model, self.model.tokenizer
-        images, reading = self._reading(image_index, text_index)
-        ids, labels = mask_tokens(
-            self.text_ids.flatten().index_select(0, reading.rows),
-            model.settings.mlm.mask_probability,
-            tokenizer.mask_token_id,
-            len(tokenizer),
-            [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id],
-        )
+        model = self.model
+        images, reading = self._reading(self.image_embeds[: len(self.text_ids)], image_index, text_index)
+        ids, labels = model.masked(self.text_ids.flatten().index_select(0, reading.rows))
         masked = torch.nonzero(labels != IGNORED).flatten()
         ids, labels = on_device(ids, model.device), on_device(labels.index_select(0, masked), model.device)
         chosen = reading.tokens_at(masked)
@@ -83,9 +78,13 @@ class AlbefPairs:
         assert teacher is not None and states is not None
         return teacher.predict(states.flatten(0, 1).index_select(0, on_device(rows, states.device)))
 
-    def _reading(self, image_index: Tensor, text_index: Tensor) -> tuple[KeysValues, Reading]:
-        named, index = named_images(self.image_embeds, image_index)
-        images = self.keys_values if named is self.image_embeds else self.model.keys_values(named)
+    def _reading(self, of: Tensor, image_index: Tensor, text_index: Tensor) -> tuple[KeysValues, Reading]:
+        """``of``: all images, or the first of them."""
+        named, index = named_images(of, image_index)
+        if named is of:
+            images = [(key[: len(of)], value[: len(of)]) for key, value in self.keys_values]
+        else:
+            images = self.model.keys_values(named)
         return images, Reading.of(self.text_mask, self.model.device, text_index, index, len(named))
 
 
@@ -114,6 +113,7 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         self.text_encoder = build_text_encoder(settings, encoder_width, words)
         synthetic, asked = self.settings.itm.synthetic, loss_weights(self.settings)["itm"] > 0
         self.replaceable = ReplaceableWords(self.tokenizer, synthetic.top_k) if synthetic is not None and asked else None
+        self.told = told_of(self.tokenizer) if self.settings.itm.soft_mask is not None and asked else None
         fusion = range(settings.fusion_layer, settings.layers)
         self.trained_by = {
             PROJECTIONS: {"itc"},
@@ -125,7 +125,7 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
     def encode(self, inputs: StepInputs) -> Encoded:
         ids, mask = self.words(inputs.captions, self.gathers)
         own = ids[: len(inputs.captions)], mask[: len(inputs.captions)]
-        images, texts = self.image_states(inputs.image), self.text_states(*own)
+        images, texts = self.image_states(inputs.image), self.text_states(self._shown(own[0]), own[1])
         image_feature, text_feature = self.image_features(images), project(self.text_proj, texts[:, 0])
         batch, momentum_images = self.contrast_with_queue(inputs, image_feature, text_feature, *own)
         distillation = self.settings.itc.momentum_distillation
@@ -135,6 +135,9 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         if self.language_teacher is not None and self.settings.mlm.cross_distillation and loss_weights(self.settings)["mlm"]:
             teacher_states = self.language_teacher.states(*own, self.reading(own[1]))
         synthetic = self._synthetic(inputs, *own, teacher_states)
+        masked = None
+        if self.told is not None and self.training:
+            masked = softly_masked(self, images, (texts, own[1]), own[0], self.settings.itm.soft_mask, self.told)
         if self.gathers:
             images, texts = gather_own_first(images, with_gradient=True), gather_own_first(texts, with_gradient=True)
             momentum_images = None if momentum_images is None else gather_own_first(momentum_images)
@@ -143,9 +146,24 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
             states, batch.extra = synthetic
             batch.extra = replace(batch.extra, text_index=batch.extra.text_index + len(mask))
             texts, mask = torch.cat([texts, states]), torch.cat([mask, own[1]])
+        if masked is not None:
+            every = torch.arange(len(own[0]), device=self.device)
+            batch.soft_masked = ExtraPairs(every + len(images), every, torch.ones_like(every), masked[1])
+            images = torch.cat([images, masked[0]])
         metrics = {} if synthetic is None else {"synthetic_share": synthetic[1].weight.mean()}
         pairs = AlbefPairs(self, images, texts, ids, mask, momentum_images, batch.distillation, teacher_states, metrics)
         return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
+
+    def _shown(self, ids: Tensor) -> Tensor:
+        """What ITC and ITM read of texts: with ``mlm.mask_everywhere`` words are masked there too, by a draw of their own."""
+        mlm = self.settings.mlm
+        return self.masked(ids)[0] if self.training and mlm.mask_everywhere and loss_weights(self.settings)["mlm"] else ids
+
+    def masked(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Words as masked language modelling shows them, and what is to be predicted: see :func:`mask_tokens`."""
+        tokenizer = self.tokenizer
+        special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
+        return mask_tokens(ids, self.settings.mlm.mask_probability, tokenizer.mask_token_id, len(tokenizer), special)
 
     def _synthetic(
         self, inputs: StepInputs, ids: Tensor, mask: Tensor, teacher_states: Tensor | None

@@ -312,7 +312,9 @@ class MafaModel(nn.Module, Generic[Block]):
         smooth = when == "always" or (when == "grouped" and inputs.grouped)
         itc_weight, itm_weight, lm_weight = loss_weights(self.settings).values()
         return StepSettings(
-            itc=ItcSettings(weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency),
+            itc=ItcSettings(
+                weight=itc_weight, smoothing=itc.smoothing if smooth else 0.0, consistency=itc.consistency, focal=itc.focal
+            ),
             ecm=replace(self.settings.ecm, enabled=self._asks(inputs)),
             negatives=self.settings.itm.negatives,
             itm_weight=itm_weight,

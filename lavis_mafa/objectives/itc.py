@@ -54,8 +54,10 @@ def itc_targets(
     return (1.0 - smoothing) * targets + smoothing * share / share.sum(dim=1, keepdim=True)
 
 
-def itc_loss(logits_i2t: Tensor, logits_t2i: Tensor, targets_i2t: Tensor, targets_t2i: Tensor) -> Tensor:
+def itc_loss(logits_i2t: Tensor, logits_t2i: Tensor, targets_i2t: Tensor, targets_t2i: Tensor, focal: float = 0.0) -> Tensor:
     """Mean of the two directions' cross-entropies with soft targets (MAFA eq. 1; eq. 5 when the targets are smoothed).
+
+    With ``focal`` g > 0, ``-sum_j y_j (1 - p_j)^g log p_j``: what is told well already counts less (SoftMask; arXiv 1708.02002).
 
     Computed in fp32. A logit of -inf is a pair that takes no part; its target must be 0. A NaN logit or target gives a NaN loss.
 
@@ -63,6 +65,7 @@ def itc_loss(logits_i2t: Tensor, logits_t2i: Tensor, targets_i2t: Tensor, target
         logits_i2t: [B, K] similarity / temperature of image b and text k.
         logits_t2i: [B, K] the same for text b and image k.
         targets_i2t: [B, K], rows sum to 1; so for ``targets_t2i``.
+        focal: g, 0 or more.
 
     Returns:
         Tensor[].
@@ -71,7 +74,7 @@ def itc_loss(logits_i2t: Tensor, logits_t2i: Tensor, targets_i2t: Tensor, target
         >>> itc_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.eye(2), torch.eye(2))  # nothing is told apart: log 2
         tensor(0.6931)
     """
-    return (_soft_cross_entropy(logits_i2t, targets_i2t) + _soft_cross_entropy(logits_t2i, targets_t2i)) / 2
+    return (_soft_cross_entropy(logits_i2t, targets_i2t, focal) + _soft_cross_entropy(logits_t2i, targets_t2i, focal)) / 2
 
 
 def consistency_loss(logits_i2t: Tensor, logits_t2i: Tensor) -> Tensor:
@@ -88,8 +91,12 @@ def consistency_loss(logits_i2t: Tensor, logits_t2i: Tensor) -> Tensor:
     return (kl_i2t + kl_t2i) / 2
 
 
-def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def _soft_cross_entropy(logits: Tensor, targets: Tensor, focal: float) -> Tensor:
     log_probability = F.log_softmax(logits.float(), dim=1)
+    if focal > 0:
+        # of 0 a power below 1 has no finite gradient
+        unsure = (-torch.expm1(log_probability)).clamp_min(torch.finfo(log_probability.dtype).tiny)
+        targets = targets * unsure**focal
     # 0 * -inf is NaN: a pair without target mass must not enter the sum; a NaN target (its teacher diverged) must
     terms = torch.where(targets != 0, targets * log_probability, torch.zeros_like(targets))
     return -terms.sum(dim=1).mean()

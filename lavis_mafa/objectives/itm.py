@@ -53,7 +53,8 @@ class ItmPairs:
         if not extra.in_place:
             columns = ("image_index", "text_index", "label", "weight")
             joined = {name: torch.cat([getattr(self, name), getattr(extra, name)]) for name in columns}
-            is_extra = torch.arange(len(joined["label"]), device=self.label.device) >= len(self.label)
+            before = torch.zeros_like(self.label, dtype=torch.bool) if self.extra is None else self.extra
+            is_extra = torch.cat([before, torch.ones_like(extra.label, dtype=torch.bool)])
             return ItmPairs(**joined, extra=is_extra)
         taken = extra.weight > 0  # an image without an extra pair keeps its hardest text
 

@@ -49,6 +49,7 @@ class ItcSettings:
 
     weight: float = setting(1.0, OF_THE_SUM, "ALBEF Table 1; GRIT-VLP Table 1", low=0)
     smoothing: float = setting(0.5, "alpha of S-ITC; 0 is off", "MAFA Tables 4, 6, 18, eq. 5", low=0, high=1)
+    focal: float = setting(0.0, "power with which pairs that are told well count less; 0 is off", "SoftMask, arXiv 2304.00719", low=0)
     consistency: float = setting(0.0, "lambda of GRIT-VLP's consistency loss; 0 is off", "MAFA Table 6; GRIT-VLP Table 4, eq. 6", low=0)
 
 
@@ -115,6 +116,7 @@ class EncodedBatch:
     teacher_t2i: Tensor | None = None
     distillation: float = 0.0  # alpha of ALBEF eq. 6
     extra: ExtraPairs | None = None
+    soft_masked: ExtraPairs | None = None  # further ones, which Con-D is never asked about (SoftMask)
     intra: IntraModal | None = None  # TCL
 
 
@@ -206,7 +208,7 @@ def mafa_step(
         loss_itc = _contrast(batch, mined, settings, [*intra.values()])
         metrics |= {name: loss.detach() for name, loss in intra.items()}
     pairs = itm_pairs(negatives, verdicts if "itm" in ecm.use_in else None, ecm.false_negatives, ecm.resample_ambiguous)
-    pairs = pairs.extended(extra)
+    pairs = pairs.extended(extra).extended(batch.soft_masked if itm_weight else None)
     image_index, text_index, new_image, new_text = _on_host(pairs, mined, count)
     if itm_weight:
         logits = model.itm_logits(image_index, text_index)
@@ -297,7 +299,7 @@ def _contrast(batch: EncodedBatch, mined: Mined, settings: StepSettings, intra: 
             teacher_t2i = teacher_t2i.masked_fill(excluded_t2i, float("-inf"))
         targets_i2t = distilled_targets(targets_i2t, teacher_i2t.detach(), batch.distillation)
         targets_t2i = distilled_targets(targets_t2i, teacher_t2i.detach(), batch.distillation)
-    loss = itc_loss(logits_i2t, logits_t2i, targets_i2t, targets_t2i)
+    loss = itc_loss(logits_i2t, logits_t2i, targets_i2t, targets_t2i, settings.itc.focal)
     loss = torch.stack([loss, *intra]).mean() if intra else loss
     return loss if consistency is None else loss + settings.itc.consistency * consistency
 

@@ -19,7 +19,7 @@ import reduced
 import reduced_blip
 from lavis_mafa.models import albef as albef_mafa
 from lavis_mafa.models import blip as blip_mafa
-from lavis_mafa.models import synthetic_texts
+from lavis_mafa.models import soft_masks, synthetic_texts
 
 # both halves have 33 tokens: a mean over the tokens of each process is then that over all; one caption is on both processes
 CAPTIONS = [*reduced.CAPTIONS, "a tall man in a green hat", reduced.CAPTIONS[3], "an old boat"]
@@ -38,10 +38,15 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "lm alone": (blip_mafa, reduced_blip.ours, {"itc": {"weight": 0}, "itm": {"weight": 0}}),
     "teacher": (albef_mafa, reduced.ours, {"mlm": {"mask_probability": 0}, "itc": {"momentum_distillation": {"queue_size": 12}}}),
-    "synthetic": (  # the first word that may be replaced, by the one word that comes into question: nothing is drawn
+    # the first word that may be replaced, by the one word that comes into question, and is masked by: nothing is drawn
+    "extra pairs": (
         albef_mafa,
         reduced.ours,
-        {"mlm": {"mask_probability": 0}, "itm": {"synthetic": {"top_k": 1, "generator": "model"}}},
+        {
+            "mlm": {"mask_probability": 0},
+            "itc": {"focal": 2.0},
+            "itm": {"synthetic": {"top_k": 1, "generator": "model"}, "soft_mask": {}},
+        },
     ),
     "tcl": (
         albef_mafa,
@@ -90,7 +95,7 @@ def gradients(name: str, start: int, end: int) -> dict[str, Tensor]:
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     for _ in range(2):  # DDP complains in the second step of weights that had no gradient in the first
         model.zero_grad(set_to_none=True)
-        with patch.object(synthetic_texts, "choose_place", first_place):
+        with patch.object(synthetic_texts, "choose_place", first_place), patch.object(soft_masks, "choose_place", first_place):
             wrapped(samples(start, end)).loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {**found, **{name: buffer for name, buffer in model.named_buffers() if "queue" in name}}
