@@ -1,4 +1,4 @@
-"""``lavis-mafa analyse soft-labels|vision-usage|pictures``: look into a trained model, without training."""
+"""``lavis-mafa analyse soft-labels|vision-usage|minimal-pairs|grounding|pictures``: look into a trained model, without training."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 SOFT_LABELS = "soft labels of S-ITC, the consistency loss and momentum distillation (MAFA Table 2)"
 VISION_USAGE = "accuracy of predicted words with and without the image (GRIT-VLP's usage of vision)"
-
+MINIMAL_PAIRS = "accuracy between captions that differ in one word, of which one is true of the image; chance is a half"
+GROUNDING = "does Grad-CAM of the matching score lie on the thing that a text names? (ALBEF section 6)"
 PICTURES = "a page of hard negatives (GRIT-VLP Figure 1) and of pseudo-targets (ALBEF Figures 2, 11, 12)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{soft-labels,vision-usage,pictures}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{soft-labels,vision-usage,minimal-pairs,grounding,pictures}")
     labels = kinds.add_parser("soft-labels", help=SOFT_LABELS, description=SOFT_LABELS)
     _add_common(labels, "run.batch_size_train")
     labels.add_argument(
@@ -37,6 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     usage.add_argument("--passes", type=positive, default=1, help="masks drawn per caption, for masked language modelling (default: 1)")
     usage.add_argument("--mask-probability", type=share, nargs="+", metavar="P", help="one or more (default: the YAML's)")
     usage.set_defaults(analyse=_vision_usage)
+    pairs = kinds.add_parser("minimal-pairs", help=MINIMAL_PAIRS, description=MINIMAL_PAIRS)
+    _add_common(pairs, "run.batch_size_eval", "captions that have partners")
+    pairs.add_argument("--split", default="val", help="of the data, one that is evaluated (default: val)")
+    pairs.add_argument("--score", choices=("itm", "itc"), help="matching head or cosine (default: both, where the model has both)")
+    pairs.set_defaults(analyse=_minimal_pairs)
+    grounding = kinds.add_parser("grounding", help=GROUNDING, description=GROUNDING)
+    _add_common(grounding, "run.batch_size_eval", "expressions")
+    what = "Parquet or JSON lines: image, text, box, boxes (grounding_val.parquet of scenes)"
+    grounding.add_argument("--boxes", required=True, type=Path, metavar="FILE", help=what)
+    grounding.add_argument("--images", type=Path, metavar="DIR", help="that image paths start from (default: the folder of --boxes)")
+    grounding.add_argument("--by", choices=("itm", "itc"), default="itm", help="matching logit or cosine (default: itm)")
+    grounding.add_argument(
+        "--layer", type=positive, metavar="N", help="of those that look at images, for itm (default: the middle one)"
+    )
+    grounding.set_defaults(analyse=_grounding)
     pictures = kinds.add_parser("pictures", help=PICTURES, description=PICTURES)
     _add_common(pictures, "run.batch_size_train")
     pictures.add_argument("--split", help="of the data (default: val where the data have it, else train, whose images are augmented)")
@@ -44,12 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures.set_defaults(analyse=_pictures)
 
 
-def _add_common(parser: argparse.ArgumentParser, size: str) -> None:
+def _add_common(parser: argparse.ArgumentParser, size: str, samples: str = "samples") -> None:
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a file, or a name that `lavis-mafa ls` shows")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="weights of the YAML's model")
     parser.add_argument("--output", type=Path, help="a new folder; where it exists it gets a number (default: output/KIND)")
     parser.add_argument("--batch-size", type=positive, metavar="B", help=f"default: {size}")
-    parser.add_argument("--max-samples", type=positive, metavar="N", help="a random N of the samples (default: all)")
+    parser.add_argument("--max-samples", type=positive, metavar="N", help=f"a random N of the {samples} (default: all)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of the YAML")
 
 
@@ -151,6 +167,78 @@ def _vision_usage(arguments: argparse.Namespace) -> None:
     results = {name: {"words": words[name], **row} for name, row in rows.items()}
     more = {"split": split, "captions": len(order), "passes": arguments.passes, "seed": run.seed, "torch": torch.__version__}
     _write(output / "vision_usage.json", {**_about(arguments, opened, size), **more, "results": results})
+
+
+def _minimal_pairs(arguments: argparse.Namespace) -> None:
+    from torch.utils.data import Subset
+
+    from lavis_mafa.config.schema import loss_weights
+    from lavis_mafa.files import new_folder
+    from lavis_mafa.runners.loading import check_evaluation_images, eval_loader
+    from lavis_mafa.runners.step import autocast
+    from lavis_mafa.tools import minimal_pairs as analysis
+    from lavis_mafa.tools.trained_model import open_checkpoint, open_gallery
+
+    opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
+    run, matches = opened.run, loss_weights(opened.model.settings)["itm"] != 0
+    if arguments.score == "itm" and not matches:
+        raise UserError("--score is itm, but model.itm is off: this model has no trained matching head; allowed: itc.")
+    scores = [arguments.score] if arguments.score else [*(["itm"] if matches else []), "itc"]
+    gallery = open_gallery(opened, arguments.split)
+    pairs = analysis.find_pairs(gallery, run.seed, arguments.max_samples)
+    size, output = arguments.batch_size or run.batch_size_eval, new_folder(arguments.output)
+    images = pairs.image.unique()
+    shown = Subset(gallery, images.tolist())
+    check_evaluation_images({arguments.split: shown}, [arguments.split], run.num_workers, output)
+    loader = eval_loader(shown, size, gallery.collater, run, opened.device.type == "cuda", shared=False)
+    batches = ((part, samples["image"]) for part, samples in zip(images.split(size), loader, strict=True))
+    with autocast(run.precision, opened.device):
+        found = analysis.score_pairs(opened.model, batches, gallery.text, *pairs.scored(), scores)
+    figures, cases = analysis.accuracies(pairs, found), analysis.examples(gallery, pairs, found)
+    truth = getattr(gallery, "truth", None) is not None
+    print(f"{len(pairs):,} captions of {len(images):,} images of {arguments.split}, each against others that differ in one word")
+    what = "true of the image" if truth else "of the same image"
+    print(f"({len(pairs.other):,} drawn of {pairs.possible:,} pairs; left out: captions that are {what})")
+    print(analysis.format_results(figures, cases))
+    counts = {"captions": len(pairs), "images": len(images), "pairs": len(pairs.other), "possible_pairs": pairs.possible}
+    more = {"split": arguments.split, "seed": run.seed, "truth_known": truth, **counts, "chance": analysis.CHANCE}
+    results = {name: asdict(one) for name, one in figures.items()}
+    _write(output / "minimal_pairs.json", {**_about(arguments, opened, size), **more, "results": results, "examples": cases})
+
+
+def _grounding(arguments: argparse.Namespace) -> None:
+    if arguments.by == "itc" and arguments.layer is not None:
+        raise UserError(f"--layer is {arguments.layer}, but --by itc reads the image encoder's last block; leave --layer out.")
+    from lavis_mafa.files import new_folder
+    from lavis_mafa.models.base import DualEncoder
+    from lavis_mafa.models.soft_masks import middle
+    from lavis_mafa.runners.step import autocast
+    from lavis_mafa.tools import grounding as analysis
+    from lavis_mafa.tools.candidates import shuffled
+    from lavis_mafa.tools.trained_model import evaluation_processors, open_checkpoint
+
+    expressions = analysis.read_boxes(arguments.boxes, arguments.images)
+    opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
+    run, settings = opened.run, opened.model.settings
+    if not isinstance(opened.model, DualEncoder):
+        raise UserError(f"model.arch is {settings.arch}, whose texts look at no patches; allowed here: albef_mafa, blip_mafa.")
+    layer = None
+    if arguments.by == "itm":
+        layer = arguments.layer or middle(settings.text_encoder.layers - getattr(settings.text_encoder, "fusion_layer", 0))
+    drawn = sorted(shuffled(len(expressions), run.seed, arguments.max_samples).tolist())
+    expressions, size = [expressions[number] for number in drawn], arguments.batch_size or run.batch_size_eval
+    with autocast(run.precision, opened.device):
+        tally = analysis.ground(opened.model, expressions, evaluation_processors(opened), arguments.by, layer, size)
+    figures, images = tally.figures(), len(set(tally.image))
+    at = f" at layer {layer}" if layer else ""
+    print(f"{len(expressions):,} expressions about {images:,} images; Grad-CAM of {arguments.by.upper()}{at}")
+    print(analysis.format_figures(figures))
+    if tally.blank:
+        print(f"({tally.blank:,} maps are 0 everywhere, which counts as wrong)")
+    results = {name: {**asdict(one), "chance": chance} for name, (one, chance) in figures.items()}
+    counts = {"expressions": len(expressions), "images": images, "blank": tally.blank}
+    more = {"boxes": str(arguments.boxes), "by": arguments.by, "layer": layer, "seed": run.seed, **counts, "results": results}
+    _write(new_folder(arguments.output) / "grounding.json", {**_about(arguments, opened, size), **more})
 
 
 def _pictures(arguments: argparse.Namespace) -> None:

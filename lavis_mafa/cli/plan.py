@@ -15,7 +15,9 @@ from lavis_mafa.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("yaml", help="a file, or a name that `lavis-mafa ls` shows")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("yaml", nargs="?", default=argparse.SUPPRESS, help="a file, or a name that `lavis-mafa ls` shows")
+    which.add_argument("--cfg-path", dest="yaml", metavar="YAML", help="the same, as of `lavis-mafa train`")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="pairs per GPU instead of run.batch_size_train")
     parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="default: 1")

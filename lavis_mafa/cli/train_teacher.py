@@ -31,5 +31,5 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = Recipe(**{name: getattr(arguments, name) for name in Recipe.__dataclass_fields__})
     captions, share = make_teacher(arguments.cfg_path, arguments.options, arguments.output, recipe)
     print(f"Trained on {captions:,} captions; of the masked words of those held out it guesses {share:.1%}.")
-    print(f"To use it: --options model.language_teacher.init={arguments.output} model.mlm.cross_distillation=0.5")
+    print(f"To use it: --options model.language_teacher.init={arguments.output} model.itm.synthetic.mode=add")
     return 0

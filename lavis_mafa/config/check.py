@@ -92,12 +92,8 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[Checked,
         found.add(f"preprocess is {settings.pop('preprocess')!r}, but must be a block of settings.")
     model = None
     if own["arch"] in MODEL_BLOCKS:
-        if run.get("evaluate") is True and own["arch"] != "blip2_opt_mafa" and isinstance(own.get("ecm", {}), dict):
-            own["ecm"] = {**own.get("ecm", {}), "enabled": False}  # evaluating needs no Con-D, and no teacher
-            own |= {key: None for key in ("language_teacher",) if key in own}
-            for part, off in (("mlm", {"cross_distillation": 0.0, "temperature": 1.0}), ("itm", {"synthetic": None})):
-                if isinstance(own.get(part), dict):
-                    own[part] = {key: off.get(key, value) for key, value in own[part].items()}
+        if run.get("evaluate") is True:
+            own |= _without_judge_and_teacher(own)
         if "model_type" not in own:
             found.add(f"model.model_type is None, but {own['arch']} has: {', '.join(model_types(own['arch']))}.")
         model = found(typed_block, "model", own)
@@ -131,12 +127,24 @@ def check_lavis(config: DictConfig) -> Checked:
         UserError: a mistake.
     """
     expand_settings(config)
-    run = typed_block("run", config.run)
-    model = typed_block("model", config.model) if config.model.arch in MODEL_BLOCKS else None
+    run, own = typed_block("run", config.run), plain(config.model)
+    own |= _without_judge_and_teacher(own) if run.evaluate else {}
+    model = typed_block("model", own) if own["arch"] in MODEL_BLOCKS else None
     check_combinations(model, run)
     if model is not None:
         check_kinds(model, evaluate=run.evaluate and run.task != "mafa_captioning")
     return Checked(config, model, run)
+
+
+def _without_judge_and_teacher(own: dict[str, Any]) -> dict[str, Any]:
+    """What to set in the ``model`` block of an evaluation, which needs neither a Con-D nor a language teacher, nor their files."""
+    off: dict[str, Any] = {"language_teacher": None} if "language_teacher" in own else {}
+    if own["arch"] != "blip2_opt_mafa" and isinstance(own.get("ecm", {}), dict):
+        off["ecm"] = {**own.get("ecm", {}), "enabled": False}
+    for part, values in (("mlm", {"cross_distillation": 0.0, "temperature": 1.0}), ("itm", {"synthetic": None})):
+        if isinstance(own.get(part), dict):
+            off[part] = {key: values.get(key, value) for key, value in own[part].items()}
+    return off
 
 
 def _raise(messages: Iterator[str] | Sequence[str]) -> None:
@@ -405,9 +413,8 @@ def _mafa(model: MafaBlock) -> Iterator[str]:
 
 def _language_teacher(model: Any, weights: dict[str, float]) -> Iterator[str]:
     """ViLTA's: something to teach, one teacher a prediction, and somebody who knows which words fit."""
-    if not isinstance(model, AlbefBlock):
-        return
-    share, momentum, synthetic = model.mlm.cross_distillation, model.itc.momentum_distillation, model.itm.synthetic
+    masks, momentum, synthetic = isinstance(model, AlbefBlock), model.itc.momentum_distillation, model.itm.synthetic
+    share, temperature = (model.mlm.cross_distillation, model.mlm.temperature) if masks else (0.0, 1.0)
     key, by_teacher = "model.mlm.cross_distillation", synthetic is not None and synthetic.generator == "teacher"
     if (share or by_teacher) and model.language_teacher is None:
         asks = f"{key} is {share}" if share else "model.itm.synthetic.generator is teacher"
@@ -423,15 +430,18 @@ def _language_teacher(model: Any, weights: dict[str, float]) -> Iterator[str]:
             "momentum_distillation.mlm: false, or cross_distillation: 0."
         )
     if model.language_teacher is not None and not share and not by_teacher:
-        yield (
-            f"model.language_teacher is set, but {key} is 0 and nothing else asks it; set that (ViLTA: 0.5) or model.itm.synthetic, or "
-            "leave the teacher out."
-        )
-    if model.mlm.temperature != 1 and not share:
-        yield f"model.mlm.temperature is {model.mlm.temperature}, but is cross_distillation's alone, which is 0; allowed here: 1."
+        asks = f"{key} is 0 and nothing else asks it; set that (ViLTA: 0.5) or" if masks else "nothing asks it; set"
+        yield f"model.language_teacher is set, but {asks} model.itm.synthetic, or leave the teacher out."
+    if temperature != 1 and not share:
+        yield f"model.mlm.temperature is {temperature}, but is cross_distillation's alone, which is 0; allowed here: 1."
     if synthetic is not None and not weights["itm"]:
         yield "model.itm.synthetic is set, but matching, whose negatives they are, is off; allowed here: null."
-    if synthetic is not None and not by_teacher and not weights["mlm"]:
+    if synthetic is not None and not by_teacher and not masks:
+        yield (
+            f"model.itm.synthetic.generator is model, but {model.arch} predicts no masked words, so that it knows none that fit; "
+            "allowed here: teacher."
+        )
+    elif synthetic is not None and not by_teacher and not weights["mlm"]:
         yield (
             "model.itm.synthetic.generator is model, but masked language modelling is off, so nothing trains the head that it asks; "
             "allowed here: teacher."

@@ -159,7 +159,7 @@ class Synthetic:
     top_k: int = setting(50, "the so many most probable words at the place come into question", low=1)
     generator: str = setting(
         "teacher",
-        "who says which words fit: the frozen `language_teacher`, or the `model`'s own masked language modelling without an image",
+        "who says which words fit: the frozen `language_teacher`, or of `albef_mafa` the `model`'s own MLM without an image",
         "ViLTA Table 6",
         choices=("teacher", "model"),
     )
@@ -183,8 +183,12 @@ class SoftMask:
 
 
 @dataclass
-class AlbefItm(ItmSettings):
+class Itm(ItmSettings):
     synthetic: Synthetic | None = setting(None, "hard negatives by replaced words; null: none", "ViLTA sec. 3.3")
+
+
+@dataclass
+class DualItm(Itm):
     soft_mask: SoftMask | None = setting(None, "softly masked images as further positives; null: none", "SoftMask")
 
 
@@ -303,7 +307,8 @@ class MafaBlock:
     temperature: float = setting(..., "start value; learned, and kept in [0.001, 0.5]", "ALBEF sec. 3.2", low=0.001, high=0.5)
     itc: Itc = setting(Itc, "contrastive loss", "MAFA eq. 1")
     ecm: Ecm = setting(Ecm, "efficient connection mining", "MAFA Table 4, sec. 4.1")
-    itm: ItmSettings = setting(ItmSettings, "matching loss", "MAFA eq. 3")
+    itm: Itm = setting(Itm, "matching loss", "MAFA eq. 3")
+    language_teacher: LanguageTeacher | None = setting(None, "a frozen language model that never sees an image", "ViLTA sec. 3.2")
     discriminator: DiscriminatorBlock | None = setting(
         None, "Con-D; needed while `ecm.enabled`; any family for any model", "MAFA sec. 4.1"
     )
@@ -316,9 +321,8 @@ class AlbefBlock(MafaBlock):
     image_encoder: ImageEncoder = setting(..., "the ViT")
     text_encoder: TextEncoder = setting(..., "BERT, split into text and fusion layers")
     itc: AlbefItc = as_in(MafaBlock, "itc", AlbefItc)
-    itm: AlbefItm = as_in(MafaBlock, "itm", AlbefItm)
+    itm: DualItm = as_in(MafaBlock, "itm", DualItm)
     mlm: Mlm = setting(Mlm, "masked language modelling", "ALBEF eq. 3")
-    language_teacher: LanguageTeacher | None = setting(None, "a frozen language model that never sees an image", "ViLTA sec. 3.2")
 
 
 @dataclass(kw_only=True)
@@ -328,6 +332,7 @@ class BlipBlock(MafaBlock):
     arch: str = as_in(MafaBlock, "arch", "blip_mafa")
     image_encoder: ImageEncoder = setting(..., "the ViT")
     text_encoder: MedEncoder = setting(..., "text encoder and decoder, which share all but their self-attention")
+    itm: DualItm = as_in(MafaBlock, "itm", DualItm)
     lm: Lm = setting(Lm, "language modelling, autoregressive", "BLIP sec. 3.2")
 
 

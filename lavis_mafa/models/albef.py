@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,46 +16,32 @@ from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_text_encoder, build_tokenizer, with_bert
 from lavis_mafa.models.momentum import project
-from lavis_mafa.models.soft_masks import softly_masked, told_of
-from lavis_mafa.models.step import Encoded, StepInputs
-from lavis_mafa.models.synthetic_texts import ReplaceableWords
+from lavis_mafa.models.step import DualPairs, Encoded, StepInputs
+from lavis_mafa.models.synthetic_texts import Guess, by_teacher, tokens_of
 from lavis_mafa.models.transformer import KeysValues, Reading, Tokens, named_images, on_device
-from lavis_mafa.objectives import ExtraPairs, mask_tokens, masked_lm_loss
+from lavis_mafa.objectives import mask_tokens, masked_lm_loss
 from lavis_mafa.objectives.lm import IGNORED
-from lavis_mafa.objectives.synthetic_negatives import draw, replacements
 
 
 @dataclass
-class AlbefPairs:
-    """K images and K texts as token states; an index may name any of them, also those gathered from other ranks.
+class AlbefPairs(DualPairs):
+    """Texts as token states, which fusion layers read with images; an index may name any of them, also those from other ranks."""
 
-    Synthetic texts and softly masked images follow the K, for matching alone.
-    """
-
-    model: AlbefMafa
-    image_embeds: Tensor  # [K or K + B, N, width]
     text_embeds: Tensor  # [K or K + B, T, width]
     text_ids: Tensor  # LongTensor[K, T] on the host
-    text_mask: Tensor  # BoolTensor[K or K + B, T] on the host
     momentum_image_embeds: Tensor | None = None  # [K, N, width]
     distillation: float = 0.0
     teacher_states: Tensor | None = None  # [K, T, width of the language teacher], of the whole texts
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-
-    @cached_property
-    def keys_values(self) -> KeysValues:
-        """Of every image once, for all that looks at them."""
-        return self.model.keys_values(self.image_embeds)
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one fusion pass."""
-        images, reading = self._reading(self.image_embeds, image_index, text_index)
+        images, reading = self.reading(image_index, text_index, masked=True)
         return self.model.itm_head(self.model.fuse(images, self.text_embeds, reading, reading.first))
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: masked tokens of each text predicted with its image; last layer and head run on masked positions only."""
         model = self.model
-        images, reading = self._reading(self.image_embeds[: len(self.text_ids)], image_index, text_index)
+        images, reading = self.reading(image_index, text_index)
         ids, labels = model.masked(self.text_ids.flatten().index_select(0, reading.rows))
         masked = torch.nonzero(labels != IGNORED).flatten()
         ids, labels = on_device(ids, model.device), on_device(labels.index_select(0, masked), model.device)
@@ -77,15 +63,6 @@ class AlbefPairs:
         teacher, states = self.model.language_teacher, self.teacher_states
         assert teacher is not None and states is not None
         return teacher.predict(states.flatten(0, 1).index_select(0, on_device(rows, states.device)))
-
-    def _reading(self, of: Tensor, image_index: Tensor, text_index: Tensor) -> tuple[KeysValues, Reading]:
-        """``of``: all images, or the first of them."""
-        named, index = named_images(of, image_index)
-        if named is of:
-            images = [(key[: len(of)], value[: len(of)]) for key, value in self.keys_values]
-        else:
-            images = self.model.keys_values(named)
-        return images, Reading.of(self.text_mask, self.model.device, text_index, index, len(named))
 
 
 class AlbefMafa(DualEncoder[AlbefBlock]):
@@ -111,9 +88,6 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
 
     def add_text(self, settings: Any, encoder_width: int, words: int) -> None:
         self.text_encoder = build_text_encoder(settings, encoder_width, words)
-        synthetic, asked = self.settings.itm.synthetic, loss_weights(self.settings)["itm"] > 0
-        self.replaceable = ReplaceableWords(self.tokenizer, synthetic.top_k) if synthetic is not None and asked else None
-        self.told = told_of(self.tokenizer) if self.settings.itm.soft_mask is not None and asked else None
         fusion = range(settings.fusion_layer, settings.layers)
         self.trained_by = {
             PROJECTIONS: {"itc"},
@@ -134,24 +108,21 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         teacher_states = None
         if self.language_teacher is not None and self.settings.mlm.cross_distillation and loss_weights(self.settings)["mlm"]:
             teacher_states = self.language_teacher.states(*own, self.reading(own[1]))
-        synthetic = self._synthetic(inputs, *own, teacher_states)
-        masked = None
-        if self.told is not None and self.training:
-            masked = softly_masked(self, images, (texts, own[1]), own[0], self.settings.itm.soft_mask, self.told)
+        synthetic = self.synthetic_texts(inputs, *own, len(mask), self._guess(own[1], teacher_states))
+        synthetic_states = None if synthetic is None else self.text_states(synthetic.ids, synthetic.mask)
+        masked = self.softly_masked(images, texts, *own)
         if self.gathers:
             images, texts = gather_own_first(images, with_gradient=True), gather_own_first(texts, with_gradient=True)
             momentum_images = None if momentum_images is None else gather_own_first(momentum_images)
             teacher_states = None if teacher_states is None else gather_own_first(teacher_states)
-        if synthetic is not None:
-            states, batch.extra = synthetic
-            batch.extra = replace(batch.extra, text_index=batch.extra.text_index + len(mask))
-            texts, mask = torch.cat([texts, states]), torch.cat([mask, own[1]])
+        metrics = {}
+        if synthetic is not None and synthetic_states is not None:
+            batch.extra, metrics = synthetic.pairs, synthetic.metrics
+            texts, mask = torch.cat([texts, synthetic_states]), torch.cat([mask, synthetic.mask])
         if masked is not None:
-            every = torch.arange(len(own[0]), device=self.device)
-            batch.soft_masked = ExtraPairs(every + len(images), every, torch.ones_like(every), masked[1])
-            images = torch.cat([images, masked[0]])
-        metrics = {} if synthetic is None else {"synthetic_share": synthetic[1].weight.mean()}
-        pairs = AlbefPairs(self, images, texts, ids, mask, momentum_images, batch.distillation, teacher_states, metrics)
+            images, batch.soft_masked = masked.following(images)
+        teachers = momentum_images, batch.distillation, teacher_states
+        pairs = AlbefPairs(self, batch.candidates, images, mask, texts, ids, *teachers, metrics=metrics)
         return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
 
     def _shown(self, ids: Tensor) -> Tensor:
@@ -165,47 +136,27 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
         return mask_tokens(ids, self.settings.mlm.mask_probability, tokenizer.mask_token_id, len(tokenizer), special)
 
-    def _synthetic(
-        self, inputs: StepInputs, ids: Tensor, mask: Tensor, teacher_states: Tensor | None
-    ) -> tuple[Tensor, ExtraPairs] | None:
-        """Each of B texts with one word replaced, as states [B, T, width], and its pair with its image (ViLTA section 3.3).
+    def _guess(self, mask: Tensor, teacher_states: Tensor | None) -> Guess | None:
+        """Who says which words fit in B texts (``itm.synthetic.generator``); None: the teacher, if there is one.
 
-        ``teacher_states``: [B, T, width of the language teacher] of the whole texts, where it has read them. Texts count from 0.
+        ``teacher_states``: [B, T, width of the language teacher] of the whole texts, where it has read them.
         """
-        how, count = self.settings.itm.synthetic, len(ids)
-        teacher = self.language_teacher if how is not None and how.generator == "teacher" else None
-        if how is None or self.replaceable is None or (how.generator == "teacher" and teacher is None):
+        how = self.settings.itm.synthetic
+        if how is not None and how.generator == "model":
+            return partial(self._without_image, mask)
+        if teacher_states is None or self.language_teacher is None:
             return None
-        place = self.replaceable.choose(ids)
-        exists, at = on_device((place >= 0).float(), self.device), place.clamp_min(0)[:, None]
-        tokens = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1) + at[:, 0]  # among all S
-        masked = ids.scatter(1, at, self.tokenizer.mask_token_id)
-        if teacher is None:
-            fits, known = self._without_image(masked, mask, tokens), self._without_image(ids, mask, tokens)
-        else:
-            reading = self.reading(mask)
-            chosen = reading.tokens_at(tokens)
-            fits = teacher.predict(teacher.read(masked, reading, chosen))
-            if teacher_states is None:
-                known = teacher.predict(teacher.read(ids, reading, chosen))
-            else:
-                known = teacher.predict(teacher_states[torch.arange(count, device=self.device), on_device(at[:, 0], self.device)])
-        original, at = on_device(ids.gather(1, at), self.device), on_device(at, self.device)
-        word = draw(*replacements(fits, known, original[:, 0], on_device(self.replaceable.content, self.device), how.top_k))
-        words = on_device(ids, self.device).scatter(1, at, word[:, None])
-        own, texts = torch.arange(count, device=self.device), None
-        if how.judge and self._asks(inputs):
-            texts = self.tokenizer.batch_decode(words, skip_special_tokens=True)
-        extra = ExtraPairs(own, own, torch.zeros_like(own), exists, texts, in_place=how.mode == "replace")
-        return self.text_states(words, mask), extra
+        return by_teacher(self.language_teacher, mask, self.device, teacher_states)
 
     @torch.no_grad()
-    def _without_image(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """What masked language modelling expects at one token of each text, all of an image's being zero: -> [B, words]."""
-        nothing = torch.zeros(1, 1, self.settings.image_encoder.width, device=self.device)
-        every = torch.arange(len(ids))
+    def _without_image(self, mask: Tensor, masked: Tensor, whole: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """What masked language modelling expects at a place of each text, all of an image's being zero: see :data:`Guess`."""
+        images = self.keys_values(torch.zeros(1, 1, self.settings.image_encoder.width, device=self.device))
+        every = torch.arange(len(mask))
         reading = Reading.of(mask, self.device, every, torch.zeros_like(every), 1)
-        return self.predict(self.text_encoder, reading.take(ids), reading, self.keys_values(nothing), reading.tokens_at(tokens))
+        chosen = reading.tokens_at(tokens_of(mask, place))
+        fits, known = (self.predict(self.text_encoder, reading.take(ids), reading, images, chosen) for ids in (masked, whole))
+        return fits, known
 
     def text_tokens(self, captions: list[str], gathered: bool = False) -> Texts:
         """Texts are read once, and then fused with any image."""

@@ -28,12 +28,15 @@ from lavis_mafa.models.language_teacher import LanguageTeacher, build_language_t
 from lavis_mafa.models.momentum import TEACHERS, MomentumModel, Parts, project
 from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
+from lavis_mafa.models.soft_masks import SoftlyMasked, softly_masked, told_of
 from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
+from lavis_mafa.models.synthetic_texts import Guess, ReplaceableWords, SyntheticTexts, by_teacher
 from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, named_images, on_device
 from lavis_mafa.models.vit import fit_position_embeddings, resize_images
 from lavis_mafa.objectives import (
     Discriminator,
     EncodedBatch,
+    ExtraPairs,
     IntraModal,
     ItcSettings,
     StepOutput,
@@ -69,6 +72,8 @@ class MafaModel(nn.Module, Generic[Block]):
     training: bool
     discriminator: Discriminator | None
     language_teacher: LanguageTeacher | None
+    replaceable: ReplaceableWords | None
+    tokenizer: Any
     con_d_check: SanityCheck | None
 
     def _prepare_mafa(self) -> None:
@@ -80,6 +85,8 @@ class MafaModel(nn.Module, Generic[Block]):
         self.__dict__["language_teacher"] = None
         self.con_d_check = None
         self.batch_check = BatchCheck()
+        synthetic, asked = self.settings.itm.synthetic, loss_weights(self.settings)["itm"] > 0
+        self.replaceable = ReplaceableWords(self.tokenizer, synthetic.top_k) if synthetic is not None and asked else None
 
     @classmethod
     def from_config(cls, cfg: DictConfig, batch_scope: str = "local") -> Any:
@@ -94,12 +101,12 @@ class MafaModel(nn.Module, Generic[Block]):
             model.load_from_pretrained(settings.pretrained)
         if settings.ecm.enabled and settings.discriminator is not None:
             model.set_discriminator(build_discriminator(settings, model))
-        if getattr(settings, "language_teacher", None) is not None:
+        if settings.language_teacher is not None:
             model.set_language_teacher(build_language_teacher(settings.language_teacher.init, model.tokenizer))
         return model
 
     def set_language_teacher(self, teacher: LanguageTeacher | None) -> None:
-        """ViLTA's, for a model that has such a setting; like Con-D it stays out of the module tree and of checkpoints."""
+        """ViLTA's; like Con-D it stays out of the module tree and of checkpoints."""
         self.__dict__["language_teacher"] = teacher
 
     def set_discriminator(self, discriminator: Discriminator | None) -> None:
@@ -181,7 +188,7 @@ class MafaModel(nn.Module, Generic[Block]):
                 "model.ecm.enabled is true, but the model has no Con-D to ask; hand it one by model.set_discriminator(con_d), name "
                 "one in model.discriminator, or train without it: model.ecm.enabled: false."
             )
-        if self.training and getattr(self.settings, "language_teacher", None) is not None and self.language_teacher is None:
+        if self.training and self.settings.language_teacher is not None and self.language_teacher is None:
             raise UserError(
                 "model.language_teacher is set, but the model has none; hand it one by model.set_language_teacher(teacher)."
             )
@@ -269,6 +276,27 @@ class MafaModel(nn.Module, Generic[Block]):
             whole = (keys_image, keys_text) if "global" in self.intra_modal else None
             intra = _within(image_feature, text_feature, whole, parts)
         return EncodedBatch(sim_i2t, sim_t2i, self.temp, known, candidates, teacher_i2t, teacher_t2i, distillation, intra=intra)
+
+    def synthetic_texts(
+        self, inputs: StepInputs, ids: Tensor, mask: Tensor, count: int, guess: Guess | None = None
+    ) -> SyntheticTexts | None:
+        """Each of B own texts, [B, T] on the host, with one word replaced, and its pair with its image (ViLTA section 3.3).
+
+        Args:
+            count: K, the texts that a host holds, which these are to follow.
+            guess: who says which words fit; None: the language teacher. Where there is neither (in evaluation) no text is made.
+        """
+        how = self.settings.itm.synthetic
+        if guess is None and self.language_teacher is not None:
+            guess = by_teacher(self.language_teacher, mask, self.device)
+        if how is None or self.replaceable is None or guess is None:
+            return None
+        words, exists = self.replaceable.replace(ids, guess, self.device)
+        own, texts = torch.arange(len(ids), device=self.device), None
+        if how.judge and self._asks(inputs):
+            texts = self.tokenizer.batch_decode(words, skip_special_tokens=True)
+        pairs = ExtraPairs(own, own + count, torch.zeros_like(own), exists, texts, in_place=how.mode == "replace")
+        return SyntheticTexts(words, mask, pairs)
 
     def _check_step(self, con_d: Discriminator | None, inputs: StepInputs, batch: EncodedBatch, output: StepOutput) -> None:
         self.batch_check.update(inputs.captions, output, self.settings)
@@ -427,7 +455,6 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
     settings: Block
     feature_output: Any  # LAVIS's class of extracted features
     of_multimodal: tuple[str, ...]  # which of them its extractor gives in this mode
-    tokenizer: Any
     visual_encoder: Any
     text_encoder: Any
 
@@ -443,6 +470,7 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         self.itm_head = nn.Linear(sizes.text_encoder.width, 2)
         self.temp = nn.Parameter(torch.tensor(settings.temperature))
         self._prepare_mafa()
+        self.told = told_of(self.tokenizer) if sizes.itm.soft_mask is not None and loss_weights(settings)["itm"] else None
         if settings.itc.momentum_distillation is not None:
             self._add_momentum_model(settings.itc.momentum_distillation.queue_size)
 
@@ -524,6 +552,10 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         batch = self.contrast(inputs, image_feature, text_feature, (own[0], own[1]), queue, weight, parts)
         self._enqueue(own[0], own[1], self._keys(inputs))
         return batch, states
+
+    def softly_masked(self, images: Tensor, texts: Tensor, ids: Tensor, mask: Tensor) -> SoftlyMasked | None:
+        """In training, and with ``itm.soft_mask``: see :func:`lavis_mafa.models.soft_masks.softly_masked`."""
+        return softly_masked(self, images, texts, ids, mask) if self.training and self.told is not None else None
 
     def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return fit_position_embeddings(fold_token_type(state), self.visual_encoder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,42 +13,29 @@ from lavis_mafa.config.schema import BlipBlock
 from lavis_mafa.distributed import gather_own_first
 from lavis_mafa.models.base import CONFIGS, PROJECTIONS, DualEncoder, Texts
 from lavis_mafa.models.encoders import build_blip_text, build_blip_tokenizer
-from lavis_mafa.models.step import Encoded, StepInputs
-from lavis_mafa.models.transformer import KeysValues, Reading, Tokens, named_images
+from lavis_mafa.models.step import DualPairs, Encoded, StepInputs
+from lavis_mafa.models.transformer import KeysValues, Reading, Tokens
 from lavis_mafa.objectives import language_modelling_loss
 
 
 @dataclass
-class BlipPairs:
-    """K images as token states and K texts as ids; an index may name any of them, also those gathered from other ranks."""
+class BlipPairs(DualPairs):
+    """Texts as ids; an index may name any of them, also those gathered from other ranks."""
 
-    model: BlipMafa
-    image_embeds: Tensor  # [K, N, width]
-    text_ids: Tensor  # LongTensor[K, T] on the host
-    text_mask: Tensor  # BoolTensor[K, T] on the host
-
-    @cached_property
-    def keys_values(self) -> KeysValues:
-        """Of every image once: text encoder and decoder share them."""
-        return self.model.keys_values(self.image_embeds)
+    text_ids: Tensor  # LongTensor[K, T] on the host, or [K + B, T] on the device
 
     def itm_logits(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> [P, 2] in one pass."""
-        images, reading = self._reading(image_index, text_index)
+        images, reading = self.reading(image_index, text_index, masked=True)
         return self.model.itm_head(self.model.fuse(images, self.text_ids, reading, reading.first))
 
     def lm_loss(self, image_index: Tensor, text_index: Tensor) -> Tensor:
         """[P], [P] -> []: each token of a text predicted from those before it and its image, labels smoothed by 0.1 as in LAVIS."""
-        decoder, (images, reading) = self.model.text_decoder, self._reading(image_index, text_index)
+        decoder, (images, reading) = self.model.text_decoder, self.reading(image_index, text_index)
         ids = led_by(self.model.tokenizer.bos_token_id, self.text_ids)
         states = decoder.bert.read(ids, reading, images=images, causal=True)
         followed, words = reading.followed(), reading.take(ids)
         return language_modelling_loss(states.index_select(0, followed), words.index_select(0, followed + 1), decoder.cls)
-
-    def _reading(self, image_index: Tensor, text_index: Tensor) -> tuple[KeysValues, Reading]:
-        named, index = named_images(self.image_embeds, image_index)
-        images = self.keys_values if named is self.image_embeds else self.model.keys_values(named)
-        return images, Reading.of(self.text_mask, self.model.device, text_index, index, len(named))
 
 
 def led_by(token: int, ids: Tensor) -> Tensor:
@@ -94,9 +80,16 @@ class BlipMafa(DualEncoder[BlipBlock]):
         images, image_feature = self.image_rows(inputs.image)
         text_feature = self.text_features(own)
         batch, _ = self.contrast_with_queue(inputs, image_feature, text_feature, *own)
+        masked = self.softly_masked(images, own[0], *own)
         if self.gathers:
             images = gather_own_first(images, with_gradient=True)
-        return Encoded(BlipPairs(self, images, ids, mask), batch, (image_feature.detach(), text_feature.detach()))
+        if masked is not None:
+            images, batch.soft_masked = masked.following(images)
+        pairs = BlipPairs(self, batch.candidates, images, mask, ids)
+        if (synthetic := self.synthetic_texts(inputs, *own, len(mask))) is not None:
+            batch.extra, pairs.metrics = synthetic.pairs, synthetic.metrics
+            pairs.text_ids, pairs.text_mask = synthetic.following(ids, mask)
+        return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
 
     def text_states(self, ids: Tensor, mask: Tensor, padded: bool = False) -> Tensor:
         reading = self.reading(mask, padded)

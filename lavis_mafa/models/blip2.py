@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -36,14 +36,18 @@ from lavis_mafa.objectives import language_modelling_loss
 
 @dataclass
 class Blip2Pairs:
-    """K images as ViT states and K texts as ids; an index may name any of them, also those gathered from other ranks."""
+    """K images as ViT states and K texts as ids; an index may name any of them, also those gathered from other ranks.
+
+    Synthetic texts follow the K, for matching alone.
+    """
 
     model: Blip2Mafa
     image_embeds: Tensor  # [K, N, vision width]
-    text_ids: Tensor  # LongTensor[K, T] on the host
-    text_mask: Tensor  # BoolTensor[K, T] on the host
+    text_ids: Tensor  # LongTensor[K, T] on the host, or [K + B, T] on the device
+    text_mask: Tensor  # BoolTensor[K or K + B, T] on the host
     own: int  # B, the batch's own images and texts, which come first
     vit_states: Tensor | None = None  # [K, N, vision width] before ln_vision, of a frozen ViT: a Con-D may have the same one
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def keys_values(self) -> KeysValues:
@@ -203,6 +207,9 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         pairs = Blip2Pairs(self, image_embeds, ids, mask, own, vit_states if frozen else None)
         image_feature, text_feature = self._image_feature(pairs.queries[0]), self.text_features((ids[:own], mask[:own]))
         batch = self.contrast(inputs, image_feature, text_feature)
+        if (synthetic := self.synthetic_texts(inputs, ids[:own], mask[:own], len(mask))) is not None:
+            batch.extra, pairs.metrics = synthetic.pairs, synthetic.metrics
+            pairs.text_ids, pairs.text_mask = synthetic.following(ids, mask)
         of_text = text_feature.detach()
         return Encoded(pairs, batch, (most_similar_query(image_feature.detach(), of_text), of_text))
 

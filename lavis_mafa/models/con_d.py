@@ -187,7 +187,8 @@ def untrained(block: Any, vit: str = "own", features: bool = False) -> Any:
     elif vit == "shared":
         parts["image_encoder"] = replace(block.image_encoder, init=None, depth=0)
     itc, ecm = replace(block.itc, momentum_distillation=None), replace(block.ecm, enabled=False)
-    settings = replace(block, pretrained=None, discriminator=None, itc=itc, ecm=ecm, **parts)
+    itm = replace(block.itm, synthetic=None)
+    settings = replace(block, pretrained=None, discriminator=None, language_teacher=None, itc=itc, ecm=ecm, itm=itm, **parts)
     model_class = registry.get_model_class(block.arch)
     if model_class is None:
         raise UserError(f"{block.arch} is not registered with LAVIS; call lavis_mafa.plugin.register() where LAVIS_MAFA_AUTOLOAD is 0.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class LanguageTeacher:
     """
 
     network: BertWithHead  # in eval mode, without gradients
+    unknown: int = 0  # what it reads for a word that a model has added to BERT's
 
     @torch.no_grad()
     def read(self, ids: Tensor, reading: Reading, chosen: Tokens | None = None) -> Tensor:
@@ -34,6 +35,7 @@ class LanguageTeacher:
         device = reading.positions.device
         if self.network.cls.predictions.bias.device != device:
             self.network.to(device)
+        ids = ids.masked_fill(ids >= self.network.bert.embeddings.word_embeddings.num_embeddings, self.unknown)
         states: Tensor = self.network.bert.read(ids, reading, chosen=chosen)
         return states
 
@@ -53,7 +55,8 @@ def build_language_teacher(init: str, tokenizer: Any) -> LanguageTeacher:
     """The teacher that ``model.language_teacher.init`` names: a hub name or a local folder.
 
     Raises:
-        UserError: there is none, it is no BERT or has no head, or its vocabulary is not the one of ``tokenizer``.
+        UserError: there is none, it is no BERT or has no head, or its vocabulary is not the one of ``tokenizer``, whose added words
+            ([DEC], [ENC]) it need not have.
     """
     own = build_tokenizer(init, KEY)
     check_same_words(init, list(own.vocab), list(tokenizer.vocab))
@@ -63,7 +66,7 @@ def build_language_teacher(init: str, tokenizer: Any) -> LanguageTeacher:
     with torch.random.fork_rng(devices=[]):  # transformers draws the weights that it then reads
         state = read_bert(init, teacher.network.state_dict(), 0, KEY, may_miss=())
     load_exactly(teacher.network, state, f"{KEY}: {init}")
-    return teacher
+    return replace(teacher, unknown=own.unk_token_id)
 
 
 def untrained_teacher(words: int, width: int, layers: int, heads: int) -> LanguageTeacher:

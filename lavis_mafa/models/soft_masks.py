@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.synthetic_texts import FUNCTION_WORDS
+from lavis_mafa.models.synthetic_texts import FUNCTION_WORDS, tokens_of
 from lavis_mafa.models.transformer import KeysValues, Reading, on_device
+from lavis_mafa.objectives import ExtraPairs
 from lavis_mafa.objectives.soft_mask import soft_mask, word_cam
 from lavis_mafa.objectives.synthetic_negatives import choose_place
 
@@ -67,29 +69,34 @@ def word_maps(
     return collected
 
 
-def softly_masked(
-    model: Any, image_tokens: Tensor, texts: tuple[Tensor, ...], ids: Tensor, settings: Any, told: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Each of B images once more, masked by where one word of its own text looks.
+@dataclass(frozen=True)
+class SoftlyMasked:
+    """Each of B images once more, masked by where one word of its own text looks; to follow the K that a host holds."""
+
+    tokens: Tensor  # [B, N, width], whose gradient reaches the images'
+    exists: Tensor  # [B] 1, or 0 where a text has no word to mask by
+
+    def following(self, images: Tensor) -> tuple[Tensor, ExtraPairs]:
+        """K images [K, N, width] -> [K + B, N, width], and the pairs of image K + b with text b, which match."""
+        own = torch.arange(len(self.tokens), device=images.device)
+        return torch.cat([images, self.tokens]), ExtraPairs(own + len(images), own, torch.ones_like(own), self.exists)
+
+
+def softly_masked(model: Any, images: Tensor, texts: Tensor, ids: Tensor, mask: Tensor) -> SoftlyMasked:
+    """What ``model.itm.soft_mask`` makes of a batch.
 
     Args:
-        image_tokens: [B, N, width], the first token for the whole image, which no mask touches.
-        texts: their texts, as matching reads them. ids: LongTensor[B, T] on the host.
-        settings: ``model.itm.soft_mask``. told: of :func:`told_of`.
-
-    Returns:
-        [B, N, width], whose gradient reaches ``image_tokens``; Tensor[B], 0 where a text has no word to mask by, else 1.
+        images: [B, N, width], the first token for the whole image, which no mask touches.
+        texts: [B, T, ...] as matching reads them. ids, mask: [B, T] on the host.
     """
-    mask, device = texts[-1], image_tokens.device
-    place = choose_place(told[ids])
-    lengths = mask.sum(dim=1)
-    token = lengths.cumsum(dim=0) - lengths + place.clamp_min(0)  # among all S
+    how, device = model.settings.itm.soft_mask, images.device
+    place = choose_place(model.told[ids])
     every = torch.arange(len(ids))
     reading = Reading.of(mask, device, every, every, len(ids))
     with torch.no_grad():
-        images = model.keys_values(image_tokens)
-    maps = word_maps(model, images, texts, reading, settings.layer, settings.by)
-    kept = 1 - soft_mask(maps.index_select(0, on_device(token, device)), settings.share)
-    first, patches = image_tokens[:, :1], image_tokens[:, 1:]
-    masked = torch.cat([first, patches * kept[:, :, None].to(patches.dtype)], dim=1)
-    return masked, on_device((place >= 0).float(), device)
+        keys_values = model.keys_values(images)
+    maps = word_maps(model, keys_values, (texts, mask), reading, how.layer, how.by)
+    word = on_device(tokens_of(mask, place.clamp_min(0)), device)
+    kept = 1 - soft_mask(maps.index_select(0, word), how.share)
+    patches = images[:, 1:] * kept[:, :, None].to(images.dtype)
+    return SoftlyMasked(torch.cat([images[:, :1], patches], dim=1), on_device((place >= 0).float(), device))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from lavis_mafa.errors import UserError
+from lavis_mafa.models.transformer import KeysValues, Reading, named_images
 from lavis_mafa.objectives import EncodedBatch, PairModel
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,6 +66,36 @@ class StepInputs:
             (7, False)
         """
         return self.epoch * math.ceil(self.steps_per_epoch / self.window) + self.step // self.window
+
+
+@dataclass
+class DualPairs:
+    """What ALBEF's and BLIP's pairs share: K images that any of K texts may be read with.
+
+    Softly masked images follow the K, and synthetic texts, for matching alone.
+    """
+
+    model: Any
+    candidates: int  # K
+    image_embeds: Tensor  # [K or K + B, N, width]
+    text_mask: Tensor  # BoolTensor[K or K + B, T] on the host
+    metrics: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+    @cached_property
+    def keys_values(self) -> KeysValues:
+        """Of every image once, for all that looks at them."""
+        images: KeysValues = self.model.keys_values(self.image_embeds)
+        return images
+
+    def reading(self, image_index: Tensor, text_index: Tensor, masked: bool = False) -> tuple[KeysValues, Reading]:
+        """Pairs, LongTensor[P] each; ``masked``: softly masked images are among them."""
+        images = self.image_embeds if masked else self.image_embeds[: self.candidates]
+        named, index = named_images(images, image_index)
+        if named is images:
+            keys_values = [(key[: len(images)], value[: len(images)]) for key, value in self.keys_values]
+        else:
+            keys_values = self.model.keys_values(named)
+        return keys_values, Reading.of(self.text_mask, self.model.device, text_index, index, len(named))
 
 
 class Encoded(NamedTuple):

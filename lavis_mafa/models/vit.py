@@ -47,12 +47,19 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
+        self.save_attention = False  # keep the next attention's probabilities, with their graph, in attention_map
+        self.attention_map: Tensor | None = None  # [B, heads, N, N]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]"""
         # views, whose gradients are joined in one copy
         q, k, v = F.linear(x, self.qkv.weight, self.qkv_bias()).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        if self.save_attention:
+            self.attention_map = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
+            mixed = self.attention_map @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
     def qkv_bias(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 FAINT = 1e-6  # of a map's greatest value: what every patch has at least
@@ -41,7 +42,7 @@ def soft_mask(cam: Tensor, share: float = 0.5) -> Tensor:
         ValueError: ``share`` is outside (0, 1).
 
     Example:
-        >>> soft_mask(torch.tensor([6.0, 1.0, 1.0, 0.0]))  # the first patch is full, and so the others share what is left
+        >>> soft_mask(torch.tensor([6.0, 1.0, 1.0, 0.0])).round(decimals=2)  # the first is full, the others share what is left
         tensor([1.0000, 0.5000, 0.5000, 0.0000])
     """
     if not 0.0 < share < 1.0:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import ImageFile
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
 
 from lavis_mafa.config.schema import Grit, RunBlock
 from lavis_mafa.datasets.images import BROKEN
@@ -364,6 +364,8 @@ class _Tried(Dataset):
 
 def _file(dataset: Any, row: int) -> str | None:
     """Where the image of a row is; None where the data set does not tell."""
+    if isinstance(dataset, Subset):
+        return _file(dataset.dataset, dataset.indices[row])
     if isinstance(dataset, RetrievalPairs):
         return dataset.image[row]
     if isinstance(dataset, ImageQuestions):

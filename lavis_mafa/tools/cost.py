@@ -147,8 +147,9 @@ def build(settings: Any) -> Any:
     with _vocabulary(plain), NoValues():
         if settings.arch != "blip2_opt_mafa":
             model = registry.get_model_class(settings.arch)(plain).train()
-            if (teacher := getattr(settings, "language_teacher", None)) is not None:
-                model.set_language_teacher(untrained_teacher(len(model.tokenizer), *_bert_sizes(teacher.init)))
+            if settings.language_teacher is not None:
+                sizes = _bert_sizes(settings.language_teacher.init)
+                model.set_language_teacher(untrained_teacher(model.tokenizer.vocab_size, *sizes))
             return model
         plain.max_text_length = min(settings.max_text_length, POSITIONS - settings.qformer.queries)
         model, language = Blip2OptMafa(plain), settings.language_model
@@ -304,11 +305,13 @@ class _Step:
         self.flops: dict[str, Flops] = {}
         self.saved: dict[str, int] = {}
         self.logits = 0
+        self.watched: set[nn.Module] = set()
         self.held: dict[int, Tensor] = {}  # by storage; kept, so that no storage's address is used twice
         for name, module in model.named_children():
             self._watch(module, TEACHER if name.endswith("_m") else BY_MODULE.get(name, ITC), reads_words=name == "Qformer")
         for module in _modules_of(getattr(model, "language_teacher", None)):
             self._watch(module, LANGUAGE)
+        if getattr(model, "replaceable", None) is not None:
             model.tokenizer.batch_decode = lambda ids, **_: ["a " * size.text_length] * len(ids)  # which have no values to read
         for holder in (con_d, *_modules_of(con_d)):
             if vit := getattr(holder, "visual_encoder", None):
@@ -406,7 +409,9 @@ class _Step:
         def leave(*_: Any) -> None:
             self.part = before.pop()
 
-        for below in module.modules():  # of LAVIS's ViT a method is called, and so only modules below it
+        # of LAVIS's ViT a method is called, and so only modules below it; what BLIP's decoder shares is the encoder's
+        for below in set(module.modules()) - self.watched:
+            self.watched.add(below)
             below.register_forward_pre_hook(enter)
             below.register_forward_hook(leave)
 

@@ -1,4 +1,7 @@
-"""A small BERT trained on captions alone: ViLTA's language teacher where none can be downloaded, or none has the tokenizer's words."""
+"""A small BERT trained on captions alone: ViLTA's language teacher where none can be downloaded, or none has the tokenizer's words.
+
+It has BERT's words, without what BLIP and BLIP-2 add to them ([DEC], [ENC]), and so serves all three.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,7 @@ def make_teacher(name: str, options: list[str], folder: Path, recipe: Recipe) ->
         raise UserError(f"--width is {recipe.width}, but must be a multiple of --heads ({recipe.heads}).")
     captions, model = read_captions(name, options)
     if "tokenizer" not in model:
-        raise UserError(f"model.arch is {model.arch}, which has no tokenizer of BERT's; a language teacher is for albef_mafa.")
+        raise UserError(f"model.arch is {model.arch}, which has no tokenizer of BERT's, and asks no language teacher.")
     tokenizer = build_tokenizer(model.tokenizer)
     teacher, share = train_teacher(captions, tokenizer, model.max_text_length, recipe)
     with built_folder(folder) as partial:

@@ -131,6 +131,27 @@ def interval(values: ArrayLike, image: ArrayLike, resamples: int = RESAMPLES) ->
     return found.low, found.high
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of queries, and the ends of its 95 % interval; None where there are queries of one image alone."""
+
+    accuracy: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, right: ArrayLike, image: ArrayLike) -> Accuracy:
+        """[Q] shares, 1 where it is right, and [Q] the image of each.
+
+        Example:
+            >>> Accuracy.of([True, False, True], [0, 0, 0])
+            Accuracy(accuracy=0.6666666666666666, low=None, high=None)
+        """
+        values = np.asarray(right, dtype=np.float64)
+        low, high = (float(end) for end in interval(values, image))
+        return cls(float(values.mean()), *((None, None) if np.isnan(low) else (low, high)))
+
+
 def sign_flip(difference: ArrayLike, image: ArrayLike, resamples: int = FLIPS) -> Values:
     """The two-sided p of a mean difference, were the two models equal: then each image's difference could as well have the other sign.
 

@@ -99,16 +99,43 @@ class _PairsOfGallery(Dataset):
 
 def open_split(opened: Opened, split: str) -> IndexedDataset:
     """The pairs of a split. Raises UserError: there is no such split, or none of pairs."""
+    dataset = _split(opened, split)
+    if _is_gallery(dataset):
+        dataset = _PairsOfGallery(dataset)
+    elif split != "train":
+        raise UserError(f"split {split!r} is no gallery of images and captions.")
+    return IndexedDataset(dataset, opened.run.seed)
+
+
+def open_gallery(opened: Opened, split: str) -> Any:
+    """A split that is evaluated. Raises UserError: there is no such split, or it is no gallery."""
+    dataset = _split(opened, split)
+    if not _is_gallery(dataset):
+        others = ", ".join(sorted(name for name, one in opened.datasets.items() if _is_gallery(one))) or "none"
+        raise UserError(f"split {split!r} is no gallery of images and captions; those of these data: {others}.")
+    return dataset
+
+
+def evaluation_processors(opened: Opened) -> tuple[Any, Any]:
+    """Of images and texts, as the data evaluate with; UserError where no split is evaluated."""
+    splits = sorted(opened.datasets, key=lambda split: (split != "val", split))
+    dataset = next((opened.datasets[split] for split in splits if _is_gallery(opened.datasets[split])), None)
+    if dataset is None:
+        raise UserError("no split of the data is evaluated, so nothing says how images are processed then; give one, such as val.")
+    return dataset.vis_processor, dataset.text_processor
+
+
+def _split(opened: Opened, split: str) -> Any:
     dataset = opened.datasets.get(split)
     if dataset is None:
         raise UserError(f"the data have no split {split!r}; they have: {', '.join(sorted(opened.datasets))}.")
     if isinstance(dataset, tuple | list | IterableDataset):
         raise UserError(f"split {split!r} is a stream; only data sets with an index can be analysed.")
-    if hasattr(dataset, "txt2img") and hasattr(dataset, "text"):
-        dataset = _PairsOfGallery(dataset)
-    elif split != "train":
-        raise UserError(f"split {split!r} is no gallery of images and captions.")
-    return IndexedDataset(dataset, opened.run.seed)
+    return dataset
+
+
+def _is_gallery(dataset: Any) -> bool:
+    return hasattr(dataset, "txt2img") and hasattr(dataset, "text")
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image, ImageFile
+from torch.utils.data import Subset
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.pairs import ImageQuestions
@@ -54,6 +55,7 @@ def test_workers_find_the_same_and_ranks_share_the_images(pairs, monkeypatch):
     alone = [unreadable(dataset, "val", workers) for workers in (0, 2)]
     assert torch.equal(torch.get_rng_state(), before), "the run that follows draws the same numbers"
     assert alone[0] == alone[1] and [image["image"] for image in alone[0]] == [f"{pairs}/images/7.png"]
+    assert unreadable(Subset(dataset, [3, 15]), "val", 0) == alone[0], "of a part of the data too"
     monkeypatch.setattr(loading, "world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(loading, "rank", lambda rank=rank: rank)

@@ -126,7 +126,7 @@ def test_an_index_may_name_gathered_rows():
     with torch.no_grad():
         pairs, _, _ = model.encode(model.inputs(samples))
         order = torch.tensor([2, 3, 0, 1])
-        other = BlipPairs(model, pairs.image_embeds[order], pairs.text_ids[order], pairs.text_mask[order])
+        other = BlipPairs(model, len(order), pairs.image_embeds[order], pairs.text_mask[order], pairs.text_ids[order])
         close(other.itm_logits(order[IMAGE], order[TEXT]), pairs.itm_logits(IMAGE, TEXT))
         close(other.lm_loss(order[IMAGE], order[TEXT]), pairs.lm_loss(IMAGE, TEXT))
 

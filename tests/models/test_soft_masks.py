@@ -17,16 +17,18 @@ from lavis_mafa.models.transformer import Reading
 from lavis_mafa.objectives.itc import itc_loss
 from lavis_mafa.objectives.soft_mask import soft_mask
 
-FAMILY = ("albef", False)
 CAPTIONS = reduced.CAPTIONS
 
 
-def build(**changes: Any) -> Any:
-    return families.build(FAMILY, **changes)
+both = pytest.mark.parametrize("family", ["albef", "blip"])
 
 
-def batch(**more: Any) -> dict[str, Any]:
-    return families.batch(FAMILY, **more)
+def build(family: str = "albef", **changes: Any) -> Any:
+    return families.build((family, False), **changes)
+
+
+def batch(family: str = "albef", **more: Any) -> dict[str, Any]:
+    return families.batch((family, False), **more)
 
 
 def encoded(model: Any, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -88,11 +90,13 @@ def test_an_image_is_masked_by_one_word_that_may_be_seen(monkeypatch):
     places = torch.tensor([2, 3, -1, 4])
     monkeypatch.setattr(soft_masks, "choose_place", lambda eligible: places)
     images.requires_grad_()
-    masked, weight = softly_masked(model, images, (texts, mask), ids, model.settings.itm.soft_mask, model.told)
+    found = softly_masked(model, images, texts, ids, mask)
+    masked, pairs = found.tokens, found.following(images)[1]
     every = torch.arange(4)
     reading = Reading.of(mask, model.device, every, every, 4)
     maps = word_maps(model, model.keys_values(images), (texts, mask), reading)
-    assert weight.tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert pairs.weight.tolist() == [1.0, 1.0, 0.0, 1.0] and pairs.label.tolist() == [1] * 4
+    assert pairs.image_index.tolist() == [4, 5, 6, 7] and pairs.text_index.tolist() == [0, 1, 2, 3]
     start = 0
     for b, place in enumerate(places.tolist()):
         kept = 1 - soft_mask(maps[start + max(place, 0)], 0.25)
@@ -112,27 +116,29 @@ def test_words_that_may_be_seen():
     assert shown == ["red", "dog", "walking", "roof", "2", "houses"]
 
 
-def test_matching_alone_sees_masked_images():
-    plain, _ = families.step(build(), batch())
-    model = build(itm={"soft_mask": {}}, mlm={"weight": 0.0})
-    output, _ = families.step(model, batch())
+@both
+def test_matching_alone_sees_masked_images(family):
+    plain, _ = families.step(build(family), batch(family))
+    model = build(family, itm={"soft_mask": {}})
+    output, _ = families.step(model, batch(family))
     assert torch.equal(output.loss_itc, plain.loss_itc) and abs(output.loss_itm - plain.loss_itm) > 1e-4
     assert output.verdicts["image"].shape == (8,) and "itm_accuracy_extra_positive" in output.stats
     # four more pairs, of label 1
     with torch.no_grad():
         torch.manual_seed(0)
-        pairs, of_batch, _ = model.encode(model.inputs(batch()))
+        pairs, of_batch, _ = model.encode(model.inputs(batch(family)))
         logits = pairs.itm_logits(of_batch.soft_masked.image_index, of_batch.soft_masked.text_index)
     assert of_batch.soft_masked.image_index.tolist() == [4, 5, 6, 7] and of_batch.soft_masked.text_index.tolist() == [0, 1, 2, 3]
     wanted = (12 * plain.loss_itm + torch.nn.functional.cross_entropy(logits, torch.ones(4).long(), reduction="sum")) / 16
     torch.testing.assert_close(output.loss_itm, wanted)
 
 
-def test_texts_without_such_a_word_change_nothing():
+@both
+def test_texts_without_such_a_word_change_nothing(family):
     """The further pass for the maps leaves every gradient as it is."""
-    texts = {"text_input": ["the on a", "an and the", "a", "the"]}
-    found, gradients = families.step(build(itm={"soft_mask": {}}, mlm={"weight": 0.0}), batch(**texts))
-    wanted, plain = families.step(build(mlm={"weight": 0.0}), batch(**texts))
+    texts, off = {"text_input": ["the on a", "an and the", "a", "the"]}, {"mlm" if family == "albef" else "lm": {"weight": 0.0}}
+    found, gradients = families.step(build(family, itm={"soft_mask": {}}, **off), batch(family, **texts))
+    wanted, plain = families.step(build(family, **off), batch(family, **texts))
     torch.testing.assert_close(found.loss, wanted.loss)
     assert gradients.keys() == plain.keys()
     for name, gradient in plain.items():

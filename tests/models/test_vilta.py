@@ -312,7 +312,7 @@ def test_the_model_itself_may_say_which_words_fit(monkeypatch):
         pairs = model.encode(model.inputs(batch())).pairs
         pairs.image_embeds = torch.zeros_like(pairs.image_embeds[:1])
         ids, mask = model.words(CAPTIONS)
-        images, reading = pairs._reading(pairs.image_embeds, torch.zeros(4, dtype=torch.long), torch.arange(4))
+        images, reading = pairs.reading(torch.zeros(4, dtype=torch.long), torch.arange(4))
         logits = model.predict(model.text_encoder, reading.take(ids), reading, images, reading.tokens_at(torch.arange(int(mask.sum()))))
     place = (seen["ids"] != ids).int().argmax(dim=1)
     start = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1)
