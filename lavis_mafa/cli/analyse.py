@@ -267,10 +267,9 @@ def _pictures(arguments: argparse.Namespace) -> None:
         batches = Reader(dataset, opened, size, output)(order, f"features of {split}")
         pool = analysis.encode_pool(model, teacher, batches, analysis.truth_of(dataset.dataset))
         anchors = analysis.choose_anchors(pool.block, arguments.anchors)
-        words = []
-        if weights.get("mlm"):
-            (samples,) = Reader(dataset, opened, len(anchors), output)(pool.block.index[anchors], "masked words")
-            words = analysis.likeliest_words(teacher, samples, run.seed)
+        (samples,) = Reader(dataset, opened, len(anchors), output)(pool.block.index[anchors], "words")
+        words = analysis.likeliest_words(teacher, samples, run.seed) if weights.get("mlm") else []
+        looks, why_not = _where_words_look(model, weights["itm"] > 0, samples)
     ecm = model.settings.ecm
     found = analysis.negatives(pool.block, size, space, run.seed, Known(ecm.same_image, ecm.same_text))
     shown = analysis.of_anchors(found, anchors)
@@ -284,11 +283,27 @@ def _pictures(arguments: argparse.Namespace) -> None:
     about = {**_about(arguments, opened, size), "split": split, "pairs": len(pool.block), "search_space": space, "seed": run.seed}
     about["teacher"] = "the momentum model" if no_momentum is None else "the model itself"
     values = {"about": about, "table": table, "images": images, "kinds": analysis.KINDS, "top": analysis.TOP, "version": __version__}
+    values |= {"looks": looks, "why_not": why_not}
     page = render("pictures.html", **values, **content)
     write_text(output / "pictures.html", page)
     for line in (table.head, *table.rows):
         print(f"{line[0]:28}" + "".join(f"{cell:>16}" for cell in line[1:]))
     _write(output / "pictures.json", {**about, "negatives": [table.head, *table.rows], **content})
+
+
+def _where_words_look(model: Any, matches: bool, samples: dict[str, Any]) -> tuple[list[Any], str]:
+    """Of each anchor its words with the pictures of their maps; where there are none, why not."""
+    from lavis_mafa.tools.pictures import drawn, word_maps_of
+
+    asked = getattr(model.settings.itm, "soft_mask", None)
+    if not matches or hasattr(model, "Qformer"):
+        return [], "matching is off" if not matches else "queries stand between a BLIP-2's words and the patches"
+    try:
+        maps = word_maps_of(model, samples, asked.layer if asked else None, asked.share if asked else 0.5)
+    except UserError as error:
+        return [], str(error)
+    each = zip(samples["image"], maps, strict=True)
+    return [[{"word": word.word, **drawn(image.cpu().float(), word)} for word in found] for image, found in each], ""
 
 
 def _draw(arguments: argparse.Namespace, opened: Opened, dataset: Any) -> Tensor:

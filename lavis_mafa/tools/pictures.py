@@ -1,21 +1,27 @@
-"""A page of what a trained model takes for hard negatives (GRIT-VLP Figure 1), and of what it would teach (ALBEF Figures 2, 11, 12)."""
+"""A page of a trained model: what it takes for hard negatives (GRIT-VLP Figure 1), what it would teach (ALBEF Figures 2, 11, 12), and
+where words look (ALBEF Figures 6 and 9, SoftMask)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from lavis_mafa.datasets.indexed import IndexedDataset, image_path, seeded
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit.sampler import first_occurrences
 from lavis_mafa.models.retrieval import best_query
+from lavis_mafa.models.soft_masks import told_of, word_maps
 from lavis_mafa.models.synthetic_texts import ReplaceableWords
 from lavis_mafa.models.transformer import Reading
+from lavis_mafa.objectives.soft_mask import soft_mask
 from lavis_mafa.tools.candidates import (
     TRUTH,
     Block,
@@ -29,12 +35,13 @@ from lavis_mafa.tools.candidates import (
     hardest_negatives,
     match_probabilities,
 )
-from lavis_mafa.tools.gallery import DIRECTIONS, Thumbnails
+from lavis_mafa.tools.gallery import DIRECTIONS, Thumbnails, webp_url
 from lavis_mafa.tools.report import Table, number
 from lavis_mafa.tools.trained_model import Opened
 
 KINDS = ("random", "hardest of a random batch", "hardest of its GRIT batch")
 TOP = 5
+WORDS = 6  # of a caption, whose maps are shown
 
 
 # --- what is looked at --------------------------------------------------------------------------------------------------
@@ -217,6 +224,60 @@ def likeliest_words(teacher: Any, samples: dict[str, Any], seed: int, top: int =
         before, word, after = (tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts)
         result.append(MaskedWord(before, word, after, expected) if place >= 0 else None)
     return result
+
+
+# --- where words look ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WordMap:
+    """Where a word of a caption looks in its image: Grad-CAM of the matching score, and the soft mask made of it; [N] patches each."""
+
+    word: str
+    cam: Tensor
+    mask: Tensor
+
+
+@torch.no_grad()
+def word_maps_of(model: Any, samples: dict[str, Any], layer: int | None, share: float, at_most: int = WORDS) -> list[list[WordMap]]:
+    """Of each caption its first words that may be seen in a picture.
+
+    Args:
+        model: of ALBEF's or BLIP's kind. samples: images with their captions.
+        layer: see :func:`word_maps`. share: of the patches, which a mask's values add up to.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    told, (ids, mask) = told_of(model.tokenizer), model.words(samples["text_input"])
+    every = torch.arange(len(ids))
+    reading = Reading.of(mask, model.device, every, every, len(ids))
+    images = model.keys_values(model.image_tokens(model.image_states(samples["image"].to(model.device))))
+    cams = word_maps(model, images, model.text_tokens(samples["text_input"]), reading, layer).cpu()
+    found, first = [], 0
+    for row, length in zip(ids, mask.sum(dim=1).tolist(), strict=True):
+        places = told[row[:length]].nonzero().flatten()[:at_most]
+        names = model.tokenizer.convert_ids_to_tokens(row[places].tolist())
+        own = cams[first + places]
+        found.append([*map(WordMap, names, own, soft_mask(own, share))])
+        first += length
+    return found
+
+
+def drawn(image: Tensor, word: WordMap) -> dict[str, str]:
+    """Data URLs of an image as the model took it, [3, H, W]: red where the word looks, and grey where it is masked."""
+    low, high = image.amin(), image.amax()
+    base = 255 * (image - low) / (high - low).clamp_min(1e-6)
+    grey = base.mean(dim=0, keepdim=True).expand_as(base)
+    heat = word.cam / word.cam.amax().clamp_min(1e-12)
+    layers = {"cam": (0.7 * grey + 0.3 * base, 0.8 * heat, (230.0, 30.0, 0.0)), "mask": (base, word.mask, (127.0, 127.0, 127.0))}
+    urls = {}
+    for name, (below, weight, colour) in layers.items():
+        side = math.isqrt(len(weight))
+        spread = F.interpolate(weight.view(1, 1, side, side), image.shape[1:], mode="bilinear", align_corners=False)[0]
+        blended = below * (1 - spread) + torch.tensor(colour)[:, None, None] * spread
+        urls[name] = webp_url(Image.fromarray(blended.round().byte().permute(1, 2, 0).numpy()))
+    return urls
 
 
 # --- the page -----------------------------------------------------------------------------------------------------------

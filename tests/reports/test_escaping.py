@@ -133,10 +133,11 @@ def test_the_page_of_pictures_shows_text(bite):
         about = {"checkpoint": text, "yaml": text, "options": [text], "split": text, "pairs": 2, "batch_size": 2, "search_space": 2}
         values = {"about": about | {"teacher": text, "seed": 0}, "table": Table([text], [[text]], text), "kinds": [text], "top": 1}
         images = [{"name": text, "problem": text}]
+        values |= {"looks": [[{"word": text, "cam": "data:image/webp;", "mask": "data:image/webp;"}]], "why_not": text}
         return Outline(render("pictures.html", **values, images=images, anchors=[anchor | {"texts": texts, "word": word}]))
 
     found = page(bite)
-    assert found.elements == page("word").elements and all(link.startswith("#") for link in found.links)
+    assert found.elements == page("word").elements and all(link.startswith(("#", "data:image/")) for link in found.links)
 
 
 def test_the_templates_and_scripts_never_turn_text_into_markup():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 import reduced
 from lavis_mafa.cli.main import main
@@ -16,11 +19,17 @@ from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import albef
 from lavis_mafa.models.momentum import by_momentum
+from lavis_mafa.models.soft_masks import word_maps
+from lavis_mafa.models.synthetic_texts import FUNCTION_WORDS
+from lavis_mafa.models.transformer import Reading
 from lavis_mafa.objectives.lm import IGNORED
+from lavis_mafa.objectives.soft_mask import soft_mask
 from lavis_mafa.tools.candidates import Block, Known, grouped_order
 from lavis_mafa.tools.pictures import (
     KINDS,
     Pool,
+    WordMap,
+    drawn,
     encode_pool,
     likeliest_texts,
     likeliest_words,
@@ -28,6 +37,7 @@ from lavis_mafa.tools.pictures import (
     negatives_table,
     of_anchors,
     truth_of,
+    word_maps_of,
 )
 from lavis_mafa.tools.trained_model import _PairsOfGallery
 
@@ -215,6 +225,35 @@ def test_a_masked_word_has_the_probability_that_training_gives_it(taught, monkey
     assert len(words) > len(found) and not words & {"a", "the", "of", "in"}
 
 
+def test_a_words_map_is_its_own_whatever_the_batch():
+    model = reduced.ours(text_encoder={"init": None, "width": 32, "layers": 4, "fusion_layer": 1, "heads": 2}).eval()
+    samples = reduced.batch(4)
+    found = word_maps_of(model, samples, layer=2, share=0.4)
+    for row, words in enumerate(found):
+        caption = samples["text_input"][row]
+        tokens = ["[CLS]", *model.tokenizer.tokenize(caption)]
+        assert [word.word for word in words] == [t for t in tokens if t.removeprefix("##").isalnum() and t not in FUNCTION_WORDS][:6]
+        images = model.keys_values(model.image_states(samples["image"][row : row + 1]))
+        one = torch.zeros(1, dtype=torch.long)
+        texts = model.text_tokens([caption])
+        alone = word_maps(model, images, texts, Reading.of(texts[-1], model.device, one, one, 1), 2)
+        for word in words:
+            torch.testing.assert_close(word.cam, alone[tokens.index(word.word)], rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(word.mask, soft_mask(word.cam, 0.4))
+    with pytest.raises(UserError, match="the layer is 9"):
+        word_maps_of(model, samples, layer=9, share=0.5)
+
+
+def test_a_picture_of_a_map_is_red_and_grey_where_the_patch_is():
+    image = torch.zeros(3, 40, 40)
+    image[:, :20] = 1.0
+    maps = WordMap("dog", torch.tensor([0.0, 0.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    pictures = {name: Image.open(BytesIO(b64decode(url.partition(",")[2]))).convert("RGB") for name, url in drawn(image, maps).items()}
+    red, green, _ = pictures["cam"].getpixel((36, 36))
+    assert red > 150 > 80 > green and max(pictures["cam"].getpixel((4, 36))) < 25
+    assert pictures["mask"].getpixel((3, 3)) == pytest.approx((127, 127, 127), abs=8) and min(pictures["mask"].getpixel((36, 3))) > 230
+
+
 # --- the command --------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +284,7 @@ def test_the_command_end_to_end(tiny_yaml, checkpoint, tmp_path, capsys):
         for one in filter(None, sum(anchor["negatives"].values(), [])):
             assert 0 <= one["matching"] <= 1 and one["true"] in (True, False)
         assert {text["true"] for text in anchor["texts"] if text["own"]} <= {True}
+    assert page.count('alt="where ') == page.count('alt="what the mask of ') >= 3
     assert page.count('<img class="pic"') == page.count('src="data:image/') > 3
     # again, into a folder of its own, without the momentum model; the training split has pictures too
     assert main([*command, "--split", "train"]) == 0
