@@ -198,30 +198,27 @@ def test_a_row_that_stands_in_for_another_counts_once():
         encode_pool(model, model, [reduced.batch(4, **more)])
 
 
-def test_a_masked_word_has_the_probability_that_training_gives_it(taught, monkeypatch):
+def test_a_masked_word_has_the_probability_that_training_gives_it(monkeypatch):
     """The loss of masked language modelling with this very word masked is -log of it; a caption counts alone as among others."""
-    samples, teacher = reduced.batch(4, index=torch.arange(4)), by_momentum(taught)
-    found = likeliest_words(teacher, samples, seed=1, top=len(teacher.tokenizer))
+    samples, model = reduced.batch(4, index=torch.arange(4)), reduced.ours().eval()
+    found = likeliest_words(model, samples, seed=1, top=len(model.tokenizer))
     for row, word in enumerate(found):
         assert word is not None and " ".join(f"{word.before} {word.word} {word.after}".split()) == samples["text_input"][row]
         chances = [chance for _, chance in word.expected]
         assert chances == sorted(chances, reverse=True) and sum(chances) == pytest.approx(1, abs=1e-4)
-        ids, _ = teacher.words([samples["text_input"][row]])
-        place = ids[0].tolist().index(teacher.tokenizer.convert_tokens_to_ids(word.word))
 
-        def this_word(ids, *_, place=place):
-            labels = torch.full_like(ids, IGNORED)
-            labels[place] = ids[place]
-            masked = ids.clone()
-            masked[place] = teacher.tokenizer.mask_token_id
+        def this_word(ids, *_, word=word.word):
+            place = ids.tolist().index(model.tokenizer.convert_tokens_to_ids(word))
+            labels, masked = torch.full_like(ids, IGNORED), ids.clone()
+            labels[place], masked[place] = ids[place], model.tokenizer.mask_token_id
             return masked, labels
 
         monkeypatch.setattr(albef, "mask_tokens", this_word)
-        texts, mask = teacher.text_tokens([samples["text_input"][row]])
-        images = teacher.image_states(samples["image"][row : row + 1])
-        loss = albef.AlbefPairs(teacher, images, texts, ids, mask).lm_loss(torch.zeros(1).long(), torch.zeros(1).long())
+        alone = {"image": samples["image"][row : row + 1], "text_input": [samples["text_input"][row]]}
+        with torch.no_grad():
+            loss = model.encode(model.inputs(alone)).pairs.lm_loss(torch.zeros(1).long(), torch.zeros(1).long())
         assert dict(word.expected)[word.word] == pytest.approx(float(torch.exp(-loss)), rel=1e-4)
-    words = {one.word for seed in range(8) for one in likeliest_words(teacher, samples, seed, top=1)}
+    words = {one.word for seed in range(8) for one in likeliest_words(model, samples, seed, top=1)}
     assert len(words) > len(found) and not words & {"a", "the", "of", "in"}
 
 
