@@ -39,7 +39,7 @@ BERT_WORDS = 30522
 # the parts of a step; ITC is also what belongs to no other
 IMAGE, TEXT, TEACHER, ITC, ITM, LM = "image encoder", "text encoder", "momentum teacher", "ITC", "ITM", "LM"
 QUERIES, CON_D, CON_D_VIT = "Q-Former's queries", "Con-D, matching", "Con-D, image encoder"
-LANGUAGE = "language teacher"
+LANGUAGE, SOFT_MASKS = "language teacher", "soft masks"
 # torch counts attention on GPUs alone; that its kernels compute the logits again in backward is none of the model's work
 ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -316,6 +316,8 @@ class _Step:
         for holder in (con_d, *_modules_of(con_d)):
             if vit := getattr(holder, "visual_encoder", None):
                 self._watch(vit, IMAGE)
+        if hasattr(model, "softly_masked"):
+            model.softly_masked = self._of(SOFT_MASKS, model.softly_masked)
         if hasattr(model, "set_discriminator"):
             model.encode = self._encode(model.encode)
             if con_d is not None:
@@ -339,6 +341,7 @@ class _Step:
                 for name, answer in (("cuda.amp.common.amp_definitely_not_available", False), ("cuda.is_bf16_supported", True)):
                     stack.enter_context(patch(f"torch.{name}", lambda *_, answer=answer, **__: answer))
                 stack.enter_context(patch("torch.Tensor.pin_memory", lambda tensor: tensor))
+                stack.enter_context(patch("torch.autograd.grad", lambda _, inputs: (torch.empty_like(inputs),)))
             # what the host reads of an index: pairs that are spread evenly over texts and images; and no text is shorter than others
             for module in (transformer, qformer, blip2):
                 stack.enter_context(patch(f"{module.__name__}.numbers", self._numbers))
@@ -417,7 +420,7 @@ class _Step:
 
     def _pack(self, tensor: Tensor) -> tuple[str, Tensor]:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.held:
+        if storage._cdata not in self.held and self.part != SOFT_MASKS:  # what that pass saves is gone before backward begins
             self.held[storage._cdata] = tensor
             self.saved[self.part] = self.saved.get(self.part, 0) + storage.nbytes()
         return self.part, tensor

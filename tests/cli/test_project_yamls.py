@@ -46,7 +46,7 @@ SMALL = {
     "albef_mafa": [
         TOKENIZER,
         "model.image_encoder={init: null, image_size: 32, width: 32, depth: 2, heads: 2}",
-        "model.text_encoder={init: null, width: 32, layers: 2, fusion_layer: 1, heads: 2}",
+        "model.text_encoder={init: null, width: 32, layers: 3, fusion_layer: 1, heads: 2}",
     ],
     "blip_mafa": [
         TOKENIZER,

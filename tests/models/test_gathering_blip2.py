@@ -26,15 +26,17 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
             _, told = second.communicate(timeout=120)
     assert second.returncode == 0, told
     wanted = {name: gathering.step(tmp_path, name == "frozen", 0, 8) for name in ("frozen", "trained")}
+    wanted["synthetic"] = gathering.step(tmp_path, True, 0, 8, synthetic=True)
     for name, one in wanted.items():
         assert found[name].keys() == one.keys()
-        assert bool(one["shared"]) == (name == "frozen")  # Con-D reads the gathered states, or gathers its own
+        assert bool(one["shared"]) == (name != "trained")  # Con-D reads the gathered states, or gathers its own
         for key, value in one.items():
             torch.testing.assert_close(found[name][key], value, atol=2e-5, rtol=1e-3, msg=lambda m, k=(name, key): f"{k}: {m}")
         asked = one["probability"][one["probability"] > 0]
         assert (asked > gathering.THRESHOLD).any() and (asked < gathering.THRESHOLD).any()
         crossing = torch.cat([one["probability"][:4, 4:].flatten(), one["probability"][4:, :4].flatten()])
         assert (crossing > 0).any()  # some of the hardest negatives are on the other process
+    assert 0 < wanted["synthetic"]["losses"][-1] < 1 and not torch.equal(wanted["synthetic"]["losses"], wanted["frozen"]["losses"])
     assert not any(key.startswith("visual_encoder.") for key in found["frozen"])
     # the comparison says something: these gradients are not that small, and without those of the other process it fails
     assert min(wanted["frozen"][key].abs().max() for key in ("temp", "query_tokens", "ln_vision.weight", "itm_head.weight")) > 1e-3

@@ -13,16 +13,18 @@ from transformers import BertConfig, BertForMaskedLM
 
 import families
 import oracles
-from lavis_mafa.config.check import check_combinations
+from lavis_mafa.config import check
+from lavis_mafa.config.check import check_combinations, check_lavis, examine
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import albef as albef_pairs
-from lavis_mafa.models.encoders import build_tokenizer
+from lavis_mafa.models import synthetic_texts
+from lavis_mafa.models.encoders import build_blip_tokenizer, build_tokenizer, tokenize
 from lavis_mafa.models.language_teacher import build_language_teacher
 from lavis_mafa.models.synthetic_texts import ReplaceableWords
 from lavis_mafa.objectives.synthetic_negatives import draw, replacements
 
 VOCABULARY = families.REDUCED["blip2"].VOCABULARY
-FAMILY = ("albef", False)
+every_host = pytest.mark.parametrize("host", families.REDUCED)
 CAPTIONS = ["a red dog", "two birds on the roof of an old house near the sea", "a blue car in the rain", "the small cat sleeps"]
 
 
@@ -49,16 +51,16 @@ def teacher_of(folder: Path) -> Any:
     return build_language_teacher(str(folder), build_tokenizer(VOCABULARY))
 
 
-def build(folder: Path | None, con_d: Any = None, **changes: Any) -> Any:
+def build(folder: Path | None, con_d: Any = None, host: str = "albef", **changes: Any) -> Any:
     """Without a folder: no teacher."""
     block = {} if folder is None else {"language_teacher": {"init": str(folder)}}
-    model = families.build(FAMILY, con_d, tokenizer=VOCABULARY, **block, **changes)
+    model = families.build((host, False), con_d, tokenizer=VOCABULARY, **block, **changes)
     model.set_language_teacher(None if folder is None else teacher_of(folder))
     return model
 
 
-def batch(**more: Any) -> dict[str, Any]:
-    return families.batch(FAMILY, text_input=CAPTIONS, **more)
+def batch(host: str = "albef", **more: Any) -> dict[str, Any]:
+    return {**families.batch((host, False)), "text_input": CAPTIONS, **more}
 
 
 @torch.no_grad()
@@ -77,6 +79,21 @@ def test_the_teacher_is_the_bert_of_its_folder(folder):
     for row, length, own in zip(ids, mask.sum(dim=1).tolist(), states, strict=True):
         torch.testing.assert_close(teacher.predict(own[:length]), hub_logits(row[:length].tolist()), atol=1e-4, rtol=1e-4)
         assert not own[length:].any()
+
+
+def test_words_that_a_host_has_added_are_unknown_to_the_teacher_and_never_replaced(folder):
+    tokenizer = build_blip_tokenizer(VOCABULARY)
+    teacher = build_language_teacher(str(folder), tokenizer)  # its words are the first ones
+    ids, _ = tokenize(tokenizer, ["a [DEC] dog [ENC]"], 30)
+    added = ids >= tokenizer.vocab_size
+    assert added.sum() == 2
+    reading = build(None, host="blip").reading(ids >= 0)
+    plain = ids.masked_fill(added, tokenizer.unk_token_id)
+    assert torch.equal(teacher.read(ids, reading), teacher.read(plain, reading))
+    words = ReplaceableWords(tokenizer, 5)
+    assert not words.content[tokenizer.vocab_size :].any() and len(words.content) == tokenizer.vocab_size + 2
+    tokenizer.add_tokens(["puppy"])  # a word like any other, which the teacher has no number for
+    assert not ReplaceableWords(tokenizer, 5).content[tokenizer.vocab_size :].any()
 
 
 def test_the_teacher_is_no_part_of_the_model(folder):
@@ -210,7 +227,7 @@ SYNTHETIC = {"top_k": 5}
 
 
 def watched(model, monkeypatch) -> dict[str, Any]:
-    """What the model draws from, and the words that it reads."""
+    """What the model draws from, and the words that come of it."""
     seen: dict[str, Any] = {}
 
     def watch(*given):
@@ -218,26 +235,34 @@ def watched(model, monkeypatch) -> dict[str, Any]:
         seen["found"] = replacements(*given)
         return seen["found"]
 
-    monkeypatch.setattr(albef_pairs, "replacements", watch)
-    text_states = model.text_states
-    model.text_states = lambda ids, *more: seen.__setitem__("ids", ids) or text_states(ids, *more)  # the last one is the synthetic
+    monkeypatch.setattr(synthetic_texts, "replacements", watch)
+    replace = model.replaceable.replace
+    model.replaceable.replace = lambda *given: seen.setdefault("made", replace(*given))
     return seen
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-@pytest.mark.parametrize("mode", ["add", "replace"])
-def test_synthetic_texts_differ_in_one_word_that_the_teacher_finds_fitting(folder, share, mode, monkeypatch):
-    model = build(folder, itm={"synthetic": {**SYNTHETIC, "mode": mode}}, mlm={"cross_distillation": share}).eval()
+def decoded(model, ids) -> list[str]:
+    return model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+MADE = [("albef", "add", 0.0), ("albef", "replace", 0.5), ("blip", "add", 0.0), ("blip2", "replace", 0.0)]
+
+
+@pytest.mark.parametrize(("host", "mode", "share"), MADE)
+def test_synthetic_texts_differ_in_one_word_that_the_teacher_finds_fitting(folder, host, mode, share, monkeypatch):
+    distilled = {"mlm": {"cross_distillation": share}} if share else {}
+    model = build(folder, host=host, itm={"synthetic": {**SYNTHETIC, "mode": mode}}, **distilled).eval()
     seen = watched(model, monkeypatch)
     with torch.no_grad():
-        pairs, encoded, _ = model.encode(model.inputs(batch()))
-    ids, mask = model.words(CAPTIONS)
+        pairs, encoded, _ = model.encode(model.inputs(batch(host)))
+    made, _ = seen["made"]
+    ids, mask = tokenize(model.tokenizer, CAPTIONS, 30)
     masked, whole, original, allowed, top_k = seen["given"]
-    assert torch.equal(allowed, model.replaceable.content) and top_k == 5
+    assert torch.equal(allowed, model.replaceable.content[: model.tokenizer.vocab_size]) and top_k == 5
     for b, length in enumerate(mask.sum(dim=1).tolist()):
-        own, new = ids[b, :length].tolist(), seen["ids"][b, :length].tolist()
+        own, new = ids[b, :length].tolist(), made[b, :length].tolist()
         [place] = [t for t in range(length) if own[t] != new[t]]
-        assert torch.equal(seen["ids"][b, length:], ids[b, length:])
+        assert torch.equal(made[b, length:], ids[b, length:])
         assert original[b] == own[place] and allowed[own[place]] and allowed[new[place]] and new[place] in seen["found"][0][b]
         torch.testing.assert_close(whole[b], hub_logits(own)[place], atol=1e-4, rtol=1e-4)
         own[place] = model.tokenizer.mask_token_id
@@ -246,23 +271,43 @@ def test_synthetic_texts_differ_in_one_word_that_the_teacher_finds_fitting(folde
     assert extra.image_index.tolist() == [0, 1, 2, 3] and extra.text_index.tolist() == [4, 5, 6, 7] and encoded.candidates == 4
     assert extra.label.tolist() == [0] * 4 and extra.weight.tolist() == [1.0] * 4 and extra.in_place == (mode == "replace")
     # and matching reads them as any other text
-    texts = model.tokenizer.batch_decode(seen["ids"], skip_special_tokens=True)
     with torch.no_grad():
         found = pairs.itm_logits(extra.image_index, extra.text_index)
         model.settings.itm.synthetic = None
-        others = model.encode(model.inputs(batch() | {"text_input": texts})).pairs
+        others = model.encode(model.inputs(batch(host, text_input=decoded(model, made)))).pairs
         wanted = others.itm_logits(torch.arange(4), torch.arange(4))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_matching_alone_sees_them(folder):
-    plain = families.step(build(None), batch())[0]
-    model = build(folder, itm={"synthetic": SYNTHETIC})
-    output, gradients = families.step(model, batch())
-    assert torch.equal(output.loss_itc, plain.loss_itc) and abs(output.loss_itm - plain.loss_itm) > 1e-4
-    assert output.verdicts["image"].shape == (8,) and output.stats["synthetic_share"] == 1
+@every_host
+def test_matching_alone_sees_them(folder, host, monkeypatch):
+    """Bit for bit; and its loss is the mean over its 3B pairs and these, read one by one."""
+    plain = families.step(build(None, host=host), batch(host))[0]
+    model = build(folder, host=host, itm={"synthetic": SYNTHETIC})
+    seen = watched(model, monkeypatch)
+    output, gradients = families.step(model, batch(host))
+    assert torch.equal(output.loss_itc, plain.loss_itc) and output.stats["synthetic_share"] == 1
+    assert torch.equal(output.image_features, plain.image_features) and torch.equal(output.text_features, plain.text_features)
+    assert host == "albef" or torch.equal(output.loss_lm, plain.loss_lm)  # where which words are masked is drawn after them
+    assert output.verdicts.keys() == plain.verdicts.keys()
+    assert all(torch.equal(output.verdicts[name], value) for name, value in plain.verdicts.items())
     assert output.metrics.keys() >= {"itm_accuracy_extra_negative", "itm_accuracy_negative"}
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+    total, one = 12 * plain.loss_itm.item(), torch.tensor([0])
+    for b, text in enumerate(decoded(model, seen["made"][0])):
+        with torch.no_grad():
+            image, texts = model.image_rows(batch(host)["image"][b : b + 1])[0], model.text_rows([text])[0]
+            total -= math.log(oracles.softmax(model.match_rows(image, texts, one, one)[0].tolist())[0])
+    assert output.loss_itm.item() == pytest.approx(total / 16, rel=1e-4) and abs(output.loss_itm - plain.loss_itm) > 1e-4
+
+
+@pytest.mark.parametrize("host", ["blip", "blip2"])
+def test_those_switched_off_change_nothing(folder, host):
+    """A teacher that is not asked, and none: bit for bit, gradients too."""
+    outputs = [families.step(build(where, families.Always(0.6), host), batch(host)) for where in (folder, None)]
+    (one, of_one), (other, of_other) = outputs
+    assert one.stats == other.stats and of_one.keys() == of_other.keys()
+    assert all(torch.equal(gradient, of_other[name]) for name, gradient in of_one.items())
 
 
 class Judge(families.Always):
@@ -273,17 +318,20 @@ class Judge(families.Always):
         return torch.where(text_index >= 4, self.probability, 0.0)
 
 
-@pytest.mark.parametrize(("probability", "dropped"), [(0.9, True), (0.6, True), (0.1, False)])
-def test_what_con_d_takes_for_true_is_no_negative(folder, probability, dropped):
+JUDGED = [("albef", 0.9, True), ("albef", 0.6, True), ("albef", 0.1, False), ("blip", 0.9, True), ("blip2", 0.9, True)]
+
+
+@pytest.mark.parametrize(("host", "probability", "dropped"), JUDGED)
+def test_what_con_d_takes_for_true_is_no_negative(folder, host, probability, dropped, monkeypatch):
     con_d = Judge(probability)
     outputs = {}
     for judge in (True, False):
-        model = build(folder, con_d, itm={"synthetic": {**SYNTHETIC, "judge": judge}})
-        model.con_d_check = None
-        outputs[judge] = families.step(model, batch())[0]
-        assert (con_d.texts is not None and len(con_d.texts) == 4) == judge
+        model = build(folder, con_d, host, itm={"synthetic": {**SYNTHETIC, "judge": judge}})
+        model.con_d_check, seen = None, watched(model, monkeypatch)
+        outputs[judge] = families.step(model, batch(host))[0]
+        assert con_d.texts == (decoded(model, seen["made"][0]) if judge else None)
     assert outputs[True].stats["extra_judged_true_share"] == dropped and "extra_judged_true_share" not in outputs[False].stats
-    plain = families.step(build(None), batch())[0].loss_itm
+    plain = families.step(build(None, host=host), batch(host))[0].loss_itm
     torch.testing.assert_close(outputs[True].loss_itm, plain if dropped else outputs[False].loss_itm)
 
 
@@ -295,11 +343,11 @@ def test_con_d_is_not_asked_in_steps_between(folder):
     assert con_d.texts is None and "extra_judged_true_share" not in output.stats
 
 
-@pytest.mark.parametrize("mode", ["add", "replace"])
-def test_texts_without_a_word_to_replace_have_no_synthetic_one(folder, mode):
+@pytest.mark.parametrize(("host", "mode"), [("albef", "add"), ("albef", "replace"), ("blip", "replace"), ("blip2", "add")])
+def test_texts_without_a_word_to_replace_have_no_synthetic_one(folder, host, mode):
     texts = ["the on a", "an and the", "a", "the"]
-    model, plain = build(folder, itm={"synthetic": {**SYNTHETIC, "mode": mode}}), build(None)
-    output, wanted = (families.step(m, batch() | {"text_input": texts})[0] for m in (model, plain))
+    model, plain = build(folder, host=host, itm={"synthetic": {**SYNTHETIC, "mode": mode}}), build(None, host=host)
+    output, wanted = (families.step(m, batch(host, text_input=texts))[0] for m in (model, plain))
     assert output.stats["synthetic_share"] == 0
     torch.testing.assert_close(output.loss_itm, wanted.loss_itm)
 
@@ -314,7 +362,7 @@ def test_the_model_itself_may_say_which_words_fit(monkeypatch):
         ids, mask = model.words(CAPTIONS)
         images, reading = pairs.reading(torch.zeros(4, dtype=torch.long), torch.arange(4))
         logits = model.predict(model.text_encoder, reading.take(ids), reading, images, reading.tokens_at(torch.arange(int(mask.sum()))))
-    place = (seen["ids"] != ids).int().argmax(dim=1)
+    place = (seen["made"][0] != ids).int().argmax(dim=1)
     start = mask.sum(dim=1).cumsum(dim=0) - mask.sum(dim=1)
     torch.testing.assert_close(seen["given"][1], logits[start + place], atol=1e-4, rtol=1e-4)
 
@@ -326,20 +374,71 @@ def test_more_words_than_there_are_cannot_come_into_question():
 
 TEACHER = {"init": "bert-base-uncased"}
 MOMENTUM = {"momentum_distillation": {"queue_size": 8}}
-COMBINATIONS: list[tuple[dict[str, Any], str]] = [
-    ({"mlm": {"cross_distillation": 0.5}}, "but there is no model.language_teacher"),
-    ({"mlm": {"cross_distillation": 0.5, "weight": 0}, "language_teacher": TEACHER}, "masked language modelling is off"),
-    ({"mlm": {"cross_distillation": 0.5}, "language_teacher": TEACHER, "itc": MOMENTUM}, "one prediction has one teacher"),
-    ({"language_teacher": TEACHER}, "nothing else asks it"),
-    ({"itm": {"synthetic": {}}}, "synthetic.generator is teacher, but there is no model.language_teacher"),
-    ({"itm": {"synthetic": {}, "weight": 0}, "language_teacher": TEACHER}, "whose negatives they are, is off"),
-    ({"itm": {"synthetic": {"generator": "model"}}, "mlm": {"weight": 0}}, "nothing trains the head that it asks"),
-    ({"mlm": {"temperature": 2.0}}, "cross_distillation's alone"),
+COMBINATIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("albef", {"mlm": {"cross_distillation": 0.5}}, "but there is no model.language_teacher"),
+    ("albef", {"mlm": {"cross_distillation": 0.5, "weight": 0}, "language_teacher": TEACHER}, "masked language modelling is off"),
+    ("albef", {"mlm": {"cross_distillation": 0.5}, "language_teacher": TEACHER, "itc": MOMENTUM}, "one prediction has one teacher"),
+    ("albef", {"language_teacher": TEACHER}, "cross_distillation is 0 and nothing else asks it"),
+    ("blip", {"language_teacher": TEACHER}, "nothing asks it; set model.itm.synthetic"),
+    ("albef", {"itm": {"synthetic": {}}}, "synthetic.generator is teacher, but there is no model.language_teacher"),
+    ("blip2", {"itm": {"synthetic": {}}}, "give {init: bert-base-uncased}"),
+    ("albef", {"itm": {"synthetic": {}, "weight": 0}, "language_teacher": TEACHER}, "whose negatives they are, is off"),
+    ("albef", {"itm": {"synthetic": {"generator": "model"}}, "mlm": {"weight": 0}}, "nothing trains the head that it asks"),
+    ("blip", {"itm": {"synthetic": {"generator": "model"}}}, "blip_mafa predicts no masked words.*allowed here: teacher"),
+    ("blip2", {"itm": {"synthetic": {"generator": "model"}}}, "blip2_mafa predicts no masked words"),
+    ("albef", {"mlm": {"temperature": 2.0}}, "cross_distillation's alone"),
+    ("blip", {"mlm": {"cross_distillation": 0.5}}, "model.mlm is not a setting"),
+    ("blip2", {"itc": {"intra_modal": ["global"]}}, "model.itc.intra_modal is not a setting"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), COMBINATIONS, ids=[message for _, message in COMBINATIONS])
-def test_what_does_not_go_together_is_one_message(changes, message):
+@pytest.mark.parametrize(("host", "changes", "message"), COMBINATIONS, ids=[f"{host}: {why}" for host, _, why in COMBINATIONS])
+def test_what_does_not_go_together_is_one_message(host, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        check_combinations(families.REDUCED["albef"].block(**changes), None)
+        check_combinations(families.REDUCED[host].block(**changes), None)
     assert len(error.value.messages) == 1
+
+
+# --- everything at once, and nothing of it in evaluation ---------------------------------------------------------------
+
+ALL_ON: dict[str, dict[str, Any]] = {
+    "albef": {
+        "itc": {"momentum_distillation": {"queue_size": 8, "mlm": False}, "intra_modal": ["global", "local"]},
+        "mlm": {"cross_distillation": 0.5, "temperature": 2.0},
+    },
+    "blip": {"itc": {"momentum_distillation": {"queue_size": 8}}},
+    "blip2": {},
+}
+
+
+@every_host
+def test_all_methods_that_a_host_takes_go_together(folder, host):
+    changes = dict(ALL_ON[host])
+    itc = {"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2, **changes.pop("itc", {})}
+    shared = {"itm": {"synthetic": SYNTHETIC, "negatives": "sampled"}, "discriminator": {"arch": "ground_truth"}}
+    model = build(folder, families.Always(0.9), host, itc=itc, **shared, **changes)
+    check_combinations(model.settings, None)
+    samples = batch(host, epoch=1)
+    output, gradients = families.step(model, samples | {"image_second_view": samples["image"].flip(3)})
+    losses = [value for name, value in output.items() if name.startswith("loss")]
+    assert len(losses) == 4 and all(loss.isfinite() for loss in losses) and output.stats["new_positive_share"] > 0
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("name", ["mafa/albef/train/vilta.yaml", "mafa/blip/train/pretrain.yaml", "mafa/blip2/train/stage_1.yaml"])
+def test_evaluation_needs_no_teacher(name):
+    options = ["model.language_teacher.init=./gone", "model.itm.synthetic.top_k=5", "model.pretrained=x.pth"]
+    _, found = examine(name, options)
+    assert any("model.language_teacher.init is './gone'" in message for message in found.messages)
+    checked, found = examine(name, [*options, "run.evaluate=true"])
+    assert not any("teacher" in message or "ecm" in message for message in found.messages)
+    assert checked.model.language_teacher is None and checked.model.itm.synthetic is None and not checked.model.ecm.enabled
+
+
+def test_evaluation_by_laviss_own_script_needs_none_either(monkeypatch):
+    """Which comes with a configuration of its own, that nobody has examined."""
+    checked, _ = examine("mafa/albef/train/vilta.yaml", ["model.pretrained=x.pth"], files=False)
+    checked.config.run.evaluate = True
+    monkeypatch.setattr(check, "check_kinds", lambda *_, **__: None)  # which would read x.pth
+    model = check_lavis(checked.config).model
+    assert model.language_teacher is None and model.itm.synthetic is None and model.mlm.cross_distillation == 0

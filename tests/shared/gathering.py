@@ -48,6 +48,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "itm": {"synthetic": {"top_k": 1, "generator": "model"}, "soft_mask": {}},
         },
     ),
+    "synthetic, blip": (
+        blip_mafa,
+        reduced_blip.ours,
+        {"itm": {"synthetic": {"top_k": 1}}, "language_teacher": {"init": "reduced"}},
+    ),
     "tcl": (
         albef_mafa,
         reduced.ours,
@@ -77,6 +82,8 @@ def build(name: str) -> Any:
     itc = {"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2, **changes.get("itc", {})}
     model = ours(**{**changes, "itc": itc}).train()
     model.set_discriminator(EveryOther())
+    if model.settings.language_teacher is not None:
+        model.set_language_teacher(reduced.language_teacher(model.tokenizer.vocab_size))
     model.batch_scope = "global"
     return model
 

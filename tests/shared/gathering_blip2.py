@@ -10,6 +10,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import reduced_blip2 as reduced
+from gathering import first_place
 from lavis_mafa.models import blip2 as blip2_mafa
+from lavis_mafa.models import synthetic_texts
 from lavis_mafa.models.blip2 import Blip2Mafa
 from lavis_mafa.models.con_d import build_discriminator
+from reduced import language_teacher
 
 # of other lengths, but as many words in the first four as in the last: the LM loss is a mean over words
 CAPTIONS = [
@@ -43,14 +47,19 @@ def write_con_d(folder: Path) -> None:
     reduced.save(judge, folder / "con_d.pth")
 
 
-def build(folder: Path, freeze: bool, con_d: bool = True) -> Blip2Mafa:
+def build(folder: Path, freeze: bool, con_d: bool = True, synthetic: bool = False) -> Blip2Mafa:
     changes: dict[str, Any] = {
         "itc": {"smoothing": 0.2, "smooth_when": "always", "consistency": 0.2},
         "ecm": {"enabled": con_d, "threshold": THRESHOLD, "ambiguous_from": THRESHOLD},
         "image_encoder": {"freeze": freeze},
         "discriminator": {"arch": "blip2", "checkpoint": str(folder / "con_d.pth"), "precision": "fp32"},
     }
+    if synthetic:  # the first word that may be replaced, by the one word that comes into question: nothing is drawn
+        # and in place of a text, so that each process has as many pairs whatever Con-D says
+        changes |= {"itm": {"synthetic": {"top_k": 1, "mode": "replace"}}, "language_teacher": {"init": "reduced"}}
     model = reduced.ours(0, **changes).train()
+    if synthetic:
+        model.set_language_teacher(language_teacher(model.tokenizer.vocab_size))
     if con_d:
         model.set_discriminator(build_discriminator(model.settings, model))
     model.batch_scope = "global"
@@ -64,14 +73,17 @@ def samples(start: int, end: int) -> dict[str, Any]:
     return {"image": images[start:end], "text_input": CAPTIONS[start:end], **more}
 
 
-def step(folder: Path, freeze: bool, start: int, end: int) -> dict[str, Tensor]:
-    """Losses and gradients by name; ``probability`` [8, 8] where this process asked Con-D, else 0."""
-    model = build(folder, freeze)
+def step(folder: Path, freeze: bool, start: int, end: int, synthetic: bool = False) -> dict[str, Tensor]:
+    """Losses (with the share of synthetic texts that Con-D takes for true), and gradients by name; ``probability`` [8, 8] where this
+    process asked Con-D, else 0."""
+    model = build(folder, freeze, synthetic=synthetic)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
-    output = wrapped(samples(start, end))
+    with patch.object(synthetic_texts, "choose_place", first_place):
+        output = wrapped(samples(start, end))
     output.loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    losses = torch.stack([output.loss_itc, output.loss_itm, output.loss_lm]).detach()
+    judged_true = output.metrics.get("extra_judged_true_share", torch.tensor(0.0))
+    losses = torch.stack([output.loss_itc, output.loss_itm, output.loss_lm, judged_true]).detach()
     probability = torch.zeros(8, 8)
     probability[output.verdicts["image"], output.verdicts["text"]] = output.verdicts["probability"]
     if dist.is_initialized():
@@ -94,6 +106,7 @@ def on_two_processes(folder: Path, rank: int) -> dict[str, dict[str, Tensor]]:
     try:
         own = rank * 4, rank * 4 + 4
         found = {"frozen": step(folder, True, *own), "trained": step(folder, False, *own)}
+        found["synthetic"] = step(folder, True, *own, synthetic=True)
         blip2_mafa.gather_own_first = without_gradient
         return {**found, "cut": step(folder, False, *own)}
     finally:

@@ -18,6 +18,7 @@ from transformers import BertConfig
 from lavis_mafa.config.schema import AlbefBlock, typed_block
 from lavis_mafa.models.albef import AlbefMafa
 from lavis_mafa.models.encoders import MINILM, build_tokenizer
+from lavis_mafa.models.language_teacher import LanguageTeacher, untrained_teacher
 
 WIDTH, DEPTH, HEADS, LAYERS, FUSION, DIM, SIZE, PATCH = 32, 2, 2, 3, 1, 16, 32, 8
 SIZES: dict[str, Any] = {
@@ -45,6 +46,14 @@ def ours(seed: int = 0, **changes: Any) -> AlbefMafa:
     model = AlbefMafa(block(**changes))
     spread(model)
     return model.eval()
+
+
+def language_teacher(words: int) -> LanguageTeacher:
+    """One whose predictions differ."""
+    torch.manual_seed(9)
+    teacher = untrained_teacher(words, WIDTH, layers=1, heads=HEADS)
+    spread(teacher.network)
+    return teacher
 
 
 def spread(model: nn.Module) -> None:

@@ -13,13 +13,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.schema import Grit, typed_block
 from lavis_mafa.models.base import CONFIGS
-from lavis_mafa.tools.cost import ATTENTION, CON_D, CON_D_VIT, IMAGE, LM, TEXT, StepSize, build, build_con_d, cost_of
+from lavis_mafa.models.synthetic_texts import by_teacher
+from lavis_mafa.tools import cost as cost_module
+from lavis_mafa.tools.cost import (
+    ATTENTION,
+    CON_D,
+    CON_D_VIT,
+    IMAGE,
+    LANGUAGE,
+    LM,
+    TEXT,
+    StepSize,
+    build,
+    build_con_d,
+    cost_of,
+)
 from lavis_mafa.tools.plan import grit_flops_of_pair, host_memory
 
 pytestmark = pytest.mark.slow
 
 BATCH, LENGTH = 6, 12
 JUDGED = {"ecm": {"enabled": True, "threshold": 1.0, "ambiguous_from": 1.0}}  # nothing found, so nothing added to the LM
+SYNTHETIC = {"itm": {"synthetic": {"judge": False}}, "language_teacher": {"init": "bert-base-uncased"}}
+ONE = {"depth": 1}
 BLOCKS = {
     "albef with a teacher": {"arch": "albef_mafa", "itc": {"momentum_distillation": {"queue_size": 24}}},
     "albef, ITC alone, taught": {
@@ -32,7 +48,19 @@ BLOCKS = {
     "blip2 without words": {"arch": "blip2_mafa", "lm": {"weight": 0}},
     "blip2, frozen": {"arch": "blip2_mafa", "image_encoder": {"freeze": True}},
     "stage 2": {"arch": "blip2_opt_mafa"},
+    "albef, one layer of each": {
+        **SYNTHETIC,
+        "arch": "albef_mafa",
+        "image_encoder": ONE,
+        "text_encoder": {"layers": 2, "fusion_layer": 1},
+    },
+    "blip, one layer of each": {**SYNTHETIC, "arch": "blip_mafa", "image_encoder": ONE, "text_encoder": {"layers": 1}},
 }
+
+
+@pytest.fixture(autouse=True)
+def small_teacher(monkeypatch):
+    monkeypatch.setattr(cost_module, "_bert_sizes", lambda _: (64, 2, 2))
 
 
 def tiny(name: str) -> Any:
@@ -81,6 +109,19 @@ def test_parts_add_up_to_a_real_step(name):
     # which pairs are mined decides how the texts of an image lie side by side, and a pair that is found twice is judged once
     assert sum(part.total for part in cost.flops.values()) == pytest.approx(flops, rel=0.06)
     assert sum(cost.saved.values()) == pytest.approx(found, rel=0.05)
+
+
+def test_synthetic_texts_are_counted_where_they_are_made_and_judged():
+    size, block = StepSize(BATCH, LENGTH), tiny("blip, one layer of each")
+    unjudged = cost_of(block, size).flops
+    block.itm.synthetic.judge = True
+    found = cost_of(block, size).flops
+    ids, mask = torch.full((BATCH, LENGTH), 7), torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        by_teacher(build(block).language_teacher, mask, torch.device("cpu"))(ids, ids, ids[:, 0])
+    assert found[LANGUAGE].total == counter.get_total_flops() > 0
+    assert {part for part, flops in found.items() if flops != unjudged[part]} == {CON_D}
+    assert found[CON_D].total > 1.2 * unjudged[CON_D].total
 
 
 def paper(arch: str, **changes: Any) -> Any:
@@ -163,6 +204,9 @@ def test_grits_memory_is_that_of_two_queues():
 
 def test_the_command_prints_and_writes(tmp_path, capsys):
     file = tmp_path / "plan.json"
+    small = ["--gpus", "2", "--options", "model.image_encoder.depth=1", "model.text_encoder={layers: 2, fusion_layer: 1}"]
+    assert main(["plan", "--cfg-path", "mafa/albef/train/tcl.yaml", "--batch-size", "2", *small]) == 0
+    assert "albef_mafa: 2 pairs a GPU, 2 GPUs, texts of 25 tokens" in capsys.readouterr().out
     command = ["plan", "mafa/quickstart/train/mafa.yaml", "--batch-size", "4", "--samples", "1000", "--throughput", "100"]
     assert main([*command, "--measure", "--json", str(file)]) == 0
     text = capsys.readouterr().out
