@@ -6,6 +6,8 @@
 Measured: forward, backward, gradient norm and AdamW (fused; LAVIS's row as its runner has it) on random images and captions; CPU time
 of one thread, or elapsed time on a GPU, the median of the rounds. Con-D is a model of the same size, untrained, so its answers are
 replaced: it finds nothing, or calls every hard negative positive. Loading is not in it. ``saved`` is what forward leaves for backward.
+ViLTA's row is GRIT's with cross-distillation and synthetic texts, by a teacher of the text encoder's size; SoftMask's is GRIT's with
+softly masked images.
 
 ``--without-lavis`` imports neither LAVIS nor transformers, so that it runs wherever torch does; then there is no row of LAVIS.
 """
@@ -33,7 +35,7 @@ ABSENT = ("lavis", "transformers", "timm", "fairscale", "omegaconf", "iopath", "
 SMALL = {"image": 48, "patch": 6, "width": 192, "depth": 6, "heads": 3, "layers": 6, "fusion": 3, "words": 2000, "dim": 64}
 LARGE = {"image": 224, "patch": 16, "width": 384, "depth": 6, "heads": 6, "layers": 6, "fusion": 3, "words": 2000, "dim": 256}
 PAPER = {"image": 256, "patch": 16, "width": 768, "depth": 12, "heads": 12, "layers": 12, "fusion": 6, "words": 30522, "dim": 256}
-TRY = {"image": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2, "layers": 2, "fusion": 1, "words": 200, "dim": 16}
+TRY = {"image": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2, "layers": 3, "fusion": 1, "words": 200, "dim": 16}
 SIZES: dict[str, dict[str, Any]] = {
     "small": SMALL | {"batch": 96, "text": 16, "full": True},
     "large": LARGE | {"batch": 32, "text": 25, "full": False},
@@ -78,11 +80,14 @@ class Words:
     """A tokenizer of captions that are numbers."""
 
     def __init__(self, words: int) -> None:
-        self.words = words
+        self.words = self.vocab_size = words
         self.__dict__.update(SPECIAL)
 
     def __len__(self) -> int:
         return self.words
+
+    def convert_ids_to_tokens(self, ids: range) -> list[str]:
+        return [str(number) if number > max(SPECIAL.values()) else f"[{number}]" for number in ids]
 
     def __call__(self, captions: list[str], max_length: int, **_: Any) -> Any:
         ids = [[SPECIAL["cls_token_id"], *map(int, caption.split()), SPECIAL["sep_token_id"]][:max_length] for caption in captions]
@@ -110,11 +115,12 @@ class Judge:
         return self.con_d.match_probability(samples, image_index, text_index).detach() * 0 + self.answer
 
 
-def ours(size: dict[str, Any], device: torch.device, con_d: str | None, dropped: float = 0.0) -> nn.Module:
-    """``con_d``: None for GRIT, nothing, all, or half: as nothing, by a Con-D at half the image side."""
-    from lavis_mafa.config.schema import AlbefBlock, ImageEncoder, TextEncoder
+def ours(size: dict[str, Any], device: torch.device, con_d: str | None, dropped: float = 0.0, method: str = "") -> nn.Module:
+    """``con_d``: None for GRIT, nothing, all, or half: as nothing, by a Con-D at half the image side. ``method``: vilta or softmask."""
+    from lavis_mafa.config.schema import AlbefBlock, ImageEncoder, SoftMask, Synthetic, TextEncoder
     from lavis_mafa.models.albef import AlbefMafa
     from lavis_mafa.models.con_d import as_con_d
+    from lavis_mafa.models.language_teacher import untrained_teacher
 
     class Model(AlbefMafa):
         def build_tokenizer(self, name: str) -> Any:
@@ -134,9 +140,15 @@ def ours(size: dict[str, Any], device: torch.device, con_d: str | None, dropped:
             text_encoder=TextEncoder(**text),
         )
         block.ecm.enabled = ecm
+        if method == "vilta":
+            block.mlm.cross_distillation, block.itm.synthetic = 0.5, Synthetic()
+        if method == "softmask":
+            block.itm.soft_mask = SoftMask()
         return Model(block)
 
     trained = model(size["image"], con_d is not None, **({"drop_patches": dropped} if dropped else {})).to(device).train()
+    if method == "vilta":
+        trained.set_language_teacher(untrained_teacher(size["words"], size["width"], size["layers"], size["heads"]))
     if con_d is not None:
         judge = as_con_d(model(size["image"] // 2 if con_d == "half" else size["image"], False).to(device), "fp32")
         trained.set_discriminator(Judge(judge, 0.9 if con_d == "all" else 0.1))
@@ -270,6 +282,8 @@ def main() -> None:
 
     builders: dict[str, Callable[[], nn.Module]] = {
         "GRIT": lambda: ours(size, device, None),
+        "ViLTA": lambda: ours(size, device, None, method="vilta"),
+        "SoftMask": lambda: ours(size, device, None, method="softmask"),
         "MAFA, nothing found": lambda: ours(size, device, "nothing"),
         "MAFA, all found": lambda: ours(size, device, "all"),
         "MAFA, Con-D of half the side": lambda: ours(size, device, "half"),
@@ -317,6 +331,8 @@ def pairs_of(rows: list[Row]) -> list[tuple[str, Row, Row]]:
     by_name = {row.name: row for row in rows}
     wanted = {
         "mafa_over_lavis": ("MAFA, nothing found", "LAVIS albef_pretrain"),
+        "vilta_over_grit": ("ViLTA", "GRIT"),
+        "softmask_over_grit": ("SoftMask", "GRIT"),
         "mafa_over_grit": ("MAFA, nothing found", "GRIT"),
         "mafa_all_over_grit": ("MAFA, all found", "GRIT"),
         "grit_over_lavis": ("GRIT", "LAVIS albef_pretrain"),

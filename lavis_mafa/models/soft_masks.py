@@ -48,7 +48,9 @@ def word_maps(
     layers: nn.ModuleList = bert.encoder.layer[bert.fusion_layer :]
     number = middle(len(layers)) if layer is None else layer
     if not 1 <= number < len(layers):
-        raise UserError(f"the layer is {number}; allowed: 1 to {len(layers) - 1}, of {len(layers)} layers that look at images.")
+        raise UserError(
+            f"the layer is {number}; allowed: 1 or more, and below {len(layers)}, the number of layers that look at images."
+        )
     cross: Any = layers[number - 1]
     cross = cross.crossattention.self
     cross.save_attention = True

@@ -51,7 +51,7 @@ def soft_mask(cam: Tensor, share: float = 0.5) -> Tensor:
     greatest = cam.amax(dim=-1, keepdim=True)
     cam = cam / greatest.masked_fill(greatest == 0, 1.0) + FAINT
     rest = cam.sort(dim=-1).values.cumsum(dim=-1).flip(-1)  # of all patches but the j greatest, j = 0, 1, ...
-    full = rest.new_ones(rest.shape[-1]).cumsum(dim=0) - 1
+    full = torch.arange(rest.shape[-1], device=rest.device)
     # with c, j + c * rest is no less than the mask's sum for any j, and equal for the j that are full: so c is the greatest of all
     scale = ((share * rest.shape[-1] - full) / rest).amax(dim=-1, keepdim=True)
     return (scale * cam).clamp(max=1.0)

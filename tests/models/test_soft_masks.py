@@ -80,7 +80,7 @@ def test_a_frozen_model_has_maps_and_a_layer_that_is_not_there_none():
     with torch.no_grad():
         assert word_maps(model, model.keys_values(images), (texts, mask), reading).max() > 0
     for layer in (0, 2):
-        with pytest.raises(UserError, match=f"the layer is {layer}; allowed: 1 to 1, of 2 layers"):
+        with pytest.raises(UserError, match=f"the layer is {layer}; allowed: 1 or more, and below 2"):
             word_maps(model, model.keys_values(images), (texts, mask), reading, layer)
 
 

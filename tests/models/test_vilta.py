@@ -404,9 +404,10 @@ def test_what_does_not_go_together_is_one_message(host, changes, message):
 ALL_ON: dict[str, dict[str, Any]] = {
     "albef": {
         "itc": {"momentum_distillation": {"queue_size": 8, "mlm": False}, "intra_modal": ["global", "local"]},
-        "mlm": {"cross_distillation": 0.5, "temperature": 2.0},
+        "mlm": {"cross_distillation": 0.5, "temperature": 2.0, "mask_everywhere": True},
+        "itm": {"soft_mask": {}},
     },
-    "blip": {"itc": {"momentum_distillation": {"queue_size": 8}}},
+    "blip": {"itc": {"momentum_distillation": {"queue_size": 8}}, "itm": {"soft_mask": {}}},
     "blip2": {},
 }
 
@@ -414,9 +415,9 @@ ALL_ON: dict[str, dict[str, Any]] = {
 @every_host
 def test_all_methods_that_a_host_takes_go_together(folder, host):
     changes = dict(ALL_ON[host])
-    itc = {"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2, **changes.pop("itc", {})}
-    shared = {"itm": {"synthetic": SYNTHETIC, "negatives": "sampled"}, "discriminator": {"arch": "ground_truth"}}
-    model = build(folder, families.Always(0.9), host, itc=itc, **shared, **changes)
+    itc = {"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2, "focal": 2.0, **changes.pop("itc", {})}
+    itm = {"synthetic": SYNTHETIC, "negatives": "sampled", **changes.pop("itm", {})}
+    model = build(folder, families.Always(0.9), host, itc=itc, itm=itm, discriminator={"arch": "ground_truth"}, **changes)
     check_combinations(model.settings, None)
     samples = batch(host, epoch=1)
     output, gradients = families.step(model, samples | {"image_second_view": samples["image"].flip(3)})

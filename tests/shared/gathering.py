@@ -48,10 +48,10 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "itm": {"synthetic": {"top_k": 1, "generator": "model"}, "soft_mask": {}},
         },
     ),
-    "synthetic, blip": (
+    "extra pairs, blip": (
         blip_mafa,
         reduced_blip.ours,
-        {"itm": {"synthetic": {"top_k": 1}}, "language_teacher": {"init": "reduced"}},
+        {"itm": {"synthetic": {"top_k": 1}, "soft_mask": {}}, "language_teacher": {"init": "reduced"}},
     ),
     "tcl": (
         albef_mafa,
