@@ -56,6 +56,9 @@ Combinations that are refused:
   takes the model's frozen ViT, which has its own, and the same size in `discriminator.image_encoder`.
 - **Losses**: all three off; `itc.intra_modal` without `itc.momentum_distillation` or with `itc.weight: 0`; `run.k_test: 0` beside
   another `rank_by` than `itc`.
+- **ViLTA**: what asks `language_teacher` where there is none, and a teacher that nothing asks; `itm.synthetic` with matching off, or
+  with `generator: model` where no words are masked (BLIP, BLIP-2, `mlm` off); `mlm.cross_distillation` with masked words off, or
+  beside `momentum_distillation.mlm`.
 - **GRIT**: B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
 - **Tasks**: captions from `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with

@@ -82,7 +82,7 @@ class Weights:
     con_d: int
     bytes_trained: int
     bytes_frozen: int
-    bytes_teacher: int  # with its queue of features
+    bytes_teacher: int  # of the momentum teacher with its queue of features, and of the language teacher
     bytes_con_d: int
 
 

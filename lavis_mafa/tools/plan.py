@@ -316,7 +316,7 @@ HOLDS = {
     "gradients": "gradients",
     "optimizer": "AdamW",
     "buckets": "DDP's buckets",
-    "teacher": "momentum teacher and queue",
+    "teacher": "teachers, queue",
     "con_d": "Con-D",
     "saved": "saved for backward, states, images",
     "transient": "logits as backward begins",
@@ -332,7 +332,7 @@ def table(plan: Plan) -> str:
         "",
         f"{'parameters':<30}{'number':>12}{'weights':>12}",
     ]
-    for name, what in (("trained", "trained"), ("frozen", "frozen"), ("teacher", "momentum teacher, queue"), ("con_d", "Con-D")):
+    for name, what in (("trained", "trained"), ("frozen", "frozen"), ("teacher", "teachers, queue"), ("con_d", "Con-D")):
         number, size = getattr(weights, name), getattr(weights, f"bytes_{name}")
         lines += [f"  {what:<28}{f'{number / 1e6:,.1f} M':>12}{_bytes(size):>12}"] if number else []
     lines += ["", "memory of each GPU" if gpu else "memory of the step, on the CPU"]
