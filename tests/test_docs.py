@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from lavis_mafa import __version__
+from lavis_mafa.config.read import project_files
+from lavis_mafa.tools.ablate import load_tables
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -26,6 +28,13 @@ def test_pages_name_files_that_exist(page):
         assert (page.parent / link).exists(), link
     for path in re.findall(r"`((?:lavis_mafa|projects|tests|benchmarks|run_scripts|docs)/[\w./-]+)`", text):
         assert (DOCS.parent / path).exists(), path
+
+
+def test_the_papers_page_names_every_table_and_yaml_that_is_there():
+    text = (DOCS / "papers.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"--table ([\w-]+)", text)) == set(load_tables())
+    yamls = re.findall(r"`(mafa/[\w/]+\.yaml)`", text)
+    assert yamls and set(yamls) <= set(project_files())
 
 
 def test_what_is_cited_is_this_version():

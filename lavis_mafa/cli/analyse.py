@@ -1,4 +1,4 @@
-"""``lavis-mafa analyse soft-labels|vision-usage|minimal-pairs|grounding``: look into a trained model, without training."""
+"""``lavis-mafa analyse soft-labels|vision-usage|minimal-pairs|grounding|pictures``: look into a trained model, without training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ SOFT_LABELS = "soft labels of S-ITC, the consistency loss and momentum distillat
 VISION_USAGE = "accuracy of predicted words with and without the image (GRIT-VLP's usage of vision)"
 MINIMAL_PAIRS = "accuracy between captions that differ in one word, of which one is true of the image; chance is a half"
 GROUNDING = "does Grad-CAM of the matching score lie on the thing that a text names? (ALBEF section 6)"
+PICTURES = "a page of hard negatives (GRIT-VLP Figure 1) and of pseudo-targets (ALBEF Figures 2, 11, 12)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{soft-labels,vision-usage,minimal-pairs,grounding}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{soft-labels,vision-usage,minimal-pairs,grounding,pictures}")
     labels = kinds.add_parser("soft-labels", help=SOFT_LABELS, description=SOFT_LABELS)
     _add_common(labels, "run.batch_size_train")
     labels.add_argument(
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", type=positive, metavar="N", help="of those that look at images, for itm (default: the middle one)"
     )
     grounding.set_defaults(analyse=_grounding)
+    pictures = kinds.add_parser("pictures", help=PICTURES, description=PICTURES)
+    _add_common(pictures, "run.batch_size_train")
+    pictures.add_argument("--split", help="of the data (default: val where the data have it, else train, whose images are augmented)")
+    pictures.add_argument("--anchors", type=positive, default=8, metavar="N", help="images to show, with a caption each (default: 8)")
+    pictures.set_defaults(analyse=_pictures)
 
 
 def _add_common(parser: argparse.ArgumentParser, size: str, samples: str = "samples") -> None:
@@ -233,6 +239,71 @@ def _grounding(arguments: argparse.Namespace) -> None:
     counts = {"expressions": len(expressions), "images": images, "blank": tally.blank}
     more = {"boxes": str(arguments.boxes), "by": arguments.by, "layer": layer, "seed": run.seed, **counts, "results": results}
     _write(new_folder(arguments.output) / "grounding.json", {**_about(arguments, opened, size), **more})
+
+
+def _pictures(arguments: argparse.Namespace) -> None:
+    from lavis_mafa import __version__
+    from lavis_mafa.config.schema import loss_weights
+    from lavis_mafa.files import new_folder, write_text
+    from lavis_mafa.models.momentum import by_momentum
+    from lavis_mafa.runners.step import autocast
+    from lavis_mafa.tools import pictures as analysis
+    from lavis_mafa.tools.candidates import Known
+    from lavis_mafa.tools.report import render
+    from lavis_mafa.tools.soft_labels import restore_teacher
+    from lavis_mafa.tools.trained_model import Reader, open_checkpoint, open_split
+
+    opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=True)
+    run, model, weights = opened.run, opened.model, loss_weights(opened.model.settings)
+    no_momentum = restore_teacher(model, arguments.checkpoint)
+    teacher = model if no_momentum is not None else by_momentum(model)
+    split = arguments.split or ("val" if "val" in opened.datasets else "train")
+    dataset = open_split(opened, split)
+    order, size, space = _draw(arguments, opened, dataset), arguments.batch_size or run.batch_size_train, run.grit.search_space
+    if size > space:
+        raise UserError(f"the batch size is {size}, but must not exceed run.grit.search_space ({space}).")
+    output = new_folder(arguments.output)
+    with autocast(run.precision, opened.device):
+        batches = Reader(dataset, opened, size, output)(order, f"features of {split}")
+        pool = analysis.encode_pool(model, teacher, batches, analysis.truth_of(dataset.dataset))
+        anchors = analysis.choose_anchors(pool.block, arguments.anchors)
+        (samples,) = Reader(dataset, opened, len(anchors), output)(pool.block.index[anchors], "words")
+        words = analysis.likeliest_words(teacher, samples, run.seed) if weights.get("mlm") else []
+        looks, why_not = _where_words_look(model, weights["itm"] > 0, samples)
+    ecm = model.settings.ecm
+    found = analysis.negatives(pool.block, size, space, run.seed, Known(ecm.same_image, ecm.same_text))
+    shown = analysis.of_anchors(found, anchors)
+    probability = {}
+    if weights["itm"]:
+        pairs = shown.flatten(0, 2)
+        probability = analysis.matching(opened, dataset, pool.block.index[pairs[pairs[:, 0] >= 0]], size)
+    table = analysis.negatives_table(pool, found)
+    content = analysis.page_data(pool, dataset.dataset, anchors, shown, probability, words)
+    images = content.pop("images")
+    about = {**_about(arguments, opened, size), "split": split, "pairs": len(pool.block), "search_space": space, "seed": run.seed}
+    about["teacher"] = "the momentum model" if no_momentum is None else "the model itself"
+    values = {"about": about, "table": table, "images": images, "kinds": analysis.KINDS, "top": analysis.TOP, "version": __version__}
+    values |= {"looks": looks, "why_not": why_not}
+    page = render("pictures.html", **values, **content)
+    write_text(output / "pictures.html", page)
+    for line in (table.head, *table.rows):
+        print(f"{line[0]:28}" + "".join(f"{cell:>16}" for cell in line[1:]))
+    _write(output / "pictures.json", {**about, "negatives": [table.head, *table.rows], **content})
+
+
+def _where_words_look(model: Any, matches: bool, samples: dict[str, Any]) -> tuple[list[Any], str]:
+    """Of each anchor its words with the pictures of their maps; where there are none, why not."""
+    from lavis_mafa.tools.pictures import drawn, word_maps_of
+
+    asked = getattr(model.settings.itm, "soft_mask", None)
+    if not matches or hasattr(model, "Qformer"):
+        return [], "matching is off" if not matches else "queries stand between a BLIP-2's words and the patches"
+    try:
+        maps = word_maps_of(model, samples, asked.layer if asked else None, asked.share if asked else 0.5)
+    except UserError as error:
+        return [], str(error)
+    each = zip(samples["image"], maps, strict=True)
+    return [[{"word": word.word, **drawn(image.cpu().float(), word)} for word in found] for image, found in each], ""
 
 
 def _draw(arguments: argparse.Namespace, opened: Opened, dataset: Any) -> Tensor:

@@ -24,7 +24,7 @@ COMMANDS = {
     "count-false-negatives": "how many false negatives do these data have, before training anything",
     "mine": "find missing image-text connections and write them as an annotation file",
     "train-teacher": "train a small language model on a YAML's captions, for ViLTA",
-    "analyse": "look into soft labels, or into how much a model uses the image",
+    "analyse": "look into a trained model, without training it",
     "ablate": "run the rows of a paper's ablation table, several seeds, and print it",
     "report": "one HTML page about one or more runs: curves, connections, retrieval",
     "compare": "is one run better than another: retrieval query by query, with intervals and p",

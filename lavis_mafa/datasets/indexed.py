@@ -175,7 +175,8 @@ def image_path(dataset: Any, index: int) -> str | None:
     """Where sample ``index``'s image is; None where the data set does not tell."""
     dataset, index = _innermost(dataset, index)
     if hasattr(dataset, "image_path"):
-        return str(dataset.image_path(index))
+        path = dataset.image_path(index)
+        return None if path is None else str(path)
     annotation = getattr(dataset, "annotation", None)
     row = annotation[index] if isinstance(annotation, list) else None
     name = row.get("image") if isinstance(row, dict) else None

@@ -219,6 +219,9 @@ class RetrievalPairs(_AnnotatedImages):
     def __len__(self) -> int:
         return len(self.image)
 
+    def image_path(self, index: int) -> Path:
+        return Path(self.image[index])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": self.image_ids[index]}
 

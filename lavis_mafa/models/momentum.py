@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +114,13 @@ class MomentumModel(nn.Module):
         enqueue(self.idx_queue, self.queue_ptr, keys[:, 0], finite)
         enqueue(self.text_queue_keys, self.queue_ptr, keys[:, 1], finite)
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % size)
+
+
+def by_momentum(model: Any) -> Any:
+    """A model whose parts are the momentum copies of this one's; whatever else it has is the same, and no weight is copied."""
+    teacher = copy(model)
+    teacher.__dict__["_modules"] = {**model._modules, **{part: getattr(model, f"{part}_m") for part in MOMENTUM_PARTS}}
+    return teacher
 
 
 def project(layer: nn.Linear, first: Tensor) -> Tensor:

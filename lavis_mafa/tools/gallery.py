@@ -260,6 +260,11 @@ def _data_url(path: Path) -> str:
         picture = on_white(image)
     if small and kind in FORMATS:
         return f"data:{FORMATS[kind]};base64," + base64.b64encode(path.read_bytes()).decode()
+    return webp_url(picture)
+
+
+def webp_url(picture: Image.Image) -> str:
+    """A picture as a data URL, fitted into ``SIDE`` pixels, which changes the one given."""
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="WEBP", quality=72, method=2)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from omegaconf import DictConfig, OmegaConf
@@ -85,6 +87,12 @@ def render(template: str, **values: Any) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(template).render(**values)
+
+
+def pictures_of(runs: list[Run], page: Path) -> dict[str, str]:
+    """Name -> link from ``page`` of what ``lavis-mafa analyse pictures --output RUN/pictures`` left in the runs' folders."""
+    found = {f"{run.name}/{path.parent.name}": path for run in runs for path in sorted(run.folder.glob("*/pictures.html"))}
+    return {name: quote(os.path.relpath(path.resolve(), page.parent.resolve())) for name, path in found.items()}
 
 
 # --- tables -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.schema import RunBlock
-from lavis_mafa.datasets.indexed import IndexedDataset
+from lavis_mafa.datasets.indexed import IndexedDataset, image_path
 from lavis_mafa.errors import UserError
 from lavis_mafa.runners.job import prepare
 from lavis_mafa.runners.loading import BadSamples
@@ -73,14 +73,25 @@ class _PairsOfGallery(Dataset):
 
     def __init__(self, gallery: Any) -> None:
         self.gallery = gallery
+        self.truth = getattr(gallery, "truth", None) if getattr(gallery, "concepts", None) is not None else None
+        self.image_keys = torch.tensor([self._image(text) for text in range(len(gallery.text))])
 
     def __len__(self) -> int:
         return len(self.gallery.text)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.gallery.txt2img[index]
-        image = image[0] if isinstance(image, list) else image
-        return {"image": self.gallery[image]["image"], "text_input": self.gallery.text[index]}
+        image = self._image(index)
+        sample = {"image": self.gallery[image]["image"], "text_input": self.gallery.text[index]}
+        if self.truth is not None:
+            sample |= {"concept": int(self.gallery.concepts[image]), "text_key": int(self.gallery.text_keys[index])}
+        return sample
+
+    def image_path(self, index: int) -> str | None:
+        return image_path(self.gallery, self._image(index))
+
+    def _image(self, text: int) -> int:
+        image = self.gallery.txt2img[text]
+        return image[0] if isinstance(image, list) else image
 
     def collater(self, samples: list[dict[str, Any]]) -> Any:
         return default_collate(samples)

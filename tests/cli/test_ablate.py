@@ -41,7 +41,8 @@ def options_on(base: str, table: str, number: int) -> list[str]:
 @pytest.mark.parametrize("key", load_tables())
 def test_a_row_is_a_switch_of_a_small_base_too(key, base):
     table = find_table(key)  # on the paper's base: test_project_yamls.py
-    trials = plan_trials(table, [42], base, None, [], Path("runs"), TRUTH)
+    teacher = ["model.language_teacher.init=teacher", "model.mlm.cross_distillation=0.5"] if key.startswith("vilta") else []
+    trials = plan_trials(table, [42], base, None, teacher, Path("runs"), TRUTH)
     here = [row for row in table.rows if not any(option.startswith("datasets.") for option in row.options)]
     assert [trial.row for trial in trials] == here
     # emoji's 448 samples leave no room for three search spaces; without fine-tuning ALBEF's last two rows are one
@@ -57,6 +58,7 @@ def test_equal_rows_of_two_tables_share_a_run():
         return next(trial.runs[0].folder for trial in trials if trial.row.number == number)
 
     assert folder("mafa-4", 4) == folder("mafa-13", 5)
+    assert folder("vilta-4", 3) == folder("vilta-6", 2) != folder("vilta-4", 5)
     assert folder("mafa-4", 1) == folder("mafa-5", 3) == folder("mafa-14", 1) != folder("mafa-4", 3)
 
 

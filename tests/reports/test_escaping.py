@@ -123,6 +123,23 @@ def test_the_quickstart_page_shows_text(bite):
     assert all(link.startswith("#") for link in found.links)
 
 
+@pytest.mark.parametrize("bite", BITES)
+def test_the_page_of_pictures_shows_text(bite):
+    def page(text: str) -> Outline:
+        negative = {"row": 0, "image": 0, "caption": text, "kind": text, "cosine": 0.5, "matching": 0.5, "true": True}
+        word = {"before": text, "word": text, "after": text, "expected": [(text, 0.5)]}
+        texts = [{"caption": text, "cosine": 0.5, "own": False, "true": False}]
+        anchor = {"row": 0, "image": 0, "caption": text, "negatives": {"text for image": [negative], "image for text": [negative]}}
+        about = {"checkpoint": text, "yaml": text, "options": [text], "split": text, "pairs": 2, "batch_size": 2, "search_space": 2}
+        values = {"about": about | {"teacher": text, "seed": 0}, "table": Table([text], [[text]], text), "kinds": [text], "top": 1}
+        images = [{"name": text, "problem": text}]
+        values |= {"looks": [[{"word": text, "cam": "data:image/webp;", "mask": "data:image/webp;"}]], "why_not": text}
+        return Outline(render("pictures.html", **values, images=images, anchors=[anchor | {"texts": texts, "word": word}]))
+
+    found = page(bite)
+    assert found.elements == page("word").elements and all(link.startswith(("#", "data:image/")) for link in found.links)
+
+
 def test_the_templates_and_scripts_never_turn_text_into_markup():
     """``|safe`` in a template, or a way to write markup in a script, would undo the escaping."""
     for path in sorted(TEMPLATES.glob("*.html")):

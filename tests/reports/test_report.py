@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow.parquet as pq
 import pytest
@@ -273,3 +274,17 @@ def test_what_was_scored_query_by_query_has_intervals(tmp_path):
         for name, head in (("tr_r_precision", "TR R-Precision"), ("ir_r1", "IR R@1")):
             assert row[columns[head]] == f"{values[score + name]:.1f} ± {half[score + name]:.1f}"
     assert by_itm[1:] != by_itc[1:] and not any("±" in cell for cell in without)
+
+
+def test_pictures_of_a_run_are_linked_to_from_wherever_the_page_is(own, tmp_path):
+    run = run_folder.write_run(own.with_name("javascript:alert(1) & 'b'"), None, metrics=False)
+    for name in ("pictures", "pictures_2"):
+        (run / name).mkdir()
+        (run / name / "pictures.html").touch()
+    for page in (tmp_path / "r.html", tmp_path / "pages/r.html", run / "r.html"):
+        assert main(["report", str(run), "--output", str(page)]) == 0
+        links = re.findall(r'<a href="([^"#]+)"', page.read_text())
+        assert [(page.parent / unquote(link)).resolve() for link in links] == [
+            run / n / "pictures.html" for n in ("pictures", "pictures_2")
+        ]
+        assert not any(":" in link for link in links)

@@ -260,7 +260,7 @@ def test_the_command_end_to_end(command, tmp_path, capsys, by):
 
 def test_what_the_command_refuses(command, tmp_path, capsys):
     for more, kind, message in (
-        (["--layer", "2"], {}, "the layer is 2; allowed: 1 to 1, of 2 layers that look at images."),
+        (["--layer", "2"], {}, "the layer is 2; allowed: 1 or more, and below 2,"),
         (["--layer", "1", "--by", "itc"], {}, "--layer is 1, but --by itc reads the image encoder's last block"),
         ([], {"yaml": "blip2_grit", "weights": "scenes_blip2_con_d"}, "model.arch is blip2_mafa, whose texts look at no patches"),
     ):
