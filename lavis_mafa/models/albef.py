@@ -110,7 +110,6 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
             teacher_states = self.language_teacher.states(*own, self.reading(own[1]))
         synthetic = self.synthetic_texts(inputs, *own, len(mask), self._guess(own[1], teacher_states))
         synthetic_states = None if synthetic is None else self.text_states(synthetic.ids, synthetic.mask)
-        masked = self.softly_masked(images, texts, *own)
         if self.gathers:
             images, texts = gather_own_first(images, with_gradient=True), gather_own_first(texts, with_gradient=True)
             momentum_images = None if momentum_images is None else gather_own_first(momentum_images)
@@ -119,10 +118,9 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         if synthetic is not None and synthetic_states is not None:
             batch.extra, metrics = synthetic.pairs, synthetic.metrics
             texts, mask = torch.cat([texts, synthetic_states]), torch.cat([mask, synthetic.mask])
-        if masked is not None:
-            images, batch.soft_masked = masked.following(images)
         teachers = momentum_images, batch.distillation, teacher_states
         pairs = AlbefPairs(self, batch.candidates, images, mask, texts, ids, *teachers, metrics=metrics)
+        self.add_masked_images(batch, pairs, texts[: len(own[0])], *own)
         return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
 
     def _shown(self, ids: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from lavis_mafa.models.language_teacher import LanguageTeacher, build_language_t
 from lavis_mafa.models.momentum import TEACHERS, MomentumModel, Parts, project
 from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
-from lavis_mafa.models.soft_masks import SoftlyMasked, softly_masked, told_of
-from lavis_mafa.models.step import Encoded, PretrainOutput, StepInputs, check_samples
+from lavis_mafa.models.soft_masks import soft_masks, told_of
+from lavis_mafa.models.step import DualPairs, Encoded, PretrainOutput, StepInputs, check_samples
 from lavis_mafa.models.synthetic_texts import Guess, ReplaceableWords, SyntheticTexts, by_teacher
 from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, named_images, on_device
 from lavis_mafa.models.vit import fit_position_embeddings, resize_images
@@ -553,9 +553,20 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         self._enqueue(own[0], own[1], self._keys(inputs))
         return batch, states
 
-    def softly_masked(self, images: Tensor, texts: Tensor, ids: Tensor, mask: Tensor) -> SoftlyMasked | None:
-        """In training, and with ``itm.soft_mask``: see :func:`lavis_mafa.models.soft_masks.softly_masked`."""
-        return softly_masked(self, images, texts, ids, mask) if self.training and self.told is not None else None
+    def add_masked_images(self, batch: EncodedBatch, pairs: DualPairs, texts: Tensor, ids: Tensor, mask: Tensor) -> None:
+        """In training, and with ``itm.soft_mask``: each of B own images once more, for matching with its own text (SoftMask).
+
+        ``texts``: [B, T, ...] as matching reads them; ids, mask: [B, T] on the host.
+        """
+        if not self.training or self.told is None:
+            return
+        if pairs.candidates == len(ids):
+            images = pairs.keys_values
+        else:  # those of all ranks, of which the own ones come first
+            with torch.no_grad():
+                images = self.keys_values(pairs.image_embeds[: len(ids)])
+        pairs.soft_masks = soft_masks(self, images, texts, ids, mask)
+        batch.soft_masked = pairs.soft_masks.pairs(pairs.candidates)
 
     def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return fit_position_embeddings(fold_token_type(state), self.visual_encoder)

@@ -80,12 +80,10 @@ class BlipMafa(DualEncoder[BlipBlock]):
         images, image_feature = self.image_rows(inputs.image)
         text_feature = self.text_features(own)
         batch, _ = self.contrast_with_queue(inputs, image_feature, text_feature, *own)
-        masked = self.softly_masked(images, own[0], *own)
         if self.gathers:
             images = gather_own_first(images, with_gradient=True)
-        if masked is not None:
-            images, batch.soft_masked = masked.following(images)
         pairs = BlipPairs(self, batch.candidates, images, mask, ids)
+        self.add_masked_images(batch, pairs, own[0], *own)
         if (synthetic := self.synthetic_texts(inputs, *own, len(mask))) is not None:
             batch.extra, pairs.metrics = synthetic.pairs, synthetic.metrics
             pairs.text_ids, pairs.text_mask = synthetic.following(ids, mask)

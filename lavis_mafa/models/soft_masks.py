@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.synthetic_texts import FUNCTION_WORDS, tokens_of
@@ -27,6 +28,12 @@ def middle(layers: int) -> int:
     return (layers + 1) // 2
 
 
+def looking_layers(model: Any) -> list[Any]:
+    """The cross-attentions of ALBEF's fusion layers, and of all layers of BLIP's text encoder."""
+    bert = getattr(model.text_encoder, "bert", model.text_encoder)
+    return [layer.crossattention.self for layer in bert.encoder.layer[bert.fusion_layer :]]
+
+
 def word_maps(
     model: Any, images: KeysValues, texts: tuple[Tensor, ...], reading: Reading, layer: int | None = None, by: str = "grad_cam"
 ) -> Tensor:
@@ -44,15 +51,13 @@ def word_maps(
     Raises:
         UserError: there is no such layer.
     """
-    bert = model.text_encoder.bert if hasattr(model.text_encoder, "bert") else model.text_encoder
-    layers: nn.ModuleList = bert.encoder.layer[bert.fusion_layer :]
+    layers = looking_layers(model)
     number = middle(len(layers)) if layer is None else layer
     if not 1 <= number < len(layers):
         raise UserError(
             f"the layer is {number}; allowed: 1 or more, and below {len(layers)}, the number of layers that look at images."
         )
-    cross: Any = layers[number - 1]
-    cross = cross.crossattention.self
+    cross = layers[number - 1]
     cross.save_attention = True
     try:
         with torch.enable_grad():
@@ -72,33 +77,36 @@ def word_maps(
 
 
 @dataclass(frozen=True)
-class SoftlyMasked:
-    """Each of B images once more, masked by where one word of its own text looks; to follow the K that a host holds."""
+class SoftMasks:
+    """Of each of B images what is kept of its tokens, where one word of its own text has masked it."""
 
-    tokens: Tensor  # [B, N, width], whose gradient reaches the images'
+    kept: Tensor  # [B, N] in [0, 1]; 1 of the first token, which stands for the whole image
     exists: Tensor  # [B] 1, or 0 where a text has no word to mask by
 
-    def following(self, images: Tensor) -> tuple[Tensor, ExtraPairs]:
-        """K images [K, N, width] -> [K + B, N, width], and the pairs of image K + b with text b, which match."""
-        own = torch.arange(len(self.tokens), device=images.device)
-        return torch.cat([images, self.tokens]), ExtraPairs(own + len(images), own, torch.ones_like(own), self.exists)
+    def pairs(self, candidates: int) -> ExtraPairs:
+        """Of masked image K + b with text b: they match."""
+        own = torch.arange(len(self.kept), device=self.kept.device)
+        return ExtraPairs(own + candidates, own, torch.ones_like(own), self.exists)
+
+    def keys_values(self, model: Any, images: KeysValues) -> KeysValues:
+        """Of the B masked images from those of the B images. They are linear in the tokens, so nothing is multiplied again."""
+
+        def masked(given: Tensor, bias: Tensor) -> Tensor:
+            return (bias + self.kept[:, :, None] * (given - bias)).to(given.dtype)
+
+        layers = zip(looking_layers(model), images, strict=True)
+        return [(masked(key, layer.key.bias), masked(value, layer.value.bias)) for layer, (key, value) in layers]
 
 
-def softly_masked(model: Any, images: Tensor, texts: Tensor, ids: Tensor, mask: Tensor) -> SoftlyMasked:
+def soft_masks(model: Any, images: KeysValues, texts: Tensor, ids: Tensor, mask: Tensor) -> SoftMasks:
     """What ``model.itm.soft_mask`` makes of a batch.
 
     Args:
-        images: [B, N, width], the first token for the whole image, which no mask touches.
-        texts: [B, T, ...] as matching reads them. ids, mask: [B, T] on the host.
+        images: keys and values of B images. texts: [B, T, ...] as matching reads them. ids, mask: [B, T] on the host.
     """
-    how, device = model.settings.itm.soft_mask, images.device
-    place = choose_place(model.told[ids])
-    every = torch.arange(len(ids))
-    reading = Reading.of(mask, device, every, every, len(ids))
-    with torch.no_grad():
-        keys_values = model.keys_values(images)
-    maps = word_maps(model, keys_values, (texts, mask), reading, how.layer, how.by)
+    how, device = model.settings.itm.soft_mask, images[0][0].device
+    place, every = choose_place(model.told[ids]), torch.arange(len(ids))
+    maps = word_maps(model, images, (texts, mask), Reading.of(mask, device, every, every, len(ids)), how.layer, how.by)
     word = on_device(tokens_of(mask, place.clamp_min(0)), device)
     kept = 1 - soft_mask(maps.index_select(0, word), how.share)
-    patches = images[:, 1:] * kept[:, :, None].to(images.dtype)
-    return SoftlyMasked(torch.cat([images[:, :1], patches], dim=1), on_device((place >= 0).float(), device))
+    return SoftMasks(F.pad(kept, (1, 0), value=1.0), on_device((place >= 0).float(), device))

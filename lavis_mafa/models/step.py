@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from lavis_mafa.errors import UserError
+from lavis_mafa.models.soft_masks import SoftMasks
 from lavis_mafa.models.transformer import KeysValues, Reading, named_images
 from lavis_mafa.objectives import EncodedBatch, PairModel
 
@@ -72,14 +73,15 @@ class StepInputs:
 class DualPairs:
     """What ALBEF's and BLIP's pairs share: K images that any of K texts may be read with.
 
-    Softly masked images follow the K, and synthetic texts, for matching alone.
+    For matching alone there are more: B synthetic texts, and the B own images once more, softly masked, from K on.
     """
 
     model: Any
     candidates: int  # K
-    image_embeds: Tensor  # [K or K + B, N, width]
+    image_embeds: Tensor  # [K, N, width]
     text_mask: Tensor  # BoolTensor[K or K + B, T] on the host
     metrics: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    soft_masks: SoftMasks | None = field(default=None, kw_only=True)
 
     @cached_property
     def keys_values(self) -> KeysValues:
@@ -88,14 +90,19 @@ class DualPairs:
         return images
 
     def reading(self, image_index: Tensor, text_index: Tensor, masked: bool = False) -> tuple[KeysValues, Reading]:
-        """Pairs, LongTensor[P] each; ``masked``: softly masked images are among them."""
-        images = self.image_embeds if masked else self.image_embeds[: self.candidates]
-        named, index = named_images(images, image_index)
-        if named is images:
-            keys_values = [(key[: len(images)], value[: len(images)]) for key, value in self.keys_values]
-        else:
-            keys_values = self.model.keys_values(named)
-        return keys_values, Reading.of(self.text_mask, self.model.device, text_index, index, len(named))
+        """Pairs, LongTensor[P] each; ``masked``: if softly masked images are among them, all are, in order, and last."""
+        masks = self.soft_masks if masked and bool(image_index[-1] >= self.candidates) else None
+        if masks is not None:
+            own = len(masks.kept)
+            image_index = torch.cat([image_index[:-own], torch.arange(own)])
+        named, index = named_images(self.image_embeds, image_index)
+        images = self.keys_values if named is self.image_embeds else self.model.keys_values(named)
+        if masks is not None:
+            # all own images are named, and so they are the first of those that are
+            more = masks.keys_values(self.model, [(key[:own], value[:own]) for key, value in images])
+            images = [(torch.cat([key, k]), torch.cat([value, v])) for (key, value), (k, v) in zip(images, more, strict=True)]
+            index = torch.cat([index[:-own], torch.arange(own) + len(named)])
+        return images, Reading.of(self.text_mask, self.model.device, text_index, index, len(images[0][0]))
 
 
 class Encoded(NamedTuple):

@@ -316,8 +316,8 @@ class _Step:
         for holder in (con_d, *_modules_of(con_d)):
             if vit := getattr(holder, "visual_encoder", None):
                 self._watch(vit, IMAGE)
-        if hasattr(model, "softly_masked"):
-            model.softly_masked = self._of(SOFT_MASKS, model.softly_masked)
+        if hasattr(model, "add_masked_images"):
+            model.add_masked_images = self._of(SOFT_MASKS, model.add_masked_images)
         if hasattr(model, "set_discriminator"):
             model.encode = self._encode(model.encode)
             if con_d is not None:

@@ -12,7 +12,7 @@ import reduced
 from lavis_mafa.config.check import check_combinations
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import soft_masks
-from lavis_mafa.models.soft_masks import softly_masked, told_of, word_maps
+from lavis_mafa.models.soft_masks import told_of, word_maps
 from lavis_mafa.models.transformer import Reading
 from lavis_mafa.objectives.itc import itc_loss
 from lavis_mafa.objectives.soft_mask import soft_mask
@@ -84,28 +84,35 @@ def test_a_frozen_model_has_maps_and_a_layer_that_is_not_there_none():
             word_maps(model, model.keys_values(images), (texts, mask), reading, layer)
 
 
-def test_an_image_is_masked_by_one_word_that_may_be_seen(monkeypatch):
-    model = build(itm={"soft_mask": {"share": 0.25}})
-    images, texts, ids, mask = encoded(model, CAPTIONS)
+@both
+def test_an_image_is_masked_by_one_word_that_may_be_seen(family, monkeypatch):
+    """Matching reads a masked image as one whose patches are multiplied one by one; nothing flows back through the mask."""
+    model = build(family, itm={"soft_mask": {"share": 0.25}})
     places = torch.tensor([2, 3, -1, 4])
     monkeypatch.setattr(soft_masks, "choose_place", lambda eligible: places)
-    images.requires_grad_()
-    found = softly_masked(model, images, texts, ids, mask)
-    masked, pairs = found.tokens, found.following(images)[1]
-    every = torch.arange(4)
+    encoded_pairs, of_batch, _ = model.encode(model.inputs(batch(family)))
+    extra, images = of_batch.soft_masked, encoded_pairs.image_embeds
+    assert extra.weight.tolist() == [1.0, 1.0, 0.0, 1.0] and extra.label.tolist() == [1] * 4
+    assert extra.image_index.tolist() == [4, 5, 6, 7] and extra.text_index.tolist() == [0, 1, 2, 3]
+    found = encoded_pairs.itm_logits(extra.image_index, extra.text_index)
+    (of_images,) = torch.autograd.grad(found[:, 1].sum(), images)
+
+    every, mask = torch.arange(4), encoded_pairs.text_mask
+    texts = encoded_pairs.text_embeds if family == "albef" else encoded_pairs.text_ids
     reading = Reading.of(mask, model.device, every, every, 4)
-    maps = word_maps(model, model.keys_values(images), (texts, mask), reading)
-    assert pairs.weight.tolist() == [1.0, 1.0, 0.0, 1.0] and pairs.label.tolist() == [1] * 4
-    assert pairs.image_index.tolist() == [4, 5, 6, 7] and pairs.text_index.tolist() == [0, 1, 2, 3]
-    start = 0
+    maps, start, masked = word_maps(model, model.keys_values(images), (texts, mask), reading), 0, images.detach().clone()
+    kept = torch.ones(masked.shape[:2])
     for b, place in enumerate(places.tolist()):
-        kept = 1 - soft_mask(maps[start + max(place, 0)], 0.25)
-        for patch in range(images.shape[1] - 1):
-            torch.testing.assert_close(masked[b, 1 + patch], images[b, 1 + patch] * kept[patch])
-        assert torch.equal(masked[b, 0], images[b, 0])
+        of_patches = 1 - soft_mask(maps[start + max(place, 0)], 0.25)
+        for patch, share in enumerate(of_patches.tolist(), 1):
+            masked[b, patch] *= share
+            kept[b, patch] = share
         start += int(mask[b].sum())
-    masked.sum().backward()  # nothing flows back through the mask
-    torch.testing.assert_close(images.grad[:, 1:], (masked / images).detach()[:, 1:])
+    masked.requires_grad_()
+    wanted = model.itm_head(model.fuse(model.keys_values(masked), texts, reading, reading.first))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    (of_masked,) = torch.autograd.grad(wanted[:, 1].sum(), masked)
+    torch.testing.assert_close(of_images, of_masked * kept[:, :, None], atol=1e-6, rtol=1e-3)
 
 
 def test_words_that_may_be_seen():

@@ -416,13 +416,15 @@ ALL_ON: dict[str, dict[str, Any]] = {
 def test_all_methods_that_a_host_takes_go_together(folder, host):
     changes = dict(ALL_ON[host])
     itc = {"smoothing": 0.5, "smooth_when": "always", "consistency": 0.2, "focal": 2.0, **changes.pop("itc", {})}
-    itm = {"synthetic": SYNTHETIC, "negatives": "sampled", **changes.pop("itm", {})}
+    itm = {"synthetic": {**SYNTHETIC, "judge": False}, "negatives": "sampled", **changes.pop("itm", {})}
     model = build(folder, families.Always(0.9), host, itc=itc, itm=itm, discriminator={"arch": "ground_truth"}, **changes)
     check_combinations(model.settings, None)
     samples = batch(host, epoch=1)
     output, gradients = families.step(model, samples | {"image_second_view": samples["image"].flip(3)})
     losses = [value for name, value in output.items() if name.startswith("loss")]
     assert len(losses) == 4 and all(loss.isfinite() for loss in losses) and output.stats["new_positive_share"] > 0
+    told = {"itm_accuracy_extra_negative": True, "itm_accuracy_extra_positive": host != "blip2"}
+    assert {name: math.isfinite(output.stats[name]) for name in told} == told
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
