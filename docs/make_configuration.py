@@ -59,6 +59,8 @@ Combinations that are refused:
 - **ViLTA**: what asks `language_teacher` where there is none, and a teacher that nothing asks; `itm.synthetic` with matching off, or
   with `generator: model` where no words are masked (BLIP, BLIP-2, `mlm` off); `mlm.cross_distillation` with masked words off, or
   beside `momentum_distillation.mlm`.
+- **SoftMask**: `itm.soft_mask` with matching off, of the last layer that looks at images, or where there is one alone;
+  `mlm.mask_everywhere` with masked words off, or with ITC and ITM off; `itc.focal` with ITC off.
 - **GRIT**: B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
 - **Tasks**: captions from `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with

@@ -293,15 +293,16 @@ def _pictures(arguments: argparse.Namespace) -> None:
 
 def _where_words_look(model: Any, matches: bool, samples: dict[str, Any]) -> tuple[list[Any], str]:
     """Of each anchor its words with the pictures of their maps; where there are none, why not."""
+    from lavis_mafa.config.schema import SoftMask
     from lavis_mafa.tools.pictures import drawn, word_maps_of
 
-    asked = getattr(model.settings.itm, "soft_mask", None)
+    how = getattr(model.settings.itm, "soft_mask", None) or SoftMask()
     if not matches or hasattr(model, "Qformer"):
         return [], "matching is off" if not matches else "queries stand between a BLIP-2's words and the patches"
     try:
-        maps = word_maps_of(model, samples, asked.layer if asked else None, asked.share if asked else 0.5)
+        maps = word_maps_of(model, samples, how)
     except UserError as error:
-        return [], str(error)
+        return [], str(error).removesuffix(".")
     each = zip(samples["image"], maps, strict=True)
     return [[{"word": word.word, **drawn(image.cpu().float(), word)} for word in found] for image, found in each], ""
 

@@ -449,9 +449,13 @@ def _language_teacher(model: Any, weights: dict[str, float]) -> Iterator[str]:
 
 
 def _soft_masks(model: Any, weights: dict[str, float]) -> Iterator[str]:
-    """SoftMask's: a matching score, from a layer whose every word reaches it; and words that are masked at all."""
+    """SoftMask's: a matching score, from a layer whose every word reaches it; words that are masked, and losses that are on."""
     if getattr(getattr(model, "mlm", None), "mask_everywhere", False) and not weights["mlm"]:
         yield "model.mlm.mask_everywhere is true, but masked language modelling, whose masks they are, is off; allowed here: false."
+    elif getattr(getattr(model, "mlm", None), "mask_everywhere", False) and not weights["itc"] and not weights["itm"]:
+        yield "model.mlm.mask_everywhere is true, but ITC and ITM, which would read masked texts, are off; allowed here: false."
+    if model.itc.focal and not weights["itc"]:
+        yield f"model.itc.focal is {model.itc.focal:g}, but ITC, whose power it is, is off; allowed here: 0."
     how = getattr(model.itm, "soft_mask", None)
     if how is None:
         return

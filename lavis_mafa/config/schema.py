@@ -47,7 +47,7 @@ _OLD_NAMES = {
     "run.resume_ckpt_path": "run.resume",
     "nothing: answers are generated": "run.inference_method",
     "nothing: metrics do not depend on it": "run.task_type",
-    "nothing: words that look at an image's patches are ALBEF's and BLIP's": "model.itm.soft_mask",
+    "nothing: BLIP-2's words look at queries, not at patches": "model.itm.soft_mask",
     "nothing: data sets are joined, each sample once an epoch": "run.train_dataset_ratios",
     "model.itc.momentum_distillation.alpha": "run.alpha model.alpha",
     "model.temperature": "run.temp model.temp",

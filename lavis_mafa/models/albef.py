@@ -99,7 +99,8 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
     def encode(self, inputs: StepInputs) -> Encoded:
         ids, mask = self.words(inputs.captions, self.gathers)
         own = ids[: len(inputs.captions)], mask[: len(inputs.captions)]
-        images, texts = self.image_states(inputs.image), self.text_states(self._shown(own[0]), own[1])
+        shown = self._shown(own[0])
+        images, texts = self.image_states(inputs.image), self.text_states(shown, own[1])
         image_feature, text_feature = self.image_features(images), project(self.text_proj, texts[:, 0])
         batch, momentum_images = self.contrast_with_queue(inputs, image_feature, text_feature, *own)
         distillation = self.settings.itc.momentum_distillation
@@ -109,7 +110,7 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
         if self.language_teacher is not None and self.settings.mlm.cross_distillation and loss_weights(self.settings)["mlm"]:
             teacher_states = self.language_teacher.states(*own, self.reading(own[1]))
         synthetic = self.synthetic_texts(inputs, *own, len(mask), self._guess(own[1], teacher_states))
-        synthetic_states = None if synthetic is None else self.text_states(synthetic.ids, synthetic.mask)
+        synthetic_states = None if synthetic is None else self.text_states(synthetic.masked_as(own[0], shown), synthetic.mask)
         if self.gathers:
             images, texts = gather_own_first(images, with_gradient=True), gather_own_first(texts, with_gradient=True)
             momentum_images = None if momentum_images is None else gather_own_first(momentum_images)
@@ -120,7 +121,7 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
             texts, mask = torch.cat([texts, synthetic_states]), torch.cat([mask, synthetic.mask])
         teachers = momentum_images, batch.distillation, teacher_states
         pairs = AlbefPairs(self, batch.candidates, images, mask, texts, ids, *teachers, metrics=metrics)
-        self.add_masked_images(batch, pairs, texts[: len(own[0])], *own)
+        self.add_masked_images(batch, pairs, texts[: len(shown)], shown, own[1])
         return Encoded(pairs, batch, (image_feature.detach(), text_feature.detach()))
 
     def _shown(self, ids: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from lavis_mafa.models.language_teacher import LanguageTeacher, build_language_t
 from lavis_mafa.models.momentum import TEACHERS, MomentumModel, Parts, project
 from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
-from lavis_mafa.models.soft_masks import soft_masks, told_of
+from lavis_mafa.models.soft_masks import SoftMasks, soft_masks, told_of
 from lavis_mafa.models.step import DualPairs, Encoded, PretrainOutput, StepInputs, check_samples
 from lavis_mafa.models.synthetic_texts import Guess, ReplaceableWords, SyntheticTexts, by_teacher
 from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, Tokens, named_images, on_device
@@ -284,12 +284,12 @@ class MafaModel(nn.Module, Generic[Block]):
 
         Args:
             count: K, the texts that a host holds, which these are to follow.
-            guess: who says which words fit; None: the language teacher. Where there is neither (in evaluation) no text is made.
+            guess: who says which words fit; None: the language teacher. Where there is neither, and in evaluation, no text is made.
         """
         how = self.settings.itm.synthetic
         if guess is None and self.language_teacher is not None:
             guess = by_teacher(self.language_teacher, mask, self.device)
-        if how is None or self.replaceable is None or guess is None:
+        if how is None or self.replaceable is None or guess is None or not self.training:
             return None
         words, exists = self.replaceable.replace(ids, guess, self.device)
         own, texts = torch.arange(len(ids), device=self.device), None
@@ -553,6 +553,10 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         self._enqueue(own[0], own[1], self._keys(inputs))
         return batch, states
 
+    def soft_masks(self, images: KeysValues, texts: Tensor, ids: Tensor, mask: Tensor) -> SoftMasks:
+        """See :func:`lavis_mafa.models.soft_masks.soft_masks`."""
+        return soft_masks(self, images, texts, ids, mask)
+
     def add_masked_images(self, batch: EncodedBatch, pairs: DualPairs, texts: Tensor, ids: Tensor, mask: Tensor) -> None:
         """In training, and with ``itm.soft_mask``: each of B own images once more, for matching with its own text (SoftMask).
 
@@ -565,7 +569,7 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         else:  # those of all ranks, of which the own ones come first
             with torch.no_grad():
                 images = self.keys_values(pairs.image_embeds[: len(ids)])
-        pairs.soft_masks = soft_masks(self, images, texts, ids, mask)
+        pairs.soft_masks = self.soft_masks(images, texts, ids, mask)
         batch.soft_masked = pairs.soft_masks.pairs(pairs.candidates)
 
     def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

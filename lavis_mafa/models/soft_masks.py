@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.synthetic_texts import FUNCTION_WORDS, tokens_of
+from lavis_mafa.models.synthetic_texts import has_content, tokens_of
 from lavis_mafa.models.transformer import KeysValues, Reading, on_device
 from lavis_mafa.objectives import ExtraPairs
 from lavis_mafa.objectives.soft_mask import soft_mask, word_cam
@@ -19,8 +19,8 @@ from lavis_mafa.objectives.synthetic_negatives import choose_place
 
 def told_of(tokenizer: Any) -> Tensor:
     """BoolTensor[words]: what may be seen in a picture, words and their pieces alike: letters and digits, and no function word."""
-    words = [word.removeprefix("##") for word in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
-    return torch.tensor([word.isalnum() and word.lower() not in FUNCTION_WORDS for word in words], device="cpu")
+    words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return torch.tensor([has_content(word.removeprefix("##")) for word in words], device="cpu")
 
 
 def middle(layers: int) -> int:
@@ -53,6 +53,10 @@ def word_maps(
     """
     layers = looking_layers(model)
     number = middle(len(layers)) if layer is None else layer
+    if len(layers) < 2:
+        raise UserError(
+            "the model has one layer that looks at images, and from the last one no word's own map reaches the score; needed: two."
+        )
     if not 1 <= number < len(layers):
         raise UserError(
             f"the layer is {number}; allowed: 1 or more, and below {len(layers)}, the number of layers that look at images."

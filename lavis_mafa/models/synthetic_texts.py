@@ -41,6 +41,11 @@ FUNCTION_WORDS = frozenset(
 )
 
 
+def has_content(word: str) -> bool:
+    """Is it letters and digits, and no function word?"""
+    return word.isalnum() and word.lower() not in FUNCTION_WORDS
+
+
 class ReplaceableWords:
     """Of a BERT vocabulary, as masks that the choice of a word is made with.
 
@@ -53,7 +58,7 @@ class ReplaceableWords:
 
     def __init__(self, tokenizer: Any, top_k: int) -> None:
         words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        content = [word.isalnum() and word.lower() not in FUNCTION_WORDS for word in words[: tokenizer.vocab_size]]
+        content = [has_content(word) for word in words[: tokenizer.vocab_size]]
         content += [False] * (len(words) - len(content))
         self.top_k, self.mask_token = top_k, tokenizer.mask_token_id
         self.content = torch.tensor(content, device="cpu")
@@ -114,6 +119,12 @@ class SyntheticTexts:
     ids: Tensor  # LongTensor[B, T] on the device
     mask: Tensor  # BoolTensor[B, T] on the host
     pairs: ExtraPairs  # of image b with text K + b
+
+    def masked_as(self, ids: Tensor, shown: Tensor) -> Tensor:
+        """Words masked where the batch's own texts ``ids`` are ``shown`` with masked ones, or else matching could tell these apart by
+        that; the word that differs is never masked. LongTensor[B, T] on the host each -> LongTensor[B, T] on the device."""
+        own, shown = on_device(ids, self.ids.device), on_device(shown, self.ids.device)
+        return torch.where(self.ids == own, shown, self.ids)
 
     def following(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Of K texts LongTensor[K, T] and BoolTensor[K, T] -> LongTensor[K + B, T] on the device, BoolTensor[K + B, T] on the host."""

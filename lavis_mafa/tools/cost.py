@@ -317,7 +317,8 @@ class _Step:
             if vit := getattr(holder, "visual_encoder", None):
                 self._watch(vit, IMAGE)
         if hasattr(model, "add_masked_images"):
-            model.add_masked_images = self._of(SOFT_MASKS, model.add_masked_images)
+            model.add_masked_images = self._of(ITM, model.add_masked_images)  # whose keys and values it is the first to ask for
+            model.soft_masks = self._of(SOFT_MASKS, model.soft_masks)
         if hasattr(model, "set_discriminator"):
             model.encode = self._encode(model.encode)
             if con_d is not None:

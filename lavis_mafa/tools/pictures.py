@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lavis_mafa.config.schema import SoftMask
 from lavis_mafa.datasets.indexed import IndexedDataset, image_path, seeded
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit.sampler import first_occurrences
 from lavis_mafa.models.retrieval import best_query
 from lavis_mafa.models.soft_masks import told_of, word_maps
-from lavis_mafa.models.synthetic_texts import ReplaceableWords
+from lavis_mafa.models.synthetic_texts import ReplaceableWords, tokens_of
 from lavis_mafa.models.transformer import Reading
 from lavis_mafa.objectives.soft_mask import soft_mask
 from lavis_mafa.tools.candidates import (
@@ -212,7 +213,7 @@ def likeliest_words(teacher: Any, samples: dict[str, Any], seed: int, top: int =
     at = torch.tensor(places).clamp_min(0)
     reading = Reading.of(mask, teacher.device, every, every, len(ids))
     lengths = mask.sum(dim=1)
-    chosen = reading.tokens_at(lengths.cumsum(dim=0) - lengths + at)
+    chosen = reading.tokens_at(tokens_of(mask, at))
     masked = ids.scatter(1, at[:, None], tokenizer.mask_token_id)
     images = teacher.keys_values(teacher.image_states(samples["image"].to(teacher.device)))
     logits = teacher.predict(teacher.text_encoder, reading.take(masked), reading, images, chosen)
@@ -239,12 +240,12 @@ class WordMap:
 
 
 @torch.no_grad()
-def word_maps_of(model: Any, samples: dict[str, Any], layer: int | None, share: float, at_most: int = WORDS) -> list[list[WordMap]]:
+def word_maps_of(model: Any, samples: dict[str, Any], how: SoftMask, at_most: int = WORDS) -> list[list[WordMap]]:
     """Of each caption its first words that may be seen in a picture.
 
     Args:
         model: of ALBEF's or BLIP's kind. samples: images with their captions.
-        layer: see :func:`word_maps`. share: of the patches, which a mask's values add up to.
+        how: ``model.itm.soft_mask``.
 
     Raises:
         UserError: there is no such layer.
@@ -253,13 +254,13 @@ def word_maps_of(model: Any, samples: dict[str, Any], layer: int | None, share: 
     every = torch.arange(len(ids))
     reading = Reading.of(mask, model.device, every, every, len(ids))
     images = model.keys_values(model.image_tokens(model.image_states(samples["image"].to(model.device))))
-    cams = word_maps(model, images, model.text_tokens(samples["text_input"]), reading, layer).cpu()
+    cams = word_maps(model, images, model.text_tokens(samples["text_input"]), reading, how.layer, how.by).cpu()
     found, first = [], 0
     for row, length in zip(ids, mask.sum(dim=1).tolist(), strict=True):
         places = told[row[:length]].nonzero().flatten()[:at_most]
         names = model.tokenizer.convert_ids_to_tokens(row[places].tolist())
         own = cams[first + places]
-        found.append([*map(WordMap, names, own, soft_mask(own, share))])
+        found.append([*map(WordMap, names, own, soft_mask(own, how.share))])
         first += length
     return found
 

@@ -198,15 +198,36 @@ def test_focal_reaches_the_step(family, monkeypatch):
     assert torch.equal(output.loss_itc, itc_loss(*seen[0][:4], 2.0)) and output.loss_itc < itc_loss(*seen[0][:4])
 
 
+def test_synthetic_texts_are_masked_as_their_own_texts_are(monkeypatch):
+    """Else whoever has no mask would be wrong; the word that differs stays."""
+    itm = {"synthetic": {"top_k": 5, "generator": "model", "judge": False}, "soft_mask": {}}
+    model = build(mlm={"mask_everywhere": True, "mask_probability": 0.7}, itm=itm)
+    read, asked = [], []
+    of_ids = model.text_states
+    monkeypatch.setattr(model, "text_states", lambda ids, *more: read.append(ids.clone()) or of_ids(ids, *more))
+    monkeypatch.setattr(model, "soft_masks", lambda *given: asked.append(given) or soft_masks.soft_masks(model, *given))
+    torch.manual_seed(0)
+    model.encode(model.inputs(batch()))
+    (shown, synthetic), (ids, _) = read, model.words(CAPTIONS)
+    assert torch.equal(asked[0][2], shown)  # and masks are made by words that are shown
+    changed = (synthetic != shown).sum(dim=1)
+    assert changed.max() == 1 and (shown == model.tokenizer.mask_token_id).sum() > 8
+    for b, place in enumerate((synthetic != shown).int().argmax(dim=1).tolist()):
+        if changed[b]:
+            assert synthetic[b, place] != ids[b, place] and synthetic[b, place] != model.tokenizer.mask_token_id
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("albef", {"itm": {"soft_mask": {"layer": 2}}}, "model.itm.soft_mask.layer is 2, of 2 layers that look at images"),
     ("albef", {"itm": {"soft_mask": {}}, "text_encoder": {"layers": 2}}, "Allowed: soft_mask: null"),
     ("albef", {"itm": {"soft_mask": {}, "weight": 0}}, "whose positives they are, is off"),
     ("albef", {"mlm": {"mask_everywhere": True, "weight": 0}}, "whose masks they are, is off"),
+    ("albef", {"mlm": {"mask_everywhere": True}, "itc": {"weight": 0}, "itm": {"weight": 0}}, "which would read masked texts, are off"),
+    ("blip", {"itc": {"weight": 0, "focal": 2.0}}, "model.itc.focal is 2, but ITC"),
     (
         "blip2",
         {"itm": {"soft_mask": {}}},
-        "model.itm.soft_mask is not a setting. Here it is nothing: words that look at an image's patches",
+        "model.itm.soft_mask is not a setting. Here it is nothing: BLIP-2's words look at queries",
     ),
     ("albef", {"itm": {"soft_mask": {"share": 1.0}}}, "model.itm.soft_mask.share is 1"),
 ]

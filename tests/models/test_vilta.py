@@ -251,7 +251,7 @@ MADE = [("albef", "add", 0.0), ("albef", "replace", 0.5), ("blip", "add", 0.0), 
 @pytest.mark.parametrize(("host", "mode", "share"), MADE)
 def test_synthetic_texts_differ_in_one_word_that_the_teacher_finds_fitting(folder, host, mode, share, monkeypatch):
     distilled = {"mlm": {"cross_distillation": share}} if share else {}
-    model = build(folder, host=host, itm={"synthetic": {**SYNTHETIC, "mode": mode}}, **distilled).eval()
+    model = build(folder, host=host, itm={"synthetic": {**SYNTHETIC, "mode": mode}}, **distilled)
     seen = watched(model, monkeypatch)
     with torch.no_grad():
         pairs, encoded, _ = model.encode(model.inputs(batch(host)))
@@ -354,7 +354,7 @@ def test_texts_without_a_word_to_replace_have_no_synthetic_one(folder, host, mod
 
 def test_the_model_itself_may_say_which_words_fit(monkeypatch):
     """As its masked language modelling does for an image whose every token is zero."""
-    model = build(None, itm={"synthetic": {**SYNTHETIC, "generator": "model"}}).eval()
+    model = build(None, itm={"synthetic": {**SYNTHETIC, "generator": "model"}})
     seen = watched(model, monkeypatch)
     with torch.no_grad():
         pairs = model.encode(model.inputs(batch())).pairs

@@ -15,6 +15,7 @@ from PIL import Image
 import reduced
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.check import check_yaml
+from lavis_mafa.config.schema import SoftMask
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import albef
@@ -225,7 +226,7 @@ def test_a_masked_word_has_the_probability_that_training_gives_it(monkeypatch):
 def test_a_words_map_is_its_own_whatever_the_batch():
     model = reduced.ours(text_encoder={"init": None, "width": 32, "layers": 4, "fusion_layer": 1, "heads": 2}).eval()
     samples = reduced.batch(4)
-    found = word_maps_of(model, samples, layer=2, share=0.4)
+    found = word_maps_of(model, samples, SoftMask(layer=2, share=0.4))
     for row, words in enumerate(found):
         caption = samples["text_input"][row]
         tokens = ["[CLS]", *model.tokenizer.tokenize(caption)]
@@ -238,7 +239,7 @@ def test_a_words_map_is_its_own_whatever_the_batch():
             torch.testing.assert_close(word.cam, alone[tokens.index(word.word)], rtol=1e-3, atol=1e-7)
             torch.testing.assert_close(word.mask, soft_mask(word.cam, 0.4))
     with pytest.raises(UserError, match="the layer is 9"):
-        word_maps_of(model, samples, layer=9, share=0.5)
+        word_maps_of(model, samples, SoftMask(layer=9))
 
 
 def test_a_picture_of_a_map_is_red_and_grey_where_the_patch_is():

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.config.schema import Grit, typed_block
+from lavis_mafa.config.schema import Grit, SoftMask, typed_block
 from lavis_mafa.models.base import CONFIGS
 from lavis_mafa.models.synthetic_texts import by_teacher
 from lavis_mafa.tools import cost as cost_module
@@ -20,8 +20,10 @@ from lavis_mafa.tools.cost import (
     CON_D,
     CON_D_VIT,
     IMAGE,
+    ITM,
     LANGUAGE,
     LM,
+    SOFT_MASKS,
     TEXT,
     StepSize,
     build,
@@ -122,6 +124,17 @@ def test_synthetic_texts_are_counted_where_they_are_made_and_judged():
     assert found[LANGUAGE].total == counter.get_total_flops() > 0
     assert {part for part, flops in found.items() if flops != unjudged[part]} == {CON_D}
     assert found[CON_D].total > 1.2 * unjudged[CON_D].total
+
+
+def test_soft_masks_are_counted_by_themselves_and_leave_the_images_to_matching():
+    block = tiny("albef with a teacher")
+    plain, size = cost_of(block, StepSize(BATCH, LENGTH)), StepSize(BATCH, LENGTH)
+    block.itm.soft_mask = SoftMask()
+    found = cost_of(block, size)
+    assert found.flops[SOFT_MASKS].forward > 0 and found.flops[SOFT_MASKS].backward == 0
+    assert found.flops[ITM].forward > plain.flops[ITM].forward and found.saved[ITM] > plain.saved[ITM]
+    rest = found.flops.keys() - {SOFT_MASKS, ITM, LM}  # LM finds keys and values there
+    assert {part: found.flops[part] for part in rest} == {part: plain.flops[part] for part in rest}
 
 
 def paper(arch: str, **changes: Any) -> Any:
