@@ -160,7 +160,7 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
 
 def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: bool) -> None:
     for name in columns.single:
-        kind = "a path" if name == "image" else "a text"
+        kind = {"image": "a path", "label": ", ".join(columns.labels)}.get(name, "a text")
         _refuse(path, table[name], is_blank(table[name]), f"'{name}' is empty; allowed: {kind}.")
         if name == "question":
             _refuse(path, table[name], is_missing(table[name]), "the question {} is how a missing one is written; allowed: a text.")

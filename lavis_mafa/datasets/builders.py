@@ -117,7 +117,10 @@ class GritEntailmentBuilder(_OwnFilesBuilder):
 
     def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
         _, table = open_annotations(root, paths, select, SENTENCES, anywhere, GLANCE if split == "train" else 1)
-        return LabelledSentences(*self._processors(split), root, table, ", ".join(map(str, paths)))
+        sentences = LabelledSentences(*self._processors(split), root, table, ", ".join(map(str, paths)))
+        if split != "train":
+            sentences.check_sentences()
+        return sentences
 
 
 class GritEmojiBuilder(_LocalBuilder):

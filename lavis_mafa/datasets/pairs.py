@@ -296,8 +296,17 @@ class LabelledSentences(Dataset):
         self.vis_root, self.table = Path(vis_root), table
         self.vis_processor = vis_processor
         self.text_processor = text_processor
+        self.source = source
         self.sentence_ids = ids_of_rows(table, "sentence_id", source)
         self.image_keys = image_keys(table)
+
+    def check_sentences(self) -> None:
+        """For evaluation, which replaces nothing: UserError where processing leaves nothing of a sentence."""
+        for row, (sentence,) in enumerate(self.table["sentence"].to_pylist(), 1):
+            try:
+                clean_caption(self.text_processor, sentence)
+            except EmptyCaption as error:
+                raise UserError(f"{self.source}, row {row}: {error} Evaluation replaces nothing; leave the row out.") from error
 
     def __len__(self) -> int:
         return self.table.num_rows

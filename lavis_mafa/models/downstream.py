@@ -106,7 +106,7 @@ class AlbefDownstream(BaseModel, Generic[Block]):
         teacher = tuple(f"{part}_m." for part in self.taught)
         found = load_exactly(self, state, source, may_miss=(*teacher, *starts))
         if starts:
-            logger.info("%s has no %s, which start at random: it is of pre-training.", source, ", ".join(self.heads))
+            logger.info("%s has no %s, which starts at random: it is of pre-training.", source, ", ".join(self.heads))
         self._copy_to_teacher()
         return found
 

@@ -45,6 +45,8 @@ class MafaClassificationTask(MafaTask):
             found = model.predict(samples)
             predicted, true = found["predictions"].argmax(dim=1).tolist(), found["targets"].tolist()
             rows = rows_of(samples, len(true))
+            if None in rows:
+                raise UserError("samples have neither 'index' nor 'instance_id', which tell what was counted already.")
             ids = map(as_id, samples.get("sentence_id", rows))
             made |= {row: Told(*told) for row, *told in zip(rows, ids, predicted, true, strict=True)}
         joined = joined_on_rank_0(made)
