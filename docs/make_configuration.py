@@ -61,7 +61,8 @@ Combinations that are refused:
   beside `momentum_distillation.mlm`.
 - **GRIT**: B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
-- **Tasks**: `mafa_classification` with another of our models than `albef_ve_mafa`, or that with another of our tasks; captions from `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with
+- **Tasks**: `mafa_classification` with another of our models than `albef_ve_mafa`, or that with another of our tasks; captions from
+  `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with
   `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without `{}`; evaluating without
   `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's `runner_base` and `runner_iter`;
   `k_test`, `rank_by`, `coco_captions`, `record_connections` and GRIT for the tasks of captions, questions and labels.
