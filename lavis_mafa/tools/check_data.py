@@ -99,6 +99,7 @@ class Source:
     select: Callable[[pa.Table], pa.Table] = lambda rows: rows  # those that the data set keeps
     one_caption: bool = False  # a list of captions is none to this data set
     text: str | None = "caption"  # or question, or sentence, or None where there is none of them
+    image_ending: str = ""  # which image paths are written without
 
     def __post_init__(self) -> None:
         for root in {file.images for file in self.files if file.images is not None}:
@@ -149,7 +150,8 @@ def source_of(name: str, config: Any, split: str, processors: dict[str, Process]
     files = [AnnotationFile(file.path, file.images or found.root) for file in found.files]
     text = {"grit_vqa": "question", "grit_entailment": "sentence"}.get(name, "caption") if name in SPLITS else _text_of(files[0].path)
     one = name not in SPLITS and split == "train" and text == "caption"
-    return Source(files, processors[mode], found.allow_absolute_paths, found.select, one, text)
+    ending_of_images = ".jpg" if name == "snli_ve" else ""
+    return Source(files, processors[mode], found.allow_absolute_paths, found.select, one, text, ending_of_images)
 
 
 def _text_of(path: Path) -> str | None:
@@ -273,7 +275,7 @@ def _rows_of(source: Source, file: AnnotationFile, table: pa.Table, number: int)
         "image": table["image"],
         "caption": table["caption"],
         "image_id": table["image_id"] if "image_id" in table.column_names else pa.nulls(count, pa.string()),
-        "path": _full_paths(file.images or Path(), table["image"], leaves),
+        "path": _full_paths(file.images or Path(), pc.binary_join_element_wise(table["image"], source.image_ending, ""), leaves),
         "leaves": leaves,
         "lists": lists,
         "id_of_another": others,

@@ -129,6 +129,7 @@ def test_lavis_snli_ve_is_trained_and_scored(data, whole, refused):
     assert main(["train", "--cfg-path", str(data / "snli_ve.yaml"), "--options", *options]) == 0
     told = results(next((data / "snli_ve").iterdir()))
     assert [row["sentence_id"] for row in told] == [0, 1, 2] and [row["true_label"] for row in told] == list(LABELS.values())
+    assert main(["check-data", "--cfg-path", str(data / "snli_ve.yaml"), "--output", str(data / "checked")]) == 0
     content[1]["label"] = "-"
     (data / "ve.json").write_text(json.dumps(content))
     said = "row 2 of its annotations: label is '-'; allowed: contradiction, neutral, entailment."
