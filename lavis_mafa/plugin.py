@@ -38,12 +38,14 @@ def register() -> None:
     import lavis_mafa.processors  # noqa: F401
     from lavis_mafa.distributed import init_process_group
     from lavis_mafa.models.albef import AlbefMafa
+    from lavis_mafa.models.albef_ve import AlbefVeMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
     from lavis_mafa.models.blip2_opt import Blip2OptMafa
     from lavis_mafa.runners.runner_mafa import RunnerMafa
     from lavis_mafa.runners.schedule import WarmupCosinePerStep
     from lavis_mafa.tasks.captioning import MafaCaptioningTask
+    from lavis_mafa.tasks.classification import MafaClassificationTask
     from lavis_mafa.tasks.pretrain import MafaPretrainTask
     from lavis_mafa.tasks.vqa import MafaGqaTask, MafaVqaTask
 
@@ -53,9 +55,11 @@ def register() -> None:
             "blip_mafa": BlipMafa,
             "blip2_mafa": Blip2Mafa,
             "blip2_opt_mafa": Blip2OptMafa,
+            "albef_ve_mafa": AlbefVeMafa,
         },
         "task_name_mapping": {
             "mafa_pretrain": MafaPretrainTask,
+            "mafa_classification": MafaClassificationTask,
             "mafa_captioning": MafaCaptioningTask,
             "mafa_vqa": MafaVqaTask,
             "mafa_gqa": MafaGqaTask,

@@ -42,14 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.config.check import check_yaml
-    from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
+    from lavis_mafa.config.schema import DOWNSTREAM, MODEL_BLOCKS, RUN_BLOCKS, typed_block
 
     _check_json(arguments.json)
     batch = [] if arguments.batch_size is None else [f"run.batch_size_train={arguments.batch_size}"]
     config = check_yaml(arguments.yaml, [*arguments.options, *batch], files=False)
     arch, task = config.model.arch, config.run.task
-    if arch not in MODEL_BLOCKS:
-        raise UserError(f"model.arch is {arch!r}, of which only LAVIS knows the sizes; plan knows: {', '.join(MODEL_BLOCKS)}.")
+    known = [name for name in MODEL_BLOCKS if name not in DOWNSTREAM]
+    if arch not in known:
+        why = "which is fine-tuned in a few epochs" if arch in DOWNSTREAM else "of which only LAVIS knows the sizes"
+        raise UserError(f"model.arch is {arch!r}, {why}; plan knows: {', '.join(known)}.")
     if task not in RUN_BLOCKS:
         raise UserError(f"run.task is {task!r}, but plan knows: {', '.join(RUN_BLOCKS)}.")
     model, job = typed_block("model", config.model), typed_block("run", config.run)

@@ -19,12 +19,14 @@ from lavis_mafa.config.checkpoints import check_kinds, check_words, is_path
 from lavis_mafa.config.data import SPLITS, check_block, check_info, check_processor, missing_files, own_splits
 from lavis_mafa.config.read import at, expanded, find_yaml, merged, plain, read_settings
 from lavis_mafa.config.schema import (
+    DOWNSTREAM,
     MODEL_BLOCKS,
     MODEL_DEFAULTS,
     PATHS,
     RUN_BLOCKS,
     TRUE_OR_FALSE,
     AlbefBlock,
+    AlbefVeBlock,
     Blip2OptBlock,
     CaptioningRun,
     MafaBlock,
@@ -139,7 +141,7 @@ def check_lavis(config: DictConfig) -> Checked:
 def _without_judge_and_teacher(own: dict[str, Any]) -> dict[str, Any]:
     """What to set in the ``model`` block of an evaluation, which needs neither a Con-D nor a language teacher, nor their files."""
     off: dict[str, Any] = {"language_teacher": None} if "language_teacher" in own else {}
-    if own["arch"] != "blip2_opt_mafa" and isinstance(own.get("ecm", {}), dict):
+    if own["arch"] not in ("blip2_opt_mafa", *DOWNSTREAM) and isinstance(own.get("ecm", {}), dict):
         off["ecm"] = {**own.get("ecm", {}), "enabled": False}
     for part, values in (("mlm", {"cross_distillation": 0.0, "temperature": 1.0}), ("itm", {"synthetic": None})):
         if isinstance(own.get(part), dict):
@@ -516,6 +518,10 @@ def _tasks(model: Any, run: RunBlock) -> Iterator[str]:
     stage_2, pretrains = isinstance(model, Blip2OptBlock), run.task == "mafa_pretrain"
     if run.task in ("mafa_vqa", "mafa_gqa") and not stage_2:
         yield f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa."
+    if (run.task == "mafa_classification") != isinstance(model, AlbefVeBlock):
+        allowed = "model.arch: albef_ve_mafa" if run.task == "mafa_classification" else "run.task: mafa_classification"
+        yield f"run.task is {run.task}, but model.arch is {model.arch}; allowed here: {allowed}."
+        return
     if run.task == "mafa_captioning" and model.arch not in ("blip2_mafa", "blip2_opt_mafa"):
         yield f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa."
     elif run.task == "mafa_captioning" and not stage_2 and not run.evaluate:

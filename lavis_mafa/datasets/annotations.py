@@ -18,7 +18,7 @@ import torch
 
 from lavis_mafa.config.data import AnnotationFile, annotation_file, ending
 from lavis_mafa.datasets.facts import TEXTS, check_facts, fact_columns, one_each
-from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, Columns, one_message
+from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, Columns, as_named, one_message
 from lavis_mafa.datasets.ids import id_texts, is_blank, is_missing, is_text, number_columns, pc, with_numbers
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 
@@ -37,11 +37,12 @@ def read_annotations(
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
     ``image_id`` (what results call the image), ``same_image`` (equal for rows whose paths count as one image), and ground truth:
     ``concept`` (what it shows), or ``facts`` (a list of texts: all that it shows) with ``caption_facts`` (for each caption a list: what
-    it claims). ``QUESTIONS`` are ``image``, ``question``, ``answer``, ``question_id`` likewise.
+    it claims). ``QUESTIONS`` are ``image``, ``question``, ``answer``, ``question_id`` likewise; ``SENTENCES`` ``image``, ``sentence``
+    (or ``caption``), ``label``, ``sentence_id``.
 
     Args:
         files: at least one. Images of one with a folder of its own get absolute paths.
-        columns: ``PAIRS`` or ``QUESTIONS``.
+        columns: ``PAIRS``, ``QUESTIONS`` or ``SENTENCES``.
         allow_absolute_paths: image paths may leave the image folder.
 
     Returns:
@@ -132,9 +133,12 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file.")
     with one_message(path):
-        table = read(path, columns)
+        named = as_named(path, columns)
+        table = read(path, named)
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows.")
+    if named.several != columns.several:
+        table = table.rename_columns({named.several: columns.several})
     found = {}
     for name in columns.single:
         if not is_text(_plain(table[name].type)):
@@ -156,22 +160,32 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
 
 def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: bool) -> None:
     for name in columns.single:
-        kind = "a path" if name == "image" else "a text"
+        kind = {"image": "a path", "label": ", ".join(columns.labels)}.get(name, "a text")
         _refuse(path, table[name], is_blank(table[name]), f"'{name}' is empty; allowed: {kind}.")
         if name == "question":
             _refuse(path, table[name], is_missing(table[name]), "the question {} is how a missing one is written; allowed: a text.")
     if not allow_absolute_paths:
         below = "a path below the image folder, relative and without '..', unless build_info.images.allow_absolute_paths is true"
         _refuse(path, table["image"], leaves_folder(table["image"]), f"image is {{}}; allowed: {below}.")
+    if columns.labels:
+        unknown = pc.invert(pc.is_in(table["label"], value_set=pa.array(columns.labels)))
+        _refuse(path, table["label"], unknown, f"label is {{}}; allowed: {', '.join(columns.labels)}.")
     name, lists = columns.several, table[columns.several]
     texts = pc.list_flatten(lists)
-    empty = f"the {name} is empty or null; allowed: a text, or a list of texts."
+    one, more = "a text, or a list of texts", f", or a list of {name}s in .json, .jsonl or .parquet"
+    if columns.labels:  # each is of one text
+        one, more = "one text a row", ""
+    empty = f"the {name} is empty or null; allowed: {one}."
     _refuse(path, lists, pc.equal(pc.fill_null(pc.list_value_length(lists), 0), 0), empty)
     _refuse(path, texts, is_blank(texts), empty, lists)
-    printed = f"the {name} {{}} is a printed list; allowed: one text a row, or a list of {name}s in .json, .jsonl or .parquet."
+    printed = f"the {name} {{}} is a printed list; allowed: one text a row{more}."
     _refuse(path, texts, is_printed_list(texts), printed, lists)
-    if name == "caption":  # an answer may be `none`
-        _refuse(path, texts, is_missing(texts), "the caption {} is how a missing caption is written; allowed: a text.", lists)
+    if name != "answer":  # which may be `none`
+        _refuse(path, texts, is_missing(texts), f"the {name} {{}} is how a missing {name} is written; allowed: a text.", lists)
+    if columns.labels:
+        _refuse(
+            path, lists, pc.greater(pc.list_value_length(lists), 1), f"there are several {name}s, {{}}; allowed: {one}, with its label."
+        )
     for row, first in zip(*(rows[:1].tolist() for rows in ids_of_other_images(table)), strict=True):
         one, image, other = (table[name][place].as_py() for name, place in (("image_id", row), ("image", row), ("image", first)))
         raise UserError(

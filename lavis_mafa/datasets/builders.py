@@ -1,4 +1,5 @@
-"""LAVIS dataset builders: ``grit_pairs`` and ``grit_vqa`` (one's own), ``grit_emoji`` and ``grit_scenes`` (embedded data).
+"""LAVIS dataset builders: ``grit_pairs``, ``grit_vqa`` and ``grit_entailment`` (one's own), ``grit_emoji`` and ``grit_scenes``
+(embedded data).
 
 Nothing is ever downloaded, and relative paths start from the working directory, not from LAVIS's cache.
 """
@@ -25,9 +26,18 @@ from lavis_mafa.config.data import (
     own_files,
 )
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
-from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE
+from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE, SENTENCES
 from lavis_mafa.datasets.ids import pc
-from lavis_mafa.datasets.pairs import ImageQuestions, ImageTextPairs, RetrievalPairs, Select, naming_questions, open_annotations
+from lavis_mafa.datasets.pairs import (
+    GLANCE,
+    ImageQuestions,
+    ImageTextPairs,
+    LabelledSentences,
+    RetrievalPairs,
+    Select,
+    naming_questions,
+    open_annotations,
+)
 from lavis_mafa.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
@@ -96,6 +106,21 @@ class GritVqaBuilder(_OwnFilesBuilder):
     def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
         _, table = open_annotations(root, paths, select, QUESTIONS, anywhere)
         return ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
+
+
+class GritEntailmentBuilder(_OwnFilesBuilder):
+    """Own sentences about images, from the same formats; columns ``image``, ``sentence`` (or ``caption``), ``label``, optionally
+    ``sentence_id``; the scenes' ``entailment_<split>.parquet`` too."""
+
+    name = "grit_entailment"
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_entailment" / "defaults.yaml")}
+
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
+        _, table = open_annotations(root, paths, select, SENTENCES, anywhere, GLANCE if split == "train" else 1)
+        sentences = LabelledSentences(*self._processors(split), root, table, ", ".join(map(str, paths)))
+        if split != "train":
+            sentences.check_sentences()
+        return sentences
 
 
 class GritEmojiBuilder(_LocalBuilder):
@@ -171,6 +196,7 @@ class GritScenesBuilder(_LocalBuilder):
 BUILDERS = {
     "grit_pairs": GritPairsBuilder,
     "grit_vqa": GritVqaBuilder,
+    "grit_entailment": GritEntailmentBuilder,
     "grit_emoji": GritEmojiBuilder,
     "grit_scenes": GritScenesBuilder,
 }

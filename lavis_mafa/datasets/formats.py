@@ -7,7 +7,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
-from lavis_mafa.config.data import ending
+from lavis_mafa.config.data import ENTAILMENT, ending
 from lavis_mafa.datasets.facts import FACTS, TEXTS, claims_of_json, facts_of_cell, facts_of_json
 from lavis_mafa.datasets.ids import id_of_json, shown_json, with_numbers, written_numbers
 from lavis_mafa.datasets.separated_values import other_separator, separated_rows
@@ -29,13 +29,16 @@ CHARACTERS_AT_ONCE = 1 << 20
 @dataclass(frozen=True)
 class Columns:
     """A kind of annotations: columns ``single`` (a text), ``several`` (a text or a list of texts), ``optional`` (ids) and ``facts``
-    (see :mod:`lavis_mafa.datasets.facts`).
+    (see :mod:`lavis_mafa.datasets.facts`). A file without the column ``several`` may call it ``or_else``; ``labels`` are what a column
+    ``label`` may hold.
     """
 
     single: tuple[str, ...]
     several: str
     optional: tuple[str, ...]
     facts: tuple[str, ...] = ()
+    or_else: str = ""
+    labels: tuple[str, ...] = ()
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -49,6 +52,7 @@ class Columns:
 SAME_IMAGE = "same_image"
 PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept", SAME_IMAGE), facts=tuple(FACTS))
 QUESTIONS = Columns(single=("image", "question"), several="answer", optional=("question_id",))
+SENTENCES = Columns(single=("image", "label"), several="sentence", optional=("sentence_id",), or_else="caption", labels=ENTAILMENT)
 
 
 @contextlib.contextmanager
@@ -67,6 +71,29 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
     return path.open(encoding="utf-8-sig", newline=newline)
+
+
+def as_named(path: Path, columns: Columns) -> Columns:
+    """The columns as a file names them."""
+    if not columns.or_else:
+        return columns
+    names = column_names(path, columns)
+    other = columns.several not in names and columns.or_else in names
+    return replace(columns, several=columns.or_else) if other else columns
+
+
+def column_names(path: Path, columns: Columns) -> list[str]:
+    """The columns of a file, of JSON those of its first row."""
+    kind = ending(path)
+    if kind == ".parquet":
+        return list(pyarrow.parquet.read_schema(path).names)
+    if kind in (".csv", ".tsv"):
+        with open_text(path, "\n" if kind == ".tsv" else "") as file:
+            return next(separated_rows(path, file, kind == ".tsv"), [])
+    if kind == ".json":
+        return list(next(objects_in_list(path, columns), {}))
+    with open_text(path) as file:
+        return list(next(objects_in_lines(path, columns, file), {}))
 
 
 def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[str]:

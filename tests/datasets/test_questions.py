@@ -1,19 +1,17 @@
 from __future__ import annotations
 
-import csv
 import json
 import random
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from annotation_files import config, write
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.builders import GritEmojiBuilder, GritPairsBuilder, GritVqaBuilder
 from lavis_mafa.datasets.formats import QUESTIONS
@@ -32,26 +30,6 @@ def folder(tmp_path: Path) -> Path:
     for name in ("a", "b"):
         Image.new("RGB", (4, 4), "red").save(tmp_path / f"{name}.png")
     return tmp_path
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
-def config(builder: Any, **build_info: Any) -> Any:
-    default = OmegaConf.load(builder.default_config_path()).datasets
-    return OmegaConf.merge(next(iter(default.values())), {"build_info": build_info})
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet"])

@@ -135,7 +135,10 @@ def test_each_caption_and_answer_is_there_once_however_many_ranks_share_them(sha
         answers = json.loads((folder / "result" / f"of{count}_vqa_result.json").read_text())
         assert sorted(row["image_id"] for row in captions) == list(range(int(count)))
         assert sorted((row["question_id"], row["answer"]) for row in answers) == [(n, str(n)) for n in range(int(count))]
-        for task in ("captions", "answers"):
+        told = json.loads((folder / "result" / f"of{count}_classification_result.json").read_text())
+        assert [row["sentence_id"] for row in told] == list(range(int(count)))
+        assert results["labels"][count][0]["accuracy"] == pytest.approx(100 * (1 - 1 / int(count)))
+        for task in ("captions", "answers", "labels"):
             figures = results[task][count]
             assert len(figures) == processes and all(rank == pytest.approx(shares[1][1][task][count][0]) for rank in figures)
     assert shares[2][1]["asked"] == [1 + 3, 1 + 3]  # the sampler repeats one of one, and one of five

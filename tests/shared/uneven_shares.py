@@ -15,12 +15,13 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from lavis_mafa.config.schema import CaptioningRun, Grit, RunBlock, VqaRun
+from lavis_mafa.config.schema import CaptioningRun, ClassificationRun, Grit, RunBlock, VqaRun
 from lavis_mafa.distributed import gather_objects, gather_rows, host_group, init_process_group, is_distributed, rank, world_size
 from lavis_mafa.models.retrieval import retrieval_scores
 from lavis_mafa.runners.loading import eval_loader, train_loader
 from lavis_mafa.runners.runner_mafa import evaluate_split
 from lavis_mafa.tasks.captioning import MafaCaptioningTask
+from lavis_mafa.tasks.classification import MafaClassificationTask
 from lavis_mafa.tasks.vqa import MafaVqaTask
 
 SETTINGS = RunBlock(num_workers=0)
@@ -30,6 +31,7 @@ class Numbers(Dataset):
     """``count`` samples, all texts their own number."""
 
     collater = staticmethod(torch.utils.data.default_collate)
+    class_labels = {"even": 0, "odd": 1}
 
     def __init__(self, count: int) -> None:
         self.image = [f"{n}.jpg" for n in range(count)]
@@ -42,7 +44,8 @@ class Numbers(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = torch.tensor([float(index)])
-        return {"image": number, "text_input": f"{index}?", "image_id": index, "question_id": index, "index": index}
+        ids = {"image_id": index, "question_id": index, "sentence_id": index, "index": index}
+        return {"image": number, "text_input": f"{index}?", "label": index % 2, **ids}
 
 
 class Model(torch.nn.Module):
@@ -59,6 +62,11 @@ class Model(torch.nn.Module):
 
     def predict_answers(self, samples: dict[str, Any], **_: Any) -> list[str]:
         return [str(int(n)) for n in samples["image"]]
+
+    def predict(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Of the first sample the wrong label: it is the one that a sampler gives out twice."""
+        told = (samples["label"] + (samples["index"] == 0)) % 2
+        return {"predictions": torch.nn.functional.one_hot(told, 2).float(), "targets": samples["label"]}
 
     def text_rows(self, captions: list[str]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         numbers = torch.tensor([[float(caption.split()[1])] for caption in captions])
@@ -107,11 +115,12 @@ def rows_of_all() -> list[list[list[int]]]:
 def write_results(folder: Path) -> None:
     before = registry.mapping["paths"].get("result_dir")
     registry.mapping["paths"]["result_dir"] = str(folder / "result")
-    captioning, vqa = MafaCaptioningTask(CaptioningRun()), MafaVqaTask(VqaRun())
+    captioning, vqa, telling = MafaCaptioningTask(CaptioningRun()), MafaVqaTask(VqaRun()), MafaClassificationTask(ClassificationRun())
     results = {
         "captions": {count: generated(captioning, count, folder) for count in (1, 5)},
         "asked": gather_objects(Model.asked),
         "answers": {count: generated(vqa, count, folder) for count in (1, 5)},
+        "labels": {count: generated(telling, count, folder) for count in (1, 5)},
         "retrieval": {count: retrieval(count) for count in (1, 3, 5)},
         "trained": trained(20),
         "rows": rows_of_all(),
