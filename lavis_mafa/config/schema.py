@@ -47,7 +47,6 @@ _OLD_NAMES = {
     "run.resume_ckpt_path": "run.resume",
     "nothing: answers are generated": "run.inference_method",
     "nothing: metrics do not depend on it": "run.task_type",
-    "nothing: BLIP-2's words look at queries, not at patches": "model.itm.soft_mask",
     "nothing: data sets are joined, each sample once an epoch": "run.train_dataset_ratios",
     "model.itc.momentum_distillation.alpha, downstream model.momentum_distillation.alpha": "run.alpha model.alpha",
     "model.temperature": "run.temp model.temp",
@@ -75,6 +74,7 @@ _OLD_NAMES = {
     "sizes in model.text_encoder": "model.med_config_path model.bert_config",
     "model.text_encoder.init": "model.text_model",
 }
+WHY_NOT = {"model.itm.soft_mask": "blip2_mafa has no soft masks: its words look at queries, not at patches."}  # of others' settings
 OLD_NAMES = {name: new for new, names in _OLD_NAMES.items() for name in names.split()}
 
 # --- the model ---------------------------------------------------------------------------------------------------------
@@ -660,7 +660,14 @@ def _typed(schema: Any, values: dict[Any, Any], key: str) -> Any:
             given[name] = found(_value, hints[name], fields[name].metadata, value, f"{key}.{name}")
         else:
             old = OLD_NAMES.get(f"{key}.{name}")
-            hint = f" Here it is {old}." if old else f"{did_you_mean(str(name), fields)} Allowed: {', '.join(sorted(fields))}."
+            why_not = WHY_NOT.get(f"{key}.{name}")
+            hint = (
+                f" {why_not}"
+                if why_not
+                else f" Here it is {old}."
+                if old
+                else f"{did_you_mean(str(name), fields)} Allowed: {', '.join(sorted(fields))}."
+            )
             found.add(f"{key}.{name} is not a setting.{hint}")
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:

@@ -227,7 +227,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "blip2",
         {"itm": {"soft_mask": {}}},
-        "model.itm.soft_mask is not a setting. Here it is nothing: BLIP-2's words look at queries",
+        "model.itm.soft_mask is not a setting. blip2_mafa has no soft masks: its words look at queries",
     ),
     ("albef", {"itm": {"soft_mask": {"share": 1.0}}}, "model.itm.soft_mask.share is 1"),
 ]
