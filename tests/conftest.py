@@ -22,11 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory) -> Path:
-    """The whole emoji set, as `lavis-mafa build-emoji` writes it."""
+    """The whole emoji set, as `lavis-mafa build-emoji --size 24` writes it."""
     from lavis_mafa.datasets.emoji import build_emoji
 
     folder = tmp_path_factory.mktemp("data") / "emoji"
-    build_emoji(folder, progress=False)
+    build_emoji(folder, size=24, progress=False)
     return folder
 
 
