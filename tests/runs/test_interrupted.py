@@ -110,7 +110,7 @@ def launch(tmp_path, emoji, tiny_yaml):
         command += ["--resume", "auto", "--options", *common]
         if processes == 1:
             done = launched.Process(command, tmp_path, start_new_session=True).communicate(240)
-        elif at[1] == 0:
+        elif at[1] == 0 or at[2] == "SIGKILL":
             done = launched.run(*command, cwd=tmp_path, processes=processes, timeout=240)
         else:
             launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port"]
