@@ -33,7 +33,7 @@ class Process:
 
     def __init__(self, arguments: Sequence[Any], cwd: Path, env: dict[str, str] | None = None, start_new_session: bool = False) -> None:
         self.arguments = [str(argument) for argument in arguments]
-        self._said = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        self._said = [_new_file(), _new_file()]
         given = (self.arguments, str(cwd), {**os.environ, **(env or {})}, self._said, start_new_session)
         self._process = SERVER.Process(target=_begin, args=given)
         self._process.start()
@@ -91,6 +91,11 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def _new_file() -> Path:
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        return Path(file.name)
 
 
 def _begin(arguments: list[str], cwd: str, environment: dict[str, str], said: list[Path], new_session: bool) -> None:
