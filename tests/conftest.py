@@ -17,7 +17,7 @@ import launched
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long runs first, so that no core waits for another at the end."""
-    items.sort(key=lambda item: item.path.parent.name != "runs")
+    items.sort(key=lambda item: item.path.parent.name != "runs" and item.path.name != "test_plugin.py")
 
 
 @pytest.fixture(scope="session")

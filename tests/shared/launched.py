@@ -23,8 +23,6 @@ from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["lavis.tasks", "lavis.runners", "lavis_mafa.cli.train", "torch.utils.tensorboard"])
-
-
 GRACE = 3.0  # seconds that ranks have to end after one of them failed
 
 
