@@ -8,25 +8,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import launched
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long runs first, so that no core waits for another at the end."""
-    items.sort(key=lambda item: item.path.parent.name != "runs")
+    items.sort(key=lambda item: item.path.parent.name != "runs" and item.path.name != "test_plugin.py")
 
 
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory) -> Path:
-    """The whole emoji set, as `lavis-mafa build-emoji` writes it."""
+    """The whole emoji set, as `lavis-mafa build-emoji --size 24` writes it."""
     from lavis_mafa.datasets.emoji import build_emoji
 
     folder = tmp_path_factory.mktemp("data") / "emoji"
-    build_emoji(folder, progress=False)
+    build_emoji(folder, size=24, progress=False)
     return folder
 
 
@@ -82,28 +82,9 @@ run:
 
 @pytest.fixture
 def run_cli(tmp_path):
-    """Run `python -m lavis_mafa ...` in a fresh folder; with ``processes`` > 1 under torchrun with gloo."""
+    """Run `lavis-mafa ...` in a fresh folder, in a process of its own; ``processes`` > 1 train together with gloo."""
 
     def run(*arguments, processes: int = 1, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: int = 300):
-        launch = [sys.executable, "-m"]
-        if processes > 1:
-            launch += ["torch.distributed.run", f"--nproc_per_node={processes}", "--master_port", _free_port(), "-m"]
-        threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-        return subprocess.run(
-            [*launch, "lavis_mafa", *map(str, arguments)],
-            cwd=cwd or tmp_path,
-            env={**os.environ, **threads, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        return launched.run("-m", "lavis_mafa", *arguments, cwd=cwd or tmp_path, processes=processes, env=env, timeout=timeout)
 
     return run
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

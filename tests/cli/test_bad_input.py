@@ -7,14 +7,13 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import launched
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
 from lavis_mafa.weights import load_exactly, read_weights
@@ -499,24 +498,17 @@ def test_scenes_are_not_built_over_other_scenes(refused, scenes):
 def test_ctrl_c_is_one_line_and_saves(run_yaml, tmp_path, workers):
     options = ["run.max_epoch=100000", "run.save_every_steps=2", f"run.num_workers={workers}"]
     # a session of its own: ctrl-C on a terminal goes to the whole group, workers included
-    run = subprocess.Popen(
-        [sys.executable, "-m", "lavis_mafa", *map(str, train(run_yaml, *options))],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    run = launched.Process(["-m", "lavis_mafa", *train(run_yaml, *options)], tmp_path, start_new_session=True)
     try:
         until = time.monotonic() + 120
         while not list(tmp_path.glob("output/*/checkpoint_1.pth")) and time.monotonic() < until and run.poll() is None:
             time.sleep(0.1)
         os.killpg(run.pid, signal.SIGINT)
-        _, said = run.communicate(timeout=60)
+        done = run.communicate(timeout=60)
     finally:
         run.kill()
-    assert run.returncode == 130, said
-    last = said.splitlines()[-1]
+    said, last = done.stderr, done.stderr.splitlines()[-1]
+    assert done.returncode == 130, said
     assert "Traceback" not in said and last.startswith("lavis-mafa train: stopped") and said.count("train: stopped") == 1, said
     if "after epoch" in last:  # else it came between two epochs
         assert Path(last.split("saved as ")[1].split(".pth")[0] + ".pth").is_file()

@@ -35,26 +35,26 @@ def code(row: dict[str, Any]) -> str:
     return Path(row["image"]).stem
 
 
-def test_counts_and_files_agree(emoji_folder: Path) -> None:
-    summary = json.loads((emoji_folder / "summary.json").read_text())
+def test_counts_and_files_agree(emoji: Path) -> None:
+    summary = json.loads((emoji / "summary.json").read_text())
     assert summary["concepts"] > 1700
     files: set[str] = set()
     for split in ("train", "seen", "unseen"):
-        rows = rows_of(emoji_folder, split)
+        rows = rows_of(emoji, split)
         assert len(rows) == sum(summary["images"][split].values())
         assert len({row["image_id"] for row in rows}) == len(rows)
         assert not files & {row["image"] for row in rows}
         files |= {row["image"] for row in rows}
-    assert files == {str(path.relative_to(emoji_folder)) for path in emoji_folder.glob("images/*/*.png")}
-    with Image.open(emoji_folder / rows_of(emoji_folder, "train")[0]["image"]) as image:
+    assert files == {str(path.relative_to(emoji)) for path in emoji.glob("images/*/*.png")}
+    with Image.open(emoji / rows_of(emoji, "train")[0]["image"]) as image:
         assert (image.mode, image.size) == ("RGB", (24, 24))
-    card = (emoji_folder / "README.md").read_text()
+    card = (emoji / "README.md").read_text()
     assert all(artist.licence in card and artist.attribution in card for artist in ARTISTS)
-    assert (emoji_folder / "sheet.png").stat().st_size > 10_000
+    assert (emoji / "sheet.png").stat().st_size > 10_000
 
 
-def test_splits(emoji_folder: Path) -> None:
-    train, seen, unseen = (rows_of(emoji_folder, name) for name in ("train", "seen", "unseen"))
+def test_splits(emoji: Path) -> None:
+    train, seen, unseen = (rows_of(emoji, name) for name in ("train", "seen", "unseen"))
     families = {family_of(code(row)) for row in train}
     assert not families & {family_of(code(row)) for row in unseen}
     codes = {code(row) for row in train}
@@ -67,10 +67,10 @@ def test_splits(emoji_folder: Path) -> None:
     assert len(unseen) == sum(len(drawn[c]) for c in {code(row) for row in unseen})
 
 
-def test_captions_are_true_and_kinds_are_as_stated(emoji_folder: Path) -> None:
-    truth = load_emoji_truth(emoji_folder)
+def test_captions_are_true_and_kinds_are_as_stated(emoji: Path) -> None:
+    truth = load_emoji_truth(emoji)
     for name in ("train", "train_captions", "seen", "unseen"):
-        rows = rows_of(emoji_folder, name)
+        rows = rows_of(emoji, name)
         pairs = [(row["concept"], text) for row in rows for text in ([row["caption"]] if name == "train" else row["caption"])]
         concepts = torch.tensor([truth.concept_id(concept) for concept, _ in pairs])
         keys = torch.tensor([truth.text_key(text) for _, text in pairs])
@@ -82,15 +82,15 @@ def test_captions_are_true_and_kinds_are_as_stated(emoji_folder: Path) -> None:
             # Concepts without an alias or a keyword leave more room for names.
             assert 0.5 < kinds.count("name") / len(kinds) < 0.7
             assert 0.03 < kinds.count("group") / len(kinds) < 0.1
-    assert {len(row["caption"]) for row in rows_of(emoji_folder, "train_captions")} == {8}
-    assert [r["image"] for r in rows_of(emoji_folder, "train")] == [r["image"] for r in rows_of(emoji_folder, "train_captions")]
+    assert {len(row["caption"]) for row in rows_of(emoji, "train_captions")} == {8}
+    assert [r["image"] for r in rows_of(emoji, "train")] == [r["image"] for r in rows_of(emoji, "train_captions")]
 
 
-def test_truth_by_a_set_and_by_example(emoji_folder: Path) -> None:
-    rows = pyarrow.parquet.read_table(emoji_folder / "truth.parquet").to_pylist()
+def test_truth_by_a_set_and_by_example(emoji: Path) -> None:
+    rows = pyarrow.parquet.read_table(emoji / "truth.parquet").to_pylist()
     known = {(row["text"], row["concept"]) for row in rows}
     assert len(known) == len(rows)
-    truth = load_emoji_truth(emoji_folder)
+    truth = load_emoji_truth(emoji)
     rng = random.Random(1)
     asked = [(rng.choice(rows)["text"], rng.choice(rows)["concept"]) for _ in range(2000)] + sorted(known)[:2000]
     concepts = torch.tensor([truth.concept_id(concept) for _, concept in asked])
@@ -108,11 +108,11 @@ def test_truth_by_a_set_and_by_example(emoji_folder: Path) -> None:
     assert {concept for text, concept in known if text == "dog"} == {"dog", "dog face"}
 
 
-def test_same_seed_same_files_and_a_build_is_reused(emoji_folder: Path, tmp_path: Path) -> None:
+def test_same_seed_same_files_and_a_build_is_reused(emoji: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()  # empty is fine
     build_emoji(again, size=24, progress=False)
-    for file in emoji_folder.iterdir():
+    for file in emoji.iterdir():
         if file.is_file():
             assert (again / file.name).read_bytes() == file.read_bytes(), file.name
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
@@ -206,12 +206,12 @@ def config(builder: Any, **build_info: Any) -> Any:
     return OmegaConf.merge(block, {"build_info": build_info})
 
 
-def test_emoji_builder(emoji_folder: Path) -> None:
-    data = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), captions="drawn")).build_datasets()
+def test_emoji_builder(emoji: Path) -> None:
+    data = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji), captions="drawn")).build_datasets()
     assert {split: len(part) for split, part in data.items()} == {
-        "train": len(rows_of(emoji_folder, "train")),
-        "val": len(rows_of(emoji_folder, "seen")),
-        "test": len(rows_of(emoji_folder, "unseen")),
+        "train": len(rows_of(emoji, "train")),
+        "val": len(rows_of(emoji, "seen")),
+        "test": len(rows_of(emoji, "unseen")),
     }
     assert data["train"].truth is data["val"].truth is data["test"].truth
     assert data["train"][0]["image"].shape == (3, 64, 64)
@@ -219,18 +219,18 @@ def test_emoji_builder(emoji_folder: Path) -> None:
     own = sum(len(texts) for texts in data["val"].img2txt.values())
     assert relevant.sum() >= own
 
-    curated = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), captions="curated")).build_datasets()["train"]
+    curated = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji), captions="curated")).build_datasets()["train"]
     assert len(set(zip(curated.image_keys.tolist(), curated.concepts.tolist(), strict=True))) == len(set(curated.image_keys.tolist()))
 
-    small = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), max_concepts=100)).build_datasets()
+    small = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji), max_concepts=100)).build_datasets()
     concepts = set(small["train"].table["concept"].to_pylist()) | set(small["test"].table["concept"].to_pylist())
     assert len(concepts) == len(small["train"].truth.concepts) == 100
     assert all(len(captions) == 1 for captions in small["train"].table["caption"].to_pylist())
 
 
-def test_pairs_builder(emoji_folder: Path) -> None:
-    annotations = {"train": {"storage": [str(emoji_folder / "train.jsonl")]}, "val": {"storage": str(emoji_folder / "seen.jsonl")}}
-    images = {"storage": str(emoji_folder)}
+def test_pairs_builder(emoji: Path) -> None:
+    annotations = {"train": {"storage": [str(emoji / "train.jsonl")]}, "val": {"storage": str(emoji / "seen.jsonl")}}
+    images = {"storage": str(emoji)}
     data = GritPairsBuilder(config(GritPairsBuilder, annotations=annotations, images=images, max_images=12)).build_datasets()
     assert set(data) == {"train", "val"}
     assert len(data["train"]) == 12
@@ -261,10 +261,10 @@ def test_builder_mistakes(name: str, build_info: dict[str, Any], message: str) -
         builder(config(builder, **build_info)).build_datasets()
 
 
-def test_too_few_concepts_and_a_missing_processor(emoji_folder: Path) -> None:
+def test_too_few_concepts_and_a_missing_processor(emoji: Path) -> None:
     with pytest.raises(UserError, match="max_concepts is 1, which leaves a split without images"):
-        GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), max_concepts=1)).build_datasets()
-    block = config(GritEmojiBuilder, root=str(emoji_folder))
+        GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji), max_concepts=1)).build_datasets()
+    block = config(GritEmojiBuilder, root=str(emoji))
     block.vis_processor.eval = None
     with pytest.raises(UserError, match="vis_processor.eval is missing"):
         GritEmojiBuilder(block).build_datasets()

@@ -85,11 +85,11 @@ def test_vqa_builder(folder: Path) -> None:
         GritVqaBuilder(config(GritVqaBuilder, annotations={"train": {"storage": file}})).build_datasets()
 
 
-def test_emoji_questions_have_all_true_names_as_answers(emoji_folder: Path) -> None:
-    data = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), view="questions", max_concepts=60)).build_datasets()
+def test_emoji_questions_have_all_true_names_as_answers(emoji: Path) -> None:
+    data = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji), view="questions", max_concepts=60)).build_datasets()
     assert isinstance(data["train"], ImageTextPairs)
-    rows = [json.loads(line) for line in (emoji_folder / "seen.jsonl").read_text().splitlines()]
-    truth = pyarrow.parquet.read_table(emoji_folder / "truth.parquet").to_pylist()
+    rows = [json.loads(line) for line in (emoji / "seen.jsonl").read_text().splitlines()]
+    truth = pyarrow.parquet.read_table(emoji / "truth.parquet").to_pylist()
     right: dict[str, set[str]] = {}
     for entry in truth:
         if entry["kind"] in ("name", "alias"):
@@ -112,8 +112,8 @@ def test_prefix_and_rest_are_the_caption(folder: Path) -> None:
     assert data.collater([data[0], data[1]])["text_output"][1] == "cat"
 
 
-def test_prefixes_are_for_training_alone(emoji_folder: Path) -> None:
-    data = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), prefix_lm=True, max_concepts=60)).build_datasets()
+def test_prefixes_are_for_training_alone(emoji: Path) -> None:
+    data = GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji), prefix_lm=True, max_concepts=60)).build_datasets()
     assert {"text_input", "text_output"} <= set(data["train"][0])
     assert set(data["val"][3]) == {"image", "index", "image_id"} and data["val"][3]["image_id"] == 3
     for wrong, message in (
@@ -121,7 +121,7 @@ def test_prefixes_are_for_training_alone(emoji_folder: Path) -> None:
         ({"view": "question"}, "Did you mean 'questions'"),
     ):
         with pytest.raises(UserError, match=message):
-            GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji_folder), **wrong)).build_datasets()
+            GritEmojiBuilder(config(GritEmojiBuilder, root=str(emoji), **wrong)).build_datasets()
 
 
 def test_original_and_mined_pairs_in_one_file(folder: Path) -> None:

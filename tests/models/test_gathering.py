@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import gathering
+import launched
 
 pytestmark = pytest.mark.ranks
 
@@ -17,9 +14,7 @@ pytestmark = pytest.mark.ranks
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
     path = tmp_path_factory.mktemp("gathering") / "found.pth"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, gathering.__file__, path], env=environment, capture_output=True, text=True, timeout=120)
+    done = launched.run(gathering.__file__, path, cwd=path.parent, processes=2, timeout=120)
     assert done.returncode == 0, done.stderr
     return torch.load(path, weights_only=True)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import gathering_blip2 as gathering
+import launched
 
 pytestmark = pytest.mark.ranks
 
@@ -18,13 +15,12 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
     words = [len(gathering.reduced.ours().tokenizer(caption).input_ids) for caption in gathering.CAPTIONS]
     assert sum(words[:4]) == sum(words[4:]) and max(words[:4]) != max(words[4:])  # as many, padded differently
     gathering.write_con_d(tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, gathering.__file__, tmp_path], env=environment, stderr=subprocess.PIPE, text=True) as second:
-        try:
-            found = gathering.on_two_processes(tmp_path, rank=0)
-        finally:
-            _, told = second.communicate(timeout=120)
-    assert second.returncode == 0, told
+    second = launched.Process([gathering.__file__, tmp_path], tmp_path)
+    try:
+        found = gathering.on_two_processes(tmp_path, rank=0)
+    finally:
+        told = second.communicate(timeout=120)
+    assert told.returncode == 0, told.stderr
     wanted = {name: gathering.step(tmp_path, name == "frozen", 0, 8) for name in ("frozen", "trained")}
     wanted["synthetic"] = gathering.step(tmp_path, True, 0, 8, synthetic=True)
     for name, one in wanted.items():

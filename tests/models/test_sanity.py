@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import families
+import launched
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.models import sanity
 from lavis_mafa.models.con_d import GroundTruthDiscriminator, build_discriminator
@@ -221,8 +219,7 @@ def test_two_processes_tell_once(tmp_path, scope):
     path = tmp_path / "con_d.pth"
     torch.save({"model": families.REDUCED["albef"].ours(1).state_dict()}, path)
     script = Path(families.__file__).with_name("looking.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, path, scope]
-    done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    done = launched.run(script, path, scope, cwd=tmp_path, processes=2, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(HARDLY_BETTER) == 1 and "of 8 own pairs" in done.stderr, done.stderr
     assert done.stderr.count("All 4 captions of a batch") == 1, done.stderr

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import launched
 from lavis_mafa.files import last_checkpoint
 from lavis_mafa.tools.run_files import read_connections, read_evaluations, read_metrics
 from lavis_mafa.weights import read_weights
@@ -30,27 +27,10 @@ SHORT = [
 SHORT += ["run.grit.queue_size=64", "run.grit.search_space=32"]
 
 
-def free_ports(count: int) -> str:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = ",".join(str(probe.getsockname()[1]) for probe in probes)
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 def chain(emoji: Path, folder: Path, processes: int) -> dict[str, Path]:
     script = Path(__file__).with_name("blip2_chain.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port", free_ports(1)]
-    done = subprocess.run(
-        [*launch, str(script), str(emoji), free_ports(5), *SHORT],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    ports = ",".join(launched.free_port() for _ in range(5))
+    done = launched.run(script, emoji, ports, *SHORT, cwd=folder, processes=processes, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     (folder / "stderr.txt").write_text(done.stderr)
     return {name: Path(path) for name, path in json.loads(done.stdout.strip().splitlines()[-1]).items()}

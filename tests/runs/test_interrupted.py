@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import launched
 import outputs
 from lavis_mafa.cli.main import main
 from lavis_mafa.runners.step import Stepper
@@ -97,13 +97,7 @@ def launch(tmp_path, emoji, tiny_yaml):
     def start(
         name: str, *options: str, at: tuple[str, int, str] = ("step", 0, "SIGTERM"), processes: int = 1, yaml: str | None = None
     ) -> tuple[int, str]:
-        command = [sys.executable]
-        if processes > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-        command += [str(Path(__file__).with_name("signalling.py")), *map(str, at), "train", "--cfg-path", str(yaml or tiny_yaml)]
+        command = [Path(__file__).with_name("signalling.py"), *map(str, at), "train", "--cfg-path", yaml or tiny_yaml]
         common = [
             data,
             f"run.output_dir={name}",
@@ -113,15 +107,22 @@ def launch(tmp_path, emoji, tiny_yaml):
             "run.valid_splits=[val]",
             *options,
         ]
-        done = subprocess.run(
-            [*command, "--resume", "auto", "--options", *common],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            start_new_session=True,
-        )
+        command += ["--resume", "auto", "--options", *common]
+        if processes == 1:
+            done = launched.Process(command, tmp_path, start_new_session=True).communicate(240)
+        elif at[1] == 0 or at[2] == "SIGKILL":
+            done = launched.run(*command, cwd=tmp_path, processes=processes, timeout=240)
+        else:
+            launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port"]
+            done = subprocess.run(
+                [*launcher, launched.free_port(), *map(str, command)],
+                cwd=tmp_path,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=240,
+                start_new_session=True,
+            )
         return done.returncode, done.stderr
 
     return start

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+
+import launched
 
 pytestmark = pytest.mark.slow
 
@@ -96,21 +96,7 @@ def builder(folder: Path) -> dict:
 
 
 def launch(arguments: list, cwd: Path, script: Path | None = None, processes: int = 1) -> subprocess.CompletedProcess:
-    command = [sys.executable, *([str(script)] if script else ["-m", "lavis_mafa"])]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port", port]
-        command += [str(script)] if script else ["-m", "lavis_mafa"]
-    done = subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # with tests/shared
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = launched.run(*([script] if script else ["-m", "lavis_mafa"]), *arguments, cwd=cwd, processes=processes, timeout=200)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -221,8 +207,7 @@ def test_missing_annotations_of_a_lavis_builder_are_one_message(coco, tmp_path):
     block["build_info"]["annotations"]["train"] = {"url": "nowhere.json", "storage": "elsewhere.json"}
     config = {"model": OURS, "datasets": {"coco_caption": block}, "run": {"task": "mafa_pretrain", "device": "cpu"}}
     OmegaConf.save(OmegaConf.create(config), tmp_path / "train.yaml")
-    command = [sys.executable, "-m", "lavis_mafa", "train", "--cfg-path", "train.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = launched.run("-m", "lavis_mafa", "train", "--cfg-path", "train.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "datasets.coco_caption.build_info.annotations.train.storage is 'elsewhere.json'" in done.stderr
 

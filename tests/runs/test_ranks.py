@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import launched
 import outputs
 import uneven_shares
 
@@ -23,38 +20,21 @@ SHORT = ["run.grit.search_space=64", "run.batch_size_train=8", "run.max_epoch=1"
 SLACK = 10  # seconds, on a busy machine
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.fixture
 def two_ranks(tiny_yaml, tmp_path):
     """Start ``ranks_launcher.py`` twice, by hand as a cluster does; each rank's exit code and what it said, and how many seconds
     after rank 1 misbehaved both had ended."""
 
     def run(how: str, *options: str) -> tuple[list[int], list[str], float]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        arguments = [how, "train", "--cfg-path", str(tiny_yaml), "--options", *SHORT, *options]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(LAUNCHER), *arguments],
-                cwd=tmp_path,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
+        arguments = [how, "train", "--cfg-path", tiny_yaml, "--options", *SHORT, *options]
+        ranks = launched.start_ranks(2, LAUNCHER, *arguments, cwd=tmp_path)
         try:
-            said = [process.communicate(timeout=120)[1] for process in processes]
+            done = [rank.communicate(120) for rank in ranks]
         finally:
-            for process in processes:
-                process.kill()
-        at = re.search(r"^at ([\d.]+)$", said[1], re.MULTILINE)
-        return [process.returncode for process in processes], said, time.time() - float(at[1]) if at else 0.0
+            for rank in ranks:
+                rank.kill()
+        at = re.search(r"^at ([\d.]+)$", done[1].stderr, re.MULTILINE)
+        return [rank.returncode for rank in done], [rank.stderr for rank in done], time.time() - float(at[1]) if at else 0.0
 
     return run
 
@@ -117,13 +97,10 @@ def test_a_run_that_goes_well_says_nothing_leaves_no_thread_and_is_not_changed(t
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory) -> dict[int, tuple[Path, dict]]:
     """What ``uneven_shares.py`` writes as one process and as two."""
-    script = uneven_shares.__file__
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     uneven_shares.write_results(one)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     # with a timeout, since the promise is that nobody waits forever
-    done = subprocess.run([*launch, str(script), str(two)], env=environment, capture_output=True, text=True, timeout=90)
+    done = launched.run(uneven_shares.__file__, two, cwd=two, processes=2, timeout=90)
     assert done.returncode == 0, done.stderr
     return {processes: (folder, json.loads((folder / "results.json").read_text())) for processes, folder in ((1, one), (2, two))}
 

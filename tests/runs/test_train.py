@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import launched
 import outputs
 
 pytestmark = pytest.mark.slow
@@ -21,9 +22,7 @@ only_run, metrics, weights, assert_same_weights = outputs.only_run, outputs.metr
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory, tiny_yaml) -> Path:
     folder = tmp_path_factory.mktemp("plain")
-    done = subprocess.run(
-        [sys.executable, "-m", "lavis_mafa", "train", "--cfg-path", str(tiny_yaml)], cwd=folder, capture_output=True, text=True
-    )
+    done = launched.run("-m", "lavis_mafa", "train", "--cfg-path", tiny_yaml, cwd=folder)
     assert done.returncode == 0, done.stderr
     return only_run(folder)
 
