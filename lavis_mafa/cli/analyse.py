@@ -1,4 +1,4 @@
-"""``lavis-mafa analyse soft-labels|vision-usage|minimal-pairs|grounding|pictures``: look into a trained model, without training."""
+"""``lavis-mafa analyse soft-labels|vision-usage|minimal-pairs|grounding|grad-cam|pictures``: look into a trained model, without training."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ SOFT_LABELS = "soft labels of S-ITC, the consistency loss and momentum distillat
 VISION_USAGE = "accuracy of predicted words with and without the image (GRIT-VLP's usage of vision)"
 MINIMAL_PAIRS = "accuracy between captions that differ in one word, of which one is true of the image; chance is a half"
 GROUNDING = "does Grad-CAM of the matching score lie on the thing that a text names? (ALBEF section 6)"
+GRAD_CAM = "a page with a map per word of one text in one image: Grad-CAM of the matching score (ALBEF section 6)"
 PICTURES = "a page of hard negatives (GRIT-VLP Figure 1) and of pseudo-targets (ALBEF Figures 2, 11, 12)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{soft-labels,vision-usage,minimal-pairs,grounding,pictures}")
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="{soft-labels,vision-usage,minimal-pairs,grounding,grad-cam,pictures}"
+    )
     labels = kinds.add_parser("soft-labels", help=SOFT_LABELS, description=SOFT_LABELS)
     _add_common(labels, "run.batch_size_train")
     labels.add_argument(
@@ -53,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", type=positive, metavar="N", help="of those that look at images, for itm (default: the middle one)"
     )
     grounding.set_defaults(analyse=_grounding)
+    grad_cam = kinds.add_parser("grad-cam", help=GRAD_CAM, description=GRAD_CAM)
+    _add_model(grad_cam)
+    grad_cam.add_argument("--image", required=True, type=Path, metavar="FILE", help="a picture")
+    grad_cam.add_argument("--text", required=True, help="what is said of it")
+    grad_cam.add_argument("--layer", type=positive, metavar="N", help="of those that look at images (default: the middle one)")
+    grad_cam.set_defaults(analyse=_grad_cam)
     pictures = kinds.add_parser("pictures", help=PICTURES, description=PICTURES)
     _add_common(pictures, "run.batch_size_train")
     pictures.add_argument("--split", help="of the data (default: val where the data have it, else train, whose images are augmented)")
@@ -60,13 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pictures.set_defaults(analyse=_pictures)
 
 
-def _add_common(parser: argparse.ArgumentParser, size: str, samples: str = "samples") -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a file, or a name that `lavis-mafa ls` shows")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="weights of the YAML's model")
     parser.add_argument("--output", type=Path, help="a new folder; where it exists it gets a number (default: output/KIND)")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of the YAML")
+
+
+def _add_common(parser: argparse.ArgumentParser, size: str, samples: str = "samples") -> None:
+    _add_model(parser)
     parser.add_argument("--batch-size", type=positive, metavar="B", help=f"default: {size}")
     parser.add_argument("--max-samples", type=positive, metavar="N", help=f"a random N of the {samples} (default: all)")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of the YAML")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -239,6 +252,38 @@ def _grounding(arguments: argparse.Namespace) -> None:
     counts = {"expressions": len(expressions), "images": images, "blank": tally.blank}
     more = {"boxes": str(arguments.boxes), "by": arguments.by, "layer": layer, "seed": run.seed, **counts, "results": results}
     _write(new_folder(arguments.output) / "grounding.json", {**_about(arguments, opened, size), **more})
+
+
+def _grad_cam(arguments: argparse.Namespace) -> None:
+    from lavis_mafa import __version__
+    from lavis_mafa.config.schema import SoftMask, loss_weights
+    from lavis_mafa.files import new_folder, write_text
+    from lavis_mafa.models.soft_masks import looking_layers, middle
+    from lavis_mafa.runners.step import autocast
+    from lavis_mafa.tools import grad_cam as analysis
+    from lavis_mafa.tools.pictures import drawn
+    from lavis_mafa.tools.report import render
+    from lavis_mafa.tools.trained_model import open_model
+
+    opened, processors = open_model(arguments.cfg_path, arguments.checkpoint, arguments.options)
+    model, settings = opened.model, opened.model.settings
+    if settings.arch == "blip2_mafa":
+        raise UserError("model.arch is blip2_mafa, whose texts look at no patches; allowed: albef_mafa, blip_mafa.")
+    if not loss_weights(settings)["itm"]:
+        raise UserError("model.itm is off, so this model has no matching score to look into.")
+    image, caption = analysis.open_pair(arguments.image, arguments.text, processors)
+    layer = arguments.layer or middle(len(looking_layers(model)))
+    with autocast(opened.run.precision, opened.device):
+        found = analysis.text_maps(model, image, caption, SoftMask(layer=layer))
+    output = new_folder(arguments.output)
+    about = {"yaml": arguments.cfg_path, "options": arguments.options, "checkpoint": str(arguments.checkpoint)}
+    about |= {"image": str(arguments.image), "layer": layer, "probability": found.probability}
+    words = [{"word": word.word, **drawn(image.float(), word)} for word in (found.whole, *found.words)]
+    page = render("grad_cam.html", about=about, caption=found.caption, words=words, version=__version__)
+    write_text(output / "grad_cam.html", page)
+    maps = {"whole": found.whole.cam.tolist(), "words": [[word.word, word.cam.tolist()] for word in found.words]}
+    print(f"“{found.caption}” matches with probability {found.probability:.2f}; {len(found.words)} words at layer {layer}")
+    _write(output / "grad_cam.json", {**about, "caption": found.caption, **maps})
 
 
 def _pictures(arguments: argparse.Namespace) -> None:

@@ -44,6 +44,38 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
     Raises:
         UserError: whatever :func:`lavis_mafa.config.check.check_yaml` finds, or another model than one that trains with MAFA.
     """
+    _, cfg = prepare(name, _options(name, checkpoint, options, teacher))
+
+    import lavis.tasks as tasks
+    from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
+
+    task = tasks.setup_task(cfg)
+    datasets = concat_datasets(reorg_datasets_by_split(task.build_datasets(cfg)))
+    return _opened(task, cfg, datasets, checkpoint)
+
+
+def open_model(name: str, checkpoint: Path, options: list[str]) -> tuple[Opened, tuple[Any, Any]]:
+    """The model of a YAML, whose data need not be there, and the processors of images and texts that it is evaluated with.
+
+    Raises:
+        UserError: as :func:`open_checkpoint`; or no data set of the YAML says how it is evaluated.
+    """
+    _, cfg = prepare(name, _options(name, checkpoint, options, teacher=False), files=False)
+
+    import lavis.tasks as tasks
+    from lavis.common.registry import registry
+
+    for dataset, block in cfg.datasets_cfg.items():
+        builder = registry.get_builder_class(dataset)(block)
+        builder.build_processors()
+        see, read = builder.vis_processors.get("eval"), builder.text_processors.get("eval")
+        if see is not None and read is not None:
+            return _opened(tasks.setup_task(cfg), cfg, {}, checkpoint), (see, read)
+    raise UserError(f"no data set of {name} has processors for evaluation; give one vis_processor.eval and text_processor.eval.")
+
+
+def _options(name: str, checkpoint: Path, options: list[str], teacher: bool) -> list[str]:
+    """What is set for looking into a model."""
     if not checkpoint.exists():
         raise UserError(f"--checkpoint is {str(checkpoint)!r}, but there is no such file.")
     arch = check_yaml(name, options, files=False).model.arch
@@ -53,17 +85,14 @@ def open_checkpoint(name: str, checkpoint: Path, options: list[str], teacher: bo
     ours += [f"model.{part}.init=null" for part in COVERED[arch]]
     ours += [] if teacher else ["model.itc.momentum_distillation=null"]
     ours += ["model.itc.intra_modal=[]"] if arch == "albef_mafa" else []  # a tool sees each image once
-    _, cfg = prepare(name, [*options, *ours])
+    return [*options, *ours]
 
-    import lavis.tasks as tasks
-    from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 
+def _opened(task: Any, cfg: Any, datasets: dict[str, Any], checkpoint: Path) -> Opened:
     from lavis_mafa.runners.run_block import run_settings
     from lavis_mafa.tasks.task import MafaTask
 
-    task = tasks.setup_task(cfg)
     run = run_settings(cfg.run_cfg, isinstance(task, MafaTask))
-    datasets = concat_datasets(reorg_datasets_by_split(task.build_datasets(cfg)))
     device = torch.device(run.device if torch.cuda.is_available() else "cpu")
     return Opened(task.build_model(cfg).to(device).eval(), datasets, run, device, checkpoint)
 
