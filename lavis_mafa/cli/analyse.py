@@ -1,4 +1,4 @@
-"""``lavis-mafa analyse soft-labels|vision-usage|minimal-pairs|grounding|grad-cam|pictures``: look into a trained model, without training."""
+"""``lavis-mafa analyse ...``: look into a trained model, without training."""
 
 from __future__ import annotations
 
