@@ -91,7 +91,7 @@ class DualPairs:
 
     def reading(self, image_index: Tensor, text_index: Tensor, masked: bool = False) -> tuple[KeysValues, Reading]:
         """Pairs, LongTensor[P] each; ``masked``: if softly masked images are among them, all are, in order, and last."""
-        masks = self.soft_masks if masked and bool(image_index[-1] >= self.candidates) else None
+        masks = self.soft_masks if masked and len(image_index) and bool(image_index[-1] >= self.candidates) else None
         if masks is not None:
             own = len(masks.kept)
             image_index = torch.cat([image_index[:-own], torch.arange(own)])
