@@ -43,6 +43,7 @@ from lavis_mafa.weights import by_name, read_checkpoint
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
+LABELLED = ("grit_entailment", "snli_ve")
 OURS, STEPWISE = "warmup_cosine_per_step", "linear_warmup_step_lr"
 NO_DECAY = f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9)."
 
@@ -115,6 +116,7 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[Checked,
         if model is not None and typed_run is None:  # one of LAVIS's tasks, whose other keys are LAVIS's
             found(check_device, model, str(run.get("device", "cuda")))
             found(_raise, _checkpoints(model, run.get("evaluate") is True) if files else ())
+    found(_raise, _labels(run["task"], own["arch"], datasets))
     if model is not None:
         found(_raise, _image_sizes(model, {key: block if files else datasets[key] for key, block in data.items() if block}, run))
     if files:
@@ -548,6 +550,18 @@ def _tasks(model: Any, run: RunBlock) -> Iterator[str]:
         )
 
 
+def _labels(task: str, arch: str, datasets: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences with labels are for the task that learns and tells these, and it can do nothing with others."""
+    ours = task == "mafa_classification"
+    if ours and arch not in MODEL_BLOCKS and arch != "albef_classification":
+        yield f"run.task is {task}, but model.arch is {arch}, which tells no labels; allowed here: albef_ve_mafa, albef_classification."
+    for name in datasets:
+        if ours and name not in LABELLED:
+            yield f"run.task is {task}, but {name} has no sentences with labels; allowed here: {', '.join(LABELLED)}."
+        if not ours and arch != "albef_ve_mafa" and (name == LABELLED[0] or (name in LABELLED and task in RUN_BLOCKS)):
+            yield f"{name} has sentences that may be false, with labels, but run.task is {task}; allowed here: mafa_classification."
+
+
 def _checkpoints(model: Any, evaluate: bool) -> Iterator[str]:
     """The checkpoints that a job cannot do without are named."""
     con_d = getattr(model, "discriminator", None)
@@ -589,6 +603,8 @@ def check_device(model: Any, device: str, precision: str = "fp32") -> None:
 
 def doubtful(model: Any, run: RunBlock) -> Iterator[str]:
     """What a user may want (a paper's table has it), but should know of."""
+    if isinstance(model, AlbefVeBlock) and model.pretrained is None and not run.evaluate:
+        yield "model.pretrained is null, so its encoders start at random, or from model.*.init; give a checkpoint of pre-training."
     if not isinstance(model, MafaBlock) or run.evaluate:
         return
     matches = loss_weights(model)["itm"]

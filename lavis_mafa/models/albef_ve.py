@@ -76,5 +76,5 @@ class AlbefVeMafa(AlbefDownstream[AlbefVeBlock]):
         samples = check_samples(samples, self.settings.image_encoder.image_size, "image", "text_input")
         label, count = samples.get("label"), len(samples["text_input"])
         if not isinstance(label, Tensor) or label.shape != (count,) or label.dtype != torch.long:
-            raise UserError(f"samples['label'] is {label!r}; needed: a LongTensor [{count}], 0 to {len(ENTAILMENT) - 1}.")
+            raise UserError(f"samples['label'] is {label!r}; needed: a LongTensor [{count}].")
         return {**samples, "image": samples["image"].to(self.device), "label": label.to(self.device)}

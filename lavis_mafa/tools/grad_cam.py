@@ -65,8 +65,9 @@ def text_maps(model: Any, image: Tensor, caption: str, how: SoftMask) -> TextMap
     pieces = model.tokenizer.convert_ids_to_tokens(ids[0, : len(cams)].tolist())
     words = [WordMap(word, cam, soft_mask(cam, how.share)) for word, cam in joined(pieces[1:-1], cams[1:-1])]
     mean = cams[:-1].mean(dim=0)
-    whole = WordMap(caption, mean, soft_mask(mean, how.share))
-    return TextMaps(image, caption, float(logits.float().softmax(dim=1)[0, 1]), whole, words)
+    read = " ".join(word.word for word in words)  # a long text is cut
+    whole = WordMap(read, mean, soft_mask(mean, how.share))
+    return TextMaps(image, read, float(logits.float().softmax(dim=1)[0, 1]), whole, words)
 
 
 def joined(pieces: list[str], cams: Tensor) -> list[tuple[str, Tensor]]:

@@ -40,7 +40,7 @@ SHARES = {
 SIDES = {"tr": "TR", "txt": "TR", "ir": "IR", "img": "IR"}
 ENDINGS = {**METRICS, "r_mean": "mean"}
 NAMES = {"bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4", "cider": "CIDEr", "rouge_l": "ROUGE-L"}
-NAMES |= {"meteor": "METEOR", "spice": "SPICE", "accuracy": "answers right", "agg_metrics": "mean recall"}
+NAMES |= {"meteor": "METEOR", "spice": "SPICE", "accuracy": "right", "agg_metrics": "mean recall"}
 
 
 def report_page(runs: list[Run], at_most: int, template: str = "report.html", **values: Any) -> tuple[str, dict[str, Any]]:
@@ -141,7 +141,8 @@ def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
         names = list(dict.fromkeys(n for v in found.values() for n, x in v.items() if isinstance(x, int | float)))
         names = [n for n in names if n not in ("epoch", "agg_metrics") and not n.startswith(ITC)]
         retrieval = [n for n in names if n.split("_")[0] in SIDES or n == "r_mean"]
-        for title, columns in (("Retrieval", retrieval), ("Captions and answers", [n for n in names if n not in retrieval])):
+        others = "Labels" if any(n.startswith("accuracy_") for n in names) else "Captions and answers"
+        for title, columns in (("Retrieval", retrieval), (others, [n for n in names if n not in retrieval])):
             if columns:
                 of_title = {run: values for run, values in found.items() if title == "Retrieval" or any(n in values for n in columns)}
                 half = {run.name: half_widths(run.folder, split) for run in runs} if columns == retrieval else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm import tqdm
@@ -68,9 +69,9 @@ def open_model(name: str, checkpoint: Path, options: list[str]) -> tuple[Opened,
     for dataset, block in cfg.datasets_cfg.items():
         builder = registry.get_builder_class(dataset)(block)
         builder.build_processors()
-        see, read = builder.vis_processors.get("eval"), builder.text_processors.get("eval")
-        if see is not None and read is not None:
-            return _opened(tasks.setup_task(cfg), cfg, {}, checkpoint), (see, read)
+        if all(OmegaConf.select(block, f"{part}_processor.eval.name") for part in ("vis", "text")):
+            processors = builder.vis_processors["eval"], builder.text_processors["eval"]
+            return _opened(tasks.setup_task(cfg), cfg, {}, checkpoint), processors
     raise UserError(f"no data set of {name} has processors for evaluation; give one vis_processor.eval and text_processor.eval.")
 
 

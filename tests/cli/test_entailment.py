@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from lavis_mafa.cli.main import main
+from lavis_mafa.config.check import _labels
 from outputs import assert_same_weights
 
 LABELS = {"red": "entailment", "blue": "contradiction", "grey": "neutral"}
@@ -186,6 +187,24 @@ def test_what_does_not_go_together(options, message, data, tmp_path, refused_ear
     torch.save({"text_encoder.encoder.layer.0.crossattention.self.query.weight": torch.zeros(1)}, file)
     options = [option.replace("FILE", file) for option in options]
     assert message.replace("FILE", file) in refused_early("train", "--cfg-path", data / "run.yaml", "--options", *options)
+
+
+@pytest.mark.parametrize(
+    ("task", "arch", "datasets", "message"),
+    [
+        ("mafa_classification", "albef_classification", ["grit_entailment", "snli_ve"], ""),
+        ("multimodal_classification", "albef_classification", ["snli_ve"], ""),
+        ("mafa_pretrain", "albef_mafa", ["grit_pairs"], ""),
+        ("mafa_pretrain", "albef_mafa", ["grit_pairs", "snli_ve"], "snli_ve has sentences that may be false"),
+        ("multimodal_classification", "albef_classification", ["grit_entailment"], "allowed here: mafa_classification"),
+        ("mafa_classification", "albef_ve_mafa", ["grit_pairs"], "grit_pairs has no sentences with labels"),
+        ("mafa_classification", "albef_nlvr", ["snli_ve"], "albef_nlvr, which tells no labels"),
+    ],
+)
+def test_labels_are_for_their_task_alone(task, arch, datasets, message):
+    """A sentence that contradicts its image is no positive of pre-training."""
+    said = list(_labels(task, arch, dict.fromkeys(datasets)))
+    assert len(said) == bool(message) and all(message in one for one in said)
 
 
 def test_what_other_commands_say(data, refused, tmp_path):

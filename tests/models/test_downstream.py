@@ -198,5 +198,5 @@ def test_another_kind_is_told_before_weights_are_read(state, evaluate, message, 
 
 @pytest.mark.parametrize("label", [None, [0, 1, 2, 0], LABELS.float(), LABELS[:3]])
 def test_labels_that_are_none_are_one_message(label):
-    with pytest.raises(UserError, match=r"samples\['label'\] is .*; needed: a LongTensor \[4\], 0 to 2"):
+    with pytest.raises(UserError, match=r"samples\['label'\] is .*; needed: a LongTensor \[4\]"):
         ours()({**batch(), "label": label})
