@@ -228,8 +228,6 @@ def _grounding(arguments: argparse.Namespace) -> None:
     if arguments.by == "itc" and arguments.layer is not None:
         raise UserError(f"--layer is {arguments.layer}, but --by itc reads the image encoder's last block; leave --layer out.")
     from lavis_mafa.files import new_folder
-    from lavis_mafa.models.base import DualEncoder
-    from lavis_mafa.models.soft_masks import middle
     from lavis_mafa.runners.step import autocast
     from lavis_mafa.tools import grounding as analysis
     from lavis_mafa.tools.candidates import shuffled
@@ -237,12 +235,8 @@ def _grounding(arguments: argparse.Namespace) -> None:
 
     expressions = analysis.read_boxes(arguments.boxes, arguments.images)
     opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
-    run, settings = opened.run, opened.model.settings
-    if not isinstance(opened.model, DualEncoder):
-        raise UserError(f"model.arch is {settings.arch}, whose texts look at no patches; allowed here: albef_mafa, blip_mafa.")
-    layer = None
-    if arguments.by == "itm":
-        layer = arguments.layer or middle(settings.text_encoder.layers - getattr(settings.text_encoder, "fusion_layer", 0))
+    run, looking = opened.run, _looking_layer(opened.model, arguments.layer)
+    layer = looking if arguments.by == "itm" else None
     drawn = sorted(shuffled(len(expressions), run.seed, arguments.max_samples).tolist())
     expressions, size = [expressions[number] for number in drawn], arguments.batch_size or run.batch_size_eval
     with autocast(run.precision, opened.device):
@@ -263,7 +257,6 @@ def _grad_cam(arguments: argparse.Namespace) -> None:
     from lavis_mafa import __version__
     from lavis_mafa.config.schema import SoftMask, loss_weights
     from lavis_mafa.files import new_folder, write_text
-    from lavis_mafa.models.soft_masks import looking_layers, middle
     from lavis_mafa.runners.step import autocast
     from lavis_mafa.tools import grad_cam as analysis
     from lavis_mafa.tools.pictures import drawn
@@ -271,13 +264,10 @@ def _grad_cam(arguments: argparse.Namespace) -> None:
     from lavis_mafa.tools.trained_model import open_model
 
     opened, processors = open_model(arguments.cfg_path, arguments.checkpoint, arguments.options)
-    model, settings = opened.model, opened.model.settings
-    if settings.arch == "blip2_mafa":
-        raise UserError("model.arch is blip2_mafa, whose texts look at no patches; allowed: albef_mafa, blip_mafa.")
-    if not loss_weights(settings)["itm"]:
+    model, layer = opened.model, _looking_layer(opened.model, arguments.layer)
+    if not loss_weights(model.settings)["itm"]:
         raise UserError("model.itm is off, so this model has no matching score to look into.")
     image, caption = analysis.open_pair(arguments.image, arguments.text, processors)
-    layer = arguments.layer or middle(len(looking_layers(model)))
     with autocast(opened.run.precision, opened.device):
         found = analysis.text_maps(model, image, caption, SoftMask(layer=layer))
     output = new_folder(arguments.output)
@@ -339,6 +329,16 @@ def _pictures(arguments: argparse.Namespace) -> None:
     for line in (table.head, *table.rows):
         print(f"{line[0]:28}" + "".join(f"{cell:>16}" for cell in line[1:]))
     _write(output / "pictures.json", {**about, "negatives": [table.head, *table.rows], **content})
+
+
+def _looking_layer(model: Any, asked: int | None) -> int:
+    """Which of the layers that look at images; UserError where words look at none."""
+    from lavis_mafa.models.base import DualEncoder
+    from lavis_mafa.models.soft_masks import looking_layers, middle
+
+    if not isinstance(model, DualEncoder):
+        raise UserError(f"model.arch is {model.settings.arch}, whose texts look at no patches; allowed here: albef_mafa, blip_mafa.")
+    return asked or middle(len(looking_layers(model)))
 
 
 def _where_words_look(model: Any, matches: bool, samples: dict[str, Any]) -> tuple[list[Any], str]:

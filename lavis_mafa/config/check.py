@@ -135,6 +135,7 @@ def check_lavis(config: DictConfig) -> Checked:
     own |= _without_judge_and_teacher(own) if run.evaluate else {}
     model = typed_block("model", own) if own["arch"] in MODEL_BLOCKS else None
     check_combinations(model, run)
+    _raise(_labels(run.task, own["arch"], config.get("datasets") or {}))
     if model is not None:
         check_kinds(model, evaluate=run.evaluate and run.task != "mafa_captioning")
     return Checked(config, model, run)

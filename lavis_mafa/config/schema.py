@@ -662,14 +662,8 @@ def _typed(schema: Any, values: dict[Any, Any], key: str) -> Any:
             given[name] = found(_value, hints[name], fields[name].metadata, value, f"{key}.{name}")
         else:
             old = OLD_NAMES.get(f"{key}.{name}")
-            why_not = WHY_NOT.get(f"{key}.{name}")
-            hint = (
-                f" {why_not}"
-                if why_not
-                else f" Here it is {old}."
-                if old
-                else f"{did_you_mean(str(name), fields)} Allowed: {', '.join(sorted(fields))}."
-            )
+            said = WHY_NOT.get(f"{key}.{name}", f"Here it is {old}." if old else "")
+            hint = f" {said}" if said else f"{did_you_mean(str(name), fields)} Allowed: {', '.join(sorted(fields))}."
             found.add(f"{key}.{name} is not a setting.{hint}")
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:

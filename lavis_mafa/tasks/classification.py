@@ -6,11 +6,7 @@ import logging
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
-from lavis.models.albef_models.albef_classification import AlbefClassification
-from torch import nn
-
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.albef_ve import AlbefVeMafa
 from lavis_mafa.tasks.task import MafaTask, as_id, batches, joined_on_rank_0, rows_of, write_result
 
 logger = logging.getLogger(__name__)
@@ -29,14 +25,6 @@ class MafaClassificationTask(MafaTask):
     and LAVIS's ``snli_ve``."""
 
     evaluates = ("image", "text_input", "label")
-
-    def build_model(self, cfg: Any) -> nn.Module:
-        model = super().build_model(cfg)
-        if not isinstance(model, AlbefVeMafa | AlbefClassification):
-            raise UserError(
-                f"run.task is {self.run.task}, but {cfg.model_cfg.arch} tells no labels; allowed: albef_ve_mafa, albef_classification."
-            )
-        return model
 
     def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any] | None:
         """What was ``told``, by row, and the names of the ``labels``; None except on rank 0."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.config.check import _labels
+from lavis_mafa.config.check import _labels, check_lavis
+from lavis_mafa.errors import UserError
 from outputs import assert_same_weights
 
 LABELS = {"red": "entailment", "blue": "contradiction", "grey": "neutral"}
@@ -205,6 +208,14 @@ def test_labels_are_for_their_task_alone(task, arch, datasets, message):
     """A sentence that contradicts its image is no positive of pre-training."""
     said = list(_labels(task, arch, dict.fromkeys(datasets)))
     assert len(said) == bool(message) and all(message in one for one in said)
+
+
+def test_laviss_own_script_is_told_so_too():
+    model = {"arch": "albef_mafa", "model_type": "tiny", "ecm": {"enabled": False}, "itc": {"smoothing": 0.0}}
+    run = {"task": "mafa_pretrain", "device": "cpu", "grit": {"enabled": False}}
+    for name, refused in (("coco_caption", nullcontext()), ("snli_ve", pytest.raises(UserError, match="sentences that may be false"))):
+        with refused:
+            check_lavis(OmegaConf.create({"model": model, "run": run, "datasets": {name: {}}}))
 
 
 def test_what_other_commands_say(data, refused, tmp_path):

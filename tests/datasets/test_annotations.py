@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from annotation_files import write
 from lavis_mafa.datasets import formats as annotation_formats
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
 from lavis_mafa.datasets.formats import SAME_IMAGE
@@ -24,21 +24,6 @@ ROWS = [
     {"image": "b.png", "caption": 'a "small" cat', "image_id": "8", "concept": "cat"},
     {"image": "a.png", "caption": "ein Hündchen\nläuft", "image_id": "7", "concept": "dog"},
 ]
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
 
 
 FORMATS = [".json", ".jsonl", ".csv", ".tsv", ".parquet"]
