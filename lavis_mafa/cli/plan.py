@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=positive,
         metavar="N",
-        help="pairs of an epoch; default: the YAML's data where they are here, else 5e6 (4M-Noisy)",
+        help="pairs of an epoch; default: the YAML's data where they are here, else what is published, or 5e6 (4M-Noisy)",
     )
     parser.add_argument("--text-length", type=positive, metavar="N", help="tokens of a caption; default: the longest allowed")
     parser.add_argument(
@@ -42,16 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.config.check import check_yaml
-    from lavis_mafa.config.schema import DOWNSTREAM, MODEL_BLOCKS, RUN_BLOCKS, typed_block
+    from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 
     _check_json(arguments.json)
     batch = [] if arguments.batch_size is None else [f"run.batch_size_train={arguments.batch_size}"]
     config = check_yaml(arguments.yaml, [*arguments.options, *batch], files=False)
     arch, task = config.model.arch, config.run.task
-    known = [name for name in MODEL_BLOCKS if name not in DOWNSTREAM]
-    if arch not in known:
-        why = "which is fine-tuned in a few epochs" if arch in DOWNSTREAM else "of which only LAVIS knows the sizes"
-        raise UserError(f"model.arch is {arch!r}, {why}; plan knows: {', '.join(known)}.")
+    if arch not in MODEL_BLOCKS:
+        raise UserError(f"model.arch is {arch!r}, of which only LAVIS knows the sizes; plan knows: {', '.join(MODEL_BLOCKS)}.")
     if task not in RUN_BLOCKS:
         raise UserError(f"run.task is {task!r}, but plan knows: {', '.join(RUN_BLOCKS)}.")
     model, job = typed_block("model", config.model), typed_block("run", config.run)
@@ -63,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.disable(logging.INFO)  # LAVIS logs what it builds
     with warnings.catch_warnings():  # of LAVIS's dependencies
         warnings.simplefilter("ignore")
-        from lavis_mafa.tools.plan import Wanted, make_plan, measure, table, training_rows
+        from lavis_mafa.tools.plan import Wanted, make_plan, measure, published_rows, table, training_rows
 
         rows = training_rows(config) if arguments.samples is None else None
     names = ("gpus", "text_length", "new_positives", "own_vit", "throughput", "peak", "share")
@@ -72,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         wanted = replace(wanted, samples=arguments.samples, samples_from="as given")
     elif rows is not None:
         wanted = replace(wanted, samples=rows, samples_from="those of the YAML's data")
+    elif (published := published_rows(config)) is not None:
+        wanted = replace(wanted, samples=published, samples_from="as published: the YAML's data are not here (--samples)")
     plan = make_plan(model, job, wanted)
     timed = None
     if arguments.measure:

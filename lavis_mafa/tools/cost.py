@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 from transformers import BertConfig
 
-from lavis_mafa.config.schema import FAMILIES, con_d_block
+from lavis_mafa.config.schema import DOWNSTREAM, FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import blip2, qformer, transformer
 from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
@@ -36,8 +36,9 @@ from lavis_mafa.plugin import register
 # width, layers, heads as released, all with 50,272 words (OPT, Table 1); 350m is built differently
 OPT = {"125m": (768, 12, 12), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40)}
 BERT_WORDS = 30522
-# the parts of a step; ITC is also what belongs to no other
+# the parts of a step; ITC, downstream the classifier, is also what belongs to no other
 IMAGE, TEXT, TEACHER, ITC, ITM, LM = "image encoder", "text encoder", "momentum teacher", "ITC", "ITM", "LM"
+CLASSIFIER = "classifier"
 QUERIES, CON_D, CON_D_VIT = "Q-Former's queries", "Con-D, matching", "Con-D, image encoder"
 LANGUAGE, SOFT_MASKS = "language teacher", "soft masks"
 # torch counts attention on GPUs alone; that its kernels compute the logits again in backward is none of the model's work
@@ -116,6 +117,8 @@ def cost_of(
     with step.without_values("cpu"):  # without a GPU torch cannot run a backward pass on pretended ones
         step.run("cpu", precision)
         flops, step.flops = step.flops, {}
+        if settings.arch in DOWNSTREAM and ITC in flops:
+            flops[CLASSIFIER] = flops.pop(ITC)
         every = every_of(settings)
         flops |= {part: Flops(flops[part].forward / every) for part in (CON_D, CON_D_VIT) if part in flops}  # of the average step
         if collects:
@@ -147,7 +150,7 @@ def build(settings: Any) -> Any:
     with _vocabulary(plain), NoValues():
         if settings.arch != "blip2_opt_mafa":
             model = registry.get_model_class(settings.arch)(plain).train()
-            if settings.language_teacher is not None:
+            if getattr(settings, "language_teacher", None) is not None:
                 sizes = _bert_sizes(settings.language_teacher.init)
                 model.set_language_teacher(untrained_teacher(model.tokenizer.vocab_size, *sizes))
             return model
@@ -450,7 +453,8 @@ def samples_of(settings: Any, size: StepSize, device: Any) -> dict[str, Any]:
     # not of the first epoch: Con-D has been looked at, and a momentum teacher counts in full; a step in which Con-D is asked
     views = ["image", "image_second_view"] if getattr(getattr(settings, "itc", None), "intra_modal", []) else ["image"]
     images = {view: torch.randn(size.batch, 3, side, side, device=device) for view in views}
-    return {**images, "text_input": captions, "epoch": 2 * every_of(settings)}
+    of_task = {"label": torch.zeros(size.batch, dtype=torch.long, device=device)} if settings.arch in DOWNSTREAM else {}
+    return {**images, **of_task, "text_input": captions, "epoch": 2 * every_of(settings)}
 
 
 def _move(module: nn.Module, device: str) -> None:

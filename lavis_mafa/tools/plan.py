@@ -40,6 +40,15 @@ PEAKS = {"fp32": 19.5, "bf16": 312.0, "fp16": 312.0}  # TFLOP/s of an A100 witho
 TF32 = 156.0  # with TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, as the authors' PyTorch did by itself
 MOST_FLOPS = 2e12  # of a measured step on a CPU: a minute
 INDEX, FP32 = 8, 4  # bytes
+PUBLISHED = {  # rows that train, of LAVIS's sets for downstream tasks: Karpathy's splits, VQA2's train and val, Visual Genome 1.2, ...
+    "coco_caption": 566_747,
+    "coco_retrieval": 566_747,
+    "flickr30k": 145_000,
+    "coco_vqa": 658_111,
+    "vg_vqa": 1_445_322,
+    "nlvr": 86_373,
+    "snli_ve": 529_527,
+}
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,12 @@ def training_rows(config: DictConfig) -> int | None:
             return None
         total += len(read_annotated(name, block) or ())
     return total or None
+
+
+def published_rows(config: DictConfig) -> int | None:
+    """As :func:`training_rows`, by what is known of public data sets; None where one is not known."""
+    rows = [PUBLISHED.get(str(name)) for name in config.datasets]
+    return None if None in rows else sum(filter(None, rows))
 
 
 # --- measured ------------------------------------------------------------------------------------------------------------

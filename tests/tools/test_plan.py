@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.config.schema import Grit, SoftMask, typed_block
+from lavis_mafa.config.schema import WITH_MATCHING, Grit, SoftMask, typed_block
 from lavis_mafa.models.base import CONFIGS
 from lavis_mafa.models.synthetic_texts import by_teacher
 from lavis_mafa.tools import cost as cost_module
@@ -29,6 +29,7 @@ from lavis_mafa.tools.cost import (
     build,
     build_con_d,
     cost_of,
+    samples_of,
 )
 from lavis_mafa.tools.plan import grit_flops_of_pair, host_memory
 
@@ -46,6 +47,7 @@ BLOCKS = {
         "itm": {"weight": 0},
         "mlm": {"weight": 0},
     },
+    "visual entailment, taught": {"arch": "albef_ve_mafa", "momentum_distillation": {}},
     "blip": {"arch": "blip_mafa"},
     "blip2 without words": {"arch": "blip2_mafa", "lm": {"weight": 0}},
     "blip2, frozen": {"arch": "blip2_mafa", "image_encoder": {"freeze": True}},
@@ -68,7 +70,7 @@ def small_teacher(monkeypatch):
 def tiny(name: str) -> Any:
     changes = dict(BLOCKS[name])
     arch = changes["arch"]
-    if arch != "blip2_opt_mafa":
+    if arch in WITH_MATCHING:
         changes |= {**JUDGED, "discriminator": {"arch": arch, "precision": "fp32"}, "max_text_length": LENGTH}
         changes |= {"mlm": {"mask_probability": 1.0}} if arch == "albef_mafa" else {}
     own = OmegaConf.load(CONFIGS / f"{arch}_tiny.yaml").model
@@ -89,10 +91,9 @@ def real_step(block: Any, con_d: Any) -> tuple[float, int]:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
         return tensor
 
-    side = block.image_encoder.image_size
     # a byte tokenizer: "aaaa" is as many tokens, and with </s> and the line's end it is cut to the longest allowed
     caption = "a" * 60 if block.arch == "blip2_opt_mafa" else "a " * 40
-    samples = {"image": torch.randn(BATCH, 3, side, side), "text_input": [caption] * BATCH, "epoch": 2}
+    samples = {**samples_of(block, StepSize(BATCH, LENGTH), "cpu"), "text_input": [caption] * BATCH}
     keep(samples["image"])  # the batch is there in any case
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -105,7 +106,7 @@ def real_step(block: Any, con_d: Any) -> tuple[float, int]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_parts_add_up_to_a_real_step(name):
     block = tiny(name)
-    size = StepSize(BATCH, block.max_text_length if name == "stage 2" else LENGTH)
+    size = StepSize(BATCH, LENGTH if hasattr(block, "ecm") else block.max_text_length)
     cost = cost_of(block, size)
     flops, found = real_step(block, build_con_d(block))
     # which pairs are mined decides how the texts of an image lie side by side, and a pair that is found twice is judged once
@@ -227,6 +228,14 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     plan = json.loads(file.read_text())
     assert plan["hours"] == pytest.approx(16 * 1000 / 100 / 3600) and plan["measured"]["kind"] == "measured"
     assert plan["kind"] == "computed" and plan["weights"]["trained"] > 4e6 and plan["measured"]["seconds"] > 0
+
+
+def test_public_sets_need_not_be_here(capsys):
+    tiny_sizes = ["model.model_type=tiny", "model.image_encoder={image_size: 16, patch_size: 8}", "run.batch_size_train=4"]
+    crop = "datasets.snli_ve.vis_processor={train: {image_size: 16}, eval: {image_size: 16}}"
+    assert main(["plan", "mafa/albef/finetune/snli_ve.yaml", "--options", *tiny_sizes, crop]) == 0
+    text = capsys.readouterr().out
+    assert "529,527 pairs an epoch, as published" in text and "momentum teacher" in text and "classifier" in text
 
 
 def test_what_cannot_be_planned_is_one_line(tmp_path, capsys):
