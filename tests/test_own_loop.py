@@ -1,4 +1,4 @@
-"""The code for torch-only users in README and docs/own-loop.md runs as it stands there."""
+"""The code for torch-only users in README, docs/own-loop.md and docs/loss.md runs as it stands there."""
 
 from __future__ import annotations
 
@@ -38,11 +38,17 @@ def test_the_training_finds_false_negatives_and_learns(run, capsys):
     assert int(re.findall(r"for (\d+)% of", said)[0]) > 70, said
 
 
+def test_the_loss_alone_gains_from_false_negatives(run, capsys):
+    run("docs/loss.md")
+    plain, eliminated, converted = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert plain + 0.05 < eliminated < converted - 0.05
+
+
 def test_the_parts_give_a_loss(run):
     assert run("README.md")["loss"].isfinite()
 
 
-@pytest.mark.parametrize("page", ["docs/own-loop.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/own-loop.md", "docs/loss.md", "README.md"])
 def test_it_needs_torch_alone(page):
     modules = {node.module for node in ast.walk(ast.parse(code(page))) if isinstance(node, ast.ImportFrom)}
     names = {alias.name for node in ast.walk(ast.parse(code(page))) if isinstance(node, ast.Import) for alias in node.names}

@@ -1,6 +1,7 @@
 """MAFA's objectives as pure tensor functions: usable with any model, importing torch alone."""
 
 from lavis_mafa.objectives.connections import Connections, judge_connections
+from lavis_mafa.objectives.dual_encoder import Contrast, MafaItcLoss
 from lavis_mafa.objectives.intra_modal import IntraModal, intra_modal_losses, local_loss, pooled_patches
 from lavis_mafa.objectives.itc import consistency_loss, itc_loss, itc_targets
 from lavis_mafa.objectives.itm import ExtraPairs, ItmPairs, candidate_pairs, itm_loss, itm_pairs
@@ -21,6 +22,7 @@ from lavis_mafa.objectives.pretraining import (
 
 __all__ = [
     "Connections",
+    "Contrast",
     "Discriminator",
     "EcmSettings",
     "EncodedBatch",
@@ -29,6 +31,7 @@ __all__ = [
     "IntraModal",
     "ItcSettings",
     "ItmPairs",
+    "MafaItcLoss",
     "PairModel",
     "StepOutput",
     "StepSettings",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 def itc_targets(
     known_positive: Tensor,
-    new_positive: Tensor,
-    new_positive_mask: Tensor,
+    new_positive: Tensor | None = None,
+    new_positive_mask: Tensor | None = None,
     smoothing: float = 0.0,
     excluded: Tensor | None = None,
 ) -> Tensor:
@@ -21,7 +21,7 @@ def itc_targets(
 
     Args:
         known_positive: BoolTensor[B, K], at least the own pair of each row.
-        new_positive: LongTensor[B], column of the mined candidate; any value where the mask is False.
+        new_positive: LongTensor[B], column of the mined candidate; any value where the mask is False. None: nothing was found.
         new_positive_mask: BoolTensor[B], True where the candidate became a positive.
         smoothing: alpha of eq. 5, in [0, 1]; 0 is off.
         excluded: BoolTensor[B, K], pairs that take no part (ECM-E: eliminated false negatives); smoothing spreads over the
@@ -41,12 +41,13 @@ def itc_targets(
     rows, _ = known_positive.shape
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"smoothing is {smoothing}, but must be in [0, 1]")
-    if new_positive.shape != (rows,) or new_positive_mask.shape != (rows,):
-        raise ValueError(f"new_positive and its mask must be [{rows}], not {list(new_positive.shape)}")
     labels = known_positive.float()
-    column = new_positive.clamp_min(0)[:, None]
-    found = torch.maximum(labels.gather(1, column), new_positive_mask.float()[:, None])
-    labels = labels.scatter(1, column, found)
+    if new_positive is not None and new_positive_mask is not None:
+        if new_positive.shape != (rows,) or new_positive_mask.shape != (rows,):
+            raise ValueError(f"new_positive and its mask must be [{rows}], not {list(new_positive.shape)}")
+        column = new_positive.clamp_min(0)[:, None]
+        found = torch.maximum(labels.gather(1, column), new_positive_mask.float()[:, None])
+        labels = labels.scatter(1, column, found)
     targets = labels / labels.sum(dim=1, keepdim=True)
     if smoothing == 0.0:
         return targets
