@@ -254,8 +254,6 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         samples = self.check_samples(samples, "image")
         check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)
         images = self.ln_vision(self.visual_encoder(samples["image"].to(self.device)))
-        # transformers expands the ids alone to beams and samples
-        images = images.repeat_interleave(num_captions if use_nucleus_sampling else num_beams, dim=0)
         outputs = self.Qformer.generate(
             input_ids=torch.full((len(samples["image"]), 1), self.tokenizer.bos_token_id, device=self.device),
             query_embeds=self.query_tokens.expand(len(images), -1, -1),

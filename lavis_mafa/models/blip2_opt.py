@@ -375,11 +375,9 @@ class Blip2OptMafa(Blip2OPT):
         with self.maybe_autocast():
             queries = self._queries(image.to(self.device))
             seen = torch.ones(queries.shape[:2], dtype=torch.long, device=self.device)
-            # transformers expands ids and mask to beams or samples, but not the queries
-            lines = how["num_return_sequences"] if how.get("do_sample") else how["num_beams"]
             outputs = self.opt_model.generate(
                 input_ids=tokens.input_ids,
-                query_embeds=queries.repeat_interleave(lines, dim=0),
+                query_embeds=queries,
                 attention_mask=torch.cat([seen, tokens.attention_mask], dim=1),
                 max_new_tokens=max_len,
                 min_length=min_len + width,  # transformers counts the prompt

@@ -58,7 +58,8 @@ class BertTokenizer(HubTokenizer):
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         # transformers lower-cases character by character, and looks for the words that stay whole likewise
         lower = not self.do_lower_case or text == text.lower()
-        plain = lower and not any(word in text for word in self.unique_no_split_tokens)
+        whole = getattr(self, "unique_no_split_tokens", None) or self.added_tokens_encoder  # before transformers 4.34, and since
+        plain = lower and not any(word in text for word in whole)
         return self._tokenize(text) if plain else super().tokenize(text, **kwargs)
 
     def _tokenize(self, text: str) -> list[str]:

@@ -22,6 +22,16 @@ class GeneratedLengths:
     token does not count; an empty line counts as one token.
     """
 
+    @staticmethod
+    def _expand_inputs_for_generation(
+        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **given: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """A row a beam or sample. Which of the other inputs transformers repeats depends on its version: here it is all."""
+        assert input_ids is not None
+        of_row = {name: value for name, value in given.items() if isinstance(value, Tensor) and len(value) == len(input_ids)}
+        repeated = {name: value.repeat_interleave(expand_size, dim=0) for name, value in of_row.items() if name != "cache_position"}
+        return input_ids.repeat_interleave(expand_size, dim=0), {**given, **repeated}
+
     def beam_search(self, input_ids: Tensor, beam_scorer: Any, *args: Any, **kwargs: Any) -> Any:
         beam_scorer._beam_hyps = [_Lines(given, before=input_ids.shape[1]) for given in beam_scorer._beam_hyps]
         return super().beam_search(input_ids, beam_scorer, *args, **kwargs)  # type: ignore[misc]
@@ -78,6 +88,7 @@ class SpeakingQFormer(GeneratedLengths, GenerationMixin, BertWithHead):
     """A Q-Former with its head, whose beam search does not count [DEC]."""
 
     main_input_name = "input_ids"
+    _supports_cache_class = False  # asked by transformers 4.36 and later
     bert: LavisBert
 
     def __init__(self, words: int, width: int, *sizes: Any) -> None:
