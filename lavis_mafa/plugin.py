@@ -108,6 +108,17 @@ def _register_at_the_end(registry: Any) -> None:
     registry.register = staticmethod(register_and_us)
 
 
+def _give_back_moved_names() -> None:
+    """LAVIS 1.0.2 imports three functions from where transformers had them until 4.48."""
+    try:
+        from transformers import modeling_utils, pytorch_utils
+    except ImportError:  # LAVIS will say so
+        return
+    for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer"):
+        if not hasattr(modeling_utils, name) and hasattr(pytorch_utils, name):
+            setattr(modeling_utils, name, getattr(pytorch_utils, name))
+
+
 class _AfterLavis(importlib.abc.MetaPathFinder):
     """Finds LAVIS's registry as usual, and sees to it that LAVIS's last line registers us."""
 
@@ -137,5 +148,6 @@ class _ThenRegister(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
+        _give_back_moved_names()
         self.loader.exec_module(module)
         _register_at_the_end(module.Registry)
