@@ -1,0 +1,83 @@
+"""ALBEF's encoders for texts about two images: each fusion layer is there twice, once for each image (ALBEF section 5, Figure 3b)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from copy import deepcopy
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+
+from lavis_mafa.models.downstream import AlbefDownstream, Block
+from lavis_mafa.models.transformer import Bert, KeysValues, Reading
+
+logger = logging.getLogger(__name__)
+LAYER = re.compile(r"^(text_encoder\.encoder\.layer\.)(\d+)(\..*)$")
+Rows = slice | Tensor
+
+
+def double_fusion_layers(bert: Bert) -> Bert:
+    """Replace each fusion layer by a couple: itself, and a copy with the same module for the keys (and one for the values) of its
+    cross-attention. So it stays one parameter wherever the model goes: copied, moved, loaded, in DDP, in an optimizer."""
+    layers: Any = list(bert.encoder.layer)
+    doubled = layers[: bert.fusion_layer]
+    for first in layers[bert.fusion_layer :]:
+        second = deepcopy(first)
+        own, shared = second.crossattention.self, first.crossattention.self
+        own.key, own.value = shared.key, shared.value
+        doubled += [first, second]
+    bert.encoder.layer = nn.ModuleList(doubled)
+    return bert
+
+
+def doubled_weights(state: dict[str, Tensor], fusion_layer: int) -> dict[str, Tensor]:
+    """A state dict of pre-training for :func:`double_fusion_layers`: fusion layer F + i becomes F + 2i and F + 2i + 1.
+
+    Example:
+        >>> list(doubled_weights({"text_encoder.encoder.layer.2.x": torch.zeros(1), "temp": torch.zeros(1)}, fusion_layer=1))
+        ['text_encoder.encoder.layer.3.x', 'text_encoder.encoder.layer.4.x', 'temp']
+    """
+    doubled = {}
+    for name, value in state.items():
+        found = LAYER.match(name)
+        if found is None or (number := int(found[2])) < fusion_layer:
+            doubled[name] = value
+            continue
+        for couple in (0, 1):
+            doubled[f"{found[1]}{2 * number - fusion_layer + couple}{found[3]}"] = value
+    return doubled
+
+
+class TwoImages(AlbefDownstream[Block], Generic[Block]):
+    """What the two models of two images share; ``text_encoder`` of their settings has the layers of pre-training."""
+
+    left_out = ""  # what a start from pre-training leaves out, for the log
+
+    def _text_encoder(self) -> Bert:
+        return double_fusion_layers(super()._text_encoder())
+
+    def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With couples of layers, which a checkpoint of pre-training has not."""
+        state = super().own_weights(state)
+        numbers = {int(found[2]) for name in state if (found := LAYER.match(name))}
+        settings = self.settings.text_encoder
+        if max(numbers, default=-1) + 1 != settings.layers:
+            return state
+        logger.info("Both layers of a couple start as the fusion layer of pre-training%s.", self.left_out)
+        return doubled_weights(state, settings.fusion_layer)
+
+    def read_two(self, text_encoder: Bert, texts: list[str], states: Tensor, first: Rows, second: Rows) -> Tensor:
+        """[CLS] of B texts [B, width], each read with two of K images [K, N, width]: B rows ``first``, B rows ``second``.
+
+        An image's keys and values are computed once, whatever it is read with."""
+        ids, mask = self.words(texts)
+        own = torch.arange(len(ids))
+        reading = Reading.of(mask, self.device, own, own, len(ids))
+        images: KeysValues = []
+        layers: Any = text_encoder.encoder.layer[text_encoder.fusion_layer :: 2]
+        for layer in layers:
+            key, value = layer.crossattention.self.keys_values(states)
+            images += [(key[rows], value[rows]) for rows in (first, second)]
+        return text_encoder.read(ids, reading, images=images, chosen=reading.first)
