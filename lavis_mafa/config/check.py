@@ -565,7 +565,8 @@ def _text_assignment(run: RunBlock) -> Iterator[str]:
             "run.test_splits empty, and train albef_nlvr_mafa on its checkpoint."
         )
     if run.batch_size_train < 3:
-        yield f"run.batch_size_train is {run.batch_size_train}, but text assignment draws two other images for each text; allowed: 3 or more."
+        size = run.batch_size_train
+        yield f"run.batch_size_train is {size}, but text assignment draws two other images for each text; allowed: 3 or more."
 
 
 def _labels(task: str, arch: str, datasets: Mapping[str, Any]) -> Iterator[str]:

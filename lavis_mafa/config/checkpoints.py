@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lavis_mafa.config.data import ENTAILMENT, STATEMENT
-from lavis_mafa.config.schema import DOWNSTREAM, FAMILIES, con_d_block, loss_weights
+from lavis_mafa.config.schema import DOWNSTREAM, FAMILIES, TextEncoder, con_d_block, loss_weights
 from lavis_mafa.errors import Mistakes, UserError
 from lavis_mafa.weights import read_weights
 
@@ -249,13 +249,8 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
     misfits = []
     for part, sizes in sizes_of(shapes).items():
         settings = getattr(block, part, None)
-        if part == "text_encoder" and _is_doubled(sizes, settings) and "itm_head.weight" not in shapes:
-            if block.arch not in TWO_IMAGES:
-                raise UserError(
-                    f"{source} has {sizes['layers']} text layers of a model of two images ({', '.join(TWO_IMAGES)}, LAVIS's albef_nlvr), "
-                    f"whose fusion layers are there twice, but {block.arch} has {settings.layers}; give a checkpoint of pre-training."
-                )
-            sizes = {**sizes, "layers": settings.layers}
+        if part == "text_encoder" and hasattr(settings, "fusion_layer") and "itm_head.weight" not in shapes:
+            sizes = _of_one_image(block.arch, sizes, settings, source)
         wanted = {name: getattr(settings, name, None) for name in sizes}
         if settings is not None and sizes != wanted:
             told = {"queries", *(name for name in sizes if sizes[name] != wanted[name])}
@@ -275,10 +270,17 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
         raise UserError(f"{source} is {what}; {shown}.image_encoder.width is {block.image_encoder.width}.")
 
 
-def _is_doubled(sizes: dict[str, int], settings: Any) -> bool:
-    """Text layers of two images: the set fusion layers twice, after the set text layers."""
-    text = getattr(settings, "fusion_layer", None)
-    return text is not None and (sizes["layers"], sizes.get("fusion_layer")) == (2 * settings.layers - text, text)
+def _of_one_image(arch: str, sizes: dict[str, int], settings: TextEncoder, source: str) -> dict[str, int]:
+    """The sizes of a text encoder of two images, which has the set fusion layers twice, by those of pre-training; others as they are."""
+    text = settings.fusion_layer
+    if (sizes["layers"], sizes.get("fusion_layer")) != (2 * settings.layers - text, text):
+        return sizes
+    if arch not in TWO_IMAGES:
+        raise UserError(
+            f"{source} has {sizes['layers']} text layers of a model of two images ({', '.join(TWO_IMAGES)}), each of whose fusion "
+            f"layers is there twice, but {arch} has {settings.layers}; give a checkpoint of pre-training."
+        )
+    return {**sizes, "layers": settings.layers}
 
 
 def _size(sizes: dict[str, Any], told: Collection[str]) -> str:

@@ -10,11 +10,13 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
+from lavis_mafa.errors import UserError
 from lavis_mafa.models.downstream import AlbefDownstream, Block
 from lavis_mafa.models.transformer import Bert, KeysValues, Reading
 
 logger = logging.getLogger(__name__)
 LAYER = re.compile(r"^(text_encoder\.encoder\.layer\.)(\d+)(\..*)$")
+SHARED = (".crossattention.self.key.", ".crossattention.self.value.")
 Rows = slice | Tensor
 
 
@@ -50,6 +52,19 @@ def doubled_weights(state: dict[str, Tensor], fusion_layer: int) -> dict[str, Te
     return doubled
 
 
+def _check_shared(state: dict[str, Tensor], fusion_layer: int) -> None:
+    """Else the second of a couple would be taken for both, without a word; raises UserError."""
+    for name, value in state.items():
+        found = LAYER.match(name)
+        if found is None or not found[3].startswith(SHARED) or (int(found[2]) - fusion_layer) % 2 == 0:
+            continue
+        first = state.get(f"{found[1]}{int(found[2]) - 1}{found[3]}")
+        if first is not None and not torch.equal(value, first):
+            raise UserError(
+                f"{name} is not that of layer {int(found[2]) - 1}, with which it is one weight: a couple shares keys and values."
+            )
+
+
 class TwoImages(AlbefDownstream[Block], Generic[Block]):
     """What the two models of two images share; ``text_encoder`` of their settings has the layers of pre-training."""
 
@@ -59,11 +74,16 @@ class TwoImages(AlbefDownstream[Block], Generic[Block]):
         return double_fusion_layers(super()._text_encoder())
 
     def own_weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With couples of layers, which a checkpoint of pre-training has not."""
+        """With couples of layers, which a checkpoint of pre-training has not.
+
+        Raises:
+            UserError: a couple does not share its keys and values.
+        """
         state = super().own_weights(state)
         numbers = {int(found[2]) for name in state if (found := LAYER.match(name))}
         settings = self.settings.text_encoder
         if max(numbers, default=-1) + 1 != settings.layers:
+            _check_shared(state, settings.fusion_layer)
             return state
         logger.info("Both layers of a couple start as the fusion layer of pre-training%s.", self.left_out)
         return doubled_weights(state, settings.fusion_layer)
