@@ -60,9 +60,8 @@ def _check_shared(state: dict[str, Tensor], fusion_layer: int) -> None:
             continue
         first = state.get(f"{found[1]}{int(found[2]) - 1}{found[3]}")
         if first is not None and not torch.equal(value, first):
-            raise UserError(
-                f"{name} is not that of layer {int(found[2]) - 1}, with which it is one weight: a couple shares keys and values."
-            )
+            one = int(found[2]) - 1
+            raise UserError(f"{name} is not that of layer {one}, with which it is one weight: a couple shares keys and values.")
 
 
 class TwoImages(AlbefDownstream[Block], Generic[Block]):
