@@ -248,7 +248,7 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
     """Layers and widths of the encoders; the loading would list every weight."""
     misfits = []
     for part, sizes in sizes_of(shapes).items():
-        settings = getattr(block, part, None)
+        settings: Any = getattr(block, part, None)
         if part == "text_encoder" and hasattr(settings, "fusion_layer") and "itm_head.weight" not in shapes:
             sizes = _of_one_image(block.arch, sizes, settings, source)
         wanted = {name: getattr(settings, name, None) for name in sizes}
@@ -271,7 +271,7 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
 
 
 def _of_one_image(arch: str, sizes: dict[str, int], settings: TextEncoder, source: str) -> dict[str, int]:
-    """The sizes of a text encoder of two images, which has the set fusion layers twice, by those of pre-training; others as they are."""
+    """Of a text encoder that has the set fusion layers twice, for two images, the sizes in pre-training; others as they are."""
     text = settings.fusion_layer
     if (sizes["layers"], sizes.get("fusion_layer")) != (2 * settings.layers - text, text):
         return sizes
