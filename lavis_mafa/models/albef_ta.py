@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lavis_mafa.config.schema import AlbefTaBlock
+from lavis_mafa.models.albef_nlvr import TwoImages
 from lavis_mafa.models.base import CONFIGS
 from lavis_mafa.models.momentum import project
 from lavis_mafa.models.step import PretrainOutput, check_samples
-from lavis_mafa.models.two_images import TwoImages
 from lavis_mafa.objectives import assign_texts
 
 
