@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,24 @@ def test_scenes_are_read_as_they_are(scenes):
         told = pyarrow.parquet.read_table(scenes / f"statements_{split}.parquet").to_pylist()
         assert [part[row]["label"] for row in range(len(part))] == [row["label"] for row in told]
         assert [part.table[name][0].as_py() for name in part.images] == told[0]["images"]
+
+
+def test_the_pages_snippet_makes_rows_of_nlvr2s(tmp_path, monkeypatch):
+    """Its layout: a line a sentence, without paths; training images lie in numbered folders."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/downstream.md").read_text()
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "identifier" in code]
+    told = {"train": {"identifier": "train-10171-0-0", "directory": 54}, "dev": {"identifier": "dev-850-0-1"}}
+    told["test1"] = {"identifier": "test1-0-1-0"}
+    for split, row in told.items():
+        (tmp_path / f"{split}.json").write_text(
+            json.dumps({**row, "sentence": "An empty glass.", "label": "True", "left_url": "x"}) + "\n"
+        )
+    exec(snippet, {})
+    tables = {split: read_annotations([tmp_path / f"nlvr2_{split}.jsonl"], STATEMENTS) for split in told}
+    assert tables["train"]["image1"][0].as_py() == "images/train/54/train-10171-0-img1.png"
+    assert tables["dev"]["image0"][0].as_py() == "dev/dev-850-0-img0.png"
+    assert tables["test1"]["sentence_id"][0].as_py() == "test1-0-1-0" and tables["dev"]["label"][0].as_py() == "True"
 
 
 def test_a_file_may_have_its_own_folder(folder):
