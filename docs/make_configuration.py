@@ -63,7 +63,8 @@ Combinations that are refused:
   `mlm.mask_everywhere` with masked words off, or with ITC and ITM off; `itc.focal` with ITC off.
 - **GRIT**: B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
-- **Tasks**: `mafa_classification` with another of our models than `albef_ve_mafa`, or that with another of our tasks; captions from
+- **Tasks**: `mafa_classification` with another of our models than `albef_ve_mafa` and `albef_nlvr_mafa`, these with another of our
+  tasks, or on labels of the other; `albef_ta_mafa` with GRIT, with splits to evaluate, or less than three pairs a batch; captions from
   `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with
   `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without `{}`; evaluating without
   `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's `runner_base` and `runner_iter`;
@@ -76,7 +77,8 @@ Combinations that are refused:
 - **Sizes** that do not divide (width by heads, image by patch); `fusion_layer` not below `layers`.
 - **Checkpoints of the wrong kind**, read from their names and shapes when a job starts: a stage 1 as `pretrained` of stage 2 or the
   other way round, an ALBEF, BLIP or BLIP-2 with T5 where another is needed, a Con-D whose Q-Former has other sizes than are set; of
-  `albef_ve_mafa` a classifier of other classes, an answering decoder, or no classifier to evaluate.
+  `albef_ve_mafa` and `albef_nlvr_mafa` a classifier of other classes, an answering decoder, or no classifier to evaluate; a model of
+  two images, whose fusion layers are there twice, for a model of one.
 """
 
 TYPES = {int: "int", float: "float", str: "str", bool: "bool", list: "list of str", dict: "block"}

@@ -38,6 +38,8 @@ def register() -> None:
     import lavis_mafa.processors  # noqa: F401
     from lavis_mafa.distributed import init_process_group
     from lavis_mafa.models.albef import AlbefMafa
+    from lavis_mafa.models.albef_nlvr import AlbefNlvrMafa
+    from lavis_mafa.models.albef_ta import AlbefTaMafa
     from lavis_mafa.models.albef_ve import AlbefVeMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
@@ -56,6 +58,8 @@ def register() -> None:
             "blip2_mafa": Blip2Mafa,
             "blip2_opt_mafa": Blip2OptMafa,
             "albef_ve_mafa": AlbefVeMafa,
+            "albef_nlvr_mafa": AlbefNlvrMafa,
+            "albef_ta_mafa": AlbefTaMafa,
         },
         "task_name_mapping": {
             "mafa_pretrain": MafaPretrainTask,

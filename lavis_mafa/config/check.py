@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from lavis_mafa.config.checkpoints import check_kinds, check_words, is_path
+from lavis_mafa.config.checkpoints import CLASSES, check_kinds, check_words, is_path
 from lavis_mafa.config.data import SPLITS, check_block, check_info, check_processor, missing_files, own_splits
 from lavis_mafa.config.read import at, expanded, find_yaml, merged, plain, read_settings
 from lavis_mafa.config.schema import (
@@ -26,7 +26,7 @@ from lavis_mafa.config.schema import (
     RUN_BLOCKS,
     TRUE_OR_FALSE,
     AlbefBlock,
-    AlbefVeBlock,
+    AlbefTaBlock,
     Blip2OptBlock,
     CaptioningRun,
     MafaBlock,
@@ -43,7 +43,9 @@ from lavis_mafa.weights import by_name, read_checkpoint
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
-LABELLED = ("grit_entailment", "snli_ve")
+_ENTAILING, _OF_TWO = ("albef_ve_mafa", "albef_classification"), ("albef_nlvr_mafa",)
+# data sets whose sentences have labels -> the models that tell these
+LABELLED = {"grit_entailment": _ENTAILING, "snli_ve": _ENTAILING, "grit_statements": _OF_TWO, "nlvr": _OF_TWO}
 OURS, STEPWISE = "warmup_cosine_per_step", "linear_warmup_step_lr"
 NO_DECAY = f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9)."
 
@@ -523,14 +525,16 @@ def _tasks(model: Any, run: RunBlock) -> Iterator[str]:
     stage_2, pretrains = isinstance(model, Blip2OptBlock), run.task == "mafa_pretrain"
     if run.task in ("mafa_vqa", "mafa_gqa") and not stage_2:
         yield f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa."
-    if (run.task == "mafa_classification") != isinstance(model, AlbefVeBlock):
-        allowed = "model.arch: albef_ve_mafa" if run.task == "mafa_classification" else "run.task: mafa_classification"
+    if (run.task == "mafa_classification") != (model.arch in CLASSES):
+        allowed = f"model.arch: {', '.join(CLASSES)}" if run.task == "mafa_classification" else "run.task: mafa_classification"
         yield f"run.task is {run.task}, but model.arch is {model.arch}; allowed here: {allowed}."
         return
     if run.task == "mafa_captioning" and model.arch not in ("blip2_mafa", "blip2_opt_mafa"):
         yield f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa."
     elif run.task == "mafa_captioning" and not stage_2 and not run.evaluate:
         yield f"run.task is {run.task}, which trains stage 2 alone; {model.arch} is trained by mafa_pretrain."
+    if isinstance(model, AlbefTaBlock) and pretrains:
+        yield from _text_assignment(run)
     if stage_2 and run.grit.enabled and pretrains:
         yield f"run.grit.enabled is true, but {model.arch} has no contrastive features to group by; GRIT belongs to stage 1."
     if stage_2 and not run.evaluate and model.language_model.precision == "fp16" and run.precision != "fp16":
@@ -551,15 +555,31 @@ def _tasks(model: Any, run: RunBlock) -> Iterator[str]:
         )
 
 
+def _text_assignment(run: RunBlock) -> Iterator[str]:
+    """It makes no features to group by, scores nothing, and draws two other images for each text."""
+    if run.grit.enabled:
+        yield "run.grit.enabled is true, but albef_ta_mafa makes no features of texts to group by; allowed here: false."
+    if run.evaluate or run.valid_splits or run.test_splits:
+        yield (
+            "run.task is mafa_pretrain, which evaluates retrieval, but albef_ta_mafa is for training alone; leave run.valid_splits and "
+            "run.test_splits empty, and train albef_nlvr_mafa on its checkpoint."
+        )
+    if run.batch_size_train < 3:
+        size = run.batch_size_train
+        yield f"run.batch_size_train is {size}, but text assignment draws two other images for each text; allowed: 3 or more."
+
+
 def _labels(task: str, arch: str, datasets: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences with labels are for the task that learns and tells these, and it can do nothing with others."""
-    ours = task == "mafa_classification"
-    if ours and arch not in MODEL_BLOCKS and arch != "albef_classification":
-        yield f"run.task is {task}, but model.arch is {arch}, which tells no labels; allowed here: albef_ve_mafa, albef_classification."
+    """Sentences with labels are for the task and the models that learn and tell these, and those can do nothing with others."""
+    ours, telling = task == "mafa_classification", list(dict.fromkeys(one for models in LABELLED.values() for one in models))
+    own = [name for name, models in LABELLED.items() if arch in models]
+    if ours and arch not in MODEL_BLOCKS and not own:
+        yield f"run.task is {task}, but model.arch is {arch}; allowed here: {', '.join(telling)}."
     for name in datasets:
-        if ours and name not in LABELLED:
-            yield f"run.task is {task}, but {name} has no sentences with labels; allowed here: {', '.join(LABELLED)}."
-        if not ours and arch != "albef_ve_mafa" and (name == LABELLED[0] or (name in LABELLED and task in RUN_BLOCKS)):
+        if ours and name not in (own or LABELLED):
+            what = "sentences with labels" if name not in LABELLED else f"labels that {arch} tells"
+            yield f"run.task is {task}, but {name} has no {what}; allowed here: {', '.join(own or LABELLED)}."
+        if not ours and arch not in CLASSES and (name in LABELLED and (name in SPLITS or task in RUN_BLOCKS)):
             yield f"{name} has sentences that may be false, with labels, but run.task is {task}; allowed here: mafa_classification."
 
 
@@ -604,7 +624,7 @@ def check_device(model: Any, device: str, precision: str = "fp32") -> None:
 
 def doubtful(model: Any, run: RunBlock) -> Iterator[str]:
     """What a user may want (a paper's table has it), but should know of."""
-    if isinstance(model, AlbefVeBlock) and model.pretrained is None and not run.evaluate:
+    if model.arch in DOWNSTREAM and model.pretrained is None and not run.evaluate:
         yield "model.pretrained is null, so its encoders start at random, or from model.*.init; give a checkpoint of pre-training."
     if not isinstance(model, MafaBlock) or run.evaluate:
         return

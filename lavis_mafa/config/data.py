@@ -60,10 +60,12 @@ def check_keys(where: str, block: Iterable[Any], allowed: Iterable[str], of: str
 TRAINING_FILES = {"fixed": "train.jsonl", "drawn": "train_captions.jsonl", "curated": "train_captions.jsonl"}
 SCENE_FILES = {"web": "train.parquet", "curated": "curated.parquet"}
 ENTAILMENT = ("contradiction", "neutral", "entailment")  # labels, in the order of their numbers; LAVIS's order
+STATEMENT = ("False", "True")  # likewise, of statements about two images
 SPLITS = {
     "grit_pairs": ("train", "val", "test"),
     "grit_vqa": ("val", "test"),
     "grit_entailment": ("train", "val", "test"),
+    "grit_statements": ("train", "val", "test"),
     "grit_emoji": ("train", "val", "test"),
     "grit_scenes": ("train", "val", "test", "unseen"),
 }
@@ -77,6 +79,7 @@ INFO: dict[str, dict[str, Rule]] = {  # keys of build_info
     "grit_pairs": {**_ROWS, "prefix_lm": _TRUE_OR_FALSE},
     "grit_vqa": _ROWS,
     "grit_entailment": _ROWS,
+    "grit_statements": _ROWS,
     "grit_scenes": {
         "root": ("the folder that `lavis-mafa build-scenes` wrote", lambda value: isinstance(value, str)),
         "captions": _one_of(*SCENE_FILES),

@@ -68,7 +68,7 @@ _OLD_NAMES = {
     "model.itc.momentum_distillation.queue_size": "model.queue_size",
     "model.itc.momentum_distillation.momentum, downstream model.momentum_distillation.momentum": "model.momentum",
     "model.itc.momentum_distillation, downstream model.momentum_distillation: null, or a block": "model.use_distill model.distill",
-    "nothing: the data have contradiction, neutral and entailment": "model.num_classes",
+    "nothing: the data set says which labels there are": "model.num_classes",
     "model.mlm.mask_probability": "model.mlm_mask_prob model.mlm_probability",
     "run.grit.batch_scope: global, or local": "model.negative_all_rank",
     "sizes in model.text_encoder": "model.med_config_path model.bert_config",
@@ -381,8 +381,8 @@ class DownstreamDistillation:
 
 
 @dataclass(kw_only=True)
-class AlbefDownstreamBlock:
-    """What ALBEF's models for tasks after pre-training share: its encoders, without the heads of pre-training."""
+class AlbefEncodersBlock:
+    """What ALBEF's models after pre-training share: its encoders, without the heads of pre-training."""
 
     arch: str
     model_type: str = as_in(MafaBlock, "model_type", "base")
@@ -395,6 +395,12 @@ class AlbefDownstreamBlock:
     max_text_length: int = as_in(MafaBlock, "max_text_length", ..., "longer sentences are cut, in tokens")
     image_encoder: ImageEncoder = setting(..., "the ViT")
     text_encoder: TextEncoder = setting(..., "BERT, split into text and fusion layers")
+
+
+@dataclass(kw_only=True)
+class AlbefDownstreamBlock(AlbefEncodersBlock):
+    """Those of them that are fine-tuned for a task, with or without a teacher."""
+
     momentum_distillation: DownstreamDistillation | None = setting(
         None, "the teacher; null is off, as in MAFA section F", "ALBEF Table 4"
     )
@@ -405,6 +411,26 @@ class AlbefVeBlock(AlbefDownstreamBlock):
     """Visual entailment: whether a sentence follows from an image, contradicts it, or neither ([downstream.md](downstream.md))."""
 
     arch: str = as_in(MafaBlock, "arch", "albef_ve_mafa")
+
+
+DOUBLED = "BERT, split into text and fusion layers, as in pre-training: each fusion layer becomes two, one for each image"
+
+
+@dataclass(kw_only=True)
+class AlbefNlvrBlock(AlbefDownstreamBlock):
+    """NLVR2: whether a sentence holds of two images ([downstream.md](downstream.md))."""
+
+    arch: str = as_in(MafaBlock, "arch", "albef_nlvr_mafa")
+    text_encoder: TextEncoder = setting(..., DOUBLED, "ALBEF sec. 5")
+
+
+@dataclass(kw_only=True)
+class AlbefTaBlock(AlbefEncodersBlock):
+    """Text assignment, the pre-training before NLVR2: to which of two images a caption belongs ([downstream.md](downstream.md))."""
+
+    arch: str = as_in(MafaBlock, "arch", "albef_ta_mafa")
+    text_encoder: TextEncoder = setting(..., DOUBLED, "ALBEF sec. 5")
+    embed_dim: int = as_in(MafaBlock, "embed_dim", ..., "size of pre-training's image features, whose similarities choose other images")
 
 
 def loss_weights(model: MafaBlock) -> dict[str, float]:
@@ -541,7 +567,7 @@ class DownstreamRun(RunBlock):
 
 @dataclass
 class ClassificationRun(DownstreamRun):
-    """Tells which label an image and its sentence have; `albef_ve_mafa`, and LAVIS's `albef_classification`."""
+    """Tells which label a sentence has; `albef_ve_mafa`, `albef_nlvr_mafa`, and LAVIS's `albef_classification`."""
 
     task: str = as_in(RunBlock, "task", "mafa_classification")
 
@@ -589,6 +615,8 @@ MODEL_BLOCKS: dict[str, Any] = {
     "blip2_mafa": Blip2Block,
     "blip2_opt_mafa": Blip2OptBlock,
     "albef_ve_mafa": AlbefVeBlock,
+    "albef_nlvr_mafa": AlbefNlvrBlock,
+    "albef_ta_mafa": AlbefTaBlock,
 }
 WITH_MATCHING = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, MafaBlock)]
 FAMILIES |= {
@@ -598,7 +626,7 @@ FAMILIES |= {
     **dict.fromkeys(("blip2", "blip2_image_text_matching"), "blip2_mafa"),
     "ground_truth": "",
 }
-DOWNSTREAM = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, AlbefDownstreamBlock)]
+DOWNSTREAM = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, AlbefEncodersBlock)]
 RUN_BLOCKS: dict[str, Any] = {
     "mafa_pretrain": RunBlock,
     "mafa_classification": ClassificationRun,

@@ -18,8 +18,9 @@ import torch
 
 from lavis_mafa.config.data import AnnotationFile, annotation_file, ending
 from lavis_mafa.datasets.facts import TEXTS, check_facts, fact_columns, one_each
-from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, Columns, as_named, one_message
+from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, TWO, Columns, as_named, one_message
 from lavis_mafa.datasets.ids import id_texts, is_blank, is_missing, is_text, number_columns, pc, with_numbers
+from lavis_mafa.datasets.statements import read_statements
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 
 # how Python and numpy print a list of texts: what a table of lists holds after it went through CSV
@@ -38,11 +39,11 @@ def read_annotations(
     ``image_id`` (what results call the image), ``same_image`` (equal for rows whose paths count as one image), and ground truth:
     ``concept`` (what it shows), or ``facts`` (a list of texts: all that it shows) with ``caption_facts`` (for each caption a list: what
     it claims). ``QUESTIONS`` are ``image``, ``question``, ``answer``, ``question_id`` likewise; ``SENTENCES`` ``image``, ``sentence``
-    (or ``caption``), ``label``, ``sentence_id``.
+    (or ``caption``), ``label``, ``sentence_id``; ``STATEMENTS`` the same of ``image0`` and ``image1``, or ``images``.
 
     Args:
         files: at least one. Images of one with a folder of its own get absolute paths.
-        columns: ``PAIRS``, ``QUESTIONS`` or ``SENTENCES``.
+        columns: ``PAIRS``, ``QUESTIONS``, ``SENTENCES`` or ``STATEMENTS``.
         allow_absolute_paths: image paths may leave the image folder.
 
     Returns:
@@ -84,9 +85,11 @@ def in_folder(table: pa.Table, images: Path | None) -> pa.Table:
         return table
     if not images.is_dir():
         raise UserError(f"The image folder {images} does not exist; set images to the folder the image paths start from.")
-    below = pc.binary_join_element_wise(str(images.absolute()), table["image"], "/")
-    image = pc.if_else(pc.starts_with(table["image"], "/"), table["image"], below)
-    return table.set_column(table.schema.get_field_index("image"), "image", image)
+    for name in (name for name in ("image", *TWO) if name in table.column_names):
+        below = pc.binary_join_element_wise(str(images.absolute()), table[name], "/")
+        image = pc.if_else(pc.starts_with(table[name], "/"), table[name], below)
+        table = table.set_column(table.schema.get_field_index(name), name, image)
+    return table
 
 
 def image_keys(table: pa.Table) -> torch.LongTensor:
@@ -134,7 +137,7 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
         raise UserError(f"{path}: no such annotation file.")
     with one_message(path):
         named = as_named(path, columns)
-        table = read(path, named)
+        table = read_statements(path) if columns.images == TWO else read(path, named)
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows.")
     if named.several != columns.several:
@@ -160,13 +163,14 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
 
 def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: bool) -> None:
     for name in columns.single:
-        kind = {"image": "a path", "label": ", ".join(columns.labels)}.get(name, "a text")
+        kind = {"label": ", ".join(columns.labels), **dict.fromkeys(columns.images, "a path")}.get(name, "a text")
         _refuse(path, table[name], is_blank(table[name]), f"'{name}' is empty; allowed: {kind}.")
         if name == "question":
             _refuse(path, table[name], is_missing(table[name]), "the question {} is how a missing one is written; allowed: a text.")
     if not allow_absolute_paths:
         below = "a path below the image folder, relative and without '..', unless build_info.images.allow_absolute_paths is true"
-        _refuse(path, table["image"], leaves_folder(table["image"]), f"image is {{}}; allowed: {below}.")
+        for name in columns.images:
+            _refuse(path, table[name], leaves_folder(table[name]), f"{name} is {{}}; allowed: {below}.")
     if columns.labels:
         unknown = pc.invert(pc.is_in(table["label"], value_set=pa.array(columns.labels)))
         _refuse(path, table["label"], unknown, f"label is {{}}; allowed: {', '.join(columns.labels)}.")

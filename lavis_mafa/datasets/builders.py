@@ -1,5 +1,5 @@
-"""LAVIS dataset builders: ``grit_pairs``, ``grit_vqa`` and ``grit_entailment`` (one's own), ``grit_emoji`` and ``grit_scenes``
-(embedded data).
+"""LAVIS dataset builders: ``grit_pairs``, ``grit_vqa``, ``grit_entailment`` and ``grit_statements`` (one's own), ``grit_emoji`` and
+``grit_scenes`` (embedded data).
 
 Nothing is ever downloaded, and relative paths start from the working directory, not from LAVIS's cache.
 """
@@ -26,7 +26,7 @@ from lavis_mafa.config.data import (
     own_files,
 )
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
-from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE, SENTENCES
+from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE, SENTENCES, STATEMENTS
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.datasets.pairs import (
     GLANCE,
@@ -35,6 +35,7 @@ from lavis_mafa.datasets.pairs import (
     LabelledSentences,
     RetrievalPairs,
     Select,
+    Statements,
     naming_questions,
     open_annotations,
 )
@@ -115,12 +116,23 @@ class GritEntailmentBuilder(_OwnFilesBuilder):
     name = "grit_entailment"
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_entailment" / "defaults.yaml")}
 
+    columns, dataset = SENTENCES, LabelledSentences
+
     def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
-        _, table = open_annotations(root, paths, select, SENTENCES, anywhere, GLANCE if split == "train" else 1)
-        sentences = LabelledSentences(*self._processors(split), root, table, ", ".join(map(str, paths)))
+        _, table = open_annotations(root, paths, select, self.columns, anywhere, GLANCE if split == "train" else 1)
+        sentences = self.dataset(*self._processors(split), root, table, ", ".join(map(str, paths)))
         if split != "train":
             sentences.check_sentences()
         return sentences
+
+
+class GritStatementsBuilder(GritEntailmentBuilder):
+    """Own sentences about two images, from the same formats; columns ``images`` (two paths) or ``image0`` and ``image1``, ``sentence``,
+    ``label``, optionally ``sentence_id``; the scenes' ``statements_<split>.parquet`` too."""
+
+    name = "grit_statements"
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_statements" / "defaults.yaml")}
+    columns, dataset = STATEMENTS, Statements
 
 
 class GritEmojiBuilder(_LocalBuilder):
@@ -197,6 +209,7 @@ BUILDERS = {
     "grit_pairs": GritPairsBuilder,
     "grit_vqa": GritVqaBuilder,
     "grit_entailment": GritEntailmentBuilder,
+    "grit_statements": GritStatementsBuilder,
     "grit_emoji": GritEmojiBuilder,
     "grit_scenes": GritScenesBuilder,
 }

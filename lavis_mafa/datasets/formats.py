@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
-from lavis_mafa.config.data import ENTAILMENT, ending
+from lavis_mafa.config.data import ENTAILMENT, STATEMENT, ending
 from lavis_mafa.datasets.facts import FACTS, TEXTS, claims_of_json, facts_of_cell, facts_of_json
 from lavis_mafa.datasets.ids import id_of_json, shown_json, with_numbers, written_numbers
 from lavis_mafa.datasets.separated_values import other_separator, separated_rows
@@ -30,12 +30,13 @@ CHARACTERS_AT_ONCE = 1 << 20
 class Columns:
     """A kind of annotations: columns ``single`` (a text), ``several`` (a text or a list of texts), ``optional`` (ids) and ``facts``
     (see :mod:`lavis_mafa.datasets.facts`). A file without the column ``several`` may call it ``or_else``; ``labels`` are what a column
-    ``label`` may hold.
+    ``label`` may hold, ``images`` the columns among ``single`` that are paths of images.
     """
 
     single: tuple[str, ...]
     several: str
     optional: tuple[str, ...]
+    images: tuple[str, ...] = ("image",)
     facts: tuple[str, ...] = ()
     or_else: str = ""
     labels: tuple[str, ...] = ()
@@ -53,6 +54,8 @@ SAME_IMAGE = "same_image"
 PAIRS = Columns(single=("image",), several="caption", optional=("image_id", "concept", SAME_IMAGE), facts=tuple(FACTS))
 QUESTIONS = Columns(single=("image", "question"), several="answer", optional=("question_id",))
 SENTENCES = Columns(single=("image", "label"), several="sentence", optional=("sentence_id",), or_else="caption", labels=ENTAILMENT)
+TWO = ("image0", "image1")
+STATEMENTS = Columns(single=(*TWO, "label"), several="sentence", optional=("sentence_id",), images=TWO, labels=STATEMENT)
 
 
 @contextlib.contextmanager
@@ -64,6 +67,25 @@ def one_message(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as {ending(path)}: its texts are not UTF-8 ({error}); save it as UTF-8.") from error
     except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as {ending(path)}: {' '.join(str(error).split())}") from error
+
+
+def read_records(path: Path, columns: Columns = PAIRS) -> Iterator[dict[str, Any]]:
+    """The rows of an annotation file as they were written, with all their columns, one at a time."""
+    kind = ending(path)
+    with one_message(path):
+        if kind == ".json":
+            yield from objects_in_list(path, columns)
+        elif kind in (".jsonl", ".ndjson"):
+            with open_text(path) as file:
+                yield from objects_in_lines(path, columns, file)
+        elif kind == ".parquet":
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        else:
+            values = separated_values(path, columns)
+            header = next(values, [])
+            for row in values:
+                yield dict(zip(header, row, strict=True))
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:

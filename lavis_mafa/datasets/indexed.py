@@ -172,15 +172,17 @@ def generators_kept() -> Iterator[None]:
 
 
 def image_path(dataset: Any, index: int) -> str | None:
-    """Where sample ``index``'s image is; None where the data set does not tell."""
+    """Where sample ``index``'s image is, of two images both; None where the data set does not tell."""
     dataset, index = _innermost(dataset, index)
     if hasattr(dataset, "image_path"):
         path = dataset.image_path(index)
         return None if path is None else str(path)
     annotation = getattr(dataset, "annotation", None)
     row = annotation[index] if isinstance(annotation, list) else None
-    name = row.get("image") if isinstance(row, dict) else None
-    return os.path.join(getattr(dataset, "vis_root", None) or "", name) if isinstance(name, str) else None
+    names = row.get("images", [row.get("image")]) if isinstance(row, dict) else []
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return None
+    return " and ".join(os.path.join(getattr(dataset, "vis_root", None) or "", name) for name in names)
 
 
 def _innermost(dataset: Any, index: int) -> tuple[Any, int]:

@@ -99,6 +99,8 @@ def check_rows(datasets: dict[str, dict[str, Any]]) -> None:
                 for key, form in needed.items():
                     if not isinstance(value.get(key), form) or not _are_texts(value[key]):
                         raise UserError(f"{where}: {key} is {_shown(value.get(key))}; allowed: {FORMS[form]}.")
+                if "images" in needed and len(value["images"]) != 2:
+                    raise UserError(f"{where}: images is {_shown(value['images'])}; allowed: a list of two paths.")
                 labels = getattr(dataset, "class_labels", None)
                 if labels and "label" in needed and value["label"] not in labels:
                     raise UserError(f"{where}: label is {_shown(value['label'])}; allowed: {', '.join(labels)}.")
@@ -108,6 +110,7 @@ def _needed(dataset: Any) -> dict[str, type]:
     """What each row must have, by the classes of LAVIS that make samples of images."""
     from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEvalDataset
     from lavis.datasets.datasets.image_text_pair_datasets import ImageTextPairDataset
+    from lavis.datasets.datasets.nlvr_datasets import NLVRDataset
     from lavis.datasets.datasets.retrieval_datasets import RetrievalDataset, RetrievalEvalDataset
     from lavis.datasets.datasets.snli_ve_datasets import SNLIVisualEntialmentDataset
     from lavis.datasets.datasets.vqa_datasets import VQADataset, VQAEvalDataset
@@ -118,6 +121,8 @@ def _needed(dataset: Any) -> dict[str, type]:
         return {"image": str, "caption": list}
     if isinstance(dataset, SNLIVisualEntialmentDataset):
         return {"image": str, "sentence": str, "label": str}
+    if isinstance(dataset, NLVRDataset):
+        return {"images": list, "sentence": str, "label": str}
     if isinstance(dataset, CaptionEvalDataset):
         return {"image": str}
     return {"image": str, "question": str} if isinstance(dataset, VQADataset | VQAEvalDataset) else {}

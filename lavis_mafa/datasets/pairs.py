@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from lavis_mafa.config.data import ENTAILMENT, AnnotationFile
+from lavis_mafa.config.data import ENTAILMENT, STATEMENT, AnnotationFile
 from lavis_mafa.datasets.annotations import clean_caption, image_keys, path_hint, read_annotations, shown
-from lavis_mafa.datasets.formats import PAIRS, Columns
+from lavis_mafa.datasets.formats import PAIRS, TWO, Columns
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import Id, collate_with_ids, typed_ids
 from lavis_mafa.datasets.images import load_rgb
@@ -35,7 +36,8 @@ def open_annotations(
     allow_absolute_paths: bool = False,
     glance: int = 1,
 ) -> tuple[Path, pa.Table]:
-    """The image folder and the annotations, checked as far as a glance can: one of the first ``glance`` rows' images must be there."""
+    """The image folder and the annotations, checked as far as a glance can: of one of the first ``glance`` rows every image must be
+    there."""
     root = Path(vis_root)
     if not root.is_dir():
         raise UserError(
@@ -44,10 +46,11 @@ def open_annotations(
     table = read_annotations(ann_paths, columns, allow_absolute_paths)
     if select is not None:
         table = select(table)
-    images = [root / image for image in table["image"][:glance].to_pylist()]
-    if not any(map(os.path.isfile, images)):
-        why = path_hint(root, table["image"][0].as_py()) or f"is {root} the folder the paths start from?"
-        raise UserError(f"{ann_paths[0]}, row 1: no image at {shown(images[0])}; {why}")
+    rows = table.select(columns.images)[:glance].to_pylist()
+    absent = [[image for image in row.values() if not os.path.isfile(root / image)] for row in rows]
+    if all(absent):
+        why = path_hint(root, absent[0][0]) or f"is {root} the folder the paths start from?"
+        raise UserError(f"{ann_paths[0]}, row 1: no image at {shown(root / absent[0][0])}; {why}")
     return root, table
 
 
@@ -292,6 +295,7 @@ class LabelledSentences(Dataset):
     """
 
     class_labels = {label: number for number, label in enumerate(ENTAILMENT)}
+    images: tuple[str, ...] = ("image",)  # columns, and what samples call them
 
     def __init__(
         self, vis_processor: Process, text_processor: Process, vis_root: str | Path, table: pa.Table, source: str = "sentences"
@@ -301,7 +305,10 @@ class LabelledSentences(Dataset):
         self.text_processor = text_processor
         self.source = source
         self.sentence_ids = ids_of_rows(table, "sentence_id", source)
-        self.image_keys = image_keys(table)
+
+    @cached_property
+    def image_keys(self) -> torch.Tensor:
+        return image_keys(self.table)
 
     def check_sentences(self) -> None:
         """For evaluation, which replaces nothing: UserError where processing leaves nothing of a sentence."""
@@ -314,18 +321,19 @@ class LabelledSentences(Dataset):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def image_path(self, index: int) -> Path:
+    def image_path(self, index: int) -> Path | str:
         return self.vis_root / self.table["image"][index].as_py()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample: ``image``, ``text_input`` (the sentence), ``label``, ``sentence_id``, ``index``.
+        """The sample: ``images``, ``text_input`` (the sentence), ``label``, ``sentence_id``, ``index``.
 
         Raises:
             OSError: the image cannot be read. In training, the runner takes another sample in its place and counts it.
             EmptyCaption: processing leaves nothing of the sentence; likewise.
         """
+        paths = {name: self.vis_root / self.table[name][index].as_py() for name in self.images}
         return {
-            "image": self.vis_processor(load_rgb(self.image_path(index))),
+            **{name: self.vis_processor(load_rgb(path)) for name, path in paths.items()},
             "text_input": clean_caption(self.text_processor, self.table["sentence"][index].as_py()[0]),
             "label": self.class_labels[self.table["label"][index].as_py()],
             "sentence_id": self.sentence_ids[index],
@@ -334,6 +342,23 @@ class LabelledSentences(Dataset):
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return collate_with_ids(samples, "sentence_id")
+
+
+class Statements(LabelledSentences):
+    """A sentence about two images a row, and whether it holds of them: for NLVR2.
+
+    Args: as above, but for the columns ``image0`` and ``image1``, as ``read_annotations`` with ``STATEMENTS`` gives them.
+    """
+
+    class_labels = {label: number for number, label in enumerate(STATEMENT)}
+    images = TWO
+
+    @cached_property
+    def image_keys(self) -> torch.Tensor:
+        return torch.arange(len(self))  # no two rows show the same one image
+
+    def image_path(self, index: int) -> str:
+        return " and ".join(str(self.vis_root / self.table[name][index].as_py()) for name in self.images)
 
 
 def ids_of_rows(table: pa.Table, name: str, source: str) -> list[Id]:

@@ -147,22 +147,23 @@ def check_samples(samples: dict[str, Any], image_size: int, *keys: str) -> dict[
     """LAVIS's samples with ``text_input`` as a list; a single text is a list of one.
 
     Raises:
-        UserError: of ``keys`` (image, text_input) one is missing or of another form, or there are not as many texts (or image keys, or
-            indices) as images.
+        UserError: of ``keys`` (image or image0 and image1, text_input) one is missing or of another form, or there are not as many
+            texts (or image keys, or indices) as images.
     """
     for key in keys:
         if samples.get(key) is None:
             raise UserError(f"samples has no {key!r}; needed: {' and '.join(keys)}.")
-    if "image" in keys:
-        image = samples["image"]
+    images = [key for key in keys if key.startswith("image")]
+    for key in images:
+        image = samples[key]
         if not isinstance(image, Tensor) or image.dim() != 4 or tuple(image.shape[1:]) != (3, image_size, image_size):
             found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
             hint = "; give one image as image.unsqueeze(0)" if isinstance(image, Tensor) and image.dim() == 3 else ""
-            raise UserError(f"samples['image'] is {found}; needed: a tensor [B, 3, {image_size}, {image_size}]{hint}.")
+            raise UserError(f"samples[{key!r}] is {found}; needed: a tensor [B, 3, {image_size}, {image_size}]{hint}.")
         if not len(image):
-            raise UserError("samples['image'] has no image; needed: at least one.")
+            raise UserError(f"samples[{key!r}] has no image; needed: at least one.")
         if image.dtype not in FLOATS:
-            raise UserError(f"samples['image'] is {image.dtype}; needed: torch.float32, normalised as an image processor gives it.")
+            raise UserError(f"samples[{key!r}] is {image.dtype}; needed: torch.float32, normalised as an image processor gives it.")
         second = samples.get("image_second_view")
         if second is not None and (not isinstance(second, Tensor) or second.shape != image.shape or second.dtype not in FLOATS):
             found = f"{second.dtype} {list(second.shape)}" if isinstance(second, Tensor) else type(second).__name__
@@ -174,8 +175,9 @@ def check_samples(samples: dict[str, Any], image_size: int, *keys: str) -> dict[
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong or not texts:
         raise UserError(f"samples['text_input'] holds {wrong[0] if wrong else 'nothing'!r}; needed: a list of texts, one an image.")
-    if "image" in keys and len(texts) != len(samples["image"]):
-        raise UserError(f"samples has {len(samples['image'])} images and {len(texts)} texts (text_input); needed: one text an image.")
+    for key in images:
+        if len(texts) != len(samples[key]):
+            raise UserError(f"samples has {len(samples[key])} images and {len(texts)} texts (text_input); needed: one text an image.")
     for key in ("index", "image_key"):
         if samples.get(key) is not None and (not isinstance(samples[key], Tensor) or samples[key].shape != (len(texts),)):
             raise UserError(f"samples[{key!r}] is {samples[key]!r}; needed: a LongTensor [{len(texts)}], a number a text.")

@@ -19,8 +19,10 @@ from lavis_mafa.objectives.pretraining import (
     mafa_step,
     value_range,
 )
+from lavis_mafa.objectives.text_assignment import Assignment, assign_texts
 
 __all__ = [
+    "Assignment",
     "Connections",
     "Contrast",
     "Discriminator",
@@ -35,6 +37,7 @@ __all__ = [
     "PairModel",
     "StepOutput",
     "StepSettings",
+    "assign_texts",
     "candidate_pairs",
     "consistency_loss",
     "distilled_targets",

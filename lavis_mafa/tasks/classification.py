@@ -1,4 +1,4 @@
-"""``mafa_classification``: which label an image and its sentence have."""
+"""``mafa_classification``: which label a sentence about one image or two has."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Told(NamedTuple):
 
 
 class MafaClassificationTask(MafaTask):
-    """Trains on labels, and tells and scores them: for ``albef_ve_mafa`` and LAVIS's ``albef_classification``, on ``grit_entailment``
-    and LAVIS's ``snli_ve``."""
+    """Trains on labels, and tells and scores them: ``albef_ve_mafa`` and LAVIS's ``albef_classification`` those of ``grit_entailment``
+    and LAVIS's ``snli_ve``, ``albef_nlvr_mafa`` those of ``grit_statements`` and LAVIS's ``nlvr``."""
 
-    evaluates = ("image", "text_input", "label")
+    evaluates = ("text_input", "label")
 
     def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any] | None:
         """What was ``told``, by row, and the names of the ``labels``; None except on rank 0."""

@@ -70,7 +70,10 @@ class MafaTask(BaseTask):
         datasets = with_training_splits(datasets, [] if self.run.evaluate else self.run.train_splits)
         for split in {*self.run.valid_splits, *self.run.test_splits}:
             for name, parts in datasets.items():
-                lacking = [key for key in self.evaluates if split in parts and key not in parts[split][0]]
+                try:
+                    lacking = [key for key in self.evaluates if split in parts and key not in parts[split][0]]
+                except OSError:  # the runner reads all images to evaluate, and names those that cannot be read
+                    continue
                 if lacking:
                     raise UserError(f"datasets.{name} has no {lacking[0]!r} in its split {split!r}, but {self.run.task} needs it.")
         return datasets

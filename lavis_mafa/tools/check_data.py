@@ -36,11 +36,8 @@ from lavis_mafa.datasets.formats import (
     PAIRS,
     SAME_IMAGE,
     Columns,
-    objects_in_lines,
-    objects_in_list,
     one_message,
-    open_text,
-    separated_values,
+    read_records,
 )
 from lavis_mafa.datasets.ids import is_missing, pc, typed_ids
 from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, load_rgb
@@ -158,25 +155,6 @@ def _text_of(path: Path) -> str | None:
     """What the rows of a data set of LAVIS's hold beside images."""
     first = next(read_records(path), {}) if path.is_file() else {"caption": ""}
     return next((text for text in ("caption", "question", "sentence") if text in first), "caption" if "image" not in first else None)
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of an annotation file as they were written, with all their columns, one at a time."""
-    kind = ending(path)
-    with one_message(path):
-        if kind == ".json":
-            yield from objects_in_list(path, PAIRS)
-        elif kind in (".jsonl", ".ndjson"):
-            with open_text(path) as file:
-                yield from objects_in_lines(path, PAIRS, file)
-        elif kind == ".parquet":
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-        else:
-            values = separated_values(path, PAIRS)
-            header = next(values, [])
-            for row in values:
-                yield dict(zip(header, row, strict=True))
 
 
 # --- their rows ----------------------------------------------------------------------------------------------------------

@@ -201,7 +201,12 @@ def test_what_does_not_go_together(options, message, data, tmp_path, refused_ear
         ("mafa_pretrain", "albef_mafa", ["grit_pairs", "snli_ve"], "snli_ve has sentences that may be false"),
         ("multimodal_classification", "albef_classification", ["grit_entailment"], "allowed here: mafa_classification"),
         ("mafa_classification", "albef_ve_mafa", ["grit_pairs"], "grit_pairs has no sentences with labels"),
-        ("mafa_classification", "albef_nlvr", ["snli_ve"], "albef_nlvr, which tells no labels"),
+        (
+            "mafa_classification",
+            "albef_nlvr",
+            ["snli_ve"],
+            "is albef_nlvr; allowed here: albef_ve_mafa, albef_classification, ",
+        ),
     ],
 )
 def test_labels_are_for_their_task_alone(task, arch, datasets, message):

