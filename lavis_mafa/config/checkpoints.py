@@ -245,8 +245,8 @@ def _check_decoder(shapes: Shapes, source: str, evaluate: bool) -> None:
     wide = next((shape for name, shape in shapes.items() if name.endswith(".crossattention.self.key.weight")), [0, 0])
     if wide[0] != wide[1]:
         raise UserError(
-            f"{source} has texts of width {wide[0]} and images of width {wide[1]}; its fusion layers become a decoder that looks at texts, "
-            "so both must be as wide."
+            f"{source} has texts of width {wide[0]} and images of width {wide[1]}; its fusion layers become a decoder that looks at "
+            "texts, so both must be as wide."
         )
 
 

@@ -66,8 +66,8 @@ class AlbefVqaMafa(AlbefDownstream[AlbefVqaBlock]):
         """The loss of samples as LAVIS's VQA sets have them.
 
         Args:
-            samples: ``image`` [B, 3, H, W], ``text_input`` (B questions), ``answer`` (A texts), ``n_answers`` LongTensor[B] (default: one
-                each) and ``weight`` [A] (default: 1).
+            samples: ``image`` [B, 3, H, W], ``text_input`` (B questions), ``answer`` (A texts), ``n_answers`` LongTensor[B] (default:
+                one each) and ``weight`` [A] (default: 1).
 
         Raises:
             UserError: samples that do not go together.
@@ -148,8 +148,8 @@ class AlbefVqaMafa(AlbefDownstream[AlbefVqaBlock]):
             return self._generated(samples, min_len, max_len)
         if inference_method != "rank" or not answer_list:
             raise UserError(
-                f"inference_method is {inference_method!r} and answer_list {answer_list!r:.60}; allowed: 'rank' with a list of texts, or "
-                "'generate'."
+                f"inference_method is {inference_method!r} and answer_list {answer_list!r:.60}; allowed: 'rank' with a list of "
+                "texts, or 'generate'."
             )
         answers = list(answer_list)
         return [answers[best] for best in self._ranks(samples, answers, min(num_ans_candidates, len(answers))).tolist()]
@@ -165,9 +165,8 @@ class AlbefVqaMafa(AlbefDownstream[AlbefVqaBlock]):
             question_of = torch.arange(len(which)).repeat_interleave(candidates)
             its_mask = mask[chosen]
             states, words = self._followed(self.text_decoder, questions, seen, ids[chosen], its_mask, question_of)
-            log_p = torch.cat(
-                [self._log_p(*some) for some in zip(states.split(WORDS_AT_ONCE), words.split(WORDS_AT_ONCE), strict=True)]
-            )
+            parts = zip(states.split(WORDS_AT_ONCE), words.split(WORDS_AT_ONCE), strict=True)
+            log_p = torch.cat([self._log_p(*part) for part in parts])
             answer_of = [answer for answer, length in enumerate(lengths_of(its_mask)) for _ in range(length - 1)]
             return log_p.new_zeros(len(chosen)).index_add_(0, on_device(answer_of, self.device), log_p).view_as(which)
 
@@ -206,7 +205,7 @@ class AlbefVqaMafa(AlbefDownstream[AlbefVqaBlock]):
 
 
 def decoder_of(state: dict[str, Tensor], fusion_layer: int) -> dict[str, Tensor]:
-    """Of a checkpoint of pre-training the weights that its answering decoder starts with: those of embeddings, fusion layers and head."""
+    """What a decoder starts with, of a checkpoint of pre-training: embeddings, fusion layers and head."""
     encoder, decoder = "text_encoder.bert.encoder.layer.", "text_decoder.bert.encoder.layer."
     found = {}
     for name, value in state.items():
