@@ -33,7 +33,15 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_block(**changes: Any) -> SimpleNamespace:
     settings = {"num_beams": 4, "max_len": 9, "min_len": 2, "length_penalty": -0.5, "prompt": "Question: {} Answer:"}
-    settings |= {"evaluate": True, "train_splits": [], "valid_splits": [], "test_splits": []}
+    settings |= {
+        "inference": None,
+        "answer_list": None,
+        "num_ans_candidates": None,
+        "evaluate": True,
+        "train_splits": [],
+        "valid_splits": [],
+        "test_splits": [],
+    }
     return SimpleNamespace(**{**settings, "lemmatize": False, **changes})
 
 
