@@ -173,7 +173,7 @@ def test_lavis_coco_vqa_with_visual_genome(data, run, whole, refused):
         "vg_vqa": {"build_info": {**block(train=["vg"]), "answer_weight": 0.5}, **common},
     }
     OmegaConf.save(content, data / "coco.yaml")
-    trained = run("train", "coco", f"model.pretrained={whole / 'checkpoint_best.pth'}", "run.max_epoch=6", yaml="coco.yaml")
+    trained = run("train", "coco", f"model.pretrained={whole / 'checkpoint_best.pth'}", "run.max_epoch=2", yaml="coco.yaml")
     told = results(trained)
     assert [row["question_id"] for row in told] == [0, 1, 2] and {row["answer"] for row in told} <= set(COLOURS)
     right = sum(row["answer"] == colour for row, colour in zip(told, COLOURS, strict=True))
