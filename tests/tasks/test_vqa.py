@@ -13,8 +13,12 @@ import torch
 from lavis.common.registry import registry
 from lavis.common.vqa_tools.vqa import VQA
 from lavis.common.vqa_tools.vqa_eval import VQAEval
+from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
+from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import pil_to_tensor
 
 from lavis_mafa.errors import UserError
 from lavis_mafa.tasks.vqa import MafaGqaTask, MafaVqaTask
@@ -309,6 +313,19 @@ def test_training_is_for_sets_and_models_with_answers(monkeypatch: pytest.Monkey
     seen: list[Any] = []
     model: Any = lambda samples: seen.append(samples) or {"loss": 7}  # noqa: E731
     assert task.train_step(model, {"answer": ["x"]}) == 7 and seen == [{"answer": ["x"], "prompt": "Question: {} Answer:"}]
+
+
+def test_answers_of_visual_genome_weigh_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAVIS says 0.2, ALBEF 0.5."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "vg.json").write_text(json.dumps([{"image": "a.png", "question": "who?", "answer": "nobody"}] * 2))
+    data = VGVQADataset(pil_to_tensor, str, str(tmp_path), [str(tmp_path / "vg.json")])
+    monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"vg_vqa": {"train": data}})
+    for info, weight in (({}, 0.2), ({"answer_weight": 0.5}, 0.5)):
+        cfg = SimpleNamespace(datasets_cfg=OmegaConf.create({"vg_vqa": {"build_info": info}}))
+        train = MafaVqaTask(run_block(train_splits=["train"], evaluate=False)).build_datasets(cfg)["vg_vqa"]["train"]
+        assert len(train) == 2 and train.collater([train[0], train[1]])["weight"].tolist() == pytest.approx([weight] * 2)
+        assert train[0]["answers"] == ["nobody"] and train[1]["text_input"] == "who?"
 
 
 def test_normalising() -> None:
