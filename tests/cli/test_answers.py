@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,56 +138,72 @@ def test_evaluating_a_checkpoint_gives_the_runs_figures(run, whole, caplog):
     assert all(len(row["answer"].split()) <= 2 and row["answer"] for row in results(written))
 
 
-def test_lavis_coco_vqa_with_visual_genome(data, run, whole, refused):
-    """Their layouts: questions by LAVIS, official annotations, its list of answers, and VG's answers by a weight of ours."""
-    for colour in COLOURS:
-        (data / f"{colour}.jpg").write_bytes((data / f"{colour}.png").read_bytes())
-    ask = [
-        {"question_id": number, "question": "which colour?", "answer": [colour] * 10, "image": f"{colour}.jpg", "dataset": "vqa"}
-        for number, colour in enumerate(COLOURS)
-    ]
-    people = [
-        {"question_id": row["question_id"], "answer_type": "other", "answers": [{"answer": one} for one in row["answer"]]}
-        for row in ask
-    ]
-    files = {
-        "train": ask * 2,
-        "val": ask,
-        "list": COLOURS,
-        "questions": {"questions": []},
-        "people": {"annotations": people},
-        "vg": [{"question_id": 9, "question": "who?", "answer": "nobody", "image": "red.jpg", "dataset": "vg"}] * 2,
-    }
-    for name, content in files.items():
-        (data / f"{name}.json").write_text(json.dumps(content))
+def official(folder: Path) -> None:
+    """Questions, people's answers and Visual Genome's, as their authors publish them, made LAVIS's by the snippet of the docs."""
+    (folder / "vg").mkdir()
+    for number, colour in enumerate(COLOURS):
+        for place in ("train2014/COCO_train2014", "val2014/COCO_val2014", "test2015/COCO_test2015"):
+            path = folder / f"{place}_{number:012d}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (16, 16), colour).save(path)
+        Image.new("RGB", (16, 16), colour).save(folder / f"vg/{number}.jpg")
+    for part, year in (("train", 2014), ("val", 2014), ("test", 2015)):
+        rows = [{"question_id": f"{part}{n}", "image_id": n, "question": "Which colour?"} for n in range(3)]
+        answers = [[{"answer": colour, "answer_id": person} for person in range(10)] for colour in COLOURS]
+        people = [{**row, "answer_type": "other", "answers": said} for row, said in zip(rows, answers, strict=True)]
+        (folder / f"v2_OpenEnded_mscoco_{part}{year}_questions.json").write_text(json.dumps({"questions": rows}))
+        (folder / f"v2_mscoco_{part}{year}_annotations.json").write_text(json.dumps({"annotations": people}))
+    told = {"qa_id": 1, "image_id": 0, "question": "Who is it?", "answer": "Nobody."}
+    (folder / "question_answers.json").write_text(json.dumps([{"id": 0, "qas": [told] * 2}]))
+    (folder / "answer_list.json").write_text(json.dumps(COLOURS))
+    page = (Path(__file__).parents[2] / "docs/downstream.md").read_text(encoding="utf-8")
+    (snippet,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "v2_mscoco" in code]
+    exec(snippet, {})
 
-    def block(**splits: list[str]) -> dict[str, object]:
-        paths = {split: [str(data / f"{name}.json") for name in names] for split, names in splits.items()}
+
+def test_vqa2_with_visual_genome_in_lavis_layout(run, whole, refused, tmp_path, monkeypatch):
+    """Official accuracy, VG's answers by a weight of ours, and a test split whose answers nobody knows."""
+    monkeypatch.chdir(tmp_path)
+    official(tmp_path)
+    (row,) = json.loads((tmp_path / "vg_qa.json").read_text())[:1]
+    assert row == {"question_id": 1, "question": "Who is it?", "answer": "nobody", "image": "0.jpg"}
+
+    def block(images: Path, **splits: list[str]) -> dict[str, object]:
+        paths = {split: [str(tmp_path / f"{name}.json") for name in names] for split, names in splits.items()}
         annotations = {split: {"url": files, "storage": files} for split, files in paths.items()}
-        return {"annotations": annotations, "images": {"storage": str(data)}}
+        return {"annotations": annotations, "images": {"storage": str(images)}}
 
-    content = OmegaConf.create(YAML.replace("DATA", str(data)))
+    of_val = ["vqa_val_eval", "answer_list", "v2_OpenEnded_mscoco_val2014_questions", "v2_mscoco_val2014_annotations"]
+    coco = block(tmp_path, train=["vqa_train", "vqa_val"], val=of_val, test=["vqa_test", "answer_list"])
+    content = OmegaConf.create(YAML)
     eyes = {"train": {"name": "albef_image_train", "image_size": 16}, "eval": {"name": "albef_image_eval", "image_size": 16}}
     common = {"vis_processor": eyes, "text_processor": {"train": {"name": "blip_question"}, "eval": {"name": "blip_question"}}}
     content.datasets = {
-        "coco_vqa": {"build_info": block(train=["train"], val=["val", "list", "questions", "people"], test=["val", "list"]), **common},
-        "vg_vqa": {"build_info": {**block(train=["vg"]), "answer_weight": 0.5}, **common},
+        "coco_vqa": {"build_info": coco, **common},
+        "vg_vqa": {"build_info": {**block(tmp_path / "vg", train=["vg_qa"]), "answer_weight": 0.5}, **common},
     }
-    OmegaConf.save(content, data / "coco.yaml")
-    trained = run("train", "coco", f"model.pretrained={whole / 'checkpoint_best.pth'}", "run.max_epoch=2", yaml="coco.yaml")
+    yaml = str(tmp_path / "coco.yaml")
+    OmegaConf.save(content, yaml)
+    trained = run("train", "coco", f"model.pretrained={whole / 'checkpoint_best.pth'}", "run.test_splits=[test]", yaml=yaml)
     told = results(trained)
-    assert [row["question_id"] for row in told] == [0, 1, 2] and {row["answer"] for row in told} <= set(COLOURS)
-    right = sum(row["answer"] == colour for row, colour in zip(told, COLOURS, strict=True))
-    assert figures(trained)["accuracy"] == figures(trained)["accuracy_other"] == pytest.approx(100 * right / 3)
+    assert [row["question_id"] for row in told] == ["val0", "val1", "val2"] and {row["answer"] for row in told} <= set(COLOURS)
+    right = 100 * sum(row["answer"] == colour for row, colour in zip(told, COLOURS, strict=True)) / 3
+    last = [one for one in map(json.loads, (trained / "evaluation.jsonl").read_text().splitlines()) if one["split"] == "val"][-1]
+    assert last["accuracy"] == last["accuracy_other"] == pytest.approx(right)
+    assert [row["question_id"] for row in json.loads((trained / "result/test_vqa_result.json").read_text())] == [
+        "test0",
+        "test1",
+        "test2",
+    ]
 
-    arguments = ["train", "--cfg-path", data / "coco.yaml", "--options"]
+    arguments = ["train", "--cfg-path", yaml, "--options"]
     said = refused(*arguments, "datasets.vg_vqa.build_info.answer_weight=2")
     assert "datasets.vg_vqa.build_info.answer_weight is 2; allowed: a number from 0 to 1" in said
-    assert "run.num_ans_candidates is 4, but datasets.coco_vqa, split 'val' ranks 3 answers" in refused(
-        *arguments, "run.num_ans_candidates=4"
-    )
-    (data / "list.json").write_text(json.dumps(["none"]))
-    assert "not one of 3 questions has a right answer among the 1 that are ranked, such as 'none'" in refused(*arguments, "run.seed=1")
+    said = refused(*arguments, "run.num_ans_candidates=4")
+    assert "run.num_ans_candidates is 4, but datasets.coco_vqa, split 'val' ranks 3 answers" in said
+    (tmp_path / "answer_list.json").write_text(json.dumps(["none"]))
+    said = refused(*arguments, "run.seed=1")
+    assert "not one of 3 questions has a right answer among the 1 that are ranked, such as 'none'" in said
 
 
 WRONG = [

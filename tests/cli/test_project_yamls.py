@@ -145,6 +145,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("mafa/quickstart/train/mafa.yaml", "model.discriminator.checkpoint"),
         ("mafa/albef/eval/retrieval_coco.yaml", "model.pretrained"),
         ("mafa/albef/eval/snli_ve.yaml", "model.pretrained"),
+        ("mafa/albef/eval/vqa.yaml", "model.pretrained"),
         ("mafa/blip2/train/stage_1.yaml", "model.discriminator.checkpoint"),
         ("mafa/blip2/train/stage_2.yaml", "model.stage_1"),
         ("mafa/blip2/train/stage_2_ecm.yaml", "model.stage_1"),
@@ -159,6 +160,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("albef/train/2_discriminator_finetune_coco", "PRETRAINED.pth"),
         ("albef/train/finetune_flickr", "PRETRAINED.pth"),
         ("albef/finetune/snli_ve", "PRETRAINED.pth"),
+        ("albef/finetune/vqa", "PRETRAINED.pth"),
         ("blip/train/finetune_coco", "PRETRAINED.pth"),
     ):  # fine-tuning from nothing is no mistake, so the YAML names a file
         with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
@@ -285,6 +287,15 @@ def test_paper_settings_of_visual_entailment():
     assert (model.momentum_distillation.momentum, model.momentum_distillation.alpha) == (0.995, 0.4)
     tuned, evaluated = (dataclasses.replace(m, pretrained=None) for m in (model, blocks("mafa/albef/eval/snli_ve.yaml")[0]))
     assert dataclasses.replace(tuned, momentum_distillation=None) == evaluated
+
+
+def test_paper_settings_of_question_answering():
+    """MAFA section F and the authors' VQA.yaml."""
+    model, run = blocks("mafa/albef/finetune/vqa.yaml")
+    assert (8 * run.batch_size_train, run.max_epoch, run.init_lr, run.min_lr, run.weight_decay) == (128, 8, 2e-5, 1e-6, 0.02)
+    assert (run.warmup_lr, run.warmup_steps, model.image_encoder.image_size, model.max_text_length) == (1e-5, 400, 384, 25)
+    assert (model.momentum_distillation, run.num_ans_candidates) == (None, 128)
+    assert dataclasses.replace(model, pretrained=None) == blocks("mafa/albef/eval/vqa.yaml")[0]
 
 
 def test_paper_settings_of_blip2():
