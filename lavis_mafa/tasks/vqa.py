@@ -14,6 +14,7 @@ from torch import nn
 
 from lavis_mafa.config.check import OF_GENERATING, inference_of
 from lavis_mafa.config.read import at
+from lavis_mafa.datasets.pairs import ImageQuestions
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.albef_vqa import CANDIDATES, AlbefVqaMafa
 from lavis_mafa.models.blip2_opt import Blip2OptMafa
@@ -87,8 +88,8 @@ class MafaVqaTask(MafaTask):
             for split in [] if self.run.evaluate else self.run.train_splits:
                 if split in parts and not _has_answers(parts[split]):
                     raise UserError(
-                        f"datasets.{name} has no answers in its split {split!r}, but {self.run.task} trains on them; LAVIS's coco_vqa, "
-                        "ok_vqa, aok_vqa, gqa and vg_vqa have."
+                        f"datasets.{name} has no answers in its split {split!r}, but {self.run.task} trains on them; grit_vqa, and "
+                        "LAVIS's coco_vqa, ok_vqa, aok_vqa, gqa and vg_vqa have."
                     )
             for split in {*self.run.valid_splits, *self.run.test_splits} & parts.keys():
                 self._people_of(parts[split], f"datasets.{name}, split {split!r}")
@@ -200,7 +201,7 @@ def _has_answers(dataset: Any) -> bool:
     try:
         return {"answers", "weights"} <= dataset[0].keys()
     except OSError:  # training replaces an image that cannot be read
-        return isinstance(dataset, VQADataset)
+        return isinstance(dataset, VQADataset | ImageQuestions)
 
 
 class MafaGqaTask(MafaVqaTask):

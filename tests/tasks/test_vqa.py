@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from lavis.common.registry import registry
@@ -17,10 +18,13 @@ from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
+from lavis_mafa.config.schema import typed_block
+from lavis_mafa.datasets.pairs import ImageQuestions
 from lavis_mafa.errors import UserError
+from lavis_mafa.tasks.answer_list import own_answers
 from lavis_mafa.tasks.vqa import MafaGqaTask, MafaVqaTask
 from lavis_mafa.tasks.vqa_accuracy import Question, accuracy, normalized, official_accuracy
 
@@ -64,6 +68,7 @@ class Questions(torch.utils.data.Dataset):
 
 class OwnQuestions(Questions):
     answers = ANSWERS
+    answer_list: list[str] | None = None
     extra = {"index": [0, 1, 2]}
 
 
@@ -101,6 +106,28 @@ def test_own_questions(results: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = vars(run_block())
     passed = {name: run[name] for name in ("num_beams", "max_len", "min_len", "length_penalty", "prompt")}
     assert model.asked == {**passed, "inference_method": "generate"}
+
+
+@pytest.mark.parametrize(("arch", "candidates"), [("albef_vqa", None), ("blip_vqa", 2), ("albef_vqa_mafa", None)])
+def test_models_rank_what_a_set_lists(arch: str, candidates: int | None, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = OwnQuestions(), Model()
+    data.answer_list = ["dog", "2", "dog", "yes"]
+    monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"own": {"val": data}})
+    values = {"task": "mafa_vqa", "num_ans_candidates": candidates, "evaluate": True, "valid_splits": ["val"]}
+    task = MafaVqaTask(typed_block("run", values))
+    task.arch = arch
+    task.build_datasets(CONFIG)
+    task.evaluation(model, DataLoader(data, batch_size=2), cuda_enabled=False)
+    wanted = {"inference_method": "rank", "answer_list": ["dog", "2", "yes"], "num_ans_candidates": candidates or 3}
+    assert model.asked == wanted
+
+
+def test_all_answers_that_are_trained_on_are_ranked() -> None:
+    """Of one split or several, joined or not."""
+    tables = [pa.table({"image": ["a"] * 2, "question": ["?"] * 2, "answer": said}) for said in (ANSWERS[:2], [["2"], ["x"]])]
+    parts = [ImageQuestions(str, str, ".", table) for table in tables]
+    assert own_answers(Questions(), parts) == own_answers(Questions(), [ConcatDataset(parts)]) == ["dog", "puppy", "2", "x"]
+    assert own_answers(Questions(), [Questions()]) is None and own_answers(Questions(), []) is None
 
 
 def test_gqa_is_exact_match_after_normalising(results: Path) -> None:
