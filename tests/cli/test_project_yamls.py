@@ -20,8 +20,9 @@ from torch import nn
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.check import check_yaml
+from lavis_mafa.config.data import OF_LAVIS
 from lavis_mafa.config.read import project_files, projects_root
-from lavis_mafa.config.schema import typed_block
+from lavis_mafa.config.schema import DOWNSTREAM, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.language_teacher import untrained_teacher
 from lavis_mafa.models.synthetic_texts import ReplaceableWords
@@ -56,8 +57,13 @@ SMALL = {
     "blip2_mafa": [TOKENIZER, EVA, QFORMER],
     "blip2_opt_mafa": [EVA, QFORMER, "model.language_model={init: null, width: 32, layers: 2, heads: 2, precision: fp32}"],
 }
-NO_FILES["albef_ve_mafa"], SMALL["albef_ve_mafa"] = NO_FILES["albef_mafa"], SMALL["albef_mafa"]
-PROBES = {"blip2_opt_mafa": "opt_proj.weight", "albef_ve_mafa": "cls_head.0.weight"}  # a weight that each step trains
+for _arch in DOWNSTREAM:
+    NO_FILES[_arch], SMALL[_arch] = NO_FILES["albef_mafa"], SMALL["albef_mafa"]
+PROBES = {  # a weight that each step trains
+    "blip2_opt_mafa": "opt_proj.weight",
+    "albef_ve_mafa": "cls_head.0.weight",
+    "albef_vqa_mafa": "text_decoder.cls.predictions.bias",
+}
 CAPTIONS = ["a red dog runs", "two old cars in the rain"]
 
 
@@ -67,7 +73,7 @@ def arch_of(name: str) -> str:
 
 def small(name: str) -> list[str]:
     """Options that make a shipped YAML's model, and the images for it, small."""
-    sizes = {"albef_mafa": 32, "albef_ve_mafa": 32, "blip_mafa": 32, "blip2_mafa": 28, "blip2_opt_mafa": 28}
+    sizes = {"albef_mafa": 32, **dict.fromkeys(DOWNSTREAM, 32), "blip_mafa": 32, "blip2_mafa": 28, "blip2_opt_mafa": 28}
     config = OmegaConf.load(projects_root() / name)
     keys = [f"datasets.{data}.vis_processor.{mode}.image_size" for data in config.datasets for mode in ("train", "eval")]
     return [*SMALL[config.model.arch], *(f"{k}={sizes[config.model.arch]}" for k in keys if OmegaConf.select(config, k) is not None)]
@@ -94,13 +100,14 @@ def built(arch: str, block: str, device: str) -> nn.Module:
     """The model of a ``model:`` block (JSON); one for all YAMLs that have the same."""
     from lavis_mafa.models.albef import AlbefMafa
     from lavis_mafa.models.albef_ve import AlbefVeMafa
+    from lavis_mafa.models.albef_vqa import AlbefVqaMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
     from lavis_mafa.models.blip2_opt import Blip2OptMafa
 
-    classes: dict[str, Any] = {c.__name__: c for c in (AlbefMafa, AlbefVeMafa, BlipMafa, Blip2Mafa, Blip2OptMafa)}
+    classes: dict[str, Any] = {c.__name__: c for c in (AlbefMafa, AlbefVeMafa, AlbefVqaMafa, BlipMafa, Blip2Mafa, Blip2OptMafa)}
     of_arch = {"albef_mafa": "AlbefMafa", "blip_mafa": "BlipMafa", "blip2_mafa": "Blip2Mafa", "blip2_opt_mafa": "Blip2OptMafa"}
-    of_arch["albef_ve_mafa"] = "AlbefVeMafa"
+    of_arch |= {"albef_ve_mafa": "AlbefVeMafa", "albef_vqa_mafa": "AlbefVqaMafa"}
     torch.manual_seed(0)
     linspace = torch.linspace  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
     on_cpu = mock.patch.object(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
@@ -381,7 +388,8 @@ def test_the_model_has_the_papers_size(name):
     # where LM is off (fine-tuning BLIP), what it alone trains, the decoder's self-attention, is frozen
     # and without matching and masked words the six fusion layers and both heads are
     expected = 210e6 if arch.startswith("albef") else 252e6 if settings.lm.weight > 0 else 224e6
-    downstream = arch == "albef_ve_mafa"
+    downstream = arch in DOWNSTREAM
+    expected = 291e6 if arch == "albef_vqa_mafa" else expected  # embeddings, six layers and the head once more
     expected = 152.6e6 if not downstream and settings.itm.negatives == "none" else expected
     assert learned == pytest.approx(expected, rel=0.025)
     if (settings if downstream else settings.itc).momentum_distillation is not None:
@@ -410,7 +418,7 @@ def test_the_model_takes_a_step_at_a_small_size(name):
         model.replaceable = ReplaceableWords(model.tokenizer, settings.itm.synthetic.top_k)
     size = settings.image_encoder.image_size
     views = {name: torch.randn(2, 3, size, size) for name in ("image", "image_second_view")}
-    output = model({**views, "text_input": CAPTIONS, "label": torch.tensor([2, 0]), "grouped": True})
+    output = model({**views, "text_input": CAPTIONS, "label": torch.tensor([2, 0]), "answer": ["dog", "cars"], "grouped": True})
     output.loss.backward()
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert torch.isfinite(output.loss) and not [n for n, p in learned.items() if p.grad is None]  # DDP waits for all of them
@@ -448,13 +456,15 @@ def test_the_task_evaluates_at_a_small_size(name, tmp_path):
     model = build(settings).eval()
     loader = Samples(settings.image_encoder.image_size)
     task = registry.get_task_class(run.task)(run)
+    if arch == "albef_vqa_mafa":
+        task.ranked[id(loader)] = ["dog", "cars", "rain"] * 50
     result = task.evaluation(model, loader, cuda_enabled=False)
     with mock.patch.dict(registry.mapping["paths"], {"result_dir": str(tmp_path)}):
         metrics = task.after_evaluation(val_result=result, split_name="test", epoch="last")
     if arch == "albef_ve_mafa":
         assert metrics["accuracy"] in (0, 50, 100) and len(json.loads((tmp_path / "test_classification_result.json").read_text())) == 2
         return
-    if not generates:
+    if not generates and arch != "albef_vqa_mafa":
         assert result["i2t"].shape == result["t2i"].shape == (2, 2) and {"tr_r1", "ir_r1"} <= set(metrics)
         return
     (file,) = tmp_path.glob("*.json")
@@ -517,14 +527,16 @@ def test_lavis_knows_builders_processors_and_keys(name):
         builder = registry.get_builder_class(dataset)(block)
         builder.build_processors()
         evaluates = blocks(name)[1].evaluate
-        for split in ["eval"] if evaluates else ["train", "eval"]:
+        trains_alone = set(block.build_info.get("annotations", ())) == {"train"}
+        for split in ["eval"] if evaluates else ["train"] if trains_alone else ["train", "eval"]:
             assert block.vis_processor[split].image_size == image_size
             assert builder.vis_processors[split] is not None and builder.text_processors[split] is not None
         defaults = OmegaConf.load(builder.default_config_path(block.get("type", "default"))).datasets[dataset].build_info
-        assert set(block.build_info) <= set(defaults), "a key that the builder does not know"
+        assert set(block.build_info) <= {*defaults, *OF_LAVIS.get(dataset, ())}, "a key that the builder does not know"
         run = config.run
         if dataset not in ("grit_emoji", "grit_scenes"):
-            splits = {*run.get("valid_splits", []), *run.get("test_splits", []), *([] if evaluates else ["train"])}
+            splits = {*run.get("valid_splits", []), *run.get("test_splits", [])} if not trains_alone else set()
+            splits |= set() if evaluates else {"train"}
             assert splits <= set(block.build_info.annotations), "a split that the data set does not have"
 
 
