@@ -41,6 +41,7 @@ def register() -> None:
     from lavis_mafa.models.albef_nlvr import AlbefNlvrMafa
     from lavis_mafa.models.albef_ta import AlbefTaMafa
     from lavis_mafa.models.albef_ve import AlbefVeMafa
+    from lavis_mafa.models.albef_vqa import AlbefVqaMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
     from lavis_mafa.models.blip2_opt import Blip2OptMafa
@@ -60,6 +61,7 @@ def register() -> None:
             "albef_ve_mafa": AlbefVeMafa,
             "albef_nlvr_mafa": AlbefNlvrMafa,
             "albef_ta_mafa": AlbefTaMafa,
+            "albef_vqa_mafa": AlbefVqaMafa,
         },
         "task_name_mapping": {
             "mafa_pretrain": MafaPretrainTask,

@@ -46,6 +46,11 @@ LAVIS_RUNNERS = ("runner_base", "runner_iter")
 _ENTAILING, _OF_TWO = ("albef_ve_mafa", "albef_classification"), ("albef_nlvr_mafa",)
 # data sets whose sentences have labels -> the models that tell these
 LABELLED = {"grit_entailment": _ENTAILING, "snli_ve": _ENTAILING, "grit_statements": _OF_TWO, "nlvr": _OF_TWO}
+ANSWERING = ("mafa_vqa", "mafa_gqa")
+TASKS_OF = {**dict.fromkeys(CLASSES, ("mafa_classification",)), "albef_vqa_mafa": ANSWERING}  # of models that do nothing else
+# how models answer, by themselves first; others generate
+INFERENCES = {"albef_vqa_mafa": ("rank", "generate"), "albef_vqa": ("rank",), "blip_vqa": ("rank", "generate")}
+OF_GENERATING = ("num_beams", "max_len", "min_len", "length_penalty", "prompt")
 OURS, STEPWISE = "warmup_cosine_per_step", "linear_warmup_step_lr"
 NO_DECAY = f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9)."
 
@@ -119,6 +124,7 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[Checked,
             found(check_device, model, str(run.get("device", "cuda")))
             found(_raise, _checkpoints(model, run.get("evaluate") is True) if files else ())
     found(_raise, _labels(run["task"], own["arch"], datasets))
+    found(_raise, _questions(run["task"], datasets))
     if model is not None:
         found(_raise, _image_sizes(model, {key: block if files else datasets[key] for key, block in data.items() if block}, run))
     if files:
@@ -138,6 +144,7 @@ def check_lavis(config: DictConfig) -> Checked:
     model = typed_block("model", own) if own["arch"] in MODEL_BLOCKS else None
     check_combinations(model, run)
     _raise(_labels(run.task, own["arch"], config.get("datasets") or {}))
+    _raise(_questions(run.task, config.get("datasets") or {}))
     if model is not None:
         check_kinds(model, evaluate=run.evaluate and run.task != "mafa_captioning")
     return Checked(config, model, run)
@@ -350,6 +357,8 @@ def check_combinations(model: Any, run: RunBlock | None, files: bool = True) -> 
         found(check_device, model, run.device, run.precision)
         if model is not None:
             found(_raise, _tasks(model, run))
+            if isinstance(run, VqaRun):
+                found(inference_of, model.arch, run)
             found(_raise, _checkpoints(model, run.evaluate) if files else ())
         found(_raise, _grit(run) if run.grit.enabled else ())
         found(_raise, _runs(run))
@@ -522,12 +531,13 @@ def _grit(run: RunBlock) -> Iterator[str]:
 
 def _tasks(model: Any, run: RunBlock) -> Iterator[str]:
     """Tasks that a model cannot do."""
-    stage_2, pretrains = isinstance(model, Blip2OptBlock), run.task == "mafa_pretrain"
-    if run.task in ("mafa_vqa", "mafa_gqa") and not stage_2:
-        yield f"run.task is {run.task}, but {model.arch} answers no questions; allowed here: blip2_opt_mafa."
-    if (run.task == "mafa_classification") != (model.arch in CLASSES):
-        allowed = f"model.arch: {', '.join(CLASSES)}" if run.task == "mafa_classification" else "run.task: mafa_classification"
-        yield f"run.task is {run.task}, but model.arch is {model.arch}; allowed here: {allowed}."
+    stage_2, pretrains, only = isinstance(model, Blip2OptBlock), run.task == "mafa_pretrain", TASKS_OF.get(model.arch, ())
+    able = [arch for arch, tasks in TASKS_OF.items() if run.task in tasks] + ["blip2_opt_mafa"] * (run.task in ANSWERING)
+    if only and run.task not in only:
+        yield f"run.task is {run.task}, but model.arch is {model.arch}; allowed here: run.task: {' or '.join(only)}."
+        return
+    if able and model.arch not in able:
+        yield f"run.task is {run.task}, but model.arch is {model.arch}; allowed here: model.arch: {' or '.join(able)}."
         return
     if run.task == "mafa_captioning" and model.arch not in ("blip2_mafa", "blip2_opt_mafa"):
         yield f"run.task is {run.task}, but {model.arch} writes no captions; allowed: blip2_mafa, blip2_opt_mafa."
@@ -567,6 +577,40 @@ def _text_assignment(run: RunBlock) -> Iterator[str]:
     if run.batch_size_train < 3:
         size = run.batch_size_train
         yield f"run.batch_size_train is {size}, but text assignment draws two other images for each text; allowed: 3 or more."
+
+
+def inference_of(arch: str, run: VqaRun, listed: bool = True) -> str:
+    """``rank`` or ``generate``: what ``run.inference`` says, or the model does by itself.
+
+    Args:
+        listed: there are answers to rank.
+
+    Raises:
+        UserError: the model cannot, or settings are for the other way.
+    """
+    can = INFERENCES.get(arch, ("generate",))
+    how = run.inference or (can[0] if listed else can[-1] if arch == "blip_vqa" else can[0])
+    if how not in can:
+        raise UserError(f"run.inference is {how}, but {arch} cannot; allowed here: {', '.join(can)}.")
+    fields, ranks = VqaRun.__dataclass_fields__, how == "rank"
+    unused = list(OF_GENERATING if ranks else ("answer_list", "num_ans_candidates"))
+    if not ranks and arch == "albef_vqa_mafa":  # word by word, with no prompt
+        unused += ["prompt", "length_penalty"]
+        if run.num_beams != 1:
+            raise UserError(f"run.num_beams is {run.num_beams}, but {arch} generates without beams; allowed: 1.")
+    found = [name for name in unused if getattr(run, name) != fields[name].default]
+    _raise([f"run.{name} is {getattr(run, name)!r}, but has no use where run.inference is {how}; leave it out." for name in found])
+    return how
+
+
+def _questions(task: str, datasets: Mapping[str, Any]) -> Iterator[str]:
+    """Questions with answers are for the tasks that answer them: a question describes no image."""
+    if task in (*ANSWERING, "vqa", "gqa", "aok_vqa"):
+        datasets = {} if task in ANSWERING else datasets
+    elif "grit_vqa" in datasets:
+        yield f"grit_vqa has questions with answers, but run.task is {task}; allowed here: {', '.join(ANSWERING)}."
+    if at(datasets, "vg_vqa.build_info.answer_weight") is not None:
+        yield f"datasets.vg_vqa.build_info.answer_weight is set, but {task} does not know it; allowed here: {', '.join(ANSWERING)}."
 
 
 def _labels(task: str, arch: str, datasets: Mapping[str, Any]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -213,8 +214,8 @@ def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False
                     f"model.pretrained: {block.pretrained} has no {what} ({part.rstrip('.')}), which training would start at random; "
                     f"give a checkpoint of pre-training, or leave it out of training by {off}."
                 )
-        if shapes and block.arch in CLASSES:
-            found(_check_classifier, block.arch, shapes, f"model.pretrained: {block.pretrained}", evaluate)
+        if shapes and block.arch in OF_TASK:
+            found(OF_TASK[block.arch], shapes, f"model.pretrained: {block.pretrained}", evaluate)
     if getattr(block, "stage_1", None) and "model.stage_1" not in absent:
         found(_expect, block, STAGE_1, block.stage_1, "model.stage_1", block.arch)
     key = "model.discriminator.checkpoint"
@@ -234,6 +235,30 @@ def _check_classifier(arch: str, shapes: Shapes, source: str, evaluate: bool) ->
         raise UserError(f"{source} tells {last[0]} classes apart, not the {len(classes)} of {what} ({labels}).")
     if evaluate and last is None:
         raise UserError(f"{source} has no classifier (cls_head): it was not fine-tuned for {what}, and would guess.")
+
+
+def _check_decoder(shapes: Shapes, source: str, evaluate: bool) -> None:
+    """An ALBEF checkpoint is of pre-training, whose fusion layers and head an answering decoder starts with, or has such a decoder."""
+    if any(name.startswith("cls_head.") for name in shapes):
+        raise UserError(f"{source} has a classifier (cls_head); give a checkpoint of pre-training, or one that answers questions.")
+    if any(name.startswith("text_decoder.") for name in shapes):
+        return
+    if evaluate:
+        raise UserError(f"{source} has no text decoder: it was not fine-tuned to answer questions, and would guess.")
+    if not any(name.startswith(LANGUAGE["albef_mafa"][0]) for name in shapes):
+        raise UserError(f"{source} has no MLM head (text_encoder.cls), which answers start with; give a checkpoint of pre-training.")
+    wide = next((shape for name, shape in shapes.items() if name.endswith(".crossattention.self.key.weight")), [0, 0])
+    if wide[0] != wide[1]:
+        raise UserError(
+            f"{source} has texts of width {wide[0]} and images of width {wide[1]}; its fusion layers become a decoder that looks at "
+            "texts, so both must be as wide."
+        )
+
+
+OF_TASK: dict[str, Callable[[Shapes, str, bool], None]] = {
+    **{arch: partial(_check_classifier, arch) for arch in CLASSES},
+    "albef_vqa_mafa": _check_decoder,
+}
 
 
 def _expect(block: Any, wanted: str, path: str, key: str, arch: str) -> Shapes:

@@ -63,7 +63,7 @@ ENTAILMENT = ("contradiction", "neutral", "entailment")  # labels, in the order 
 STATEMENT = ("False", "True")  # likewise, of statements about two images
 SPLITS = {
     "grit_pairs": ("train", "val", "test"),
-    "grit_vqa": ("val", "test"),
+    "grit_vqa": ("train", "val", "test"),
     "grit_entailment": ("train", "val", "test"),
     "grit_statements": ("train", "val", "test"),
     "grit_emoji": ("train", "val", "test"),
@@ -96,6 +96,9 @@ INFO: dict[str, dict[str, Rule]] = {  # keys of build_info
     },
 }
 BLOCK = ("data_type", "build_info", "vis_processor", "text_processor")  # of a data set of ours
+OF_LAVIS: dict[str, dict[str, Rule]] = {  # what we add to build_info of LAVIS's data sets
+    "vg_vqa": {"answer_weight": ("a number from 0 to 1, of each answer", lambda value: _number(value, 0, 1))}
+}
 LAVIS_BLOCK = (*BLOCK, "type", "dataset_card")
 IMAGES: dict[str, Rule] = {"storage": _IMAGE_FOLDER, "allow_absolute_paths": _TRUE_OR_FALSE}
 
@@ -116,8 +119,9 @@ def check_block(name: str, block: Mapping[str, Any]) -> None:
 
 def check_lavis_info(name: str, info: Mapping[str, Any], defaults: Iterable[str]) -> None:
     """The keys of ``build_info`` of one of LAVIS's data sets, as far as its defaults tell them; raises UserError."""
-    where, info = f"datasets.{name}.build_info", plain(info)
-    check_keys(where, info, map(str, defaults))
+    where, info, more = f"datasets.{name}.build_info", plain(info), OF_LAVIS.get(name, {})
+    check_keys(where, info, [*map(str, defaults), *more])
+    check_values(where, {key: info[key] for key in more if key in info}, more)
     blocks = {f"annotations.{split}": block for split, block in (info.get("annotations") or {}).items()}
     blocks |= {part: info.get(part) for part in ("images", "videos", "features")}
     for key, block in blocks.items():

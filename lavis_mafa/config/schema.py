@@ -45,7 +45,7 @@ _OLD_NAMES = {
     "run.grit.queue_size": "run.queue_size",
     "run.grit.search_space": "run.search_space",
     "run.resume_ckpt_path": "run.resume",
-    "nothing: answers are generated": "run.inference_method",
+    "run.inference": "run.inference_method",
     "nothing: metrics do not depend on it": "run.task_type",
     "nothing: data sets are joined, each sample once an epoch": "run.train_dataset_ratios",
     "model.itc.momentum_distillation.alpha, downstream model.momentum_distillation.alpha": "run.alpha model.alpha",
@@ -433,6 +433,19 @@ class AlbefTaBlock(AlbefEncodersBlock):
     embed_dim: int = as_in(MafaBlock, "embed_dim", ..., "size of pre-training's image features, whose similarities choose other images")
 
 
+@dataclass
+class RampedDistillation(DownstreamDistillation):
+    alpha: float = as_in(DownstreamDistillation, "alpha", 0.4, "weight of the teacher's targets, ramped up in the first epoch", "ALBEF")
+
+
+@dataclass(kw_only=True)
+class AlbefVqaBlock(AlbefDownstreamBlock):
+    """Answering questions about images by a decoder that starts as the fusion layers ([downstream.md](downstream.md))."""
+
+    arch: str = as_in(MafaBlock, "arch", "albef_vqa_mafa")
+    momentum_distillation: RampedDistillation | None = as_in(AlbefDownstreamBlock, "momentum_distillation", None)
+
+
 def loss_weights(model: MafaBlock) -> dict[str, float]:
     """Block -> weight of the three losses; 0 is off, as are matching without negatives and a language model that masks nothing.
 
@@ -606,6 +619,18 @@ class VqaRun(GeneratingRun):
     max_len: int = setting(10, "tokens of an answer at most", low=1)
     min_len: int = setting(1, "tokens of an answer at least")
     length_penalty: float = setting(-1.0, "of the beam search; below 0 favours short answers", "MAFA sec. G.7")
+    inference: str | None = setting(
+        None,
+        "answers are the likeliest of a list (`rank`), or written (`generate`); null: ranked by models that can, else written",
+        "ALBEF sec. 5",
+        choices=("rank", "generate"),
+    )
+    answer_list: str | None = setting(
+        None, "what is ranked: a JSON list of texts, or one text a line; null: the data set's, or its training answers", path="file"
+    )
+    num_ans_candidates: int | None = setting(
+        None, "answers that are ranked as a whole, those whose first word is likeliest; null: 128, or all of fewer", "ALBEF", low=1
+    )
     lemmatize: bool = setting(False, "answers' nouns and verbs in base form, as BLIP-2's for OK-VQA; needs spaCy's `en_core_web_sm`")
 
 
@@ -617,6 +642,7 @@ MODEL_BLOCKS: dict[str, Any] = {
     "albef_ve_mafa": AlbefVeBlock,
     "albef_nlvr_mafa": AlbefNlvrBlock,
     "albef_ta_mafa": AlbefTaBlock,
+    "albef_vqa_mafa": AlbefVqaBlock,
 }
 WITH_MATCHING = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, MafaBlock)]
 FAMILIES |= {

@@ -105,7 +105,7 @@ class GritVqaBuilder(_OwnFilesBuilder):
     DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_vqa" / "defaults.yaml")}
 
     def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
-        _, table = open_annotations(root, paths, select, QUESTIONS, anywhere)
+        _, table = open_annotations(root, paths, select, QUESTIONS, anywhere, GLANCE if split == "train" else 1)
         return ImageQuestions(*self._processors(split), root, table, ", ".join(map(str, paths)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from lavis_mafa.config.data import ENTAILMENT, STATEMENT, AnnotationFile
 from lavis_mafa.datasets.annotations import clean_caption, image_keys, path_hint, read_annotations, shown
 from lavis_mafa.datasets.formats import PAIRS, TWO, Columns
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.ids import Id, collate_with_ids, typed_ids
+from lavis_mafa.datasets.ids import Id, collate_with_ids, pc, typed_ids
 from lavis_mafa.datasets.images import load_rgb
 from lavis_mafa.errors import EmptyCaption, UserError
 
@@ -237,7 +238,7 @@ class ImageQuestions(Dataset):
     """A question a row.
 
     Args: as above, and
-        table: columns ``image``, ``question``, ``answer`` (a list of right answers, or what ten people said) and optionally
+        table: columns ``image``, ``question``, ``answer`` (a list of right answers, or what people said) and optionally
             ``question_id``, as ``read_annotations`` with ``QUESTIONS`` gives it; ``source``: where it is from, for messages.
 
     Attributes:
@@ -251,32 +252,56 @@ class ImageQuestions(Dataset):
     def __init__(
         self, vis_processor: Process, text_processor: Process, vis_root: str | Path, table: pa.Table, source: str = "questions"
     ) -> None:
-        self.vis_root = Path(vis_root)
+        self.vis_root, self.table = Path(vis_root), table
         self.vis_processor = vis_processor
         self.text_processor = text_processor
-        self.image: list[str] = table["image"].to_pylist()
-        self.questions: list[str] = table["question"].to_pylist()
-        self.answers: list[list[str]] = table["answer"].to_pylist()
         self.question_ids = ids_of_rows(table, "question_id", source)
 
+    @cached_property
+    def questions(self) -> list[str]:
+        return self.table["question"].to_pylist()
+
+    @cached_property
+    def answers(self) -> list[list[str]]:
+        return self.table["answer"].to_pylist()
+
+    def distinct_answers(self) -> list[str]:
+        """In the order of their first rows."""
+        return pc.unique(pc.list_flatten(self.table["answer"])).to_pylist()
+
     def __len__(self) -> int:
-        return len(self.image)
+        return self.table.num_rows
+
+    def image_path(self, index: int) -> Path:
+        return self.vis_root / self.table["image"][index].as_py()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample: ``image``, ``text_input`` (the question), ``question_id``, ``index``.
+        """The sample: ``image``, ``text_input`` (the question), ``question_id``, ``index``; and ``answers``, each once, with
+        ``weights``, which share of the people gave it.
 
         Raises:
             OSError: the image cannot be read.
         """
+        said = Counter(self.table["answer"][index].as_py())
         return {
-            "image": self.vis_processor(load_rgb(self.vis_root / self.image[index])),
-            "text_input": self.text_processor(self.questions[index]),
+            "image": self.vis_processor(load_rgb(self.image_path(index))),
+            "text_input": self.text_processor(self.table["question"][index].as_py()),
+            "answers": list(said),
+            "weights": [count / said.total() for count in said.values()],
             "question_id": self.question_ids[index],
             "index": index,
         }
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        return collate_with_ids(samples, "question_id")
+        """As LAVIS's VQA sets: ``answer`` and ``weight`` of all questions one after another, ``n_answers`` of each."""
+        answers = {
+            "answer": [answer for sample in samples for answer in sample["answers"]],
+            "weight": torch.tensor([weight for sample in samples for weight in sample["weights"]]),
+            "n_answers": torch.tensor([len(sample["answers"]) for sample in samples]),
+        }
+        rest = [{name: value for name, value in sample.items() if name not in ("answers", "weights")} for sample in samples]
+        # joined with another data set's, they have only what both have
+        return answers | (collate_with_ids(rest, "question_id") if "question_id" in rest[0] else default_collate(rest))
 
 
 class LabelledSentences(Dataset):

@@ -37,7 +37,7 @@ from lavis_mafa.models.encoders import (
     without_vit,
 )
 from lavis_mafa.models.generation import GeneratedLengths
-from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples
+from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples, checked_answers
 from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import value_range
 from lavis_mafa.weights import load_exactly, read_weights
@@ -249,16 +249,10 @@ class Blip2OptMafa(Blip2OPT):
         questions = samples["text_input"]
         prompts = _one_each(samples.get("prompt", ""), len(questions))
         ends = [self._asked(question, prompt, self.max_txt_len) for question, prompt in zip(questions, prompts, strict=True)]
-        counts = torch.as_tensor(samples.get("n_answers", [1] * len(ends))).cpu()
-        weights = torch.as_tensor(samples.get("weight", [1.0] * len(samples["answer"]))).to(self.device)
-        if len(counts) != len(ends) or int(counts.sum()) != len(samples["answer"]) or len(weights) != len(samples["answer"]):
-            raise UserError(
-                f"samples has {len(ends)} questions, n_answers {counts.tolist()}, {len(samples['answer'])} answers and {len(weights)} "
-                "weights (answer, weight); needed: n_answers for each question, and as many answers and weights as these add up to."
-            )
-        row = torch.arange(len(ends)).repeat_interleave(counts)
+        answers, weights, row = checked_answers(samples)
+        weights = weights.to(self.device)
         ids, labels = [], []
-        for question, answer in zip(row.tolist(), samples["answer"], strict=True):
+        for question, answer in zip(row.tolist(), answers, strict=True):
             before = self.opt_tokenizer(ends[question]).input_ids
             blank = "" if ends[question][-1:].isspace() else " "
             words = self.opt_tokenizer(blank + answer, add_special_tokens=False).input_ids[: self.max_txt_len - 1]

@@ -184,6 +184,23 @@ def check_samples(samples: dict[str, Any], image_size: int, *keys: str) -> dict[
     return {**samples, "text_input": texts}
 
 
+def checked_answers(samples: dict[str, Any]) -> tuple[list[str], Tensor, Tensor]:
+    """Of samples as LAVIS's VQA sets have them the A answers, their weights [A], and LongTensor[A] on the host, whose they are.
+
+    Raises:
+        UserError: ``answer``, ``weight`` (default: 1 each) and ``n_answers`` (default: one a question) do not go together.
+    """
+    questions, answers = samples["text_input"], list(samples.get("answer") or ())
+    counts = torch.as_tensor(samples.get("n_answers", [1] * len(questions))).cpu()
+    weights = torch.as_tensor(samples.get("weight", [1.0] * len(answers)))
+    if not answers or len(counts) != len(questions) or int(counts.sum()) != len(answers) or len(weights) != len(answers):
+        raise UserError(
+            f"samples has {len(questions)} questions, n_answers {counts.tolist()}, {len(answers)} answers and {len(weights)} "
+            "weights (answer, weight); needed: n_answers for each question, and as many answers and weights as these add up to."
+        )
+    return answers, weights, torch.arange(len(questions)).repeat_interleave(counts)
+
+
 def check_lengths(shortest: int, longest: int, beams: int, lines: int = 1, sampled: bool = False) -> None:
     """Can texts of these lengths be generated, ``lines`` each? A search takes its lines from its beams. Raises UserError."""
     if longest < 1 or shortest > longest:

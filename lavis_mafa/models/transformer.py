@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class Tokens:
     images: Grid | None = None
     image_of_row: Tensor | None = None  # LongTensor[rows]; None: row k is image k
     chosen: Tensor | None = None  # LongTensor[S]: which of the tokens of a whole layout these are; None: all
+    image_seen: Tensor | None = None  # BoolTensor[K, 1, 1, N]: what of the images may be looked at; None: all
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,13 @@ class Reading:
             Tokens(grid, mask[:, None, None], grid, image_index),
             Tokens(one, None, one, image_index, starts),
         )
+
+    def over(self, mask: Tensor) -> Reading:
+        """The same, where the K images have padding: BoolTensor[K, N] on the host, what may be looked at."""
+        if mask.all():
+            return self
+        seen = on_device(mask[:, None, None], self.positions.device)
+        return replace(self, tokens=replace(self.tokens, image_seen=seen), first=replace(self.first, image_seen=seen))
 
     def tokens_at(self, places: Tensor) -> Tokens:
         """Some of the S tokens alone: LongTensor on the host, ascending."""
@@ -342,11 +350,12 @@ class BertLayer(nn.Module):
     def look(self, states: Tensor, tokens: Tokens, images: tuple[Tensor, Tensor]) -> Tensor:
         """Cross-attention of S tokens."""
         assert tokens.images is not None, "a layout without images"
-        key, value = images
+        (key, value), seen = images, tokens.image_seen
         if tokens.image_of_row is not None:
             key, value = key.index_select(0, tokens.image_of_row), value.index_select(0, tokens.image_of_row)
+            seen = None if seen is None else seen.index_select(0, tokens.image_of_row)
         cross = self.crossattention.self
-        attended = cross.attend(tokens.images.spread(cross.query(states)), key, value)
+        attended = cross.attend(tokens.images.spread(cross.query(states)), key, value, seen)
         return self.crossattention.output(tokens.images.collect(attended), states)
 
 

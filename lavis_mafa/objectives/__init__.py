@@ -1,5 +1,6 @@
 """MAFA's objectives as pure tensor functions: usable with any model, importing torch alone."""
 
+from lavis_mafa.objectives.answers import answer_loss, rank_answers
 from lavis_mafa.objectives.connections import Connections, judge_connections
 from lavis_mafa.objectives.dual_encoder import Contrast, MafaItcLoss
 from lavis_mafa.objectives.intra_modal import IntraModal, intra_modal_losses, local_loss, pooled_patches
@@ -38,6 +39,7 @@ __all__ = [
     "StepOutput",
     "StepSettings",
     "assign_texts",
+    "answer_loss",
     "candidate_pairs",
     "consistency_loss",
     "distilled_targets",
@@ -57,6 +59,7 @@ __all__ = [
     "mine_hard_negatives",
     "pooled_patches",
     "ramp_up",
+    "rank_answers",
     "sampling_scores",
     "text_key",
     "update_teacher",

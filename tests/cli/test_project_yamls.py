@@ -21,6 +21,7 @@ from torch import nn
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.checkpoints import CLASSES, TWO_IMAGES
+from lavis_mafa.config.data import OF_LAVIS
 from lavis_mafa.config.read import project_files, projects_root
 from lavis_mafa.config.schema import DOWNSTREAM, typed_block
 from lavis_mafa.errors import UserError
@@ -59,8 +60,12 @@ SMALL = {
 }
 for _arch in DOWNSTREAM:
     NO_FILES[_arch], SMALL[_arch] = NO_FILES["albef_mafa"], SMALL["albef_mafa"]
-# a weight that each step trains
-PROBES = {"blip2_opt_mafa": "opt_proj.weight", "albef_ta_mafa": "ta_head.weight", **dict.fromkeys(CLASSES, "cls_head.0.weight")}
+PROBES = {  # a weight that each step trains
+    "blip2_opt_mafa": "opt_proj.weight",
+    "albef_ta_mafa": "ta_head.weight",
+    "albef_vqa_mafa": "text_decoder.cls.predictions.bias",
+    **dict.fromkeys(CLASSES, "cls_head.0.weight"),
+}
 CAPTIONS = ["a red dog runs", "two old cars in the rain"]
 
 
@@ -99,12 +104,18 @@ def built(arch: str, block: str, device: str) -> nn.Module:
     from lavis_mafa.models.albef_nlvr import AlbefNlvrMafa
     from lavis_mafa.models.albef_ta import AlbefTaMafa
     from lavis_mafa.models.albef_ve import AlbefVeMafa
+    from lavis_mafa.models.albef_vqa import AlbefVqaMafa
     from lavis_mafa.models.blip import BlipMafa
     from lavis_mafa.models.blip2 import Blip2Mafa
     from lavis_mafa.models.blip2_opt import Blip2OptMafa
 
     classes: dict[str, Any] = {"albef_mafa": AlbefMafa, "blip_mafa": BlipMafa, "blip2_mafa": Blip2Mafa, "blip2_opt_mafa": Blip2OptMafa}
-    classes |= {"albef_ve_mafa": AlbefVeMafa, "albef_nlvr_mafa": AlbefNlvrMafa, "albef_ta_mafa": AlbefTaMafa}
+    classes |= {
+        "albef_ve_mafa": AlbefVeMafa,
+        "albef_nlvr_mafa": AlbefNlvrMafa,
+        "albef_ta_mafa": AlbefTaMafa,
+        "albef_vqa_mafa": AlbefVqaMafa,
+    }
     torch.manual_seed(0)
     linspace = torch.linspace  # LAVIS reads drop-path rates out of a tensor, which the meta device cannot give
     on_cpu = mock.patch.object(torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"}))
@@ -150,6 +161,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("mafa/albef/eval/retrieval_coco.yaml", "model.pretrained"),
         ("mafa/albef/eval/snli_ve.yaml", "model.pretrained"),
         ("mafa/albef/eval/nlvr.yaml", "model.pretrained"),
+        ("mafa/albef/eval/vqa.yaml", "model.pretrained"),
         ("mafa/blip2/train/stage_1.yaml", "model.discriminator.checkpoint"),
         ("mafa/blip2/train/stage_2.yaml", "model.stage_1"),
         ("mafa/blip2/train/stage_2_ecm.yaml", "model.stage_1"),
@@ -166,6 +178,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("albef/finetune/snli_ve", "PRETRAINED.pth"),
         ("albef/finetune/nlvr_ta", "PRETRAINED.pth"),
         ("albef/finetune/nlvr", "TA.pth"),
+        ("albef/finetune/vqa", "PRETRAINED.pth"),
         ("blip/train/finetune_coco", "PRETRAINED.pth"),
     ):  # fine-tuning from nothing is no mistake, so the YAML names a file
         with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
@@ -305,6 +318,15 @@ def test_paper_settings_of_two_images():
     assert dataclasses.replace(model, pretrained=None) == evaluated
 
 
+def test_paper_settings_of_question_answering():
+    """MAFA section F and the authors' VQA.yaml."""
+    model, run = blocks("mafa/albef/finetune/vqa.yaml")
+    assert (8 * run.batch_size_train, run.max_epoch, run.init_lr, run.min_lr, run.weight_decay) == (128, 8, 2e-5, 1e-6, 0.02)
+    assert (run.warmup_lr, run.warmup_steps, model.image_encoder.image_size, model.max_text_length) == (1e-5, 400, 384, 25)
+    assert (model.momentum_distillation, run.num_ans_candidates) == (None, 128)
+    assert dataclasses.replace(model, pretrained=None) == blocks("mafa/albef/eval/vqa.yaml")[0]
+
+
 def test_paper_settings_of_blip2():
     """MAFA sections G.7 and G.8, and LAVIS's recipes where these say "the default setting"."""
 
@@ -391,6 +413,7 @@ def test_the_model_has_the_papers_size(name):
     downstream = arch in DOWNSTREAM
     if arch in TWO_IMAGES:  # six more fusion layers of 9.4M, each without its keys and values
         expected = 259e6
+    expected = 291e6 if arch == "albef_vqa_mafa" else expected  # embeddings, six layers and the head once more
     expected = 152.6e6 if not downstream and settings.itm.negatives == "none" else expected
     assert learned == pytest.approx(expected, rel=0.025)
     if getattr(settings if downstream else settings.itc, "momentum_distillation", None) is not None:
@@ -420,7 +443,8 @@ def test_the_model_takes_a_step_at_a_small_size(name):
     size = settings.image_encoder.image_size
     count = 3 if settings.arch == "albef_ta_mafa" else 2  # two others
     views = {name: torch.randn(count, 3, size, size) for name in ("image", "image_second_view", "image0", "image1")}
-    output = model({**views, "text_input": [*CAPTIONS, "a cat"][:count], "label": torch.tensor([1, 0]), "grouped": True})
+    texts = {"text_input": [*CAPTIONS, "a cat"][:count], "answer": ["dog", "cars"]}
+    output = model({**views, **texts, "label": torch.tensor([1, 0]), "grouped": True})
     output.loss.backward()
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert torch.isfinite(output.loss) and not [n for n, p in learned.items() if p.grad is None]  # DDP waits for all of them
@@ -459,13 +483,15 @@ def test_the_task_evaluates_at_a_small_size(name, tmp_path):
     model = build(settings).eval()
     loader = Samples(settings.image_encoder.image_size)
     task = registry.get_task_class(run.task)(run)
+    if arch == "albef_vqa_mafa":
+        task.ranked[id(loader)] = ["dog", "cars", "rain"] * 50
     result = task.evaluation(model, loader, cuda_enabled=False)
     with mock.patch.dict(registry.mapping["paths"], {"result_dir": str(tmp_path)}):
         metrics = task.after_evaluation(val_result=result, split_name="test", epoch="last")
     if arch in CLASSES:
         assert metrics["accuracy"] in (0, 50, 100) and len(json.loads((tmp_path / "test_classification_result.json").read_text())) == 2
         return
-    if not generates:
+    if not generates and arch != "albef_vqa_mafa":
         assert result["i2t"].shape == result["t2i"].shape == (2, 2) and {"tr_r1", "ir_r1"} <= set(metrics)
         return
     (file,) = tmp_path.glob("*.json")
@@ -528,14 +554,16 @@ def test_lavis_knows_builders_processors_and_keys(name):
         builder = registry.get_builder_class(dataset)(block)
         builder.build_processors()
         evaluates = blocks(name)[1].evaluate
-        for split in ["eval"] if evaluates else ["train", "eval"]:
+        trains_alone = set(block.build_info.get("annotations", ())) == {"train"}
+        for split in ["eval"] if evaluates else ["train"] if trains_alone else ["train", "eval"]:
             assert block.vis_processor[split].image_size == image_size
             assert builder.vis_processors[split] is not None and builder.text_processors[split] is not None
         defaults = OmegaConf.load(builder.default_config_path(block.get("type", "default"))).datasets[dataset].build_info
-        assert set(block.build_info) <= set(defaults), "a key that the builder does not know"
+        assert set(block.build_info) <= {*defaults, *OF_LAVIS.get(dataset, ())}, "a key that the builder does not know"
         run = config.run
         if dataset not in ("grit_emoji", "grit_scenes"):
-            splits = {*run.get("valid_splits", []), *run.get("test_splits", []), *([] if evaluates else ["train"])}
+            splits = {*run.get("valid_splits", []), *run.get("test_splits", [])} if not trains_alone else set()
+            splits |= set() if evaluates else {"train"}
             assert splits <= set(block.build_info.annotations), "a split that the data set does not have"
 
 

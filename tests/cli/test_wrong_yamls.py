@@ -296,7 +296,12 @@ WRONG: list[tuple[str, str, Edit, tuple[str, ...]]] = [
     ("stage 2", "GRIT in stage 2", ("grit: {enabled: false}", "grit: {enabled: true}"), ("run.grit.enabled is true", "stage 1")),
     ("albef", "captions of ALBEF", ("task: mafa_pretrain", "task: mafa_captioning"), ("writes no captions", "blip2_opt_mafa")),
     ("blip", "captions of BLIP", ("task: mafa_pretrain", "task: mafa_captioning"), ("writes no captions", "blip2_opt_mafa")),
-    ("stage 1", "answers of stage 1", ("task: mafa_pretrain", "task: mafa_vqa"), ("answers no questions", "blip2_opt_mafa")),
+    (
+        "stage 1",
+        "answers of stage 1",
+        ("task: mafa_pretrain", "task: mafa_vqa"),
+        ("blip2_mafa; allowed", "blip2_opt_mafa"),
+    ),
     ("stage 2", "retrieval of stage 2", added("  test_splits: [val]\n"), ("has no matching head", "mafa_captioning")),
     ("vqa", "a prompt without a question", ("{} Answer", "Answer"), ("run.prompt is", "one {} for the question")),
     ("captions", "lengths that cross", ("min_len: 1", "min_len: 11"), ("run.min_len is 11", "max_len (10)")),

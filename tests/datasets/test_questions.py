@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
+from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -42,6 +43,7 @@ def test_every_format_gives_the_same_questions(folder: Path, suffix: str) -> Non
     assert batch["text_input"] == [row["question"].upper() for row in ROWS]
     assert batch["question_id"].tolist() == data.question_ids == [70, 9, 8]
     assert batch["index"].tolist() == [0, 1, 2]
+    assert (batch["answer"], batch["n_answers"].tolist()) == (["a dog", "yes", "two"], [1, 1, 1])
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
@@ -53,6 +55,22 @@ def test_lists_of_answers_and_rows_as_ids(folder: Path, suffix: str) -> None:
     data = ImageQuestions(pil_to_tensor, str, folder, read_annotations([write(folder / f"q{suffix}", rows)], QUESTIONS))
     assert data.answers == [["dog", "puppy"], ["cat"]]
     assert [data[index]["question_id"] for index in range(2)] == [0, 1]
+    assert data.distinct_answers() == ["dog", "puppy", "cat"]
+
+
+def test_answers_weigh_as_many_people_gave_them(folder: Path) -> None:
+    """As LAVIS's coco_vqa has them; joined with its samples, which have no ids, too."""
+    people = ["red"] * 5 + ["dark red"] * 3 + ["pink", "Red"]
+    rows = [{"image": "a.png", "question": "what colour?", "answer": people}, {**ROWS[0], "question_id": None}]
+    (folder / "lavis.json").write_text(json.dumps(rows[:1]))
+    data = ImageQuestions(pil_to_tensor, str, folder, read_annotations([write(folder / "q.jsonl", rows)], QUESTIONS))
+    theirs = COCOVQADataset(pil_to_tensor, str, str(folder), [str(folder / "lavis.json")])
+    own, other = data.collater([data[0], data[1]]), theirs.collater([theirs[0], data[1]])
+    for name in ("answer", "text_input"):
+        assert own[name] == other[name]
+    for name in ("image", "weight", "n_answers"):
+        torch.testing.assert_close(own[name], other[name])
+    assert data.collater([{k: v for k, v in data[0].items() if k in theirs[0]}])["answer"] == ["red", "dark red", "pink", "Red"]
 
 
 @pytest.mark.parametrize(
@@ -81,8 +99,10 @@ def test_vqa_builder(folder: Path) -> None:
     data = GritVqaBuilder(block).build_datasets()
     assert set(data) == {"val", "test"} and len(data["test"]) == 2
     assert data["val"][0]["text_input"] == "what is this, then?"
-    with pytest.raises(UserError, match="annotations.train is not a key; allowed: val, test"):
-        GritVqaBuilder(config(GritVqaBuilder, annotations={"train": {"storage": file}})).build_datasets()
+    both = config(GritVqaBuilder, annotations={"train": {"storage": file}}, images={"storage": str(folder)})
+    assert GritVqaBuilder(both).build_datasets()["train"][0]["image"].shape == (3, 384, 384)
+    with pytest.raises(UserError, match="annotations.tests is not a key; allowed: train, val, test"):
+        GritVqaBuilder(config(GritVqaBuilder, annotations={"tests": {"storage": file}})).build_datasets()
 
 
 def test_emoji_questions_have_all_true_names_as_answers(emoji: Path) -> None:
@@ -97,7 +117,7 @@ def test_emoji_questions_have_all_true_names_as_answers(emoji: Path) -> None:
     concept_of = {row["image"]: row["concept"] for row in rows}
     for split in ("val", "test"):
         assert set(data[split].questions) == {"what is this?"} and len(data[split]) > 0
-    for image, answers in zip(data["val"].image, data["val"].answers, strict=True):
+    for image, answers in zip(data["val"].table["image"].to_pylist(), data["val"].answers, strict=True):
         assert set(answers) == right[concept_of[image]]
 
 

@@ -8,15 +8,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from lavis.common.registry import registry
 from lavis.common.vqa_tools.vqa import VQA
 from lavis.common.vqa_tools.vqa_eval import VQAEval
+from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from lavis.tasks.base_task import BaseTask
-from torch.utils.data import DataLoader
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader
+from torchvision.transforms.functional import pil_to_tensor
 
+from lavis_mafa.config.schema import typed_block
+from lavis_mafa.datasets.pairs import ImageQuestions
 from lavis_mafa.errors import UserError
+from lavis_mafa.tasks.answer_list import own_answers
 from lavis_mafa.tasks.vqa import MafaGqaTask, MafaVqaTask
 from lavis_mafa.tasks.vqa_accuracy import Question, accuracy, normalized, official_accuracy
 
@@ -33,7 +41,15 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run_block(**changes: Any) -> SimpleNamespace:
     settings = {"num_beams": 4, "max_len": 9, "min_len": 2, "length_penalty": -0.5, "prompt": "Question: {} Answer:"}
-    settings |= {"evaluate": True, "train_splits": [], "valid_splits": [], "test_splits": []}
+    settings |= {
+        "inference": None,
+        "answer_list": None,
+        "num_ans_candidates": None,
+        "evaluate": True,
+        "train_splits": [],
+        "valid_splits": [],
+        "test_splits": [],
+    }
     return SimpleNamespace(**{**settings, "lemmatize": False, **changes})
 
 
@@ -52,6 +68,7 @@ class Questions(torch.utils.data.Dataset):
 
 class OwnQuestions(Questions):
     answers = ANSWERS
+    answer_list: list[str] | None = None
     extra = {"index": [0, 1, 2]}
 
 
@@ -89,6 +106,28 @@ def test_own_questions(results: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = vars(run_block())
     passed = {name: run[name] for name in ("num_beams", "max_len", "min_len", "length_penalty", "prompt")}
     assert model.asked == {**passed, "inference_method": "generate"}
+
+
+@pytest.mark.parametrize(("arch", "candidates"), [("albef_vqa", None), ("blip_vqa", 2), ("albef_vqa_mafa", None)])
+def test_models_rank_what_a_set_lists(arch: str, candidates: int | None, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = OwnQuestions(), Model()
+    data.answer_list = ["dog", "2", "dog", "yes"]
+    monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"own": {"val": data}})
+    values = {"task": "mafa_vqa", "num_ans_candidates": candidates, "evaluate": True, "valid_splits": ["val"]}
+    task = MafaVqaTask(typed_block("run", values))
+    task.arch = arch
+    task.build_datasets(CONFIG)
+    task.evaluation(model, DataLoader(data, batch_size=2), cuda_enabled=False)
+    wanted = {"inference_method": "rank", "answer_list": ["dog", "2", "yes"], "num_ans_candidates": candidates or 3}
+    assert model.asked == wanted
+
+
+def test_all_answers_that_are_trained_on_are_ranked() -> None:
+    """Of one split or several, joined or not."""
+    tables = [pa.table({"image": ["a"] * 2, "question": ["?"] * 2, "answer": said}) for said in (ANSWERS[:2], [["2"], ["x"]])]
+    parts = [ImageQuestions(str, str, ".", table) for table in tables]
+    assert own_answers(Questions(), parts) == own_answers(Questions(), [ConcatDataset(parts)]) == ["dog", "puppy", "2", "x"]
+    assert own_answers(Questions(), [Questions()]) is None and own_answers(Questions(), []) is None
 
 
 def test_gqa_is_exact_match_after_normalising(results: Path) -> None:
@@ -301,6 +340,19 @@ def test_training_is_for_sets_and_models_with_answers(monkeypatch: pytest.Monkey
     seen: list[Any] = []
     model: Any = lambda samples: seen.append(samples) or {"loss": 7}  # noqa: E731
     assert task.train_step(model, {"answer": ["x"]}) == 7 and seen == [{"answer": ["x"], "prompt": "Question: {} Answer:"}]
+
+
+def test_answers_of_visual_genome_weigh_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAVIS says 0.2, ALBEF 0.5."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "vg.json").write_text(json.dumps([{"image": "a.png", "question": "who?", "answer": "nobody"}] * 2))
+    data = VGVQADataset(pil_to_tensor, str, str(tmp_path), [str(tmp_path / "vg.json")])
+    monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: {"vg_vqa": {"train": data}})
+    for info, weight in (({}, 0.2), ({"answer_weight": 0.5}, 0.5)):
+        cfg = SimpleNamespace(datasets_cfg=OmegaConf.create({"vg_vqa": {"build_info": info}}))
+        train = MafaVqaTask(run_block(train_splits=["train"], evaluate=False)).build_datasets(cfg)["vg_vqa"]["train"]
+        assert len(train) == 2 and train.collater([train[0], train[1]])["weight"].tolist() == pytest.approx([weight] * 2)
+        assert train[0]["answers"] == ["nobody"] and train[1]["text_input"] == "who?"
 
 
 def test_normalising() -> None:
