@@ -214,7 +214,7 @@ def test_wrong_data_are_one_message(name, content, message, data, tmp_path, refu
         (
             "assign",
             ["run.task=mafa_classification"],
-            "model.arch is albef_ta_mafa; allowed here: model.arch: albef_ve_mafa, albef_nlvr_mafa",
+            "model.arch is albef_ta_mafa; allowed here: model.arch: albef_ve_mafa or albef_nlvr_mafa",
         ),
         ("assign", ["run.grit.enabled=true"], "albef_ta_mafa makes no features of texts to group by; allowed here: false."),
         ("assign", ["run.valid_splits=[val]"], "albef_ta_mafa is for training alone; leave run.valid_splits and run.test_splits empty"),

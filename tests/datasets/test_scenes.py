@@ -466,8 +466,10 @@ def test_builder(scenes: Path) -> None:
     assert len(asked["train"]) == 64
     for split in SPLITS[1:]:
         table = rows(scenes, f"questions_{split}")
-        assert [asked[split].image, asked[split].questions, asked[split].answers, asked[split].question_ids] == [
-            [row[key] for row in table] for key in ("image", "question", "answer", "question_id")
+        paths = [asked[split].image_path(row) for row in range(len(table))]
+        assert paths == [scenes / row["image"] for row in table]
+        assert [asked[split].questions, asked[split].answers, asked[split].question_ids] == [
+            [row[key] for row in table] for key in ("question", "answer", "question_id")
         ]
     assert asked["unseen"][0]["image"].shape == (3, 48, 48)
 
