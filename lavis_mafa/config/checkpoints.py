@@ -211,10 +211,9 @@ def _check_heads(names: Mapping[str, Any], kind: str, source: str, arch: str, ne
     lacking = [part for part in needed if not any(name.startswith(part) for name in names)]
     if lacking:
         task, _ = one_task(names, kind)
-        parts = ", ".join(part.rstrip(".") for part in lacking)
         raise UserError(
-            f"{source} is {kind} that was trained for {task or 'one task'}: it has no {parts}, which {arch} needs; give one of "
-            "pre-training or retrieval."
+            f"{source} is {kind} without {', '.join(part.rstrip('.') for part in lacking)}, which {arch} needs"
+            f"{f': it was trained for {task}' if task else ''}; give one of pre-training or retrieval."
         )
 
 

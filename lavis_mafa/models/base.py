@@ -372,7 +372,7 @@ class MafaModel(nn.Module, Generic[Block]):
         """Start from a checkpoint of ours, LAVIS's or the authors'; anything that does not fit is an error that lists the keys.
 
         Position embeddings are resized to this model's image size; a momentum model starts as a copy. A file fine-tuned for retrieval
-        may lack the whole language head, with a warning; one of BLIP-2 its frozen image encoder, where ``image_encoder.init`` is set.
+        may lack the whole language head, as the log says; one of BLIP-2 its frozen image encoder, where ``image_encoder.init`` is set.
         Returns, as LAVIS's, the names that were missing; raises UserError if the file is of another kind, or does not fit.
         """
         source, arch = f"model.pretrained: {url_or_filename}", self.settings.arch
@@ -380,7 +380,7 @@ class MafaModel(nn.Module, Generic[Block]):
         if arch in OF_MODEL:
             check_kind(state, OF_MODEL[arch], source, arch)
         state = self.own_weights(state)
-        return self._load(state, source, _may_lack_language(state, arch, source))
+        return self._load(state, source, _may_lack_language(state, self.settings, source))
 
     def _load(self, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...]) -> Any:
         return load_exactly(self, state, source, may_miss=may_miss)
@@ -439,13 +439,18 @@ def _within(image: Tensor, text: Tensor, whole: tuple[Tensor, Tensor] | None, pa
         )
 
 
-def _may_lack_language(state: dict[str, Tensor], arch: str, source: str) -> tuple[str, ...]:
-    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature."""
-    part, what, _ = LANGUAGE.get(arch, ("", "", ""))
+def _may_lack_language(state: dict[str, Tensor], settings: MafaBlock, source: str) -> tuple[str, ...]:
+    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature.
+
+    A line of the log says so: a warning where training would ask that head, which for a YAML has been refused before.
+    """
+    part, what, _ = LANGUAGE.get(settings.arch, ("", "", ""))
     if any(name.startswith(part) for name in state):
         return ()
     lacking = (part,) if "temp" in state else (part, "temp")
-    logger.warning("%s has no %s (%s): it keeps its first values. Retrieval and features need none.", source, what, ", ".join(lacking))
+    level = logging.WARNING if all(list(loss_weights(settings).values())[2:]) else logging.INFO
+    line = "%s has no %s (%s): it keeps its first values. Retrieval and features need none."
+    logger.log(level, line, source, what, ", ".join(name.rstrip(".") for name in lacking))
     return lacking
 
 
