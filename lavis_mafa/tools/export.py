@@ -107,9 +107,9 @@ def exported(state: State, to: str, source: str, queue_size: int | None = None, 
     _check_fits(state, to, source)
     target, state = TARGETS[to], plain(state)
     if to == "albef_vqa" and not any(_is_of("text_decoder", name) for name in state):
-        state = with_decoder(state, _fusion_layer(state))
+        state = {**state, **decoder_of(with_bert(state), _fusion_layer(state))}
     elif to == "albef_nlvr" and not is_doubled(state):
-        state = doubled(state, _fusion_layer(state))
+        state = doubled_weights(state, _fusion_layer(state))
     elif to == "blip_nlvr":
         state = for_two_images(state)
     parts = (*target.parts, *target.may_have)
@@ -130,18 +130,14 @@ def _in_teacher(name: str) -> str:
 
 
 def _check_fits(state: State, to: str, source: str) -> None:
-    few = fitting(state)
+    few, of = fitting(state), "blip_retrieval" if to == HF_BLIP else to
     if to in few:
         return
-    of = "blip_retrieval" if to == HF_BLIP else to
     lacking = _lacking(plain(state), of) if TARGETS[of].kind == kind_of(state) else []
-    why = f"has no {', '.join(lacking)}, which {to} needs" if lacking else f"is {_what_for(state)}, which gives no {to}"
+    why = f"is {what_is(state)}{f' for {few[0]} alone' if len(few) == 1 else ''}, which gives no {to}"
+    if lacking:
+        why = f"has no {', '.join(lacking)}, which {to} needs"
     raise UserError(f"{source} {why}; " + (f"allowed with it: {', '.join(few)}." if few else "nothing can be made of it."))
-
-
-def _what_for(state: State) -> str:
-    few = fitting(state)
-    return what_is(state) + (f" for {few[0]} alone" if len(few) == 1 else "")
 
 
 # --- what a class needs ------------------------------------------------------------------------------------------------
@@ -160,37 +156,36 @@ def is_doubled(state: State) -> bool:
     return bool(couples) and len(fusing) % 2 == 0 and all(a is not None and b is not None and torch.equal(a, b) for a, b in couples)
 
 
-def doubled(state: State, fusion_layer: int) -> State:
+def doubled_weights(state: State, fusion_layer: int) -> State:
     """ALBEF's L text layers as the F + 2 (L - F) of NLVR2: each fusion layer F + i becomes F + 2i, which looks at the first image,
     and F + 2i + 1, which looks at the second.
 
     Example:
-        >>> found = doubled({f"text_encoder.encoder.layer.{i}.output.dense.bias": torch.zeros(1) for i in range(3)}, 1)
-        >>> [name.split(".")[3] for name in found]
-        ['0', '1', '2', '3', '4']
+        >>> list(doubled_weights({"text_encoder.encoder.layer.2.x": torch.zeros(1), "temp": torch.zeros(1)}, fusion_layer=1))
+        ['text_encoder.encoder.layer.3.x', 'text_encoder.encoder.layer.4.x', 'temp']
     """
     found: State = {}
     for name, value in state.items():
         layer = LAYER.match(name)
-        first = int(layer[1]) if layer else -1
-        if layer and first >= fusion_layer:
-            rest, place = name[layer.end() :], fusion_layer + 2 * (first - fusion_layer)
-            found |= {f"text_encoder.encoder.layer.{place + which}.{rest}": value for which in (0, 1)}
-        else:
+        if layer is None or (number := int(layer[1])) < fusion_layer:
             found[name] = value
+        else:
+            places = (2 * number - fusion_layer + which for which in (0, 1))
+            found |= {f"text_encoder.encoder.layer.{place}.{name[layer.end() :]}": value for place in places}
     return found
 
 
-def with_decoder(state: State, fusion_layer: int) -> State:
-    """ALBEF with the decoder that answers questions: it starts as the fusion layers, with the words and the head of the encoder."""
-    names = {
-        name: LAYER.sub(lambda m: f"text_decoder.bert.encoder.layer.{int(m[1]) - fusion_layer}.", name)
-        for name in state
-        if (m := LAYER.match(name)) and int(m[1]) >= fusion_layer
-    }
-    names |= {name: name.replace("text_encoder.", "text_decoder.bert.", 1) for name in state if name.startswith("text_encoder.embed")}
-    names |= {name: name.replace("text_encoder.", "text_decoder.", 1) for name in state if name.startswith("text_encoder.cls.")}
-    return {**state, **{decoder: state[name] for name, decoder in names.items()}}
+def decoder_of(state: State, fusion_layer: int) -> State:
+    """What the decoder that answers questions starts with, of ALBEF's pre-training: embeddings, fusion layers and head."""
+    encoder, found = "text_encoder.bert.encoder.layer.", State()
+    for name, value in state.items():
+        if name.startswith(("text_encoder.bert.embeddings.", "text_encoder.cls.")):
+            found[name.replace("text_encoder.", "text_decoder.", 1)] = value
+        elif name.startswith(encoder):
+            number, _, rest = name.removeprefix(encoder).partition(".")
+            if int(number) >= fusion_layer:
+                found[f"text_decoder.bert.encoder.layer.{int(number) - fusion_layer}.{rest}"] = value
+    return found
 
 
 def for_two_images(state: State) -> State:

@@ -19,7 +19,7 @@ import lavis_downstream
 import reduced
 import reduced_blip
 import reduced_blip2
-from lavis_mafa.tools.export import doubled, hf_names, plain, with_decoder
+from lavis_mafa.tools.export import decoder_of, doubled_weights, hf_names, plain
 
 State = dict[str, Tensor]
 
@@ -54,12 +54,13 @@ def _albef() -> State:
 
 
 def _vqa() -> State:
-    state = without(with_decoder(plain(_albef()), reduced.FUSION), "text_encoder.cls", "vision_proj", "text_proj", "itm_head", "temp")
+    state = {**plain(_albef()), **decoder_of(_albef(), reduced.FUSION)}
+    state = without(state, "text_encoder.cls", "vision_proj", "text_proj", "itm_head", "temp")
     return {**state, **{re.sub(r"^(\w+)\.", r"\1_m.", name): value for name, value in state.items()}}
 
 
 def _nlvr(*left_out: str) -> State:
-    return without(doubled(plain(_albef()), reduced.FUSION), "text_encoder.cls", "itm_head", *left_out)
+    return without(doubled_weights(plain(_albef()), reduced.FUSION), "text_encoder.cls", "itm_head", *left_out)
 
 
 def _ta() -> State:

@@ -80,6 +80,9 @@ def test_nothing_is_missing_or_random_in_lavis_class(target, tmp_path, capsys):
         part, _, rest = name.partition(".")
         if part.endswith("_m"):
             assert torch.equal(value, found[f"{part[:-2]}.{rest}"]), name
+    for name in {"image_queue", "text_queue"} & set(written):
+        torch.testing.assert_close(written[name].norm(dim=0), torch.ones(8))
+    assert bool((written.get("idx_queue", torch.tensor(-100)) == -100).all())
     assert not new or "cls_head starts as LAVIS's class makes it" in said
 
 
