@@ -213,7 +213,7 @@ def _check_heads(names: Mapping[str, Any], kind: str, source: str, arch: str, ne
         task, _ = one_task(names, kind)
         raise UserError(
             f"{source} is {kind} without {', '.join(part.rstrip('.') for part in lacking)}, which {arch} needs"
-            f"{f': it was trained for {task}' if task else ''}; give one of pre-training or retrieval."
+            f"{f' (it was trained for {task})' if task else ''}; give one of pre-training or retrieval."
         )
 
 

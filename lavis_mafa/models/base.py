@@ -380,7 +380,7 @@ class MafaModel(nn.Module, Generic[Block]):
         if arch in OF_MODEL:
             check_kind(state, OF_MODEL[arch], source, arch)
         state = self.own_weights(state)
-        return self._load(state, source, _may_lack_language(state, self.settings, source))
+        return self._load(state, source, _may_lack_language(state, arch, source))
 
     def _load(self, state: dict[str, Tensor], source: str, may_miss: tuple[str, ...]) -> Any:
         return load_exactly(self, state, source, may_miss=may_miss)
@@ -439,18 +439,15 @@ def _within(image: Tensor, text: Tensor, whole: tuple[Tensor, Tensor] | None, pa
         )
 
 
-def _may_lack_language(state: dict[str, Tensor], settings: MafaBlock, source: str) -> tuple[str, ...]:
-    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature.
-
-    A line of the log says so: a warning where training would ask that head, which for a YAML has been refused before.
-    """
-    part, what, _ = LANGUAGE.get(settings.arch, ("", "", ""))
+def _may_lack_language(state: dict[str, Tensor], arch: str, source: str) -> tuple[str, ...]:
+    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature. A YAML that would train
+    that head has been refused before (:func:`lavis_mafa.config.checkpoints.check_kinds`)."""
+    part, what, _ = LANGUAGE.get(arch, ("", "", ""))
     if any(name.startswith(part) for name in state):
         return ()
     lacking = (part,) if "temp" in state else (part, "temp")
-    level = logging.WARNING if all(list(loss_weights(settings).values())[2:]) else logging.INFO
-    line = "%s has no %s (%s): it keeps its first values. Retrieval and features need none."
-    logger.log(level, line, source, what, ", ".join(name.rstrip(".") for name in lacking))
+    names = ", ".join(name.rstrip(".") for name in lacking)
+    logger.info("%s has no %s (%s): it keeps its first values. Retrieval and features need none.", source, what, names)
     return lacking
 
 

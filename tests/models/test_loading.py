@@ -156,6 +156,7 @@ def test_of_a_tied_weight_one_name_is_enough(tmp_path):
     [("albef", ALBEF.lavis_retrieval, "text_encoder.cls"), ("blip", BLIP.lavis_retrieval, "text_decoder")],
 )
 def test_a_file_for_retrieval_serves_all_that_needs_no_language_head(tmp_path, caplog, family, theirs, head):
+    caplog.set_level("INFO")
     state = theirs().state_dict()
     path = as_file({"model": state}, tmp_path)
     model = loaded(family, "load_checkpoint", path)
@@ -245,6 +246,7 @@ def test_an_image_encoder_of_more_layers_is_not_cut_down(tmp_path):
 
 
 def test_blip_2_of_transformers(tmp_path, caplog):
+    caplog.set_level("INFO")
     state = {n: torch.randn_like(v) if n.endswith(("q_bias", "v_bias")) else v for n, v in BLIP2.ours(2).state_dict().items()}
     theirs = {n: v for n, v in hf_blip2(state).items() if not n.startswith("Qformer.cls.") and n != "temp"}
     assert len(theirs) > 60 and not any(n.startswith(("visual_encoder.", "Qformer.")) for n in theirs)
