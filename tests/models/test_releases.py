@@ -21,6 +21,8 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models.albef_ve import AlbefVeMafa
 from lavis_mafa.models.con_d import build_discriminator
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "downstream.md"
 REFUSED = r"without .*itm_head, which \w+ needs"
 LARGE = {"image_encoder": {**reduced.SIZES["image_encoder"], "depth": 3, "width": 64}}

@@ -25,6 +25,8 @@ from lavis_mafa.models.transformer import Reading
 from lavis_mafa.tools import export
 from lavis_mafa.weights import lavis_names, read_weights
 
+pytestmark = pytest.mark.slow
+
 State = dict[str, Tensor]
 TWELVE = {"text_encoder": {"layers": 12, "fusion_layer": 6}}  # as LAVIS's albef_vqa and albef_nlvr have them
 OURS = {"albef": reduced.ours, "blip": reduced_blip.ours, "blip2": reduced_blip2.ours}
