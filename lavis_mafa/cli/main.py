@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "is one run better than another: retrieval query by query, with intervals and p",
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
     "check-data": "find images and captions that training could not use, and write annotations without them",
+    "export": "write a checkpoint as LAVIS's own classes, or transformers, load it",
     "build-emoji": "build the embedded emoji data into a folder",
     "build-scenes": "build scenes of emoji whose truth is known, with questions and sentences about them",
     "validate": "check YAMLs without running them",

@@ -146,6 +146,18 @@ LANGUAGE = {
     "blip_mafa": ("text_decoder.", "text decoder", "model.lm.weight: 0"),
     "blip2_mafa": ("Qformer.cls.", "LM head", "model.lm.weight: 0"),
 }
+HEADS, CON_D_HEAD = ("vision_proj.", "text_proj.", "itm_head."), ("itm_head.",)
+OF_ONE_TASK = {  # part of a name -> what a checkpoint that has it was trained for, and LAVIS's class of that
+    ALBEF: {
+        "text_decoder.": ("answering questions", "albef_vqa"),
+        "ta_head.": ("text assignment", "albef_nlvr"),
+        "cls_head.": ("telling classes apart", "albef_classification"),
+    },
+    BLIP: {
+        ".crossattention.self0.": ("statements about two images", "blip_nlvr"),
+        "cls_head.": ("telling classes apart", "blip_classification"),
+    },
+}
 PARTS = {"qformer": "a Q-Former", "text_encoder": "a text encoder", "image_encoder": "an image encoder"}
 EMBEDDINGS = tuple(
     f"{part}.embeddings.word_embeddings.weight" for part in ("text_encoder.bert", "text_encoder", "text_decoder.bert", "Qformer.bert")
@@ -173,15 +185,20 @@ def kind_of(names: Mapping[str, Any]) -> str | None:
     return BLIP if any(name.startswith("text_decoder.") for name in names) else None
 
 
+def what_is(names: Mapping[str, Any]) -> str:
+    """The kind of a checkpoint in words, also of one that no model here takes."""
+    return kind_of(names) or next((what for part, what in OTHERS.items() if any(part in name for name in names)), "something else")
+
+
 def check_kind(names: Mapping[str, Any], wanted: str, source: str, arch: str) -> None:
     """A checkpoint is of the kind that ``arch`` needs; UserError says what it is and where it belongs.
 
     Args:
         source: key and file, as ``model.pretrained: x.pth``.
     """
-    found = kind_of(names)
+    found, key = kind_of(names), source.split(":")[0]
     if found == wanted:
-        return
+        return _check_heads(names, wanted, source, arch, CON_D_HEAD if "discriminator" in key else HEADS if arch in LANGUAGE else ())
     hints: dict[tuple[str, str | None], str] = {
         ("model.pretrained", STAGE_1): " Give it as model.stage_1 to train stage 2 on it.",
         ("model.stage_1", STAGE_2): " Give it as model.pretrained to go on from it or to evaluate it.",
@@ -189,9 +206,24 @@ def check_kind(names: Mapping[str, Any], wanted: str, source: str, arch: str) ->
         ("model.pretrained", BLIP): " Its model is blip_mafa.",
         ("model.pretrained", ALBEF): " Its model is albef_mafa.",
     }
-    other = found or next((what for part, what in OTHERS.items() if any(part in name for name in names)), "something else")
     some = "" if found else f" It has {', '.join(list(names)[:3])}{', ...' if len(names) > 3 else ''}."
-    raise UserError(f"{source} is {other}, but {arch} needs {wanted} here.{hints.get((source.split(':')[0], found), '')}{some}")
+    raise UserError(f"{source} is {what_is(names)}, but {arch} needs {wanted} here.{hints.get((key, found), '')}{some}")
+
+
+def _check_heads(names: Mapping[str, Any], kind: str, source: str, arch: str, needed: tuple[str, ...]) -> None:
+    """A checkpoint that was fine-tuned for one task may lack what pre-training, retrieval or a Con-D asks."""
+    lacking = [part for part in needed if not any(name.startswith(part) for name in names)]
+    if lacking:
+        task, _ = one_task(names, kind)
+        raise UserError(
+            f"{source} is {kind} without {', '.join(part.rstrip('.') for part in lacking)}, which {arch} needs"
+            f"{f' (it was trained for {task})' if task else ''}; give one of pre-training or retrieval."
+        )
+
+
+def one_task(names: Mapping[str, Any], kind: str | None) -> tuple[str, str]:
+    """What a checkpoint was trained for and LAVIS's class of that, by the part that it alone has; empty texts for any other."""
+    return next((task for part, task in OF_ONE_TASK.get(kind or "", {}).items() if any(part in name for name in names)), ("", ""))
 
 
 def check_kinds(block: Any, absent: Collection[str] = (), evaluate: bool = False) -> None:

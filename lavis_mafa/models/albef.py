@@ -68,8 +68,8 @@ class AlbefPairs(DualPairs):
 class AlbefMafa(DualEncoder[AlbefBlock]):
     """ALBEF with MAFA (MAFA sections 4.1, 4.2).
 
-    Parameter names are LAVIS's, so a checkpoint loads into ``albef_retrieval`` and ``albef_classification``, with a momentum model
-    into ``albef_vqa`` too, and LAVIS's ALBEF checkpoints load here. LAVIS's ``albef_nlvr`` has other text layers.
+    Parameter names are LAVIS's, so a checkpoint loads into ``albef_retrieval`` and ``albef_classification``, and LAVIS's ALBEF
+    checkpoints load here. What LAVIS's classes need besides (teacher, queues, other layers) ``lavis-mafa export`` adds.
 
     Example:
         >>> from lavis.models import load_model

@@ -372,7 +372,7 @@ class MafaModel(nn.Module, Generic[Block]):
         """Start from a checkpoint of ours, LAVIS's or the authors'; anything that does not fit is an error that lists the keys.
 
         Position embeddings are resized to this model's image size; a momentum model starts as a copy. A file fine-tuned for retrieval
-        may lack the whole language head, with a warning; one of BLIP-2 its frozen image encoder, where ``image_encoder.init`` is set.
+        may lack the whole language head, as the log says; one of BLIP-2 its frozen image encoder, where ``image_encoder.init`` is set.
         Returns, as LAVIS's, the names that were missing; raises UserError if the file is of another kind, or does not fit.
         """
         source, arch = f"model.pretrained: {url_or_filename}", self.settings.arch
@@ -440,12 +440,14 @@ def _within(image: Tensor, text: Tensor, whole: tuple[Tensor, Tensor] | None, pa
 
 
 def _may_lack_language(state: dict[str, Tensor], arch: str, source: str) -> tuple[str, ...]:
-    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature."""
+    """What a checkpoint for matching alone may do without: the whole language head, and then the temperature. A YAML that would train
+    that head has been refused before (:func:`lavis_mafa.config.checkpoints.check_kinds`)."""
     part, what, _ = LANGUAGE.get(arch, ("", "", ""))
     if any(name.startswith(part) for name in state):
         return ()
     lacking = (part,) if "temp" in state else (part, "temp")
-    logger.warning("%s has no %s (%s): it keeps its first values. Retrieval and features need none.", source, what, ", ".join(lacking))
+    names = ", ".join(name.rstrip(".") for name in lacking)
+    logger.info("%s has no %s (%s): it keeps its first values. Retrieval and features need none.", source, what, names)
     return lacking
 
 

@@ -46,8 +46,8 @@ def led_by(token: int, ids: Tensor) -> Tensor:
 class BlipMafa(DualEncoder[BlipBlock]):
     """BLIP with MAFA (MAFA sections 4.1, 4.2). With momentum distillation it is LAVIS's ``blip_pretrain``.
 
-    Parameter names are LAVIS's, so a checkpoint loads into ``blip_pretrain``, ``blip_image_text_matching`` and ``blip_caption``, with a
-    momentum model into ``blip_retrieval`` too, and LAVIS's BLIP checkpoints load here.
+    Parameter names are LAVIS's, so a checkpoint loads into ``blip_pretrain``, ``blip_image_text_matching`` and ``blip_caption``, and
+    LAVIS's BLIP checkpoints load here. What its other classes need besides (teacher, queues) ``lavis-mafa export`` adds.
 
     Example:
         >>> from lavis.models import load_model

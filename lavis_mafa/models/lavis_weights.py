@@ -32,15 +32,22 @@ def check_start(config: Any) -> None:
     if source is None or source[0] != "model.pretrained":
         return
     key, path = source
+    export = f"`lavis-mafa export {path} --for {config.arch} --output X.pth` writes"
     if config.arch == "albef_nlvr":
-        raise UserError(f"{key} is {path}, but LAVIS 1.0.2's albef_nlvr fails at every such file; give it as model.finetuned.")
+        raise UserError(f"{key} is {path}, but LAVIS 1.0.2's albef_nlvr fails at every such file; {export} one for model.finetuned.")
     if config.arch == "albef_vqa" and not config.get("use_distill", True):
-        raise UserError(f"model.use_distill is false, but LAVIS 1.0.2's albef_vqa then fails at every {key}; allowed: true.")
-    if config.arch in READ_THEIR_TEACHER and OF_TEACHER not in shapes_of(path, key):
+        where = f"at every {key}; {export} one for model.finetuned"
+        raise UserError(f"model.use_distill is false, but LAVIS 1.0.2's albef_vqa then fails {where}.")
+    if config.arch not in READ_THEIR_TEACHER:
+        return
+    shapes = shapes_of(path, key)
+    if OF_TEACHER not in shapes:
         raise UserError(
-            f"{key}: {path} has no momentum teacher ({OF_TEACHER}), which LAVIS's {config.arch} reads from it; give a checkpoint of a "
-            "training with model.itc.momentum_distillation, or copy its weights to names with `_m`."
+            f"{key}: {path} has no momentum teacher ({OF_TEACHER}), which LAVIS's {config.arch} reads from it; "
+            f"{export} a file with one."
         )
+    if config.arch == "albef_vqa" and any(name.startswith("text_decoder.") for name in shapes):
+        raise UserError(f"{key}: {path} has a decoder, which LAVIS's albef_vqa makes itself here; give the file as model.finetuned.")
 
 
 def build_model(task: Any, config: Any) -> Any:

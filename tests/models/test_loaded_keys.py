@@ -78,6 +78,11 @@ def test_files_that_lavis_cannot_start_from_are_named(tmp_path):
         check_start(config(plain, "albef_nlvr"))
     with pytest.raises(UserError, match="use_distill is false, but LAVIS 1.0.2's albef_vqa then fails"):
         check_start(OmegaConf.merge(config(plain, "albef_vqa"), {"use_distill": False}))
+    with pytest.raises(UserError, match="file.pth --for albef_nlvr --output X.pth` writes one for model.finetuned"):
+        check_start(config(plain, "albef_nlvr"))
+    answering = {"visual_encoder_m.pos_embed": torch.zeros(1, 1, 1), "text_decoder.cls.predictions.bias": torch.zeros(1)}
+    with pytest.raises(UserError, match="albef_vqa makes itself here; give the file as model.finetuned"):
+        check_start(config(save(answering, tmp_path), "albef_vqa"))
     with_teacher = BLIP.ours(itc={"momentum_distillation": {"queue_size": 8}}).state_dict()
     model = loading(BLIP.lavis_retrieval(), config(save(with_teacher, tmp_path), "blip_retrieval"))
     assert torch.equal(model.visual_encoder_m.cls_token, with_teacher["visual_encoder_m.cls_token"])

@@ -23,6 +23,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import build_discriminator, load_con_d
 from lavis_mafa.models.encoders import build_image_encoder
 from lavis_mafa.weights import read_weights
+from releases import hf_blip2
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +156,7 @@ def test_of_a_tied_weight_one_name_is_enough(tmp_path):
     [("albef", ALBEF.lavis_retrieval, "text_encoder.cls"), ("blip", BLIP.lavis_retrieval, "text_decoder")],
 )
 def test_a_file_for_retrieval_serves_all_that_needs_no_language_head(tmp_path, caplog, family, theirs, head):
+    caplog.set_level("INFO")
     state = theirs().state_dict()
     path = as_file({"model": state}, tmp_path)
     model = loaded(family, "load_checkpoint", path)
@@ -243,40 +245,10 @@ def test_an_image_encoder_of_more_layers_is_not_cut_down(tmp_path):
     )
 
 
-def by_names_of_transformers(state: State, language: str | None = None) -> State:
-    """LAVIS's BLIP-2 as transformers' conversion renames it."""
-    pairs = [
-        (r"^ln_vision\.", "vision_model.post_layernorm."),
-        (r"^visual_encoder\.cls_token", "vision_model.embeddings.class_embedding"),
-        (r"^visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"),
-        (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-        (r"^visual_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
-        (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
-        (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"vision_model.encoder.layers.\1.self_attn."),
-        (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
-        (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
-        (r"^Qformer\.bert\.embeddings\.(word|position)_embeddings\.", r"embeddings.\1_embeddings."),
-        (r"^Qformer\.bert\.", "qformer."),
-        (r"attention\.self\.", "attention.attention."),
-        (r"^vision_proj\.", "vision_projection."),
-        (r"^text_proj\.", "text_projection."),
-        (r"^opt_proj\.", "language_projection."),
-        (r"^opt_model\.", "language_model."),
-    ]
-    renamed: State = {}
-    for name, value in state.items():
-        for pattern, theirs in pairs:
-            name = re.sub(pattern, theirs, name)
-        renamed[name] = value
-    for name in [n for n in renamed if n.endswith("self_attn.q_bias")]:
-        query, of_value = renamed.pop(name), renamed.pop(name.replace("q_bias", "v_bias"))
-        renamed[name.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), of_value])
-    return renamed
-
-
 def test_blip_2_of_transformers(tmp_path, caplog):
+    caplog.set_level("INFO")
     state = {n: torch.randn_like(v) if n.endswith(("q_bias", "v_bias")) else v for n, v in BLIP2.ours(2).state_dict().items()}
-    theirs = {n: v for n, v in by_names_of_transformers(state).items() if not n.startswith("Qformer.cls.") and n != "temp"}
+    theirs = {n: v for n, v in hf_blip2(state).items() if not n.startswith("Qformer.cls.") and n != "temp"}
     assert len(theirs) > 60 and not any(n.startswith(("visual_encoder.", "Qformer.")) for n in theirs)
     path = str(folder_of({n: v for n, v in theirs.items() if "position_ids" not in n}, tmp_path))
     kept = {n: v for n, v in state.items() if not n.startswith("Qformer.cls.") and n != "temp"}
@@ -288,7 +260,7 @@ def test_blip_2_of_transformers(tmp_path, caplog):
     second = MODELS["opt"](2).state_dict()
     folder = tmp_path / "opt"
     folder.mkdir()
-    path = str(folder_of({n: v for n, v in by_names_of_transformers(second).items() if "position_ids" not in n}, folder))
+    path = str(folder_of({n: v for n, v in hf_blip2(second).items() if "position_ids" not in n}, folder))
     assert same(loaded("opt", "load_from_pretrained", Path(path)), second)
     with pytest.raises(UserError, match="is a BLIP-2 stage-2 checkpoint, but blip2_opt_mafa needs a BLIP-2 stage-1.*model.pretrained"):
         check_kinds(STAGE_2.block(stage_1=path))
