@@ -1,5 +1,5 @@
-"""LAVIS dataset builders: ``grit_pairs``, ``grit_vqa`` and ``grit_entailment`` (one's own), ``grit_emoji`` and ``grit_scenes``
-(embedded data).
+"""LAVIS dataset builders: ``grit_pairs``, ``grit_vqa``, ``grit_entailment`` and ``grit_boxes`` (one's own), ``grit_emoji`` and
+``grit_scenes`` (embedded data).
 
 Nothing is ever downloaded, and relative paths start from the working directory, not from LAVIS's cache.
 """
@@ -25,6 +25,7 @@ from lavis_mafa.config.data import (
     missing_files,
     own_files,
 )
+from lavis_mafa.datasets.boxes import EXPRESSIONS, GroundedImages, read_expressions
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE, SENTENCES
 from lavis_mafa.datasets.ids import pc
@@ -123,6 +124,24 @@ class GritEntailmentBuilder(_OwnFilesBuilder):
         return sentences
 
 
+class GritBoxesBuilder(_OwnFilesBuilder):
+    """Own expressions about images, and the boxes of what they mean: columns ``image``, ``text``, and where they are evaluated ``box``,
+    ``boxes`` and optionally ``expression_id``; the scenes' ``grounding_<split>.parquet`` too. ``train`` is pairs."""
+
+    name = "grit_boxes"
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_boxes" / "defaults.yaml")}
+
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
+        if split != "train":
+            return GroundedImages(*self._processors(split), read_expressions(paths, root, anywhere, select))
+
+        def as_pairs(rows: pa.Table) -> pa.Table:
+            rows = select(rows)
+            return rows.rename_columns(["caption" if name == "text" else name for name in rows.column_names])
+
+        return ImageTextPairs(*self._processors(split), root, paths, None, as_pairs, anywhere, EXPRESSIONS)
+
+
 class GritEmojiBuilder(_LocalBuilder):
     """The emoji data that ``lavis-mafa build-emoji`` writes.
 
@@ -197,6 +216,7 @@ BUILDERS = {
     "grit_pairs": GritPairsBuilder,
     "grit_vqa": GritVqaBuilder,
     "grit_entailment": GritEntailmentBuilder,
+    "grit_boxes": GritBoxesBuilder,
     "grit_emoji": GritEmojiBuilder,
     "grit_scenes": GritScenesBuilder,
 }
