@@ -12,7 +12,6 @@ from lavis_mafa.tasks.pretrain import MafaPretrainTask
 from lavis_mafa.tasks.task import batches, joined_on_rank_0, write_result
 
 
-
 class Found(NamedTuple):
     """The hottest of an expression's boxes (None: none scores above 0), how it lies on the thing, and what there was to choose from."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,9 +79,7 @@ class Tally:
         return {name: (Accuracy.of(torch.tensor(self.right[name]), image), sum(self.chance[name]) / count) for name in FIGURES}
 
 
-def ground(
-    model: Any, images: GroundedImages, by: str = "itm", layer: int | None = None, images_at_once: int = 32
-) -> Tally:
+def ground(model: Any, images: GroundedImages, by: str = "itm", layer: int | None = None, images_at_once: int = 32) -> Tally:
     """Judge the maps of all expressions, image by image.
 
     Args:
