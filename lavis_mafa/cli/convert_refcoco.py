@@ -1,4 +1,4 @@
-"""``lavis-mafa convert-refcoco``: the official files of RefCOCO+ (RefCOCO, RefCOCOg) and a detector's boxes, as ``grit_boxes`` reads them."""
+"""``lavis-mafa convert-refcoco``: RefCOCO+'s official files and a detector's boxes as ``grit_boxes`` reads them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,11 @@ Made = TypeVar("Made")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--refs", required=True, type=Path, metavar="FILE", help="'refs(unc).p': expressions, what they are about, splits; no code runs"
-    )
+    add("--refs", required=True, type=Path, metavar="FILE", help="'refs(unc).p': expressions, and what they are about")
     add("--instances", required=True, type=Path, metavar="FILE", help="instances.json: images, and the boxes of things")
     text = "image id -> [[left, top, width, height, ...], ...], such as MAttNet's; needed for the splits that are evaluated"
     add("--detections", required=True, type=Path, metavar="FILE", help=text)
-    add(
-        "--output", required=True, type=Path, metavar="FOLDER", help="a new folder for train.jsonl, val.jsonl, testA.jsonl, testB.jsonl"
-    )
+    add("--output", required=True, type=Path, metavar="FOLDER", help="a new folder, for a .jsonl file of each split")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,9 +68,7 @@ def read_refs(path: Path) -> Any:
         except UserError as error:
             raise UserError(f"--refs: {path} is refused: {error}.") from error
         except Exception as error:  # a torn pickle can raise anything
-            raise UserError(
-                f"--refs: {path} cannot be read as a pickle: {' '.join(str(error).split()) or type(error).__name__}."
-            ) from error
+            raise UserError(f"--refs: {path} is no pickle of plain data, or torn ({type(error).__name__}).") from error
 
 
 def _read_json(path: Path, flag: str) -> Any:

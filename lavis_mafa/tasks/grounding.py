@@ -26,7 +26,7 @@ class Found(NamedTuple):
 class MafaGroundingTask(MafaPretrainTask):
     """Trains as ``mafa_pretrain`` does, and ranks each expression's boxes by where the model looks: on ``grit_boxes``."""
 
-    def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> dict[str, Any] | None:
+    def evaluation(self, model: Any, data_loader: Any, cuda_enabled: bool = True, **kwargs: Any) -> Any:
         """What was ``found``, by expression; None except on rank 0."""
         run, dataset = self.run, data_loader.dataset
         made: dict[Hashable, Found] = {}
@@ -61,7 +61,7 @@ class MafaGroundingTask(MafaPretrainTask):
             for one in found
         ]
         write_result(f"{split_name}_grounding_result", records)
-        shares = {
+        shares: dict[str, list[Any]] = {
             "accuracy": [one.right for one in found],
             "chance": [one.hits / one.boxes if one.boxes else 0.0 for one in found],
             "without_hit": [one.hits == 0 for one in found],
