@@ -63,11 +63,13 @@ Combinations that are refused:
   `mlm.mask_everywhere` with masked words off, or with ITC and ITM off; `itc.focal` with ITC off.
 - **GRIT**: B > M, M > L, or M no divisor of L (B = `batch_size_train`, M = `grit.search_space`, L = `grit.queue_size`); smoothing that
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
+- **Grounding**: `mafa_grounding` with other models than `albef_mafa` and `blip_mafa`, or other data than `grit_boxes`, and these with
+  another task; `run.layer` with `heat: itc`, or of the last layer that looks at images; a `heat` whose loss is off.
 - **Tasks**: `mafa_classification` with another of our models than `albef_ve_mafa`, or that with another of our tasks; captions from
   `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa`; stage 2 with
   `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without `{}`; evaluating without
   `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's `runner_base` and `runner_iter`;
-  `k_test`, `rank_by`, `coco_captions`, `record_connections` and GRIT for the tasks of captions, questions and labels.
+  `k_test`, `rank_by`, `coco_captions`, `record_connections` and GRIT for the tasks of captions, questions, labels and boxes.
 - **Splits** that no data set has, or that have no file; `train` in `valid_splits` or `test_splits`.
 - **Schedules**: `linear_warmup_step_lr` without `lr_decay_rate` or with `lr_horizon_epochs`; `lr_decay_rate` with another one of these.
 - **Precision**: `run.precision: fp16` on a CPU; fp16 weights on a CPU, also where `cuda` falls back to it; weights that are trained
