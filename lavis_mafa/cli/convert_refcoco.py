@@ -122,7 +122,7 @@ def converted(refs: Any, instances: Any, detections: Any) -> dict[str, list[dict
             f"{where} has no split, image_id, ann_id or sentences; {form}.",
         )
         if split not in SPLITS:
-            raise UserError(f"{where} is of split {split!r}; allowed: {', '.join(SPLITS)}.")
+            raise UserError(f"{where} is of split {split!r:.60}; allowed: {', '.join(SPLITS)}.")
         if image not in images or thing not in things:
             what = f"image {image}" if image not in images else f"annotation {thing}"
             raise UserError(f"{where} is about {what}, which --instances does not know.")
@@ -137,6 +137,8 @@ def converted(refs: Any, instances: Any, detections: Any) -> dict[str, list[dict
             boxes = {"box": box, "boxes": [one for one in others if one is not None]}
         for sentence, text in sentences:
             rows.setdefault(split, []).append({"image": name, "text": text, **boxes, "expression_id": sentence})
+    if not rows:
+        raise UserError(f"--refs has no expressions; {form}.")
     return rows
 
 

@@ -121,6 +121,7 @@ def test_texts_of_python_2_are_read(tmp_path):
             lambda c: c["refs"][1].update(split="minival"),
             "--refs, entry 1 is of split 'minival'; allowed: train, val, testA, testB, test.",
         ),
+        (lambda c: c.update(refs=[]), "--refs has no expressions"),
         (lambda c: c.update(refs={"a": 1}), "--refs, entry 0 has no split"),
     ],
 )
