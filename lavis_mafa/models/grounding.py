@@ -15,7 +15,7 @@ from lavis_mafa.models.soft_masks import word_maps
 from lavis_mafa.models.transformer import Reading, named_images
 from lavis_mafa.objectives.soft_mask import word_cam
 
-PAIRS_AT_ONCE = 128
+PAIRS_AT_ONCE = {"itm": 128, "itc": 32}  # the ViT's attention is of all patches to all
 
 # --- maps -------------------------------------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ def expression_maps(
         tokens = model.image_rows(image)[0] if heat == "itm" else None
         rows, features = model.text_rows(texts)
     maps = []
-    for part in torch.arange(len(texts)).split(PAIRS_AT_ONCE):
+    for part in torch.arange(len(texts)).split(PAIRS_AT_ONCE[heat]):
         if tokens is not None:
             maps.append(itm_maps(model, tokens, rows, image_index[part], part, layer).cpu())
         else:

@@ -10,7 +10,7 @@ import torch
 
 import reduced
 import reduced_blip
-from lavis_mafa.models.grounding import box_scores, expression_maps, heat_of, hottest_box, itc_maps, itm_maps
+from lavis_mafa.models.grounding import PAIRS_AT_ONCE, box_scores, expression_maps, heat_of, hottest_box, itc_maps, itm_maps
 from lavis_mafa.models.soft_masks import word_maps
 from lavis_mafa.models.transformer import Reading
 
@@ -90,7 +90,7 @@ def test_maps_of_many_texts_are_those_of_each_alone(heat, monkeypatch):
     model, image = reduced.ours(), reduced.batch(3)["image"]
     texts, of_image = [reduced.CAPTIONS[n] for n in (0, 1, 3, 1)], torch.tensor([2, 0, 0, 1])
     alone = [expression_maps(model, image[i : i + 1], [text], torch.tensor([0]), heat) for i, text in zip(of_image, texts, strict=True)]
-    monkeypatch.setattr("lavis_mafa.models.grounding.PAIRS_AT_ONCE", 3)
+    monkeypatch.setitem(PAIRS_AT_ONCE, heat, 3)
     torch.testing.assert_close(expression_maps(model, image, texts, of_image, heat), torch.cat(alone), atol=1e-7, rtol=1e-3)
 
 
