@@ -65,14 +65,16 @@ Combinations that are refused:
   waits for grouped epochs while GRIT is off; GRIT with stage 2, which has no contrastive features.
 - **Tasks**: `mafa_classification` with another of our models than `albef_ve_mafa` and `albef_nlvr_mafa`, these with another of our
   tasks, or on labels of the other; `albef_ta_mafa` with GRIT, with splits to evaluate, or less than three pairs a batch; captions from
-  `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa` and `albef_vqa_mafa`, or that with
-  another task; stage 2 with `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt`
-  without `{}`; evaluating without `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's `runner_base` and `runner_iter`;
-  `k_test`, `rank_by`, `coco_captions`, `record_connections` and GRIT for the tasks of captions, questions and labels.
+  `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa` and `albef_vqa_mafa`, or that with another task;
+  stage 2 with `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without `{}`; evaluating
+  without `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's `runner_base` and `runner_iter`;
+  `k_test`, `rank_by`, `coco_captions`, `record_connections` and GRIT for the tasks of captions, questions, labels and boxes.
 - **Answers**: `run.inference` that the model cannot (`rank`: `albef_vqa_mafa`, LAVIS's `albef_vqa`, which does nothing else, and
   `blip_vqa`); settings of generating where answers are ranked, or of ranking where they are generated; beams of `albef_vqa_mafa`; an
   answer list that is none, or of which not one question has a right answer; more candidates than answers; `grit_vqa` for a task that
   answers no questions.
+- **Grounding**: `mafa_grounding` with other models than `albef_mafa` and `blip_mafa`, or other data than `grit_boxes`, and these with
+  another task; `run.layer` with `heat: itc`, or of the last layer that looks at images; a `heat` whose loss is off.
 - **Splits** that no data set has, or that have no file; `train` in `valid_splits` or `test_splits`.
 - **Schedules**: `linear_warmup_step_lr` without `lr_decay_rate` or with `lr_horizon_epochs`; `lr_decay_rate` with another one of these.
 - **Precision**: `run.precision: fp16` on a CPU; fp16 weights on a CPU, also where `cuda` falls back to it; weights that are trained

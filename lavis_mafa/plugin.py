@@ -49,6 +49,7 @@ def register() -> None:
     from lavis_mafa.runners.schedule import WarmupCosinePerStep
     from lavis_mafa.tasks.captioning import MafaCaptioningTask
     from lavis_mafa.tasks.classification import MafaClassificationTask
+    from lavis_mafa.tasks.grounding import MafaGroundingTask
     from lavis_mafa.tasks.pretrain import MafaPretrainTask
     from lavis_mafa.tasks.vqa import MafaGqaTask, MafaVqaTask
 
@@ -66,6 +67,7 @@ def register() -> None:
         "task_name_mapping": {
             "mafa_pretrain": MafaPretrainTask,
             "mafa_classification": MafaClassificationTask,
+            "mafa_grounding": MafaGroundingTask,
             "mafa_captioning": MafaCaptioningTask,
             "mafa_vqa": MafaVqaTask,
             "mafa_gqa": MafaGqaTask,

@@ -44,7 +44,9 @@ class RandomCrop(transforms.RandomResizedCrop):
         return self.resized(image.crop(self.box(image.size)))
 
     def box(self, size: tuple[int, int]) -> Box:
-        """Draw the crop of an image of this width and height."""
+        """Draw the crop of an image of this width and height; one of all of its area is the image, whatever its shape."""
+        if min(self.scale) == 1:
+            return 0, 0, *size
         top, left, height, width = self.get_params(torch.empty(size[::-1], device="meta"), self.scale, self.ratio)
         return left, top, left + width, top + height
 
@@ -104,7 +106,7 @@ class AlbefImageTrainProcessor(_FromConfig, BlipImageBaseProcessor):
     """PIL RGB image -> [3, image_size, image_size], cropped, flipped and augmented at random, normalised.
 
     Args:
-        min_scale: smallest share of the image's area that a crop keeps; max_scale: the largest.
+        min_scale: smallest share of the image's area that a crop keeps, 1 for whole images; max_scale: the largest.
         flip: mirror half of the images; switch it off where left and right mean something.
         distortions: ``{jitter: 0.8, grayscale: 0.2, blur: 0.5}`` are the probabilities of TCL's, or None for none. They change colours.
         randaugment: ``{n: operations, m: strength of 10}``, or None for none.

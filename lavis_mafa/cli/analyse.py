@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.set_defaults(analyse=_minimal_pairs)
     grounding = kinds.add_parser("grounding", help=GROUNDING, description=GROUNDING)
     _add_common(grounding, "run.batch_size_eval", "expressions")
-    what = "Parquet or JSON lines: image, text, box, boxes (grounding_val.parquet of scenes)"
+    what = "Parquet or JSON lines: image, text, box, boxes (docs/data.md, grit_boxes)"
     grounding.add_argument("--boxes", required=True, type=Path, metavar="FILE", help=what)
     grounding.add_argument("--images", type=Path, metavar="DIR", help="that image paths start from (default: the folder of --boxes)")
     grounding.add_argument("--by", choices=("itm", "itc"), default="itm", help="matching logit or cosine (default: itm)")
@@ -227,28 +227,30 @@ def _minimal_pairs(arguments: argparse.Namespace) -> None:
 def _grounding(arguments: argparse.Namespace) -> None:
     if arguments.by == "itc" and arguments.layer is not None:
         raise UserError(f"--layer is {arguments.layer}, but --by itc reads the image encoder's last block; leave --layer out.")
+    from lavis_mafa.config.data import AnnotationFile
+    from lavis_mafa.datasets.boxes import GroundedImages, read_expressions
     from lavis_mafa.files import new_folder
     from lavis_mafa.runners.step import autocast
     from lavis_mafa.tools import grounding as analysis
     from lavis_mafa.tools.candidates import shuffled
-    from lavis_mafa.tools.trained_model import evaluation_processors, open_checkpoint
+    from lavis_mafa.tools.trained_model import open_model
 
-    expressions = analysis.read_boxes(arguments.boxes, arguments.images)
-    opened = open_checkpoint(arguments.cfg_path, arguments.checkpoint, arguments.options, teacher=False)
+    expressions = read_expressions([AnnotationFile(arguments.boxes, arguments.images)])
+    opened, processors = open_model(arguments.cfg_path, arguments.checkpoint, arguments.options)
     run, looking = opened.run, _looking_layer(opened.model, arguments.layer)
     layer = looking if arguments.by == "itm" else None
     drawn = sorted(shuffled(len(expressions), run.seed, arguments.max_samples).tolist())
-    expressions, size = [expressions[number] for number in drawn], arguments.batch_size or run.batch_size_eval
+    size, grounded = arguments.batch_size or run.batch_size_eval, GroundedImages(*processors, [expressions[number] for number in drawn])
     with autocast(run.precision, opened.device):
-        tally = analysis.ground(opened.model, expressions, evaluation_processors(opened), arguments.by, layer, size)
-    figures, images = tally.figures(), len(set(tally.image))
+        tally = analysis.ground(opened.model, grounded, arguments.by, layer, size)
+    figures, images = tally.figures(), len(grounded)
     at = f" at layer {layer}" if layer else ""
-    print(f"{len(expressions):,} expressions about {images:,} images; Grad-CAM of {arguments.by.upper()}{at}")
+    print(f"{len(drawn):,} expressions about {images:,} images; Grad-CAM of {arguments.by.upper()}{at}")
     print(analysis.format_figures(figures))
     if tally.blank:
         print(f"({tally.blank:,} maps are 0 everywhere, which counts as wrong)")
     results = {name: {**asdict(one), "chance": chance} for name, (one, chance) in figures.items()}
-    counts = {"expressions": len(expressions), "images": images, "blank": tally.blank}
+    counts = {"expressions": len(drawn), "images": images, "blank": tally.blank}
     more = {"boxes": str(arguments.boxes), "by": arguments.by, "layer": layer, "seed": run.seed, **counts, "results": results}
     _write(new_folder(arguments.output) / "grounding.json", {**_about(arguments, opened, size), **more})
 

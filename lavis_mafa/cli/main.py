@@ -33,6 +33,7 @@ COMMANDS = {
     "export": "write a checkpoint as LAVIS's own classes, or transformers, load it",
     "build-emoji": "build the embedded emoji data into a folder",
     "build-scenes": "build scenes of emoji whose truth is known, with questions and sentences about them",
+    "convert-refcoco": "write RefCOCO+'s official files and a detector's boxes as grit_boxes reads them",
     "validate": "check YAMLs without running them",
     "ls": "list the project YAMLs that come with this package",
     "cp": "copy one of them to edit it",

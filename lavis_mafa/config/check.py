@@ -27,8 +27,10 @@ from lavis_mafa.config.schema import (
     TRUE_OR_FALSE,
     AlbefBlock,
     AlbefTaBlock,
+    Blip2Block,
     Blip2OptBlock,
     CaptioningRun,
+    GroundingRun,
     MafaBlock,
     RunBlock,
     VqaRun,
@@ -125,6 +127,7 @@ def examine(name: str, options: list[str], files: bool = True) -> tuple[Checked,
             found(_raise, _checkpoints(model, run.get("evaluate") is True) if files else ())
     found(_raise, _labels(run["task"], own["arch"], datasets))
     found(_raise, _questions(run["task"], datasets))
+    found(_raise, _boxes(run["task"], own["arch"], datasets))
     if model is not None:
         found(_raise, _image_sizes(model, {key: block if files else datasets[key] for key, block in data.items() if block}, run))
     if files:
@@ -145,6 +148,7 @@ def check_lavis(config: DictConfig) -> Checked:
     check_combinations(model, run)
     _raise(_labels(run.task, own["arch"], config.get("datasets") or {}))
     _raise(_questions(run.task, config.get("datasets") or {}))
+    _raise(_boxes(run.task, own["arch"], config.get("datasets") or {}))
     if model is not None:
         check_kinds(model, evaluate=run.evaluate and run.task != "mafa_captioning")
     return Checked(config, model, run)
@@ -359,6 +363,7 @@ def check_combinations(model: Any, run: RunBlock | None, files: bool = True) -> 
             found(_raise, _tasks(model, run))
             if isinstance(run, VqaRun):
                 found(inference_of, model.arch, run)
+            found(_raise, _grounding(model, run) if isinstance(run, GroundingRun) else ())
             found(_raise, _checkpoints(model, run.evaluate) if files else ())
         found(_raise, _grit(run) if run.grit.enabled else ())
         found(_raise, _runs(run))
@@ -508,7 +513,8 @@ def _runs(run: RunBlock) -> Iterator[str]:
         if run.use_dist_eval_sampler:
             yield f"run.use_dist_eval_sampler is true, but {run.task} shares the rows itself; allowed: false."
         return
-    for name in ("record_connections", "k_test", "rank_by", "coco_captions"):
+    trains_pairs = isinstance(run, GroundingRun)  # with Con-D too, whose verdicts are recorded
+    for name in ("k_test", "rank_by", "coco_captions", *(() if trains_pairs else ("record_connections",))):
         if (value := getattr(run, name)) != getattr(RunBlock, name):
             yield f"run.{name} is {value!r}, but {run.task} has no use for it; leave it out."
     if run.grit.enabled:
@@ -531,7 +537,8 @@ def _grit(run: RunBlock) -> Iterator[str]:
 
 def _tasks(model: Any, run: RunBlock) -> Iterator[str]:
     """Tasks that a model cannot do."""
-    stage_2, pretrains, only = isinstance(model, Blip2OptBlock), run.task == "mafa_pretrain", TASKS_OF.get(model.arch, ())
+    stage_2, pretrains = isinstance(model, Blip2OptBlock), run.task in ("mafa_pretrain", "mafa_grounding")
+    only = TASKS_OF.get(model.arch, ())
     able = [arch for arch, tasks in TASKS_OF.items() if run.task in tasks] + ["blip2_opt_mafa"] * (run.task in ANSWERING)
     if only and run.task not in only:
         yield f"run.task is {run.task}, but model.arch is {model.arch}; allowed here: run.task: {' or '.join(only)}."
@@ -627,6 +634,35 @@ def _labels(task: str, arch: str, datasets: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} has sentences that may be false, with labels, but run.task is {task}; allowed here: mafa_classification."
 
 
+def _boxes(task: str, arch: str, datasets: Mapping[str, Any]) -> Iterator[str]:
+    """Boxes are for the task that finds them, and it can evaluate nothing else."""
+    if task == "mafa_grounding" and arch not in MODEL_BLOCKS:
+        yield f"run.task is {task}, but model.arch is {arch}; allowed here: albef_mafa, blip_mafa."
+    for name in datasets:
+        if task == "mafa_grounding" and name != "grit_boxes":
+            yield f"run.task is {task}, but {name} has no boxes; allowed here: grit_boxes."
+        if task != "mafa_grounding" and name == "grit_boxes":
+            yield f"grit_boxes has boxes that a text means, but run.task is {task}; allowed here: mafa_grounding."
+
+
+def _grounding(model: Any, run: GroundingRun) -> Iterator[str]:
+    """A model whose words look at patches, and a layer whose maps are there."""
+    if not isinstance(model, MafaBlock) or isinstance(model, Blip2Block):
+        yield f"run.task is {run.task}, but model.arch is {model.arch}; allowed here: albef_mafa, blip_mafa."
+        return
+    weights, layers = loss_weights(model), model.text_encoder.layers - getattr(model.text_encoder, "fusion_layer", 0)  # type: ignore
+    if not weights[run.heat]:
+        yield f"run.heat is {run.heat}, but model.{run.heat} is off, so that score is not trained; switch it on, or take the other."
+    if run.heat == "itc" and run.layer is not None:
+        yield f"run.layer is {run.layer}, but run.heat: itc reads the image encoder's last block; allowed then: null."
+    if run.heat == "itm" and (layers < 2 or (run.layer or 1) >= layers):
+        allowed = f"a number below {layers}, or null" if layers > 1 else "heat: itc"
+        yield (
+            f"run.layer is {run.layer}, of {layers} layers that look at images; from the last one no word's own map reaches the score. "
+            f"Allowed: {allowed}."
+        )
+
+
 def _checkpoints(model: Any, evaluate: bool) -> Iterator[str]:
     """The checkpoints that a job cannot do without are named."""
     con_d = getattr(model, "discriminator", None)
@@ -680,7 +716,8 @@ def doubtful(model: Any, run: RunBlock) -> Iterator[str]:
             f"model.itc.weight is 0, so nothing trains the similarities that {' and '.join(chosen)} go by, and that retrieval picks "
             "its candidates by. GRIT-VLP Table 1 takes those of an ITC model: model.pretrained; model.itm.negatives: random needs none."
         )
-    if not matches and (run.valid_splits or run.test_splits) and run.rank_by != "itc" and run.k_test:
+    ranks = run.task == "mafa_pretrain" and run.rank_by != "itc" and run.k_test
+    if not matches and (run.valid_splits or run.test_splits) and ranks:
         off = "model.itm.negatives is none" if model.itm.weight else "model.itm.weight is 0"
         yield f"{off}, so nothing trains the matching head that ranks in retrieval; run.k_test: 0 ranks by the cosine alone."
 

@@ -66,6 +66,7 @@ SPLITS = {
     "grit_vqa": ("train", "val", "test"),
     "grit_entailment": ("train", "val", "test"),
     "grit_statements": ("train", "val", "test"),
+    "grit_boxes": ("train", "val", "testA", "testB", "test"),
     "grit_emoji": ("train", "val", "test"),
     "grit_scenes": ("train", "val", "test", "unseen"),
 }
@@ -80,6 +81,7 @@ INFO: dict[str, dict[str, Rule]] = {  # keys of build_info
     "grit_vqa": _ROWS,
     "grit_entailment": _ROWS,
     "grit_statements": _ROWS,
+    "grit_boxes": _ROWS,
     "grit_scenes": {
         "root": ("the folder that `lavis-mafa build-scenes` wrote", lambda value: isinstance(value, str)),
         "captions": _one_of(*SCENE_FILES),

@@ -586,6 +586,24 @@ class ClassificationRun(DownstreamRun):
 
 
 @dataclass
+class GroundingRun(DownstreamRun):
+    """Trains on expressions as `mafa_pretrain` does on captions, and finds the boxes that they mean ([downstream.md](downstream.md));
+    `albef_mafa` and `blip_mafa`."""
+
+    task: str = as_in(RunBlock, "task", "mafa_grounding")
+    heat: str = setting(
+        "itm", "whose Grad-CAM ranks boxes: the matching logit, or ITC's cosine", "ALBEF Table 5", choices=("itm", "itc")
+    )
+    layer: int | None = setting(
+        None,
+        "of `heat: itm`, of the layers that look at images, from 1; null: the middle one (3 of 6); never the last",
+        "ALBEF sec. 6.4, Figure 8",
+        low=1,
+    )
+    area_power: float = setting(0.5, "a box scores its map's sum by its area to this power", low=0, high=1)
+
+
+@dataclass
 class GeneratingRun(DownstreamRun):
     """What writing captions and answering questions share."""
 
@@ -656,6 +674,7 @@ DOWNSTREAM = [arch for arch, block in MODEL_BLOCKS.items() if issubclass(block, 
 RUN_BLOCKS: dict[str, Any] = {
     "mafa_pretrain": RunBlock,
     "mafa_classification": ClassificationRun,
+    "mafa_grounding": GroundingRun,
     "mafa_captioning": CaptioningRun,
     "mafa_vqa": VqaRun,
     "mafa_gqa": VqaRun,

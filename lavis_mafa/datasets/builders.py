@@ -1,5 +1,5 @@
-"""LAVIS dataset builders: ``grit_pairs``, ``grit_vqa``, ``grit_entailment`` and ``grit_statements`` (one's own), ``grit_emoji`` and
-``grit_scenes`` (embedded data).
+"""LAVIS dataset builders: of one's own files ``grit_pairs``, ``grit_vqa``, ``grit_entailment``, ``grit_statements`` and
+``grit_boxes``; of embedded data ``grit_emoji`` and ``grit_scenes``.
 
 Nothing is ever downloaded, and relative paths start from the working directory, not from LAVIS's cache.
 """
@@ -25,6 +25,7 @@ from lavis_mafa.config.data import (
     missing_files,
     own_files,
 )
+from lavis_mafa.datasets.boxes import EXPRESSIONS, GroundedImages, read_expressions
 from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.formats import QUESTIONS, SAME_IMAGE, SENTENCES, STATEMENTS
 from lavis_mafa.datasets.ids import pc
@@ -135,6 +136,24 @@ class GritStatementsBuilder(GritEntailmentBuilder):
     columns, dataset = STATEMENTS, Statements
 
 
+class GritBoxesBuilder(_OwnFilesBuilder):
+    """Own expressions about images, and the boxes of what they mean: columns ``image``, ``text``, and where they are evaluated ``box``,
+    ``boxes`` and optionally ``expression_id``; the scenes' ``grounding_<split>.parquet`` too. ``train`` is pairs."""
+
+    name = "grit_boxes"
+    DATASET_CONFIG_DICT = {"default": str(CONFIGS / "grit_boxes" / "defaults.yaml")}
+
+    def _split(self, split: str, root: Path, paths: Any, select: Select, anywhere: bool) -> Dataset:
+        if split != "train":
+            return GroundedImages(*self._processors(split), read_expressions(paths, root, anywhere, select))
+
+        def as_pairs(rows: pa.Table) -> pa.Table:
+            rows = select(rows)
+            return rows.rename_columns(["caption" if name == "text" else name for name in rows.column_names])
+
+        return ImageTextPairs(*self._processors(split), root, paths, None, as_pairs, anywhere, EXPRESSIONS)
+
+
 class GritEmojiBuilder(_LocalBuilder):
     """The emoji data that ``lavis-mafa build-emoji`` writes.
 
@@ -210,6 +229,7 @@ BUILDERS = {
     "grit_vqa": GritVqaBuilder,
     "grit_entailment": GritEntailmentBuilder,
     "grit_statements": GritStatementsBuilder,
+    "grit_boxes": GritBoxesBuilder,
     "grit_emoji": GritEmojiBuilder,
     "grit_scenes": GritScenesBuilder,
 }

@@ -8,7 +8,8 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -80,6 +81,25 @@ def load_rgb(path: str | PathLike[str], crop: DrawCrop | None = None, side: int 
         ImageTooSmallError: the shorter side is below ``MIN_SIDE``.
         ImageError: anything else: torn, empty, no image, of none of ``FORMATS``, or a pipe or a device.
     """
+    with _opened(path) as image:
+        _scale_transparency(image)
+        box = _shrunk(image, crop, side) if crop is not None and isinstance(image, JpegImageFile) else None
+        image.load()
+        picture, turned = on_white(image), UPRIGHT.get(_orientation(image))
+        picture = picture if turned is None else picture.transpose(turned)
+        return picture if crop is None else picture.crop(box or crop(picture.size))
+
+
+def upright_size(path: str | PathLike[str]) -> tuple[int, int]:
+    """Width and height of the picture that :func:`load_rgb` makes of a file, from its header; raises as that does."""
+    with _opened(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+@contextmanager
+def _opened(path: str | PathLike[str]) -> Iterator[Image.Image]:
+    """A file whose header has been looked at; what is raised inside becomes an error that names it."""
     # LAVIS tells PIL to accept torn files, for every program that imports it; half a picture is no sample
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     name = os.fspath(path)
@@ -91,12 +111,7 @@ def load_rgb(path: str | PathLike[str], crop: DrawCrop | None = None, side: int 
                 raise ImageError("neither a file nor a link to one")
             with Image.open(name, formats=_formats()) as image:
                 _check_size(name, image.size)
-                _scale_transparency(image)
-                box = _shrunk(image, crop, side) if crop is not None and isinstance(image, JpegImageFile) else None
-                image.load()
-                picture, turned = on_white(image), UPRIGHT.get(_orientation(image))
-                picture = picture if turned is None else picture.transpose(turned)
-                return picture if crop is None else picture.crop(box or crop(picture.size))
+                yield image
         except (OSError, Image.DecompressionBombError, *BROKEN) as error:
             if isinstance(error, OSError) and error.filename is not None:  # missing, a folder, no permission: it names the file
                 raise

@@ -63,7 +63,7 @@ class _AnnotatedImages(Dataset):
         vis_root: folder that relative image paths start from; ``allow_absolute_paths``: they may leave it.
         ann_paths: annotation files, see ``read_annotations``.
         truth: which image matches which text; None takes what the annotations tell, by ``concept`` or by ``facts``.
-        select: the table -> the rows to use (at least one).
+        select: the table -> the rows to use (at least one), with ``image`` and ``caption`` whatever the ``columns`` are.
 
     Raises:
         UserError: from the annotations, or the image folder or all of the first ``glance`` rows' images do not exist.
@@ -80,8 +80,9 @@ class _AnnotatedImages(Dataset):
         truth: GroundTruth | None = None,
         select: Select | None = None,
         allow_absolute_paths: bool = False,
+        columns: Columns = PAIRS,
     ) -> None:
-        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select, PAIRS, allow_absolute_paths, self.glance)
+        self.vis_root, self.table = open_annotations(vis_root, ann_paths, select, columns, allow_absolute_paths, self.glance)
         self.files = ", ".join(map(str, ann_paths))
         self.vis_processor = vis_processor
         self.text_processor = text_processor

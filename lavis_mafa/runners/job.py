@@ -30,7 +30,13 @@ PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train
 
 
 def prepare(
-    name: str, options: list[str], files: bool = True, device: bool = True, joins: bool = False, runs: bool = False
+    name: str,
+    options: list[str],
+    files: bool = True,
+    device: bool = True,
+    joins: bool = False,
+    runs: bool = False,
+    data: bool = True,
 ) -> tuple[DictConfig, Any]:
     """Check, import LAVIS and register with it: the checked configuration, and LAVIS's ``Config`` that tasks build from.
 
@@ -39,6 +45,7 @@ def prepare(
         device: False where no model will be built, so that it does not matter what this machine can compute.
         joins: the job may be one of several processes; what the environment says of them is checked.
         runs: it will train or evaluate, and must have something to do.
+        data: False where none will be read, so that LAVIS's need not be there.
 
     Raises:
         UserError: the first mistake found.
@@ -52,7 +59,7 @@ def prepare(
         is_one_of_several(checked.config.run.get("dist_url", "env://"))
     if device:
         _check_device(checked)  # before LAVIS is imported, which takes seconds
-    return checked.config, _config(name, checked)
+    return checked.config, _config(name, checked, data)
 
 
 def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]:
@@ -179,11 +186,11 @@ def _datasets(task: Any, cfg: Any) -> dict[str, Any]:
 # --- LAVIS's configuration ---------------------------------------------------------------------------------------------
 
 
-def _config(name: str, checked: Checked) -> Any:
+def _config(name: str, checked: Checked, data: bool = True) -> Any:
     """LAVIS's ``Config`` of what was checked, with its data sets' defaults; the typed blocks are its ``checked``.
 
     Raises:
-        UserError: a name that nobody registered, or data that are not there.
+        UserError: a name that nobody registered, or ``data`` that are not there.
     """
     registry = _lavis_registry()
     from lavis.common.config import Config
@@ -198,12 +205,13 @@ def _config(name: str, checked: Checked) -> Any:
         def __init__(self) -> None:
             registry.register("configuration", self)
             self.args, self.checked = argparse.Namespace(cfg_path=str(find_yaml(name)), options=None), checked
-            model, data = self.build_model_config(checked.config), self.build_dataset_config(checked.config)
-            self.config = OmegaConf.merge({"run": checked.config.run}, model, data)
+            model, datasets = self.build_model_config(checked.config), self.build_dataset_config(checked.config)
+            self.config = OmegaConf.merge({"run": checked.config.run}, model, datasets)
 
     cfg = CheckedConfig()
     found = Mistakes()
-    found(_check_lavis_files, cfg.datasets_cfg)
+    if data:
+        found(_check_lavis_files, cfg.datasets_cfg)
     for key in [f"{dataset}.{which}" for dataset in cfg.datasets_cfg for which in PROCESSORS]:
         # a processor's name may come from the data set's defaults; LAVIS looks for one without a name all the same
         if isinstance(processor := at(cfg.datasets_cfg, key), DictConfig) and not isinstance(processor.get("name"), str):

@@ -31,6 +31,7 @@ from lavis_mafa.datasets.annotations import (
     shortened,
     shown,
 )
+from lavis_mafa.datasets.boxes import EXPRESSIONS
 from lavis_mafa.datasets.facts import TEXTS, check_facts
 from lavis_mafa.datasets.formats import (
     PAIRS,
@@ -71,9 +72,11 @@ OF_ROW = {
 IMAGE_KINDS = ("", "missing", "unreadable", "too_large", "too_small")
 EXAMPLES, AT_ONCE = 3, 32
 SUFFIXES = (".jsonl", ".json")  # of cleaned annotations
+TEXT_OF = {"grit_vqa": "question", "grit_entailment": "sentence", "grit_boxes": "text"}
 ASKED = {
     "question": Columns(single=("image",), several="question", optional=()),
     "sentence": Columns(single=("image",), several="sentence", optional=(), or_else="caption"),
+    "text": EXPRESSIONS,
 }
 SCHEMA = pa.schema(
     [("image", pa.string()), ("caption", TEXTS), ("image_id", pa.string()), ("path", pa.large_string()), ("leaves", pa.bool_())]
@@ -145,7 +148,7 @@ def source_of(name: str, config: Any, split: str, processors: dict[str, Process]
     if processors[mode] is None:
         raise UserError(f"datasets.{name}.text_processor.{mode} is missing; give it a name, such as albef_caption.")
     files = [AnnotationFile(file.path, file.images or found.root) for file in found.files]
-    text = {"grit_vqa": "question", "grit_entailment": "sentence"}.get(name, "caption") if name in SPLITS else _text_of(files[0].path)
+    text = TEXT_OF.get(name, "caption") if name in SPLITS else _text_of(files[0].path)
     one = name not in SPLITS and split == "train" and text == "caption"
     ending_of_images = ".jpg" if name == "snli_ve" else ""
     return Source(files, processors[mode], found.allow_absolute_paths, found.select, one, text, ending_of_images)

@@ -142,6 +142,7 @@ def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
         names = [n for n in names if n not in ("epoch", "agg_metrics") and not n.startswith(ITC)]
         retrieval = [n for n in names if n.split("_")[0] in SIDES or n == "r_mean"]
         others = "Labels" if any(n.startswith("accuracy_") for n in names) else "Captions and answers"
+        others = "Grounding" if "without_box" in names else others
         for title, columns in (("Retrieval", retrieval), (others, [n for n in names if n not in retrieval])):
             if columns:
                 of_title = {run: values for run, values in found.items() if title == "Retrieval" or any(n in values for n in columns)}

@@ -61,7 +61,7 @@ def open_model(name: str, checkpoint: Path, options: list[str]) -> tuple[Opened,
     Raises:
         UserError: as :func:`open_checkpoint`; or no data set of the YAML says how it is evaluated.
     """
-    _, cfg = prepare(name, _options(name, checkpoint, options, teacher=False), files=False)
+    _, cfg = prepare(name, _options(name, checkpoint, options, teacher=False), files=False, data=False)
 
     import lavis.tasks as tasks
     from lavis.common.registry import registry
@@ -144,15 +144,6 @@ def open_gallery(opened: Opened, split: str) -> Any:
         others = ", ".join(sorted(name for name, one in opened.datasets.items() if _is_gallery(one))) or "none"
         raise UserError(f"split {split!r} is no gallery of images and captions; those of these data: {others}.")
     return dataset
-
-
-def evaluation_processors(opened: Opened) -> tuple[Any, Any]:
-    """Of images and texts, as the data evaluate with; UserError where no split is evaluated."""
-    splits = sorted(opened.datasets, key=lambda split: (split != "val", split))
-    dataset = next((opened.datasets[split] for split in splits if _is_gallery(opened.datasets[split])), None)
-    if dataset is None:
-        raise UserError("no split of the data is evaluated, so nothing says how images are processed then; give one, such as val.")
-    return dataset.vis_processor, dataset.text_processor
 
 
 def _split(opened: Opened, split: str) -> Any:

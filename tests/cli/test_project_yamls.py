@@ -24,6 +24,7 @@ from lavis_mafa.config.checkpoints import CLASSES, TWO_IMAGES
 from lavis_mafa.config.data import OF_LAVIS
 from lavis_mafa.config.read import project_files, projects_root
 from lavis_mafa.config.schema import DOWNSTREAM, typed_block
+from lavis_mafa.datasets.boxes import Expression
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.language_teacher import untrained_teacher
 from lavis_mafa.models.synthetic_texts import ReplaceableWords
@@ -171,6 +172,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("mafa/albef/eval/snli_ve.yaml", "model.pretrained"),
         ("mafa/albef/eval/nlvr.yaml", "model.pretrained"),
         ("mafa/albef/eval/vqa.yaml", "model.pretrained"),
+        ("mafa/albef/eval/refcoco_plus.yaml", "model.pretrained"),
         ("mafa/blip2/train/stage_1.yaml", "model.discriminator.checkpoint"),
         ("mafa/blip2/train/stage_2.yaml", "model.stage_1"),
         ("mafa/blip2/train/stage_2_ecm.yaml", "model.stage_1"),
@@ -188,6 +190,7 @@ def test_what_the_user_has_to_set_is_one_message(capsys):
         ("albef/finetune/nlvr_ta", "PRETRAINED.pth"),
         ("albef/finetune/nlvr", "TA.pth"),
         ("albef/finetune/vqa", "PRETRAINED.pth"),
+        ("albef/finetune/refcoco_plus", "PRETRAINED.pth"),
         ("blip/train/finetune_coco", "PRETRAINED.pth"),
     ):  # fine-tuning from nothing is no mistake, so the YAML names a file
         with pytest.raises(UserError, match=f"model.pretrained is '{key}', but there is no such file"):
@@ -336,6 +339,21 @@ def test_paper_settings_of_question_answering():
     assert dataclasses.replace(model, pretrained=None) == blocks("mafa/albef/eval/vqa.yaml")[0]
 
 
+def test_paper_settings_of_grounding():
+    """ALBEF sections 6.4 and A: as its retrieval, without a crop."""
+    name = "mafa/albef/finetune/refcoco_plus.yaml"
+    model, run = blocks(name)
+    assert (8 * run.batch_size_train, run.max_epoch, run.init_lr, run.min_lr, run.weight_decay) == (256, 5, 1e-5, 1e-6, 0.02)
+    assert (run.heat, run.layer, run.area_power, model.image_encoder.image_size) == ("itm", None, 0.5, 384)
+    distillation = model.itc.momentum_distillation
+    assert (distillation.queue_size, distillation.momentum, distillation.alpha) == (65536, 0.995, 0.4)
+    assert (model.itm.negatives, model.mlm.mask_probability, model.ecm.same_image) == ("sampled", 0, True)
+    process = check_yaml(name, [], files=False).datasets.grit_boxes.vis_processor.train
+    assert (process.min_scale, process.get("flip", True), process.randaugment) == (1.0, True, {"n": 2, "m": 7})
+    _, evaluated = blocks("mafa/albef/eval/refcoco_plus.yaml")
+    assert (evaluated.heat, evaluated.layer, evaluated.area_power) == (run.heat, run.layer, run.area_power)
+
+
 def test_paper_settings_of_blip2():
     """MAFA sections G.7 and G.8, and LAVIS's recipes where these say "the default setting"."""
 
@@ -461,7 +479,7 @@ def test_the_model_takes_a_step_at_a_small_size(name):
 
 
 class Samples:
-    """An evaluation split as a loader: one batch of two images, with texts, captions, questions and answers."""
+    """An evaluation split as a loader: one batch of two images, with texts, captions, questions and answers, and boxes."""
 
     def __init__(self, size: int) -> None:
         self.image, self.text, self.raw_text = ["0", "1"], CAPTIONS, CAPTIONS
@@ -472,9 +490,15 @@ class Samples:
         self.class_labels = {"contradiction": 0, "neutral": 1, "entailment": 2}
         self.batches = [{**images, **questions, "label": torch.tensor([1, 0]), "index": torch.arange(2)}]
         self.dataset = self
+        box = (0, 0, size, size)
+        self.texts, self.sizes = CAPTIONS, [(size, size)] * 2
+        self.expressions = [Expression("", number, Path(), text, box, (box,)) for number, text in enumerate(CAPTIONS)]
 
     def __iter__(self) -> Any:
         return iter(self.batches)
+
+    def asked(self, images: list[int]) -> tuple[list[int], torch.Tensor]:
+        return images, torch.arange(len(images))
 
 
 @pytest.mark.parametrize("name", [n for n in PAPER if "/eval/" in n])
@@ -499,6 +523,9 @@ def test_the_task_evaluates_at_a_small_size(name, tmp_path):
         metrics = task.after_evaluation(val_result=result, split_name="test", epoch="last")
     if arch in CLASSES:
         assert metrics["accuracy"] in (0, 50, 100) and len(json.loads((tmp_path / "test_classification_result.json").read_text())) == 2
+        return
+    if run.task == "mafa_grounding":
+        assert metrics["accuracy"] == 100 and len(json.loads((tmp_path / "test_grounding_result.json").read_text())) == 2
         return
     if not generates and arch != "albef_vqa_mafa":
         assert result["i2t"].shape == result["t2i"].shape == (2, 2) and {"tr_r1", "ir_r1"} <= set(metrics)
@@ -659,7 +686,7 @@ LAST = "20250102000000"
 
 def test_the_chain_of_two_images_starts_from_the_assigned_one(launch, tmp_path):
     torch.save({"model": {"text_encoder.cls.predictions.bias": torch.zeros(1), **HEADS}}, tmp_path / "start.pth")
-    assign, tune = launch("albef_downstream.sh", "albef_nlvr.sh", "start.pth", "run.seed=1")
+    assign, tune = launch("albef_nlvr.sh", "start.pth", "run.seed=1")
     assert "finetune/nlvr_ta.yaml" in assign and "model.pretrained=start.pth" in assign and assign.endswith("run.seed=1")
     newest = f"model.pretrained=output/albef/nlvr_ta/{LAST}/checkpoint_9.pth"
     assert "finetune/nlvr.yaml" in tune and newest in tune and tune.endswith("run.seed=1")

@@ -73,6 +73,15 @@ def test_the_command_end_to_end(command, tmp_path, capsys):
     assert page.count("data:image/webp") == 2 * (1 + len(content["words"])) and "<b>cat" not in page
 
 
+def test_laviss_data_need_not_be_there_either(scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = ["analyse", "grad-cam", "--cfg-path", "mafa/albef/eval/retrieval_coco.yaml", "--checkpoint", "scenes_start"]
+    pair = ["--image", str(scenes / "images/val/00000.png"), "--text", "a dog"]
+    options = ["model.model_type=tiny", "model.image_encoder.image_size=48", f"model.tokenizer={scenes}/vocab.txt", "run.device=cpu"]
+    assert main([*start, *pair, "--options", *options, "datasets.coco_retrieval.vis_processor.eval.image_size=48"]) == 0
+    assert (tmp_path / "output/grad-cam/grad_cam.html").is_file()
+
+
 def test_what_the_command_refuses(command, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
     for more, how, message in (
