@@ -66,8 +66,9 @@ Combinations that are refused:
 - **Tasks**: `mafa_classification` with another of our models than `albef_ve_mafa` and `albef_nlvr_mafa`, these with another of our
   tasks, or on labels of the other; `albef_ta_mafa` with GRIT, with splits to evaluate, or less than three pairs a batch; captions from
   `albef_mafa` or `blip_mafa`, answers from any of our models but `blip2_opt_mafa` and `albef_vqa_mafa`, or that with another task;
-  stage 2 with `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without `{}`; evaluating
-  without `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's `runner_base` and `runner_iter`;
+  stage 2 with `mafa_pretrain` and `valid_splits` or `test_splits`, since that evaluates retrieval; a `run.prompt` without
+  `{}`; evaluating without `model.pretrained` or without any split; stage 2 without `stage_1` or `pretrained`; LAVIS's
+  `runner_base` and `runner_iter`;
   `k_test`, `rank_by`, `coco_captions`, `record_connections` and GRIT for the tasks of captions, questions, labels and boxes.
 - **Answers**: `run.inference` that the model cannot (`rank`: `albef_vqa_mafa`, LAVIS's `albef_vqa`, which does nothing else, and
   `blip_vqa`); settings of generating where answers are ranked, or of ranking where they are generated; beams of `albef_vqa_mafa`; an

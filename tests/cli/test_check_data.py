@@ -447,8 +447,9 @@ def test_questions_have_images_too(three):
     rows = [{"image": f"{image}.png", "question": "what?", "answer": "x"} for image in ("a", "gone", "c")]
     write(three / "q.jsonl", rows)
     block = f"annotations: {{test: {{storage: {three}/q.jsonl}}}}\n      images: {{storage: {three}/images}}"
-    text = RUN[: RUN.index("datasets:")] + f"datasets:\n  grit_vqa:\n    build_info:\n      {block}\n" + RUN[RUN.index("run:") :]
-    (three / "run.yaml").write_text(text + "  evaluate: true\n  test_splits: [test]\n")
+    model, run = "model: {arch: albef_vqa_mafa, model_type: tiny}", "run: {task: mafa_vqa, evaluate: true, test_splits: [test]}"
+    eyes = "vis_processor: {eval: {name: albef_image_eval, image_size: 48}}"
+    (three / "run.yaml").write_text(f"{model}\ndatasets:\n  grit_vqa:\n    build_info:\n      {block}\n    {eyes}\n{run}\n")
     assert main(["check-data", "--cfg-path", str(three / "run.yaml"), "--workers", "0"]) == 1
     assert [(problem["row"], problem["kind"]) for problem in problems()] == [(2, MISSING)]
 
