@@ -12,7 +12,7 @@ from lavis_mafa.cli.options import positive, share
 from lavis_mafa.errors import UserError
 
 if TYPE_CHECKING:
-    from lavis_mafa.models.sanity import Medians
+    from lavis_mafa.objectives.trust import Medians
     from lavis_mafa.tools.training_data import Opened
 
 RESULT = "count.json"

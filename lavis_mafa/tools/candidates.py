@@ -24,9 +24,9 @@ from lavis_mafa.distributed import rank
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.sampler import seeded_generator
-from lavis_mafa.models.retrieval import best_query, joined_texts, most_similar_query
 from lavis_mafa.objectives import mine_hard_negatives
 from lavis_mafa.objectives.itm import candidate_pairs
+from lavis_mafa.objectives.mining import best_query, most_similar_query
 
 KEEP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST_MATRIX = 9600  # 737 MB of similarities
@@ -133,6 +133,8 @@ def encoded_blocks(encoder: Encoder, rows: ReadableRows, blocks: Blocks, progres
 
 def _encoded(encoder: Encoder, number: int, size: int, batches: Iterator[dict[str, Any]], progress: Progress) -> Block:
     """A block from its batches. The image states, which are nearly all of it, are written to their place at once."""
+    from lavis_mafa.models.retrieval import joined_texts  # here: a pass over features that are given needs no LAVIS
+
     images = torch.empty(0)
     captions: list[str] = []
     texts: list[tuple[Tensor, ...]] = []

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lavis_mafa.distributed import gather_objects, rank, world_size
-from lavis_mafa.models.sanity import UNHEARD_OF, Histogram, Medians
+from lavis_mafa.objectives.trust import UNHEARD_OF, Histogram, Medians
 from lavis_mafa.tools.candidates import (
     SAME_IMAGE,
     Block,

@@ -38,8 +38,8 @@ def read_features(paths: Sequence[Path], rows: int, flag: str = "--features") ->
     """Features of ``rows`` pairs: one row a pair, so that an image with several captions has as many equal rows.
 
     Args:
-        paths: of images and of texts, each a ``.npy`` file, or a folder of such, which are joined in the order of their names (and in
-            memory); or one ``.parquet`` file with lists of numbers as ``image_features`` and ``text_features`` (or ``image``, ``text``).
+        paths: of images and of texts, each a ``.npy`` file, or a folder of such, which are joined in the order of their names (in
+            memory); or one ``.parquet`` file with lists of numbers: ``image_features``, ``text_features`` (or ``image``, ``text``).
         flag: for messages.
 
     Raises:
@@ -73,8 +73,8 @@ def read_features(paths: Sequence[Path], rows: int, flag: str = "--features") ->
             )
     if found.image.shape != found.text.shape:
         raise UserError(
-            f"{flag}: images have {found.image.shape[1]:,} numbers each, but texts {found.text.shape[1]:,}; allowed: features of one dual "
-            "encoder, after its projections."
+            f"{flag}: images have {found.image.shape[1]:,} numbers each, but texts {found.text.shape[1]:,}; allowed: features of one "
+            "dual encoder, after its projections."
         )
     for side, name, array in zip(SIDES, names, found, strict=True):
         _check_rows(array, f"{flag}: the {side} features in {name}")
@@ -132,7 +132,9 @@ def _array(column: pa.ChunkedArray, where: str) -> np.ndarray:
     if not pa.types.is_fixed_size_list(kind):
         length = np.diff(lists.offsets.to_numpy())
         if other := np.flatnonzero(length != length[:1]).tolist():
-            raise UserError(f"{where}: row {other[0] + 1} has {length[other[0]]} numbers, but row 1 has {length[0]}; allowed: equally many.")
+            raise UserError(
+                f"{where}: row {other[0] + 1} has {length[other[0]]} numbers, but row 1 has {length[0]}; allowed: equally many."
+            )
     return numbers.to_numpy(zero_copy_only=False).reshape(len(lists), len(numbers) // max(len(lists), 1))
 
 

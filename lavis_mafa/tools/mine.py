@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.datasets.facts import FACTS, TEXTS, check_facts, one_each
+from lavis_mafa.datasets.fingerprint import data_record
 from lavis_mafa.datasets.formats import SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.distributed import broadcast_object, rank, world_size
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import SETTINGS, check_unfinished, replacing, write_text
-from lavis_mafa.models.sanity import Medians
-from lavis_mafa.runners.agreement import data_record
+from lavis_mafa.objectives.trust import Medians
 from lavis_mafa.tools.candidates import (
     Block,
     Blocks,

@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 
-from lavis_mafa.models.sanity import Histogram, Medians, ShareWatch, median
+from lavis_mafa.models.sanity import ShareWatch
+from lavis_mafa.objectives.trust import Histogram, Medians, median
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import torch
 import reduced
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
-from lavis_mafa.models.retrieval import best_query
 from lavis_mafa.models.vit import resize_images
+from lavis_mafa.objectives.mining import best_query
 from lavis_mafa.tools import count as counting
 from lavis_mafa.tools.candidates import (
     Encoder,

@@ -14,7 +14,7 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import load_con_d
-from lavis_mafa.models.sanity import Medians
+from lavis_mafa.objectives.trust import Medians
 from lavis_mafa.tools import mine as mining
 
 pytestmark = pytest.mark.slow
