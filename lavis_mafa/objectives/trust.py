@@ -84,7 +84,7 @@ class Histogram:
     def add(self, probability: Tensor) -> None:
         """[n] in [0, 1]; what is NaN is left out."""
         probability = probability[probability.isfinite()].double()
-        self.counts += torch.bincount((probability * self.BINS).long().clamp(max=self.BINS - 1), minlength=self.BINS)
+        self.counts += torch.bincount((probability * self.BINS).long().clamp(0, self.BINS - 1), minlength=self.BINS)
 
     def merge(self, other: Histogram) -> None:
         """Add what another rank saw."""
