@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=positive, nargs="+", metavar="B", help="batch sizes (default: run.batch_size_train)")
     add("--search-space", type=positive, nargs="+", metavar="M", help="GRIT's search spaces (default: run.grit.search_space)")
     text = "Con-D calls a pair a match above it (default: 0.5, as in the paper's count); the first is for table and plot"
-    add("--threshold", type=share, nargs="+", default=[0.5], metavar="P", help=text)
+    add("--threshold", type=share, nargs="+", metavar="P", help=text)
     add("--correction", type=share, default=1.0, help="human correction factor; the paper's Table 1 has 0.83 (default: 1)")
     text = "whose similarities mine, while --con-d judges: the paper's count (default: Con-D's own)"
     add("--miner", metavar="CHECKPOINT", help=text)
@@ -149,7 +149,7 @@ def _count(
     known = Known(*(trained if flag is None else flag == "exclude" for flag, trained in asked))
     about = {"judge": encoder.judge_name, "margin": encoder.margin, **sources(arguments), "miner": arguments.miner}
     about |= {"data": len(rows), "seed": seed, "same_image": known.same_image, "same_text": known.same_text}
-    thresholds = arguments.threshold if encoder.margin is None else [encoder.margin]
+    thresholds = arguments.threshold or [0.5] if encoder.margin is None else [encoder.margin]
 
     def look(count: Count) -> None:
         refuse_meaningless((count.medians(way) for way in count.tallies), arguments.force, judge_flag(arguments))

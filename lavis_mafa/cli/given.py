@@ -23,7 +23,7 @@ def add_given_arguments(parser: argparse.ArgumentParser) -> None:
     text = "whose similarities mine, also with --con-d: IMAGES.npy TEXTS.npy, or one .parquet; a row a pair"
     add("--features", type=Path, nargs="+", metavar="FILE", help=text)
     text = "who judges: .parquet or .csv with image_row, text_row (from 0) and probability, by any model"
-    add("--scores", type=Path, metavar="FILE", help=text)
+    add("--scores", type=Path, nargs="+", metavar="FILE", help=text)
     text = "write the pairs that --scores lacks (without it, all that are asked about), to be judged, and nothing else"
     add("--write-pairs", type=Path, metavar="FILE", help=text)
     text = "or a second dual encoder's features, as --features: its cosines judge"
@@ -45,6 +45,8 @@ def check_ways(arguments: argparse.Namespace) -> None:
         )
     if arguments.guide_margin is not None and arguments.guide_features is None:
         raise UserError("--guide-margin belongs to --guide-features; --scores and --con-d have --threshold.")
+    if arguments.threshold is not None and arguments.guide_features is not None:
+        raise UserError("--threshold and --guide-features exclude each other: a guide has --guide-margin.")
     needed, other = ["cfg_path"], ["annotations", "images", "write_pairs"]
     if arguments.con_d is None:
         needed, other = ["annotations", "features"], ["cfg_path", "options", "miner"]
@@ -87,7 +89,7 @@ def open_given(arguments: argparse.Namespace) -> Given:
     features, guide = (given_features(arguments, dataset, name) for name in ("features", "guide_features"))
     assert features is not None, "check_ways has seen to it"
     if guide is None:
-        return Given(features, dataset, ScoreTable(arguments.scores, len(dataset)))
+        return Given(features, dataset, ScoreTable(arguments.scores or [], len(dataset)))
     return Given(features, dataset, Guide(guide, arguments.guide_margin or 0.0))
 
 
@@ -103,15 +105,15 @@ def pairs_written(arguments: argparse.Namespace, given: Given) -> bool:
     pairs = given.judge.missing_pairs()
     write_pairs(pairs, given.dataset, arguments.write_pairs)
     print(f"{len(pairs[0]):,} pairs to be judged: {arguments.write_pairs}")
-    print("Add a column probability (0 to 1), and give the file as --scores, all else as now.")
+    print("Add a column probability (0 to 1) and give the file as --scores, beside what was given before; all else as now.")
     return True
 
 
 def sources(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a result says of where it is from; paths as they were given."""
-    names = ("cfg_path", "options", "con_d", "annotations", "features", "scores", "guide_features")
-    values = {name: getattr(arguments, name) for name in names}
-    return {name: [str(one) for one in value] if isinstance(value, list) else value and str(value) for name, value in values.items()}
+    """What a result says of where it is from; paths as they were written."""
+    files = {name: getattr(arguments, name) or [] for name in ("annotations", "features", "scores", "guide_features")}
+    given = {name: list(map(str, paths)) for name, paths in files.items()}
+    return {"cfg_path": arguments.cfg_path, "options": arguments.options, "con_d": arguments.con_d, "given": given}
 
 
 def judge_flag(arguments: argparse.Namespace) -> str:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--batch-size", type=positive, metavar="B", help="of the GRIT batches (default: run.batch_size_train)")
     add("--search-space", type=positive, metavar="M", help="of GRIT, and of a resumable block (default: run.grit.search_space)")
-    add("--threshold", type=share, default=0.8, metavar="P", help="keep pairs above this probability (default: 0.8)")
+    add("--threshold", type=share, metavar="P", help="keep pairs above this probability (default: 0.8)")
     text = "and of at least this share of the own pair's probability, e.g. 0.95 (default: 0)"
     add("--margin", type=share, default=0.0, help=text)
     add("--per-image", type=positive, metavar="K", help="at most so many new captions an image (default: all)")
@@ -68,7 +68,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, batch_size: int, search
     features = given_features(arguments, dataset)
     seed = run.seed if arguments.seed is None else arguments.seed
     blocks = blocks_of(shuffled(len(rows), seed, arguments.samples), search_space)
-    rules = mine.Rules(arguments.threshold, arguments.margin, arguments.per_image, arguments.at_most)
+    rules = _rules(arguments)
     settings = {
         "con_d": file_digest(weight_files(Path(arguments.con_d).expanduser(), "--con-d")),
         "data": mine.fingerprint(dataset, rows.image_keys, opened.data_settings),
@@ -115,7 +115,7 @@ def _mine_given(arguments: argparse.Namespace) -> None:
     rows, source = ReadableRows(given.dataset), mine.SourceRows(given.dataset)
     seed = RunBlock().seed if arguments.seed is None else arguments.seed
     order = shuffled(len(rows), seed, arguments.samples)
-    rules = mine.Rules(arguments.threshold, arguments.margin, arguments.per_image, arguments.at_most, given.margin)
+    rules = _rules(arguments, given.margin)
     with progress_bar(len(order)) as bar:
         blocks = given.blocks(rows, blocks_of(order, search_space), bar)
         candidates = pa.concat_tables([mine.judged(given, block, source, batch_size, seed) for block in blocks])
@@ -125,6 +125,13 @@ def _mine_given(arguments: argparse.Namespace) -> None:
     settings = {"samples": arguments.samples, "seed": seed, "batch_size": batch_size, "search_space": search_space, **vars(rules)}
     arguments.output.mkdir(parents=True, exist_ok=True)
     _write(arguments, given, rows, source, candidates.replace_schema_metadata(None), [], rules, settings)
+
+
+def _rules(arguments: argparse.Namespace, guide_margin: float | None = None) -> Rules:
+    from lavis_mafa.tools.mine import Rules
+
+    threshold = Rules.threshold if arguments.threshold is None else arguments.threshold
+    return Rules(threshold, arguments.margin, arguments.per_image, arguments.at_most, guide_margin)
 
 
 def _truth(rows: ReadableRows) -> tuple[Any, Any]:

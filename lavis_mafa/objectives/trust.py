@@ -57,7 +57,8 @@ class Medians:
         floor = 0.0 if self.shuffled is None else self.shuffled
         if self.hardest < floor + NEARLY_OWN * (self.own - floor):
             return None
-        return f"Con-D hardly tells hardest negatives ({self.hardest:.3f}) from own pairs ({self.own:.3f}): look before you believe it."
+        found = f"hardest negatives ({self.hardest:.3f}) from own pairs ({self.own:.3f})"
+        return f"The scores hardly tell {found}: look before you believe it."
 
     def __str__(self) -> str:
         shown = {"own pairs": self.own, "shuffled": self.shuffled, "hardest negatives": self.hardest}

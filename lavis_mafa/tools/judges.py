@@ -46,6 +46,8 @@ class PicturelessPairs:
     text_processor = str
 
     def __init__(self, files: Sequence[Path], images: Path | None = None) -> None:
+        if images is not None and not images.is_dir():
+            raise UserError(f"--images is {str(images)!r}, but there is no such folder.")
         named = [file for entry in files for file in files_of(entry, "--annotations")]
         self.table = caption_a_row(read_annotations(named, allow_absolute_paths=images is None))
         self.vis_root = images or Path()
@@ -90,55 +92,30 @@ def check_caption_a_row(dataset: Any, flag: str) -> None:
 
 
 class ScoreTable:
-    """Probabilities of pairs, from whatever judge, as a file tells them; pairs that it lacks are remembered.
+    """Probabilities of pairs, from whatever judge, as files tell them; pairs that they lack are remembered.
 
     Args:
-        path: .parquet or .csv with the columns ``image_row``, ``text_row`` (rows from 0) and ``probability``; None: nothing is known.
+        paths: .parquet or .csv files with the columns ``image_row``, ``text_row`` (rows from 0) and ``probability``; none: nothing is
+            known.
         count: rows of the data.
 
     Raises:
-        UserError: it cannot be read; no such rows; a probability that is none, or two of one pair.
+        UserError: a file cannot be read; no such rows; a probability that is none, or two of one pair.
     """
 
     name = "the judge"
     margin: float | None = None  # what is above a threshold matches
 
-    def __init__(self, path: Path | None, count: int) -> None:
-        self.path, self.count = path, count
-        self.codes, self.probability = torch.empty(0, dtype=torch.long), torch.empty(0)
+    def __init__(self, paths: Sequence[Path], count: int) -> None:
+        self.paths, self.count = paths, count
         self.missing: list[Tensor] = []
-        if path is not None:
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        table = _table(path)
-        if absent := [name for name in COLUMNS if name not in table.column_names]:
-            there = ", ".join(table.column_names)
-            raise UserError(f"--scores: {path} has no column {absent[0]}, but {there}; needed: {', '.join(COLUMNS)}.")
-        rows = []
-        for name in COLUMNS[:2]:
-            column = table[name]
-            if not pa.types.is_integer(column.type) or column.null_count:
-                raise UserError(f"--scores: {name} in {path} holds {column.type}, or nulls; allowed: numbers of rows, from 0.")
-            rows.append(column.cast(pa.int64()).to_numpy())
-            if len(wrong := np.flatnonzero((rows[-1] < 0) | (rows[-1] >= self.count))):
-                allowed = f"0 to {self.count - 1}, the rows of the data"
-                raise UserError(f"--scores: {name} is {rows[-1][wrong[0]]} in row {wrong[0] + 1} of {path}; allowed: {allowed}.")
-        column = table["probability"]
-        if not pa.types.is_floating(column.type) and not pa.types.is_integer(column.type):
-            raise UserError(f"--scores: probability in {path} holds {column.type}; allowed: numbers from 0 to 1.")
-        probability = pc.fill_null(column.cast(pa.float32()), float("nan")).to_numpy()
-        if len(wrong := np.flatnonzero(~((probability >= 0) & (probability <= 1)))):
-            raise UserError(
-                f"--scores: probability is {probability[wrong[0]]} in row {wrong[0] + 1} of {path}; allowed: 0 to 1. Cosines of a "
-                "second model are judged by --guide-features."
-            )
-        codes = rows[0] * self.count + rows[1]
+        parts = [_read_scores(path, count) for path in paths]
+        codes, probability = (np.concatenate(column) for column in zip((np.zeros(0, int), np.zeros(0, "f4")), *parts, strict=True))
         order = np.argsort(codes, kind="stable")
         codes, probability = codes[order], probability[order]
         if len(twice := np.flatnonzero((codes[1:] == codes[:-1]) & (probability[1:] != probability[:-1]))):
-            image, text = divmod(int(codes[twice[0]]), self.count)
-            raise UserError(f"--scores: {path} has two probabilities of image_row {image} with text_row {text}; allowed: one.")
+            image, text = divmod(int(codes[twice[0]]), count)
+            raise UserError(f"--scores: there are two probabilities of image_row {image} with text_row {text}; allowed: one.")
         self.codes, self.probability = torch.from_numpy(codes), torch.from_numpy(probability)
 
     def __call__(self, image: Tensor, text: Tensor) -> Tensor:
@@ -161,7 +138,7 @@ class ScoreTable:
         image, text = self.missing_pairs()
         if len(image):
             raise UserError(
-                f"--scores: {self.path} has no probability of {len(image):,} pairs that are asked about, the first image_row "
+                f"--scores: there is no probability of {len(image):,} pairs that are asked about, the first image_row "
                 f"{int(image[0])} with text_row {int(text[0])}; the same command with --write-pairs FILE writes them."
             )
 
@@ -182,6 +159,33 @@ class Guide:
 
 
 Judge = ScoreTable | Guide
+
+
+def _read_scores(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Int64 [P] image_row * count + text_row, and fp32 [P] probabilities."""
+    table = _table(path)
+    if absent := [name for name in COLUMNS if name not in table.column_names]:
+        there = ", ".join(table.column_names)
+        raise UserError(f"--scores: {path} has no column {absent[0]}, but {there}; needed: {', '.join(COLUMNS)}.")
+    rows = []
+    for name in COLUMNS[:2]:
+        column = table[name]
+        if not pa.types.is_integer(column.type) or column.null_count:
+            raise UserError(f"--scores: {name} in {path} holds {column.type}, or nulls; allowed: numbers of rows, from 0.")
+        rows.append(column.cast(pa.int64()).to_numpy())
+        if len(wrong := np.flatnonzero((rows[-1] < 0) | (rows[-1] >= count))):
+            allowed = f"0 to {count - 1}, the rows of the data"
+            raise UserError(f"--scores: {name} is {rows[-1][wrong[0]]} in row {wrong[0] + 1} of {path}; allowed: {allowed}.")
+    column = table["probability"]
+    if not pa.types.is_floating(column.type) and not pa.types.is_integer(column.type):
+        raise UserError(f"--scores: probability in {path} holds {column.type}; allowed: numbers from 0 to 1.")
+    probability = pc.fill_null(column.cast(pa.float32()), float("nan")).to_numpy()
+    if len(wrong := np.flatnonzero(~((probability >= 0) & (probability <= 1)))):
+        raise UserError(
+            f"--scores: probability is {probability[wrong[0]]} in row {wrong[0] + 1} of {path}; allowed: 0 to 1. Cosines of a second "
+            "model are judged by --guide-features."
+        )
+    return rows[0] * count + rows[1], probability
 
 
 def _table(path: Path) -> pa.Table:
