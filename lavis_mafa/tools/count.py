@@ -289,7 +289,7 @@ def format_count(results: dict[str, Any]) -> str:
     corrected = f", times {results['correction']:g} (human correction)" if results["correction"] != 1.0 else ""
     judge, margin = results["judge"], results["margin"]
     who = _capital(judge)
-    rule = f"{judge} says p > {threshold:g}" if margin is None else f"{judge}'s cosine is above the own pair's less {margin:g}"
+    rule = f"{judge} says p > {threshold:g}" if margin is None else f"{judge}'s cosine is above the own pair's{below(margin)}"
     lines = [f"False negatives among the hardest negatives of {results['samples']:,} pairs: {rule}{corrected}"]
     if results["meaningless"]:
         lines = [f"MEANINGLESS, since {results['meaningless']}: {judge} cannot judge these data.", *lines]
@@ -324,6 +324,11 @@ def format_count(results: dict[str, Any]) -> str:
             lines.append(f"{head} {at['threshold']:6g} {_share(at['precision']):>10s} {_share(at['recall']):>8s} {error:>18s}".rstrip())
             head, error = " " * len(head), ""
     return "\n".join(lines)
+
+
+def below(margin: float) -> str:
+    """`` less 0.1``, or nothing of 0."""
+    return f" less {margin:g}" if margin else ""
 
 
 def _capital(words: str) -> str:

@@ -41,7 +41,7 @@ from lavis_mafa.tools.candidates import (
     reason_of,
     shuffled_pairs,
 )
-from lavis_mafa.tools.count import ratio
+from lavis_mafa.tools.count import below, ratio
 from lavis_mafa.tools.judges import Given
 from lavis_mafa.tools.training_data import annotated
 
@@ -439,7 +439,7 @@ def format_mined(results: dict[str, Any]) -> str:
     """The tables for a terminal of 100 columns: quartiles of scores, and what was skipped and why."""
     settings = results["settings"]
     judge, guide_margin = results["judge"], settings["guide_margin"]
-    rules = f"p > {settings['threshold']:g}" if guide_margin is None else f"above the own pair's cosine less {guide_margin:g}"
+    rules = f"p > {settings['threshold']:g}" if guide_margin is None else f"above the own pair's cosine{below(guide_margin)}"
     rules += f", at least {settings['margin']:g} of the own pair's" if settings["margin"] else ""
     rules += f", at most {settings['per_image']} an image" if settings["per_image"] is not None else ""
     rules += f", at most {settings['at_most']:,}" if settings.get("at_most") is not None else ""

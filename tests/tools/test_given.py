@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +29,7 @@ from lavis_mafa.tools.training_data import check_pass, opened_pass
 pytestmark = pytest.mark.slow
 
 ROWS = 26
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 YAML = """
 model: {arch: albef_mafa, model_type: tiny, ecm: {enabled: true}, discriminator: {arch: albef_mafa, checkpoint: null}}
 datasets:
@@ -232,6 +236,28 @@ assert not {{"lavis", "transformers", "timm"}} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "mine" / "pairs.parquet").exists() and (tmp_path / "asked.csv").exists()
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """docs/false-negatives.md: what it makes, what it calls, and that it counts what it says."""
+    page = (DOCS / "false-negatives.md").read_text(encoding="utf-8")
+    section = page.split("## With embeddings you have already\n")[1].split("\n## ")[0]
+    monkeypatch.chdir(tmp_path)
+    said = ""
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", section, re.DOTALL):
+        if language == "python":
+            (tmp_path / "block.py").write_text(block)
+            runpy.run_path("block.py")
+        for line in block.replace("\\\n", " ").splitlines() if language == "bash" else ():
+            program, *arguments = shlex.split(line)
+            assert program == "lavis-mafa" and main(arguments) == 0, capsys.readouterr().err
+            said += capsys.readouterr().out
+    shares = {row[0]: row[1:] for row in re.findall(r"^  (random|GRIT) .*\(([\d.]+)%\) .*\(([\d.]+)%\)", said, re.MULTILINE)}
+    assert {name: [float(share) for share in row] for name, row in shares.items()} == {
+        "random": [pytest.approx(1.1, abs=0.1)] * 2,
+        "GRIT": [pytest.approx(11.3, abs=0.5)] * 2,
+    }
+    assert said.count("By the known truth 100.0% of them match") == 2
 
 
 # --- refused ------------------------------------------------------------------------------------------------------------
