@@ -71,8 +71,8 @@ def refuse_meaningless(found: Iterable[Medians], force: bool, judge: str = "--co
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pass_arguments(parser, "output/count")
     add = parser.add_argument
-    add("--batch-size", type=positive, nargs="+", metavar="B", help="batch sizes (default: run.batch_size_train)")
-    add("--search-space", type=positive, nargs="+", metavar="M", help="GRIT's search spaces (default: run.grit.search_space)")
+    add("--batch-size", type=positive, nargs="+", metavar="B", help="batch sizes (default: run.batch_size_train, or 96)")
+    add("--search-space", type=positive, nargs="+", metavar="M", help="GRIT's search spaces (default: run.grit.search_space, or 4800)")
     text = "Con-D calls a pair a match above it (default: 0.5, as in the paper's count); the first is for table and plot"
     add("--threshold", type=share, nargs="+", metavar="P", help=text)
     add("--correction", type=share, default=1.0, help="human correction factor; the paper's Table 1 has 0.83 (default: 1)")

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 def add_given_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of a pass without a model; ``--features`` goes with one, too."""
-    given = parser.add_argument_group("without a model", "features that are there mine, and a judge's word that is there too decides")
+    given = parser.add_argument_group("with embeddings you have already", "no model, no image and no LAVIS is needed")
     add = given.add_argument
     add("--annotations", type=Path, nargs="+", metavar="FILE", help="the pairs, in place of --cfg-path: files, folders or patterns")
     add("--images", type=Path, metavar="FOLDER", help="where their image paths start from; no image is opened")
-    text = "whose similarities mine, also with --con-d: IMAGES.npy TEXTS.npy, or one .parquet; a row a pair"
+    text = "whose similarities decide what is a hard negative, also with --con-d: IMAGES.npy TEXTS.npy, or one .parquet; a row a pair"
     add("--features", type=Path, nargs="+", metavar="FILE", help=text)
     text = "who judges: .parquet or .csv with image_row, text_row (from 0) and probability, by any model"
     add("--scores", type=Path, nargs="+", metavar="FILE", help=text)
@@ -58,6 +58,11 @@ def check_ways(arguments: argparse.Namespace) -> None:
     for name in other:
         if getattr(arguments, name, None):
             raise UserError(f"{way} and {_flag(name)} exclude each other; it takes {' and '.join(map(_flag, needed))}.")
+    if arguments.write_pairs is not None:
+        if arguments.write_pairs.suffix.lower() not in (".parquet", ".csv"):
+            raise UserError(f"--write-pairs is {arguments.write_pairs}; allowed: a .parquet or .csv file.")
+        if arguments.write_pairs.exists():
+            raise UserError(f"--write-pairs: {arguments.write_pairs} is there, and may hold what was judged; choose another name.")
     if arguments.features is not None and getattr(arguments, "miner", None) is not None:
         raise UserError("--features and --miner exclude each other: only one can mine.")
 

@@ -27,8 +27,10 @@ RESULT = "mine.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pass_arguments(parser, "output/mine")
     add = parser.add_argument
-    add("--batch-size", type=positive, metavar="B", help="of the GRIT batches (default: run.batch_size_train)")
-    add("--search-space", type=positive, metavar="M", help="of GRIT, and of a resumable block (default: run.grit.search_space)")
+    add("--batch-size", type=positive, metavar="B", help="of the GRIT batches (default: run.batch_size_train, or 96)")
+    add(
+        "--search-space", type=positive, metavar="M", help="of GRIT, and of a resumable block (default: run.grit.search_space, or 4800)"
+    )
     add("--threshold", type=share, metavar="P", help="keep pairs above this probability (default: 0.8)")
     text = "and of at least this share of the own pair's probability, e.g. 0.95 (default: 0)"
     add("--margin", type=share, default=0.0, help=text)

@@ -172,14 +172,15 @@ def _read_scores(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
         column = table[name]
         if not pa.types.is_integer(column.type) or column.null_count:
             raise UserError(f"--scores: {name} in {path} holds {column.type}, or nulls; allowed: numbers of rows, from 0.")
-        rows.append(column.cast(pa.int64()).to_numpy())
-        if len(wrong := np.flatnonzero((rows[-1] < 0) | (rows[-1] >= count))):
+        row = column.to_numpy()
+        if len(wrong := np.flatnonzero((row < 0) | (row >= count))):
             allowed = f"0 to {count - 1}, the rows of the data"
-            raise UserError(f"--scores: {name} is {rows[-1][wrong[0]]} in row {wrong[0] + 1} of {path}; allowed: {allowed}.")
+            raise UserError(f"--scores: {name} is {row[wrong[0]]} in row {wrong[0] + 1} of {path}; allowed: {allowed}.")
+        rows.append(row.astype(np.int64))
     column = table["probability"]
     if not pa.types.is_floating(column.type) and not pa.types.is_integer(column.type):
         raise UserError(f"--scores: probability in {path} holds {column.type}; allowed: numbers from 0 to 1.")
-    probability = pc.fill_null(column.cast(pa.float32()), float("nan")).to_numpy()
+    probability = column.cast(pa.float32(), safe=False).to_numpy()  # null is NaN
     if len(wrong := np.flatnonzero(~((probability >= 0) & (probability <= 1)))):
         raise UserError(
             f"--scores: probability is {probability[wrong[0]]} in row {wrong[0] + 1} of {path}; allowed: 0 to 1. Cosines of a second "

@@ -303,10 +303,13 @@ def test_flags_that_do_not_go_together(refused, command, arguments, message):
         ({"image_row": [0]}, "has no column text_row, but image_row, probability; needed: image_row, text_row, probability"),
         ({"image_row": [12], "text_row": [0]}, "image_row is 12 in row 1"),
         ({"image_row": [0], "text_row": [-1]}, "text_row is -1 in row 1"),
+        ({"image_row": [0], "text_row": np.array([2**64 - 1], np.uint64)}, "text_row is 18446744073709551615 in row 1"),
         ({"image_row": ["0"], "text_row": [0]}, "image_row in .* holds string"),
         ({"image_row": [0], "text_row": [None]}, "text_row in .* or nulls"),
         ({"image_row": [0], "text_row": [0], "probability": [1.5]}, "probability is 1.5 in row 1 of .*--guide-features"),
         ({"image_row": [0], "text_row": [0], "probability": [float("nan")]}, "probability is nan in row 1"),
+        ({"image_row": [1, 0], "text_row": [0, 0], "probability": [0.1, None]}, "probability is nan in row 2"),
+        ({"image_row": [0], "text_row": [0], "probability": [2**63 - 1]}, "probability is 9.2.* in row 1"),
         ({"image_row": [0], "text_row": [0], "probability": ["high"]}, "probability in .* holds string"),
         ({"image_row": [0, 0], "text_row": [1, 1], "probability": [0.5, 0.6]}, "two probabilities of image_row 0 with text_row 1"),
         ({"image_row": [0], "text_row": [0]}, r"no probability of (\d+) pairs that are asked about.*--write-pairs FILE writes them"),
@@ -334,6 +337,8 @@ def test_missing_scores_are_written_and_asked_for_once(tmp_path, refused):
     assert call("mine", *given, "--scores", parts[1], "--write-pairs", parts[2]) == 0
     rest = pq.read_table(parts[2])
     assert rest.equals(every.slice(0, 7))
+    assert "may hold what was judged" in refused("mine", *given, "--scores", parts[1], "--write-pairs", parts[2])
+    assert "allowed: a .parquet or .csv file" in refused("mine", *given, "--write-pairs", tmp_path / "a.txt")
     pq.write_table(scored(rest), parts[2])
     assert call("mine", *given, "--scores", parts[1], parts[2], "--output", tmp_path / "out") == 0
 
