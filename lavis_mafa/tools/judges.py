@@ -107,10 +107,10 @@ class ScoreTable:
     margin: float | None = None  # what is above a threshold matches
 
     def __init__(self, paths: Sequence[Path], count: int) -> None:
-        self.paths, self.count = paths, count
+        self.count = count
         self.missing: list[Tensor] = []
-        parts = [_read_scores(path, count) for path in paths]
-        codes, probability = (np.concatenate(column) for column in zip((np.zeros(0, int), np.zeros(0, "f4")), *parts, strict=True))
+        nobody = np.array([-1]), np.zeros(1, np.float32)  # so that there is always a pair to compare with
+        codes, probability = map(np.concatenate, zip(nobody, *(_read_scores(path, count) for path in paths), strict=True))
         order = np.argsort(codes, kind="stable")
         codes, probability = codes[order], probability[order]
         if len(twice := np.flatnonzero((codes[1:] == codes[:-1]) & (probability[1:] != probability[:-1]))):
@@ -121,12 +121,11 @@ class ScoreTable:
     def __call__(self, image: Tensor, text: Tensor) -> Tensor:
         """Probabilities of pairs, LongTensor[P] rows each -> [P] fp32; 0 where there is none, which :meth:`check` does not let pass."""
         codes = image * self.count + text
-        place = torch.searchsorted(self.codes, codes).clamp(max=max(len(self.codes) - 1, 0))
-        there = self.codes[place] == codes if len(self.codes) else torch.zeros_like(codes, dtype=torch.bool)
+        place = torch.searchsorted(self.codes, codes).clamp(max=len(self.codes) - 1)
+        there = self.codes[place] == codes
         if not there.all():
             self.missing.append(codes[~there].unique())
-        known = self.probability[place] if len(self.codes) else torch.zeros(len(codes))
-        return torch.where(there, known, torch.zeros(()))
+        return torch.where(there, self.probability[place], 0.0)
 
     def missing_pairs(self) -> tuple[Tensor, Tensor]:
         """LongTensor[m] rows of images and of texts of all pairs that were asked about and have no score, each pair once."""
