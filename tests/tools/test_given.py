@@ -115,7 +115,7 @@ def test_the_same_connections_as_with_the_checkpoint(world, tmp_path, capsys):
     alike(connections(tmp_path / "npy"), whole)
     alike(connections(tmp_path / "parquet"), whole)
     for end in (".parquet", ".csv"):
-        asked, scores, output = tmp_path / "asked.parquet", tmp_path / f"scores{end}", tmp_path / f"scored{end}"
+        asked, scores, output = tmp_path / f"asked{end}.parquet", tmp_path / f"scores{end}", tmp_path / f"scored{end}"
         assert call("mine", *world.given, "--write-pairs", asked, "--output", tmp_path / "nothing") == 0
         written = judge(world, asked, scores)
         assert call("mine", *world.given, "--scores", scores, "--threshold", "0.3", "--output", output) == 0, capsys.readouterr().err
