@@ -62,6 +62,8 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
         if found:
             settings = _all_settings(run.config)
             limits = settings.get("model.ecm.threshold", 0.8), settings.get("model.ecm.ambiguous_from", 0.5)
+            if limits[0] is None:
+                continue
             histograms.append(curves.score_histogram(run.name, number, [(c.probability, c.true) for c in found], *limits))
     page = render(
         template,

@@ -23,7 +23,9 @@ from PIL import Image
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.tools.candidates import Encoder, ReadableRows, blocks_of, encoded_blocks, match_probabilities, shuffled
+from lavis_mafa.tools.gallery import read_training_rows
 from lavis_mafa.tools.judges import PicturelessPairs
+from lavis_mafa.tools.run_files import open_runs
 from lavis_mafa.tools.training_data import check_pass, opened_pass
 
 pytestmark = pytest.mark.slow
@@ -78,6 +80,18 @@ def world(tmp_path_factory, models):
     given = ["--annotations", folder / "pairs.jsonl", "--features", folder / "image.npy", folder / "text.npy", *SIZES, "--force"]
     con_d = ["--cfg-path", folder / "con_d.yaml", "--con-d", folder / "con_d.pth", *SIZES, "--force"]
     return SimpleNamespace(folder=folder, rows=rows, encoder=encoder, block=block, given=given, con_d=con_d)
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        assert call(*arguments) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]  # after the bar
+        assert said.startswith(f"lavis-mafa {arguments[0]}: "), said
+        return said
+
+    return run
 
 
 def call(*arguments):
@@ -218,6 +232,23 @@ def test_a_guide_mines_what_scores_above_the_own_pair(tmp_path):
     assert sum(row["outcome"] == "mined" for row in table) > 5
 
 
+def test_a_page_of_what_was_mined(world, tmp_path, refused):
+    folder = tmp_path / "mine"
+    assert call("mine", *world.con_d, "--threshold", "0.3", "--output", folder) == 0
+    (run,) = open_runs([folder])
+    rows = read_training_rows(run)
+    assert rows.problem is None and len(rows) == ROWS
+    for number, row in enumerate(world.rows):
+        assert rows.captions(number) == [row["caption"]] and rows.image_path(number) == world.folder / "images" / row["image"]
+    judged = run.connections.to_pylist()
+    assert {row["verdict"] for row in judged} == {"positive", "negative"}
+    assert all((row["verdict"] == "positive") == (row["probability"] > 0.3) for row in judged)
+    assert call("report", folder, "--output", tmp_path / "page.html") == 0
+    assert (tmp_path / "page.html").read_text().count("data:image") == ROWS // 2
+    (folder / "mine.json").write_text("{}")
+    assert "mine holds no whole result of mine" in refused("report", folder, "--output", tmp_path / "other.html")
+
+
 # --- without LAVIS ------------------------------------------------------------------------------------------------------
 
 
@@ -226,16 +257,17 @@ def test_neither_lavis_nor_an_image_is_needed(tmp_path):
     commands = [
         ["mine", *given, *SIZES, *guide, "--output", tmp_path / "mine"],
         ["count-false-negatives", *given, *SIZES, "--write-pairs", tmp_path / "asked.csv"],
+        ["report", tmp_path / "mine", "--output", tmp_path / "page.html"],
     ]
     code = f"""
 import sys
 from lavis_mafa.cli.main import main
-assert [main(arguments) for arguments in {[[str(a) for a in command] for command in commands]}] == [0, 0]
+assert [main(arguments) for arguments in {[[str(a) for a in command] for command in commands]}] == [0, 0, 0]
 assert not {{"lavis", "transformers", "timm"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "mine" / "pairs.parquet").exists() and (tmp_path / "asked.csv").exists()
+    assert (tmp_path / "mine" / "pairs.parquet").exists() and (tmp_path / "page.html").exists()
 
 
 def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
@@ -261,18 +293,6 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
 
 
 # --- refused ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        assert call(*arguments) == 2
-        said = capsys.readouterr().err.strip().splitlines()[-1]  # after the bar
-        assert said.startswith(f"lavis-mafa {arguments[0]}: "), said
-        return said
-
-    return run
 
 
 @pytest.mark.parametrize("command", ["count-false-negatives", "mine"])
