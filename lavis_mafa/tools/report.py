@@ -68,7 +68,7 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
     page = render(
         template,
         runs=runs,
-        summary=summary_table(runs),
+        summary=summary_table([run for run in runs if "mine" not in run.config]),  # which trained nothing
         settings=settings_table(runs),
         yamls={run.name: OmegaConf.to_yaml(run.config) for run in runs},
         legend=curves.legend([run.name for run in runs if run.metrics]),
