@@ -14,6 +14,7 @@ from PIL import Image
 
 from lavis_mafa.cli.main import main
 from lavis_mafa.tools import candidates
+from lavis_mafa.tools import count as counting
 
 pytestmark = pytest.mark.slow
 
