@@ -9,7 +9,7 @@ from lavis_mafa.cli.options import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: the one with metrics.jsonl")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (with metrics.jsonl), or of `mine`")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="where the page goes (default: report.html)")
     parser.add_argument(
         "--gallery",

@@ -62,11 +62,13 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
         if found:
             settings = _all_settings(run.config)
             limits = settings.get("model.ecm.threshold", 0.8), settings.get("model.ecm.ambiguous_from", 0.5)
+            if limits[0] is None:
+                continue
             histograms.append(curves.score_histogram(run.name, number, [(c.probability, c.true) for c in found], *limits))
     page = render(
         template,
         runs=runs,
-        summary=summary_table(runs),
+        summary=summary_table([run for run in runs if "mine" not in run.config]),  # which trained nothing
         settings=settings_table(runs),
         yamls={run.name: OmegaConf.to_yaml(run.config) for run in runs},
         legend=curves.legend([run.name for run in runs if run.metrics]),

@@ -12,9 +12,12 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa.config.read import read_yaml
+from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
 
 QUERIES = "_queries.parquet"
+MINED = "mine.json"
+REFUSED = ("not above the threshold", "below the margin of the own pair")  # outcomes of `mine` that say no
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def wall_seconds(run: Path) -> float:
 def _open_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the folder of a run, such as output/20250131120000.")
+    if (folder / MINED).is_file():
+        return _open_mined(folder, name)
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     if not metrics and not evaluations:
         inside = sorted(file.parent for file in (*folder.glob("*/metrics.jsonl"), *folder.glob("*/evaluation.jsonl")))
@@ -127,6 +132,27 @@ def _open_run(folder: Path, name: str) -> Run:
         evaluations=evaluations,
         connections=read_connections(folder) if _connection_files(folder) else None,
     )
+
+
+def _open_mined(folder: Path, name: str) -> Run:
+    """What ``lavis-mafa mine`` left, as a run that trained on the data it searched: the first rows of its ``pairs.parquet``."""
+    try:
+        results = json.loads((folder / MINED).read_text(encoding="utf-8"))
+        rules, rows, images = results["settings"], results["data"], results["images"]
+        table = pq.read_table(folder / "connections.parquet")
+        outcome = table["outcome"]
+    except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no whole result of mine: {' '.join(str(error).split())}") from error
+    verdict = pc.if_else(pc.is_in(outcome, value_set=pa.array(REFUSED)), "negative", "positive")
+    no_epoch = pa.array([-1] * len(table), pa.int64())
+    parts = {column: table[column] for column in ("direction", "image", "text", "probability")}
+    connections = pa.table({**parts, "verdict": verdict, "epoch": no_epoch, "step": no_epoch})
+    connections = connections.filter(pc.and_(pc.greater_equal(table["image"], 0), pc.greater_equal(table["text"], 0)))
+    limit = None if rules.get("guide_margin") is not None else rules["threshold"]  # of a guide it is another one for each anchor
+    info = {"annotations": {"train": {"storage": str(folder.resolve() / "pairs.parquet")}}, "max_images": rows}
+    info["images"] = {"storage": images or str(folder.resolve()), "allow_absolute_paths": True}
+    config = {"model": {"ecm": {"threshold": limit, "ambiguous_from": limit}}, "datasets": {"grit_pairs": {"build_info": info}}}
+    return Run(name, folder, OmegaConf.create({**config, "mine": results}), [], {}, connections)
 
 
 def _connection_files(run: Path) -> list[Path]:

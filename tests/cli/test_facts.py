@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from lavis_mafa.cli.main import main
+from lavis_mafa.tools import candidates
 from lavis_mafa.tools import count as counting
-from lavis_mafa.tools import mine as mining
 
 pytestmark = pytest.mark.slow
 
@@ -110,8 +110,7 @@ def opinion(monkeypatch):
     def asked(encoder, block, image, text, pairs_at_once=512):
         return torch.tensor([of(*pair) for pair in zip(block.index[image].tolist(), block.index[text].tolist(), strict=True)])
 
-    monkeypatch.setattr(counting, "match_probabilities", asked)
-    monkeypatch.setattr(mining, "match_probabilities", asked)
+    monkeypatch.setattr(candidates, "match_probabilities", asked)
     return of
 
 
