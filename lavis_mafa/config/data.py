@@ -155,7 +155,8 @@ def own_files(
         where: the key of ``info``, for messages; ``info`` has been through :func:`check_info`.
 
     Raises:
-        UserError: no file, no image folder, or an annotation pattern or folder without files.
+        UserError: no file, no image folder (of .arrow files it is their own, if nothing else is said), or an annotation pattern or
+            folder without files.
     """
     annotations, root = info.get("annotations") or {}, (info.get("images") or {}).get("storage")
     storages = {split: (annotations.get(split) or {}).get("storage") for split in splits}
@@ -167,6 +168,9 @@ def own_files(
     files = {split: paths for split, paths in files.items() if paths}
     if not files:
         raise UserError(f"{where}.annotations.{splits[0]}.storage is not set; allowed: a path or a list of paths.")
+    if root is None:  # an index of shards that lies beside them, or a file that holds the images
+        beside = {file.path.parent if ending(file.path) == ".arrow" else None for paths in files.values() for file in paths}
+        root = beside.pop() if len(beside) == 1 else None
     if root is None:
         raise UserError(f"{where}.images.storage is not set; allowed: the folder that image paths start from.")
     limit, seed = info.get("max_images"), info.get("max_images_seed")
@@ -217,7 +221,7 @@ def missing_files(name: str, block: Mapping[str, Any]) -> list[str]:
 
 # --- annotation files --------------------------------------------------------------------------------------------------
 
-ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 FORMS = "a path or a list of paths, also of folders and patterns (shards/*.parquet), or {annotations: PATH, images: FOLDER} in it"
 
 

@@ -3,7 +3,6 @@ with a label."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from lavis_mafa.datasets.formats import PAIRS, Columns
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import Id, collate_with_ids, typed_ids
 from lavis_mafa.datasets.images import load_rgb
+from lavis_mafa.datasets.stored import Source, check_shards, image_source
 from lavis_mafa.errors import EmptyCaption, UserError
 
 Select = Callable[[pa.Table], pa.Table]
@@ -35,7 +35,8 @@ def open_annotations(
     allow_absolute_paths: bool = False,
     glance: int = 1,
 ) -> tuple[Path, pa.Table]:
-    """The image folder and the annotations, checked as far as a glance can: one of the first ``glance`` rows' images must be there."""
+    """The image folder and the annotations, checked as far as a glance can: all shards must be there, and one of the first ``glance``
+    rows' images."""
     root = Path(vis_root)
     if not root.is_dir():
         raise UserError(
@@ -44,8 +45,9 @@ def open_annotations(
     table = read_annotations(ann_paths, columns, allow_absolute_paths)
     if select is not None:
         table = select(table)
-    images = [root / image for image in table["image"][:glance].to_pylist()]
-    if not any(map(os.path.isfile, images)):
+    check_shards(root, table)
+    images = [image_source(root, table, row) for row in range(min(glance, len(table)))]
+    if not any(image.is_file() for image in images):
         why = path_hint(root, table["image"][0].as_py()) or f"is {root} the folder the paths start from?"
         raise UserError(f"{ann_paths[0]}, row 1: no image at {shown(images[0])}; {why}")
     return root, table
@@ -110,8 +112,8 @@ class ImageTextPairs(_AnnotatedImages):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def image_path(self, index: int) -> Path:
-        return self.vis_root / self.table["image"][index].as_py()
+    def image_path(self, index: int) -> Source:
+        return image_source(self.vis_root, self.table, index)
 
     def captions(self, index: int) -> list[str]:
         return self.table["caption"][index].as_py()
@@ -125,11 +127,11 @@ class ImageTextPairs(_AnnotatedImages):
             OSError: the image cannot be read. The runner takes another sample in its place and counts it.
             EmptyCaption: processing leaves nothing of the caption; likewise.
         """
-        path, captions = self.image_path(index), self.captions(index)
+        source, captions = self.image_path(index), self.captions(index)
         read = getattr(self.vis_processor, "read", None)  # a processor that reads files itself may spare most of a large one
         caption = captions[0] if len(captions) == 1 else random.choice(captions)
         sample: dict[str, Any] = {
-            "image": self.vis_processor(load_rgb(path)) if read is None else read(path),
+            "image": self.vis_processor(load_rgb(source)) if read is None else read(source),
             "text_input": clean_caption(self.text_processor, caption),
             "index": index,
             "image_key": int(self.image_keys[index]),
@@ -171,7 +173,7 @@ class RetrievalPairs(_AnnotatedImages):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        first_rows: list[int] = []
+        self.first_rows = first_rows = list[int]()
         number: dict[str, int] = {}
         self.img2txt: dict[int, list[int]] = {}
         self.txt2img: dict[int, list[int]] = {}
@@ -220,11 +222,11 @@ class RetrievalPairs(_AnnotatedImages):
     def __len__(self) -> int:
         return len(self.image)
 
-    def image_path(self, index: int) -> Path:
-        return Path(self.image[index])
+    def image_path(self, index: int) -> Source:
+        return image_source(self.vis_root, self.table, self.first_rows[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": self.image_ids[index]}
+        return {"image": self.vis_processor(load_rgb(self.image_path(index))), "index": index, "image_id": self.image_ids[index]}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return collate_with_ids(samples, "image_id")
@@ -251,13 +253,16 @@ class ImageQuestions(Dataset):
         self.vis_root = Path(vis_root)
         self.vis_processor = vis_processor
         self.text_processor = text_processor
-        self.image: list[str] = table["image"].to_pylist()
+        self.table = table
         self.questions: list[str] = table["question"].to_pylist()
         self.answers: list[list[str]] = table["answer"].to_pylist()
         self.question_ids = ids_of_rows(table, "question_id", source)
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(self.questions)
+
+    def image_path(self, index: int) -> Source:
+        return image_source(self.vis_root, self.table, index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample: ``image``, ``text_input`` (the question), ``question_id``, ``index``.
@@ -266,7 +271,7 @@ class ImageQuestions(Dataset):
             OSError: the image cannot be read.
         """
         return {
-            "image": self.vis_processor(load_rgb(self.vis_root / self.image[index])),
+            "image": self.vis_processor(load_rgb(self.image_path(index))),
             "text_input": self.text_processor(self.questions[index]),
             "question_id": self.question_ids[index],
             "index": index,
@@ -314,8 +319,8 @@ class LabelledSentences(Dataset):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def image_path(self, index: int) -> Path:
-        return self.vis_root / self.table["image"][index].as_py()
+    def image_path(self, index: int) -> Source:
+        return image_source(self.vis_root, self.table, index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample: ``image``, ``text_input`` (the sentence), ``label``, ``sentence_id``, ``index``.

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lavis_mafa.config.schema import Grit, RunBlock
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.indexed import REASON, UNREADABLE, IndexedDataset, image_path, of_a_decoder, seeded
-from lavis_mafa.datasets.pairs import ImageQuestions
 from lavis_mafa.distributed import gather_in_rank_order, gather_objects, gather_rows, host_group, rank, world_size
 from lavis_mafa.errors import UserError, death_of_a_worker
 from lavis_mafa.grit import GritQueue, GritSampler, next_epoch_order
@@ -366,6 +365,4 @@ def _file(dataset: Any, row: int) -> str | None:
     """Where the image of a row is; None where the data set does not tell."""
     if isinstance(dataset, Subset):
         return _file(dataset.dataset, dataset.indices[row])
-    if isinstance(dataset, ImageQuestions):
-        return str(dataset.vis_root / dataset.image[row])
     return image_path(dataset, row)

@@ -1,0 +1,105 @@
+"""Files of Arrow's IPC format as annotations: memory-mapped, so that captions and images stay on the disk until they are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from lavis_mafa.datasets.ids import is_text, pc
+from lavis_mafa.datasets.stored import PLACE
+from lavis_mafa.errors import UserError
+
+
+class Images(NamedTuple):
+    """Of N rows: names (null where a row has none), and bytes (null where they are not there)."""
+
+    names: pa.ChunkedArray
+    content: pa.ChunkedArray
+
+
+def read_mapped(path: Path) -> pa.Table:
+    """A file (or stream) of Arrow's IPC format. Where a column holds images' bytes, the columns ``PLACE`` tell where they lie.
+
+    See :func:`images_of` for these columns. A row without bytes shows the image of its name in another row, or it is a path.
+
+    Raises:
+        UserError: it was written with compression, so that images cannot be read where they lie.
+        pa.ArrowException, OSError: it is broken.
+    """
+    whole = pa.memory_map(str(path)).read_buffer()
+    opened = pa.ipc.open_file if whole[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream
+    table = opened(whole).read_all()
+    images = images_of(path, table)
+    if images is None:
+        return table
+    spans = [_spans(path, whole, chunk) for chunk in images.content.chunks]
+    offset, size = np.concatenate([np.zeros((2, 0), np.int64), *spans], axis=1)
+    there = np.concatenate([np.zeros(0, bool), *(chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in images.content.chunks)])
+    if not there.all():  # of an image in several rows, the first has the bytes
+        first = np.where(there, np.arange(len(there)), _first_of_name(images.names, there))
+        there, offset, size = first >= 0, offset[first], size[first]
+    shard = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(there), np.int32), mask=~there), [str(path.absolute())])
+    places = {"shard": shard, "offset": pa.array(offset, mask=~there), "size": pa.array(size, mask=~there)}
+    others = {name: table[name] for name in table.column_names if name not in ("image", "bytes", *PLACE)}
+    return pa.table({"image": images.names, **others, **places})
+
+
+def images_of(path: Path, table: pa.Table) -> Images | None:
+    """Names and bytes of a table's images; None where it holds no bytes.
+
+    They are the columns ``image`` (a name) and ``bytes``, as ``lavis-mafa pack`` writes them. Or ``image`` alone, which holds bytes, or
+    ``{bytes, path}`` as Hugging Face writes it. Nobody says that such paths are of one folder, so the file is put before them, and
+    images of one path but different sizes are two.
+    """
+    kinds = {name: table.schema.field(name).type for name in ("image", "bytes") if table.column_names.count(name) == 1}
+    image, beside = kinds.get("image", pa.null()), kinds.get("bytes", pa.null())
+    if is_text(image) and _is_binary(beside):
+        return Images(table["image"].cast(pa.string()), table["bytes"])
+    if _is_binary(image):
+        content, given = table["image"], pa.nulls(len(table), pa.string())
+    elif pa.types.is_struct(image) and {"bytes", "path"} <= {field.name for field in image} and _is_binary(image.field("bytes").type):
+        content, given = (pc.struct_field(table["image"], name) for name in ("bytes", "path"))
+        if content.null_count == len(content):
+            return Images(given.cast(pa.string()), content)  # paths, and no bytes
+    else:
+        return None
+    rows = pa.array(np.arange(1, len(table) + 1)).cast(pa.string())
+    within = pc.coalesce(given.cast(pa.string()), rows)
+    names = pc.binary_join_element_wise(f"{path.absolute().parent.name}/{path.name}", within, "/")
+    size = pc.fill_null(pc.binary_length(content), -1).to_numpy()
+    there = pc.is_valid(content).to_numpy()
+    other = there & (size != size[_first_of_name(names, there)])
+    names = pc.if_else(pa.array(other), pc.binary_join_element_wise(names, rows, " of row "), names)
+    # without bytes, it is a path as it was written
+    return Images(pc.if_else(content.is_valid(), names, given.cast(pa.string())), content)
+
+
+def _first_of_name(names: pa.ChunkedArray, among: np.ndarray) -> np.ndarray:
+    """[N] for each row the first one ``among`` (Bool [N]) those of its name; -1 where there is none, or no name."""
+    number = pc.fill_null(pc.index_in(names, value_set=pc.drop_null(pc.unique(names))), -1).to_numpy()
+    first = np.full(number.max(initial=-1) + 2, -1)  # the last one is of no name
+    named = np.flatnonzero(among & (number >= 0))[::-1]
+    first[number[named]] = named
+    return first[number]
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _spans(path: Path, whole: pa.Buffer, cells: pa.Array) -> np.ndarray:
+    """Where in a file the cells of a column of bytes lie: offsets and sizes, int64 [2, n]."""
+    cells.validate(full=True)  # else they might lead out of the column
+    if not len(cells):
+        return np.zeros((2, 0), np.int64)
+    _, offsets, data = cells.buffers()
+    width = np.int64 if pa.types.is_large_binary(cells.type) else np.int32
+    ends = np.frombuffer(offsets, width)[cells.offset : cells.offset + len(cells) + 1].astype(np.int64)
+    start = 0 if data is None else data.address - whole.address
+    if not 0 <= start <= whole.size:
+        remedy = f"write it again without: lavis-mafa pack {path} --output FILE.arrow"
+        raise UserError(f"{path} was written with compression, so its images cannot be read where they lie; {remedy}")
+    return np.stack([ends[:-1] + start, np.diff(ends)])
