@@ -148,7 +148,7 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
         if not is_text(_plain(table[name].type)):
             raise UserError(f"{path}: column '{name}' holds {table[name].type}; allowed: text.")
         found[name] = table[name].cast(pa.string())
-    found[columns.several] = _text_lists(path, table, columns.several)
+    found[columns.several] = text_lists(path, table, columns.several)
     numbers = []
     for name in columns.optional:
         if name not in table.column_names or table[name].null_count == table.num_rows:
@@ -213,7 +213,8 @@ def is_printed_list(captions: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.match_substring_regex(captions, PRINTED_LIST)
 
 
-def _text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+def text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column of texts or of lists of texts as list<string>; UserError where it holds something else."""
     column = table[name]
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ class Images(NamedTuple):
 
     names: pa.ChunkedArray
     content: pa.ChunkedArray
+    named_by_bytes: bool = False  # names are paths of nobody knows which folder, or numbers
 
 
 def read_mapped(path: Path) -> pa.Table:
@@ -30,51 +31,65 @@ def read_mapped(path: Path) -> pa.Table:
         pa.ArrowException, OSError: it is broken.
     """
     whole = pa.memory_map(str(path)).read_buffer()
-    opened = pa.ipc.open_file if whole[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream
-    table = opened(whole).read_all()
-    images = images_of(path, table)
+    table = _reader(whole).read_all()
+    images = images_of(table)
     if images is None:
         return table
+    names = _own_names(path, images) if images.named_by_bytes else images.names
     spans = [_spans(path, whole, chunk) for chunk in images.content.chunks]
     offset, size = np.concatenate([np.zeros((2, 0), np.int64), *spans], axis=1)
     there = np.concatenate([np.zeros(0, bool), *(chunk.is_valid().to_numpy(zero_copy_only=False) for chunk in images.content.chunks)])
     if not there.all():  # of an image in several rows, the first has the bytes
-        first = np.where(there, np.arange(len(there)), _first_of_name(images.names, there))
+        first = np.where(there, np.arange(len(there)), _first_of_name(names, there))
         there, offset, size = first >= 0, offset[first], size[first]
     shard = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(there), np.int32), mask=~there), [str(path.absolute())])
     places = {"shard": shard, "offset": pa.array(offset, mask=~there), "size": pa.array(size, mask=~there)}
     others = {name: table[name] for name in table.column_names if name not in ("image", "bytes", *PLACE)}
-    return pa.table({"image": images.names, **others, **places})
+    return pa.table({"image": names, **others, **places}).replace_schema_metadata(table.schema.metadata)
 
 
-def images_of(path: Path, table: pa.Table) -> Images | None:
-    """Names and bytes of a table's images; None where it holds no bytes.
+def mapped_batches(path: Path) -> list[pa.RecordBatch]:
+    """Of such a file or stream as it is, compressed or not."""
+    reader = _reader(pa.memory_map(str(path)).read_buffer())
+    return [*reader] if isinstance(reader, pa.RecordBatchReader) else [reader.get_batch(n) for n in range(reader.num_record_batches)]
+
+
+def _reader(content: pa.Buffer) -> Any:
+    return (pa.ipc.open_file if content[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream)(content)
+
+
+def images_of(table: pa.Table) -> Images | None:
+    """The images that a table holds; None where it holds no bytes.
 
     They are the columns ``image`` (a name) and ``bytes``, as ``lavis-mafa pack`` writes them. Or ``image`` alone, which holds bytes, or
-    ``{bytes, path}`` as Hugging Face writes it. Nobody says that such paths are of one folder, so the file is put before them, and
-    images of one path but different sizes are two.
+    ``{bytes, path}`` as Hugging Face writes it.
     """
     kinds = {name: table.schema.field(name).type for name in ("image", "bytes") if table.column_names.count(name) == 1}
     image, beside = kinds.get("image", pa.null()), kinds.get("bytes", pa.null())
     if is_text(image) and _is_binary(beside):
         return Images(table["image"].cast(pa.string()), table["bytes"])
     if _is_binary(image):
-        content, given = table["image"], pa.nulls(len(table), pa.string())
-    elif pa.types.is_struct(image) and {"bytes", "path"} <= {field.name for field in image} and _is_binary(image.field("bytes").type):
+        return Images(pa.chunked_array([pa.nulls(len(table), pa.string())]), table["image"], True)
+    if pa.types.is_struct(image) and {"bytes", "path"} <= {field.name for field in image} and _is_binary(image.field("bytes").type):
         content, given = (pc.struct_field(table["image"], name) for name in ("bytes", "path"))
-        if content.null_count == len(content):
-            return Images(given.cast(pa.string()), content)  # paths, and no bytes
-    else:
-        return None
-    rows = pa.array(np.arange(1, len(table) + 1)).cast(pa.string())
-    within = pc.coalesce(given.cast(pa.string()), rows)
-    names = pc.binary_join_element_wise(f"{path.absolute().parent.name}/{path.name}", within, "/")
-    size = pc.fill_null(pc.binary_length(content), -1).to_numpy()
-    there = pc.is_valid(content).to_numpy()
-    other = there & (size != size[_first_of_name(names, there)])
-    names = pc.if_else(pa.array(other), pc.binary_join_element_wise(names, rows, " of row "), names)
-    # without bytes, it is a path as it was written
-    return Images(pc.if_else(content.is_valid(), names, given.cast(pa.string())), content)
+        return Images(given.cast(pa.string()), content, content.null_count < len(content))
+    return None
+
+
+def _own_names(path: Path, images: Images) -> pa.ChunkedArray:
+    """With the file before each, since another one's may be called the same; images of one path but different sizes are two."""
+    names, content = images.names, images.content
+    rows = pa.array(np.arange(1, len(content) + 1)).cast(pa.string())
+    own = pc.binary_join_element_wise(prefix(path), pc.coalesce(names, rows), "/")
+    size, there = pc.fill_null(pc.binary_length(content), -1).to_numpy(), pc.is_valid(content).to_numpy()
+    other = there & (size != size[_first_of_name(own, there)])
+    own = pc.if_else(pa.array(other), pc.binary_join_element_wise(own, rows, " of row "), own)
+    return pc.if_else(content.is_valid(), own, names)  # without bytes, it is a path as it was written
+
+
+def prefix(path: Path) -> str:
+    """What stands before the names of a file's images where they say nothing of a folder."""
+    return f"{path.absolute().parent.name}/{path.name}"
 
 
 def _first_of_name(names: pa.ChunkedArray, among: np.ndarray) -> np.ndarray:

@@ -254,6 +254,7 @@ class ImageQuestions(Dataset):
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.table = table
+        self.image: list[str] = table["image"].to_pylist()
         self.questions: list[str] = table["question"].to_pylist()
         self.answers: list[list[str]] = table["answer"].to_pylist()
         self.question_ids = ids_of_rows(table, "question_id", source)
