@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--cfg-path", metavar="YAML", help="check every split that the run of a YAML names")
     data.add_argument(
-        "--annotations", type=Path, nargs="+", metavar="FILE", help="or these files: .json, .jsonl, .csv, .tsv, .parquet, or folders"
+        "--annotations",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="or these files: .json, .jsonl, .csv, .tsv, .parquet, .arrow, or folders",
     )
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="with --cfg-path: settings to override")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="with --annotations: where image paths start from")
@@ -32,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=count, default=2, metavar="N", help="processes that open images (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("output/check-data"), metavar="FOLDER", help="default: output/check-data")
-    parser.add_argument("--clean", type=Path, metavar="FILE", help="write the good rows to this .jsonl or .json file")
+    parser.add_argument(
+        "--clean", type=Path, metavar="FILE", help="write the good rows to this .jsonl or .json file (of .arrow files: .arrow)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         sources = check_data.from_files(arguments.annotations, arguments.images, arguments.allow_absolute_paths)
     if clean is not None:
-        check_data.check_sources(sources)
+        check_data.check_sources(sources, clean)
     folder.mkdir(parents=True, exist_ok=True)
 
     rows = check_data.read_sources(sources)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 
@@ -32,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
     shards = shard_files(arguments.shards)
     total = sum(map(os.path.getsize, shards))
-    with tqdm(total=total, desc="shards", unit="B", unit_scale=True, file=sys.stderr) as bar:
+    with tqdm(total=total, desc="shards", unit="B", unit_scale=True, disable=None) as bar:
         root, pairs, left_out = write_index(shards, arguments.output, arguments.caption_key, bar.update)
     size = os.path.getsize(arguments.output)
     print(f"{pairs:,} pairs of {len(shards):,} shards: {arguments.output} ({size / pairs:.0f} bytes a pair with its caption)")

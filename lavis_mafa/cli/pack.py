@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from lavis_mafa.errors import UserError
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{path} has no column {names.image!r} of image bytes (--image names it), and --images, the folder that the image paths of "
             "annotations start from, is not given."
         )
-    with tqdm(desc="pack", unit="pair", file=sys.stderr, total=sum(one.rows for one in tables) if tables else None) as bar:
+    with tqdm(desc="pack", unit="pair", disable=None, total=sum(one.rows for one in tables) if tables else None) as bar:
         if tables:
             schema, rows = pack.schema_of(files, names), pack.rows_of_tables(files, names, left_out, bar.update)
         else:

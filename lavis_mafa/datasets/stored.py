@@ -105,6 +105,25 @@ def places_of(path: Path, table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return columns
 
 
+def below(root: Path, table: pa.Table) -> pa.Table:
+    """The table with shards as paths from ``root`` on, where they lie below it: an Arrow file names itself by its absolute path."""
+    if not has_places(table):
+        return table
+    shards = table["shard"].cast(pa.string())
+    named = {
+        one: str(Path(one).relative_to(root.absolute())) for one in pc.unique(shards).drop_null().to_pylist() if _is_below(root, one)
+    }
+    if not named:
+        return table
+    place = pc.index_in(shards, value_set=pa.array(list(named)))
+    shards = pc.coalesce(pc.take(pa.array(list(named.values())), place), shards)
+    return table.set_column(table.schema.get_field_index("shard"), "shard", shards.cast(PLACE["shard"]))
+
+
+def _is_below(root: Path, shard: str) -> bool:
+    return Path(shard).is_absolute() and Path(shard).is_relative_to(root.absolute())
+
+
 def check_shards(root: Path, table: pa.Table) -> None:
     """Every shard that a table names is there, and as long as its images need.
 

@@ -132,7 +132,9 @@ def _array(column: pa.ChunkedArray, where: str) -> np.ndarray:
     if not pa.types.is_fixed_size_list(kind):
         length = np.diff(lists.offsets.to_numpy())
         if other := np.flatnonzero(length != length[:1]).tolist():
-            raise UserError(f"{where}: row {other[0] + 1} has {length[other[0]]} numbers, but row 1 has {length[0]}; allowed: equally many.")
+            raise UserError(
+                f"{where}: row {other[0] + 1} has {length[other[0]]} numbers, but row 1 has {length[0]}; allowed: equally many."
+            )
     return numbers.to_numpy(zero_copy_only=False).reshape(len(lists), len(numbers) // max(len(lists), 1))
 
 
