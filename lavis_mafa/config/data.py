@@ -264,7 +264,9 @@ def files_of(path: Path, key: str) -> list[Path]:
     """The file itself; of a folder the annotation files in it, and of a pattern (``*``, ``?``, ``**``) those that match."""
     path = path.expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if ending(file) in ENDINGS and file.is_file())
+        saved = (path / "dataset_info.json").is_file()  # by Hugging Face's datasets, beside its data
+        allowed = (".arrow",) if saved else ENDINGS
+        files = sorted(file for file in path.iterdir() if ending(file) in allowed and file.is_file())
         kinds = sorted({ending(file) for file in files})
         if not files:
             raise UserError(f"{key}: the folder {path} holds no annotation file; allowed: {', '.join(ENDINGS)}.")
