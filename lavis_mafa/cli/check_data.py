@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="or these files: .json, .jsonl, .csv, .tsv, .parquet, .arrow, or folders",
     )
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="with --cfg-path: settings to override")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="with --annotations: where image paths start from")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="with --annotations: where image paths start from (of .arrow files by default theirs)",
+    )
     parser.add_argument("--allow-absolute-paths", action="store_true", help="with --annotations: image paths may leave that folder")
     parser.add_argument(
         "--min-side", type=positive, metavar="N", help="images with a shorter side are too small (default: as in training, 4)"
@@ -82,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.annotations is not None and arguments.images is None:
+    if arguments.images is None and any(file.suffix != ".arrow" for file in arguments.annotations or ()):
         raise UserError("--annotations needs --images, the folder that the image paths start from.")
     if arguments.annotations is not None and arguments.options:
         raise UserError("--options belongs to --cfg-path; --annotations has no settings.")

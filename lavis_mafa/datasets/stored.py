@@ -132,6 +132,7 @@ def check_shards(root: Path, table: pa.Table) -> None:
     """
     if not has_places(table):
         return
+    _opened.cache_clear()  # a file may have been replaced since it was opened
     end = pc.add(table["offset"], table["size"])
     needed = pa.table({"shard": table["shard"].cast(pa.string()), "end": end}).group_by("shard").aggregate([("end", "max")])
     absent, short = [], []

@@ -112,13 +112,13 @@ class Source:
                 raise UserError(f"The image folder {root} does not exist; give the folder that the image paths start from.")
 
 
-def from_files(files: Sequence[Path], root: Path, allow_absolute_paths: bool) -> list[Source]:
-    """Files without a YAML; captions are cleaned as ``grit_pairs`` does by default."""
+def from_files(files: Sequence[Path], root: Path | None, allow_absolute_paths: bool) -> list[Source]:
+    """Files without a YAML; captions are cleaned as ``grit_pairs`` does by default. None is the folder of each file."""
     with warnings.catch_warnings():  # of LAVIS's dependencies
         warnings.simplefilter("ignore")
         from lavis_mafa.processors import AlbefCaptionProcessor
 
-    found = [AnnotationFile(path, root) for file in files for path in files_of(file, "--annotations")]
+    found = [AnnotationFile(path, root or path.parent) for file in files for path in files_of(file, "--annotations")]
     return [Source(found, AlbefCaptionProcessor(), allow_absolute_paths)]
 
 

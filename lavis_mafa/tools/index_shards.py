@@ -40,7 +40,7 @@ class LeftOut:
         self.first.setdefault(why, name)
 
     def __str__(self) -> str:
-        return "; ".join(f"{count:,} keys {why} (the first: {self.first[why]})" for why, count in self.counts.items())
+        return "; ".join(f"{count:,} {why} (the first: {self.first[why]})" for why, count in self.counts.items())
 
 
 @dataclass(frozen=True)

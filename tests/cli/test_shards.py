@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from lavis_mafa.cli.main import main
+from lavis_mafa.config.data import AnnotationFile, own_files
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
+from lavis_mafa.datasets.indexed import IndexedDataset, image_path
+from lavis_mafa.datasets.pairs import ImageTextPairs, RetrievalPairs
 from lavis_mafa.datasets.stored import PLACE, check_shards, image_source
 from lavis_mafa.grit import GritQueue, GritSampler, next_epoch_order
+from lavis_mafa.runners.agreement import fingerprints
+from lavis_mafa.runners.loading import unreadable
+from lavis_mafa.tools.gallery import Thumbnails
+from lavis_mafa.tools.mine import SourceRows, pairs_table
 from shard_files import COUNT, caption, jpeg, write_files, write_shards, write_tar
 
 
@@ -93,7 +103,7 @@ def test_check_data_finds_torn_images_in_shards_and_leaves_them_out(data, tmp_pa
 
 
 def test_a_pack_in_the_image_folder_is_cleaned_to_an_index_of_it(data, tmp_path):
-    arguments = ["--annotations", data / "pack.arrow", "--images", data, "--output", tmp_path / "check", "--workers", 0]
+    arguments = ["--annotations", data / "pack.arrow", "--output", tmp_path / "check", "--workers", 0]
     assert main(["check-data", *map(str, [*arguments, "--clean", tmp_path / "clean.arrow"])]) == 0
     table = read_annotations([tmp_path / "clean.arrow"])  # no path leaves the folder
     assert contents(data, table) == [jpeg(number) for number in range(COUNT)]
@@ -129,7 +139,7 @@ def test_columns_of_a_table_are_named_and_rows_that_are_no_pairs_are_counted(tmp
     assert main(["pack", str(tmp_path / "a.parquet"), *"--image jpg --caption text --output".split(), str(tmp_path / "a.arrow")]) == 0
     assert contents(tmp_path, read_annotations([tmp_path / "a.arrow"])) == [jpeg(0)]
     said = capsys.readouterr().out
-    assert "1 keys without an image" in said and "2 keys whose caption is blank" in said
+    assert "1 without an image" in said and "2 whose caption is blank" in said
 
 
 def test_what_cannot_be_packed_is_one_message(refused, tmp_path, data):
@@ -227,8 +237,8 @@ def test_keys_that_are_no_pairs_are_counted_and_names_lead_nowhere(tmp_path, cap
     said = capsys.readouterr().out
     for part in (
         "2 pairs of 1 shards",
-        "1 keys without an image",
-        "1 keys without a caption",
+        "1 without an image",
+        "1 without a caption",
         "no UTF-8",
         "how a missing one is written",
     ):
@@ -302,3 +312,68 @@ def test_what_cannot_be_regrouped_is_one_message(refused, tmp_path, data):
     assert f"--batch-size is {COUNT + 1}" in said
     assert not (tmp_path / "grouped").exists()
     assert "never overwritten" in refused("regroup", *arguments, "--batch-size", 4, "--output", data)
+
+
+# --- everything else that opens images ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "root"), [("index.arrow", "tars"), ("pack.arrow", ".")])
+def test_galleries_pages_and_mined_pairs_open_images_in_shards(data, tmp_path, name, root):
+    files = [data / name]
+    gallery = RetrievalPairs(np.asarray, str, data / root, files)
+    assert [gallery[n]["image"].tolist() for n in (7, 3)] == [np.asarray(Image.open(io.BytesIO(jpeg(n)))).tolist() for n in (7, 3)]
+    assert not unreadable(gallery, "val", workers=0)
+
+    pairs = ImageTextPairs(np.asarray, str, data / root, files)
+    with_name = image_path(pairs, 3)
+    assert with_name == str(pairs.image_path(3)) and with_name.endswith("000000003.jpg")
+    page = Thumbnails()
+    page.add(pairs.image_path(3), "")
+    assert page.entries[0]["src"].startswith("data:image/jpeg")
+
+    source = SourceRows(pairs)
+    row = {"image": 2, "text": 5, "caption": caption(5), "probability": 0.9, "own_probability": 0.8, "direction": "text for image"}
+    table = pairs_table(source, pairs.image_keys.numpy(), pa.Table.from_pylist([row]), np.array([0]))
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    mined = read_annotations([tmp_path / "pairs.parquet"])
+    assert contents(data / root, mined) == [jpeg(number) for number in (*range(COUNT), 2)]
+    assert mined["caption"][COUNT].as_py() == [caption(5)]
+
+
+def test_an_image_that_is_no_longer_there_is_a_bad_sample_with_its_name(data, tmp_path):
+    write_shards(tmp_path)
+    pairs = ImageTextPairs(np.asarray, str, tmp_path, [data / "index.arrow"])
+    (tmp_path / "00001.tar").write_bytes(b"")  # while training runs
+    samples = IndexedDataset(pairs).__getitems__([0, 5])
+    (bad,) = samples[1]["bad_samples"]
+    assert bad["image"] == f"{tmp_path}/00001.tar/000000005.jpg" and "ends within it" in bad["reason"]
+
+
+def test_files_and_shards_are_trained_on_together(data, tmp_path):
+    files = [
+        AnnotationFile(data / "pairs.jsonl", data / "images"),
+        AnnotationFile(data / "index.arrow", data / "tars"),
+        data / "pack.arrow",
+    ]
+    table = read_annotations(files, allow_absolute_paths=True)
+    assert contents(tmp_path, table) == [jpeg(number) for number in (*range(COUNT),) * 3]
+    assert image_keys(table).tolist() == [*range(3 * COUNT)]
+
+
+def test_a_folder_with_an_index_beside_its_shards_needs_no_image_folder(data, tmp_path):
+    write_shards(tmp_path)
+    (tmp_path / "index.arrow").write_bytes((data / "index.arrow").read_bytes())
+    info = {"annotations": {"train": {"storage": str(tmp_path / "index.arrow")}}}
+    files, root, _ = own_files("", info, ["train"])
+    assert root == tmp_path and contents(root, read_annotations(files["train"]))[4] == jpeg(4)
+    info["annotations"]["val"] = {"storage": str(data / "index.arrow")}
+    with pytest.raises(ValueError, match=r"images\.storage is not set"):  # which of the two?
+        own_files("", info, ["train", "val"])
+
+
+def test_shards_lie_where_they_lie_for_a_resumed_run(data, tmp_path):
+    """A data set that was moved is the same data set."""
+    first = read_annotations([AnnotationFile(data / "pack.arrow")])
+    (tmp_path / "moved.arrow").write_bytes((data / "pack.arrow").read_bytes())
+    one, other = (SimpleNamespace(table=table) for table in (first, read_annotations([tmp_path / "moved.arrow"])))
+    assert fingerprints(one) == fingerprints(other)
