@@ -85,6 +85,11 @@ def in_folder(table: pa.Table, images: Path | None) -> pa.Table:
         return table
     if not images.is_dir():
         raise UserError(f"The image folder {images} does not exist; set images to the folder the image paths start from.")
+    return absolute(table, images)
+
+
+def absolute(table: pa.Table, images: Path) -> pa.Table:
+    """The table with paths, of images and of shards, that start from no folder: as ``images / path`` would be."""
     for name in {"image", "shard"}.intersection(table.column_names):
         paths = table[name].cast(pa.string())
         below = pc.binary_join_element_wise(str(images.absolute()), paths, "/")

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lavis_mafa.datasets.annotations import in_folder
+from lavis_mafa.datasets.annotations import absolute
 from lavis_mafa.datasets.facts import FACTS, TEXTS, check_facts, one_each
 from lavis_mafa.datasets.formats import SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
@@ -120,7 +120,7 @@ class SourceRows:
             table = part.table.select(
                 [name for name in ("image", "caption", "concept", *FACTS, *PLACE) if name in part.table.column_names]
             )
-            tables.append(below(self.root, table) if self.root is not None else in_folder(table, part.root))
+            tables.append(below(self.root, table) if self.root is not None else absolute(table, part.root))
         check_facts([(f"data set {number}", table) for number, table in enumerate(tables, 1)])
         self.table = pa.concat_tables(tables, promote_options="default")
 
