@@ -51,6 +51,8 @@ def shard_files(patterns: Sequence[str]) -> list[Path]:
             here = [Path(one) for one in matching if Path(one).is_file()]
             found += here
             absent += [] if here else [name]
+        if absent and Path(absent[0]).is_dir():
+            raise UserError(f"{absent[0]} is a folder; '{absent[0]}/*.tar' names the shards in it.")
         if absent:
             more = f" ({len(absent)} of {len(names)} are missing; 'data/*.tar' names those that are there)" if len(names) > 1 else ""
             raise UserError(f"no shard {absent[0]}{more}.")

@@ -46,7 +46,7 @@ from lavis_mafa.datasets.formats import (
 )
 from lavis_mafa.datasets.ids import is_missing, pc, typed_ids
 from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, load_rgb
-from lavis_mafa.datasets.stored import below, has_places, image_source
+from lavis_mafa.datasets.stored import StoredImage, below, has_places, image_source
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 from lavis_mafa.files import replacing
 from lavis_mafa.tools.index_shards import arrow_file
@@ -346,7 +346,7 @@ class _Images(Dataset):
             digest = hashlib.blake2b(source.read_bytes(), digest_size=8)
             return "", "", int.from_bytes(digest.digest(), "big")
         except FileNotFoundError:
-            return "missing", "", 0
+            return "missing", f"no shard {shown(source.file)}" if isinstance(source, StoredImage) else "", 0
         except OSError as error:
             kinds: dict[type, str] = {ImageTooLargeError: "too_large", ImageTooSmallError: "too_small"}
             return kinds.get(type(error), "unreadable"), str(error), 0

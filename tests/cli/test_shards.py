@@ -133,6 +133,23 @@ def test_a_folder_that_hugging_face_saved_is_read_as_it_is(tmp_path):
     assert len(image_keys(found).unique()) == 4  # two rows each are called 0.jpg and 1.jpg, and are four images
 
 
+def test_rows_of_one_path_have_their_own_bytes_and_one_without_is_a_path(tmp_path):
+    images = [
+        {"bytes": b"abc", "path": "a"},
+        {"bytes": b"xyz", "path": "a"},
+        {"bytes": None, "path": "a"},
+        {"bytes": b"c", "path": None},
+    ]
+    table = pa.table({"image": images, "caption": ["one", "two", "three", "four"]})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    found = read_annotations([tmp_path / "a.arrow"])
+    sources = [image_source(tmp_path, found, row) for row in range(4)]
+    assert sources[2] == tmp_path / "a"
+    assert [sources[row].read_bytes() for row in (0, 1, 3)] == [b"abc", b"xyz", b"c"]
+    assert sources[3].name.endswith(f"{tmp_path.name}/a.arrow/4")
+
+
 def test_columns_of_a_table_are_named_and_rows_that_are_no_pairs_are_counted(tmp_path, capsys):
     table = pa.table({"jpg": [jpeg(0), None, jpeg(2), jpeg(3)], "text": ["a", "b", " ", "nan"]})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -222,6 +239,7 @@ def test_what_is_compressed_missing_or_named_twice_is_told(refused, tmp_path, sh
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
     said = refused("index-shards", tmp_path / "b.tar.gz", *out(tmp_path))
     assert "is compressed" in said and f"unpack it once: gunzip {tmp_path}" in said
+    assert f"'{tmp_path}/*.tar' names the shards in it" in refused("index-shards", tmp_path, *out(tmp_path))
     assert "named twice" in refused("index-shards", tmp_path / "*.tar", shard, *out(tmp_path))
     assert "ends in .arrow" in refused("index-shards", shard, "--output", tmp_path / "pairs.json")
     (tmp_path / "there.arrow").write_text("mine")
