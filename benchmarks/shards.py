@@ -3,21 +3,21 @@
     python -W ignore benchmarks/shards.py [--images 1000] [--rounds 9] [--pairs 50000]
 
 JPEGs of 256 x 256 pixels (noise as smooth as photographs are, quality 90), in five shards of img2dataset's kind. ``bytes`` reads them,
-``RGB`` decodes them too, as training does before it augments. Medians of alternating rounds of CPU time, everything in the page cache:
-what a disk adds is the same for all of them, but for the inodes that single files need. The index is of a shard with ``KEY.jpg``,
-``KEY.txt`` and ``KEY.json`` of ``--pairs`` keys, and its time is scaled to a million.
+``RGB`` decodes them too, as training does before it augments. Medians of the CPU time of an image, read in each way before the next
+one, in random order; everything is in the page cache. What a disk adds is the same for all, but for the inodes that files need. The
+index is of a shard with ``KEY.jpg``, ``KEY.txt`` and ``KEY.json`` of ``--pairs`` keys, and its time is scaled to a million.
 
-Measured with ``--images 500 --rounds 7`` on a 2-core AMD EPYC beside other programs, 2026-11-26:
+Measured with ``--images 300 --rounds 9 --pairs 30000`` on two cores of an AMD EPYC beside other programs, 2026-11-26:
 
     JPEGs of 22 KB
-    files, bytes            45,057 images/s     22.2 us an image   1.00 x files
-    files, RGB               1,712 images/s    584.2 us an image   1.00 x files
-    tar shards, bytes       40,477 images/s     24.7 us an image   0.90 x files
-    tar shards, RGB          1,915 images/s    522.2 us an image   1.12 x files
-    Arrow file, bytes       46,308 images/s     21.6 us an image   1.03 x files
-    Arrow file, RGB          1,883 images/s    531.1 us an image   1.10 x files
-    index, caption from txt: 81 s for a million pairs, 46 bytes a pair beside it
-    index, caption from json: 78 s for a million pairs, 46 bytes a pair beside it
+    files, bytes            18,819 images/s     53.1 us an image   1.00 x files
+    files, RGB               2,254 images/s    443.7 us an image   1.00 x files
+    tar shards, bytes       23,500 images/s     42.6 us an image   1.25 x files
+    tar shards, RGB          2,490 images/s    401.6 us an image   1.10 x files
+    Arrow file, bytes       26,040 images/s     38.4 us an image   1.38 x files
+    Arrow file, RGB          2,516 images/s    397.4 us an image   1.12 x files
+    index, caption from txt: 78 s for a million pairs, 46 bytes a pair beside it
+    index, caption from json: 81 s for a million pairs, 46 bytes a pair beside it
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import datetime
 import functools
 import io
 import json
+import statistics
 import tarfile
 import tempfile
 import time
@@ -35,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from grouping import machine
-from loading import medians, photograph
+from loading import photograph
 
 from lavis_mafa.cli.main import main as lavis_mafa
 from lavis_mafa.datasets.annotations import read_annotations
@@ -67,26 +68,28 @@ def read_rates(folder: Path, jpegs: list[bytes], images: int, rounds: int) -> No
         write_shard(folder / f"{number:05}.tar", range(keys[0], keys[-1] + 1), jpegs)
     lavis_mafa(["index-shards", str(folder / "*.tar"), "--output", str(folder / "shards.arrow")])
     lavis_mafa(["pack", str(folder / "files.json"), "--images", str(folder / "images"), "--output", str(folder / "pack.arrow")])
-    order = np.random.default_rng(0).permutation(images).tolist()
-    works = {}
-    for name, file, root in (
-        ("files", "files.json", folder / "images"),
-        ("tar shards", "shards.arrow", folder),
-        ("Arrow file", "pack.arrow", folder),
-    ):
-        table = read_annotations([folder / file])
-        works[f"{name}, bytes"] = functools.partial(read, root, table, order, decode=False)
-        works[f"{name}, RGB"] = functools.partial(read, root, table, order, decode=True)
-    found = medians(works, rounds)
-    for name, seconds in found.items():
-        of_files = found[f"files, {name.split(', ')[1]}"] / seconds
-        print(f"{name:20} {images / seconds:9,.0f} images/s {1e6 * seconds / images:8.1f} us an image   {of_files:.2f} x files")
+    sets = [("files", "files.json", folder / "images"), ("tar shards", "shards.arrow", folder), ("Arrow file", "pack.arrow", folder)]
+    reads = {
+        f"{name}, {how}": functools.partial(read, root, read_annotations([folder / file]), how == "RGB")
+        for name, file, root in sets
+        for how in ("bytes", "RGB")
+    }
+    spent: dict[str, list[int]] = {name: [] for name in reads}
+    draw, names = np.random.default_rng(0), [*reads]
+    for row in (row for _ in range(rounds) for row in draw.permutation(images).tolist()):
+        for name in draw.permutation(names).tolist():
+            began = time.process_time_ns()
+            reads[name](row)
+            spent[name].append(time.process_time_ns() - began)
+    found = {name: statistics.median(times) / 1000 for name, times in spent.items()}
+    for name, each in found.items():
+        of_files = found[f"files, {name.split(', ')[1]}"] / each
+        print(f"{name:20} {1e6 / each:9,.0f} images/s {each:8.1f} us an image   {of_files:.2f} x files")
 
 
-def read(root: Path, table: pa.Table, order: list[int], decode: bool) -> None:
-    for row in order:
-        source = image_source(root, table, row)
-        load_rgb(source) if decode else source.read_bytes()
+def read(root: Path, table: pa.Table, decode: bool, row: int) -> None:
+    source = image_source(root, table, row)
+    load_rgb(source) if decode else source.read_bytes()
 
 
 def index_rate(folder: Path, pairs: int) -> None:
