@@ -12,18 +12,14 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset
 
+from lavis_mafa.datasets import fingerprint
+from lavis_mafa.datasets.fingerprint import column_fingerprint, data_difference, data_record, fingerprints, rows_fingerprint
 from lavis_mafa.errors import UserError
 from lavis_mafa.runners import agreement
-from lavis_mafa.runners import agreement as fingerprint
 from lavis_mafa.runners.agreement import (
     check_ranks_agree,
-    column_fingerprint,
-    data_difference,
-    data_record,
     facts_of_run,
-    fingerprints,
     first_differences,
-    rows_fingerprint,
 )
 
 IMAGES = ["a.jpg", "b.jpg", "", None, "é.jpg", "f.jpg"]

@@ -36,6 +36,7 @@ samples (shards may be shuffled): every 96 pairs from the beginning of a shard a
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="new shards, and order.parquet; must not exist yet"
     )
+    parser.add_argument("--force", action="store_true", help="go on where image and text of a pair are hardly more alike than others")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from lavis_mafa.datasets.shards import shard_files
-    from lavis_mafa.tools.features import read_features
+    from lavis_mafa.tools.features import check_own_pairs, read_features
     from lavis_mafa.tools.index_shards import LeftOut, pairs_of
     from lavis_mafa.tools.regroup import ORDER, grouped_order, write_shards
 
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     for shard in tqdm(shard_files(arguments.shards), desc="shards", unit="shard", disable=None):
         samples += [(shard, sample) for sample in pairs_of(shard, arguments.caption_key, left_out).samples]
     features = read_features(arguments.features, len(samples))
+    if not arguments.force:
+        check_own_pairs(features)
     with tqdm(total=len(samples), desc="group", unit="pair", disable=None) as bar:
         order = grouped_order(features, arguments.batch_size, arguments.search_space, arguments.seed, bar.update)
     with tqdm(total=len(samples), desc="write", unit="pair", disable=None) as bar:

@@ -107,7 +107,7 @@ def places_of(path: Path, table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return columns
 
 
-def below(root: Path, table: pa.Table) -> pa.Table:
+def places_from(root: Path, table: pa.Table) -> pa.Table:
     """The table with shards as paths from ``root`` on, where they lie below it: an Arrow file names itself by its absolute path."""
     if not has_places(table):
         return table

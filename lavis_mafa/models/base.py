@@ -26,7 +26,7 @@ from lavis_mafa.models.con_d import build_discriminator
 from lavis_mafa.models.encoders import build_image_encoder, fold_token_type, tokenize
 from lavis_mafa.models.language_teacher import LanguageTeacher, build_language_teacher
 from lavis_mafa.models.momentum import TEACHERS, MomentumModel, Parts, project
-from lavis_mafa.models.retrieval import RetrievalScores, best_query, most_similar_query, retrieval_scores, without_autocast
+from lavis_mafa.models.retrieval import RetrievalScores, retrieval_scores, without_autocast
 from lavis_mafa.models.sanity import BatchCheck, SanityCheck
 from lavis_mafa.models.soft_masks import SoftMasks, soft_masks, told_of
 from lavis_mafa.models.step import DualPairs, Encoded, PretrainOutput, StepInputs, check_samples
@@ -46,7 +46,7 @@ from lavis_mafa.objectives import (
     text_key,
     value_range,
 )
-from lavis_mafa.objectives.mining import UNKNOWN
+from lavis_mafa.objectives.mining import UNKNOWN, best_query, most_similar_query
 from lavis_mafa.weights import load_exactly, read_weights
 
 logger = logging.getLogger(__name__)

@@ -27,11 +27,12 @@ from lavis_mafa.models.encoders import (
     without_vit,
 )
 from lavis_mafa.models.qformer import together
-from lavis_mafa.models.retrieval import most_similar_query, without_autocast
+from lavis_mafa.models.retrieval import without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs, check_lengths
 from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, named_images, numbers, on_device
 from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import language_modelling_loss
+from lavis_mafa.objectives.mining import most_similar_query
 
 
 @dataclass

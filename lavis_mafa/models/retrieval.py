@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lavis_mafa.distributed import is_distributed, rank, world_size
 from lavis_mafa.errors import UserError
+from lavis_mafa.objectives.mining import best_query
 
 NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
 
@@ -99,15 +100,6 @@ def without_autocast(head: nn.Linear, states: Tensor) -> Tensor:
         return head(states.to(head.weight.dtype))
 
 
-def best_query(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Cosines of I images and T texts, of BLIP-2's several features an image the largest: [I, (Q,) d], [T, d] -> [I, T]."""
-    with torch.autocast(image_features.device.type, enabled=False):
-        if image_features.dim() == 2:
-            return image_features @ text_features.T
-        rows = [(queries @ text_features.T).amax(dim=1) for queries in image_features.split(64)]  # [64, Q, T] at once
-    return torch.cat(rows)
-
-
 def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
     """Raise UserError if a score [queries, gallery] is NaN or infinite; ``query`` is what a row stands for."""
     bad = (~torch.isfinite(scores)).sum(dim=1)
@@ -119,12 +111,6 @@ def check_scores(scores: Tensor, query: str, what: str = "scores") -> None:
             f"{query}s: {query} {first} (from 0) has {int(bad[first])} of {scores.shape[1]}. The model's weights are broken, or too "
             "large for run.precision."
         )
-
-
-def most_similar_query(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Per image the query most similar to its own text (MAFA section G.7): [B, queries, d], [B, d] -> [B, d]."""
-    best = torch.einsum("bqd,bd->bq", image_features, text_features).argmax(dim=1)
-    return image_features[torch.arange(len(best), device=best.device), best]
 
 
 def joined_texts(parts: tuple[Tensor, ...]) -> Tensor:

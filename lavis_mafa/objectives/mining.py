@@ -120,3 +120,18 @@ def _two_best(sim: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _or_none(scores: Tensor, best: Tensor) -> Tensor:
     value = scores.gather(1, best[:, None]).squeeze(1)
     return torch.where(value == float("-inf"), NO_CANDIDATE, best)
+
+
+def best_query(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Cosines of I images and T texts, of BLIP-2's several features an image the largest: [I, (Q,) d], [T, d] -> [I, T]."""
+    with torch.autocast(image_features.device.type, enabled=False):
+        if image_features.dim() == 2:
+            return image_features @ text_features.T
+        rows = [(queries @ text_features.T).amax(dim=1) for queries in torch.split(image_features, 64)]  # [64, Q, T] at once
+    return torch.cat(rows)
+
+
+def most_similar_query(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Per image the query most similar to its own text (MAFA section G.7): [B, queries, d], [B, d] -> [B, d]."""
+    best = torch.einsum("bqd,bd->bq", image_features, text_features).argmax(dim=1)
+    return image_features[torch.arange(len(best), device=best.device), best]

@@ -24,11 +24,11 @@ from lavis.models.blip2_models.blip2 import Blip2Base
 from torch import Tensor, nn
 
 from lavis_mafa import signals as interrupt
+from lavis_mafa.datasets.fingerprint import data_difference, data_record
 from lavis_mafa.distributed import host_group, rank, world_size
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import numbered_checkpoints, replacing
 from lavis_mafa.grit.sampler import ROW_TYPES, saved_tensor
-from lavis_mafa.runners.agreement import data_difference, data_record
 from lavis_mafa.runners.loading import BadSamples, GritFeed
 from lavis_mafa.runners.log import MetricsLog
 from lavis_mafa.weights import damage, load_exactly, read_checkpoint, write_atomically

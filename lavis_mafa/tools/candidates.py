@@ -24,9 +24,10 @@ from lavis_mafa.distributed import rank
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.sampler import seeded_generator
-from lavis_mafa.models.retrieval import best_query, joined_texts, most_similar_query
 from lavis_mafa.objectives import mine_hard_negatives
 from lavis_mafa.objectives.itm import candidate_pairs
+from lavis_mafa.objectives.mining import best_query, most_similar_query
+from lavis_mafa.tools.features import Features
 
 KEEP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST_MATRIX = 9600  # 737 MB of similarities
@@ -92,8 +93,10 @@ class Encoder:
     Args:
         con_d: a model with ``image_rows``, ``text_rows`` and ``match_rows``, in eval mode. device: its device.
         precision: ``run.precision``; token states are kept in it, features always in fp32, since they decide what is mined.
-        miner: another such model, whose features decide what is mined; None for Con-D's own.
+        miner: another such model, or features that are given, one row a row of the data: what decides what is mined; None: Con-D's own.
     """
+
+    judge_name, margin = "Con-D", None
 
     def __init__(self, con_d: Any, device: torch.device, precision: str = "fp32", miner: Any = None) -> None:
         self.con_d, self.device, self.miner = con_d, device, miner
@@ -102,9 +105,17 @@ class Encoder:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    def blocks(self, rows: ReadableRows, blocks: Blocks, progress: Progress = lambda _: None) -> Iterator[Block]:
+        """:func:`encoded_blocks`."""
+        return encoded_blocks(self, rows, blocks, progress)
+
+    def probabilities(self, block: Block, image: Tensor, text: Tensor) -> Tensor:
+        """:func:`match_probabilities`."""
+        return match_probabilities(self, block, image, text)
+
     @torch.no_grad()
-    def rows(self, image: Tensor, captions: list[str]) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
-        """Image states, text rows, image features, text features; on the device."""
+    def rows(self, image: Tensor, captions: list[str], index: Tensor) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
+        """Image states, text rows, image features, text features; on the device. ``index``: of the data set, which rows these are."""
         image = image.to(self.device)
         with self.autocast():
             if self.miner is None:
@@ -113,7 +124,10 @@ class Encoder:
             else:  # then Con-D has no projections
                 own = self.con_d.image_states(self.con_d.at_own_size(image))
                 states, texts = self.con_d.image_tokens(own), self.con_d.text_tokens(captions)
-                image_features, text_features = self.miner.image_rows(image)[1], self.miner.text_rows(captions)[1]
+                if isinstance(self.miner, Features):
+                    image_features, text_features = self.miner.rows(index)
+                else:
+                    image_features, text_features = self.miner.image_rows(image)[1], self.miner.text_rows(captions)[1]
         texts = tuple(part.to(self.dtype) if part.is_floating_point() else part for part in texts)
         return states.to(self.dtype), texts, image_features.float(), text_features.float()
 
@@ -133,6 +147,8 @@ def encoded_blocks(encoder: Encoder, rows: ReadableRows, blocks: Blocks, progres
 
 def _encoded(encoder: Encoder, number: int, size: int, batches: Iterator[dict[str, Any]], progress: Progress) -> Block:
     """A block from its batches. The image states, which are nearly all of it, are written to their place at once."""
+    from lavis_mafa.models.retrieval import joined_texts  # here: a pass over features that are given needs no LAVIS
+
     images = torch.empty(0)
     captions: list[str] = []
     texts: list[tuple[Tensor, ...]] = []
@@ -141,7 +157,7 @@ def _encoded(encoder: Encoder, number: int, size: int, batches: Iterator[dict[st
     for batch in batches:
         new = list(batch["text_input"]) if "image" in batch else []
         if new:
-            states, rows, batch["image_features"], batch["text_features"] = encoder.rows(batch["image"], new)
+            states, rows, batch["image_features"], batch["text_features"] = encoder.rows(batch["image"], new, batch["index"])
             _check_finite(batch, "--con-d" if encoder.miner is None else "--miner")
             if not captions:
                 images = torch.empty(size, *states.shape[1:], dtype=states.dtype)

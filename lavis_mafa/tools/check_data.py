@@ -46,7 +46,7 @@ from lavis_mafa.datasets.formats import (
 )
 from lavis_mafa.datasets.ids import is_missing, pc, typed_ids
 from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, load_rgb
-from lavis_mafa.datasets.stored import StoredImage, below, has_places, image_source
+from lavis_mafa.datasets.stored import StoredImage, has_places, image_source, places_from
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 from lavis_mafa.files import replacing
 from lavis_mafa.tools.index_shards import arrow_file
@@ -584,7 +584,7 @@ def _write_arrow(path: Path, rows: Rows, records: Iterable[dict[str, Any]]) -> i
         table = pa.Table.from_pylist(found, pa.unify_schemas(schemas))
     except pa.ArrowTypeError as error:
         raise UserError(f"--clean writes one file, but the files' columns differ ({error}); clean them one at a time.") from error
-    table = below(rows.files[0].images or Path(), table)
+    table = places_from(rows.files[0].images or Path(), table)
     with arrow_file(path, table.schema) as writer:
         writer.write_table(table, ROWS_AT_ONCE)
     return len(found)

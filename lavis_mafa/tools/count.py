@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lavis_mafa.distributed import gather_objects, rank, world_size
-from lavis_mafa.models.sanity import UNHEARD_OF, Histogram, Medians
+from lavis_mafa.objectives.trust import UNHEARD_OF, Histogram, Medians
 from lavis_mafa.tools.candidates import (
     SAME_IMAGE,
     Block,
@@ -22,14 +22,13 @@ from lavis_mafa.tools.candidates import (
     ReadableRows,
     batches_of,
     blocks_of,
-    encoded_blocks,
     grouped_order,
     hardest_negatives,
-    match_probabilities,
     reason_of,
     shuffled_pairs,
 )
 from lavis_mafa.tools.curves import as_png
+from lavis_mafa.tools.judges import Given
 
 SIDES = ("image", "text")  # whose negatives: with respect to images, with respect to texts
 BINS = 10
@@ -63,7 +62,7 @@ def _long(*shape: int) -> Any:
 
 @dataclass
 class Tally:
-    """Sums of one way to sample. K thresholds; [2] and [2, K] have a row for each of ``SIDES``."""
+    """Sums of one way to sample. K thresholds, or margins below the own pair; [2] and [2, K] have a row for each of ``SIDES``."""
 
     thresholds: tuple[float, ...]
     negatives: Tensor = _long(2)  # anchors that have a hardest negative
@@ -82,11 +81,20 @@ class Tally:
     def __post_init__(self) -> None:
         self.false, self.both, self.said = (torch.zeros(2, len(self.thresholds), dtype=torch.long) for _ in range(3))
 
-    def add(self, probability: Tensor, exists: Tensor, true: Tensor | None = None, known: Tensor | None = None) -> None:
+    def add(
+        self,
+        probability: Tensor,
+        exists: Tensor,
+        true: Tensor | None = None,
+        known: Tensor | None = None,
+        own: Tensor | None = None,
+    ) -> None:
         """Take in 2n candidates, n of image anchors, then n of text anchors: Con-D's probability, is there one, and where there is a
-        truth, do they match by it and does it say anything of them (by default of all); [2n] each."""
+        truth, do they match by it and does it say anything of them (by default of all); [2n] each. With the probability of the
+        anchors' ``own`` pairs [2n], the thresholds are margins below it."""
         exists = exists.view(2, -1)
-        above = probability.view(2, -1, 1) > torch.tensor(self.thresholds, dtype=probability.dtype)
+        limits = torch.tensor(self.thresholds, dtype=probability.dtype)
+        above = probability.view(2, -1, 1) > (limits if own is None else own.view(2, -1, 1) - limits)
         above = above & exists[..., None]
         self.negatives += exists.sum(dim=1)
         self.lonely += (~exists).sum(dim=1)
@@ -101,7 +109,7 @@ class Tally:
         self.true += match.sum(dim=1)
         self.both += (above & match[..., None]).sum(dim=1)
         asked, right = probability[known.flatten()].double(), match[known].double()
-        place = (asked * BINS).long().clamp(max=BINS - 1)
+        place = (asked * BINS).long().clamp(0, BINS - 1)  # a cosine may be below 0
         self.judged += torch.bincount(place, minlength=BINS)
         self.judged_true += torch.bincount(place, weights=right, minlength=BINS).long()
         self.judged_sum += torch.bincount(place, weights=asked, minlength=BINS)
@@ -185,7 +193,7 @@ class Count:
 
 
 def count_false_negatives(
-    encoder: Encoder,
+    encoder: Encoder | Given,
     rows: ReadableRows,
     order: Tensor,
     ways: Sequence[Sampling],
@@ -202,7 +210,9 @@ def count_false_negatives(
     pairs and shuffled pairs of the first 20,000 samples of each rank.
 
     Args:
+        encoder: of Con-D, or what stands for it where features and scores are given.
         order: LongTensor, shuffled rows to visit.
+        thresholds: of the probability; margins, where ``encoder.margin`` is one.
         seed: of GRIT's random starts.
         progress: told how many samples were taken.
         look: given what was found in the first block of each rank, so that a hopeless pass can end there; on all ranks.
@@ -211,7 +221,7 @@ def count_false_negatives(
     truth = getattr(rows.dataset, "truth", None)
     found = Count({way: Tally(tuple(thresholds)) for way in ways}, truth is not None)
     own = blocks_of(order, size)[rank() :: world_size()]
-    for number, block in enumerate(encoded_blocks(encoder, rows, own, progress)):
+    for number, block in enumerate(encoder.blocks(rows, own, progress)):
         found.samples += len(block)
         found.unreadable.update(reason_of(bad) for bad in block.bad_samples)
         found.truth_known = found.truth_known and (bool(block.truth) or not len(block))
@@ -223,7 +233,7 @@ def count_false_negatives(
     return found.of_all_ranks()
 
 
-def _count_block(encoder: Encoder, block: Block, count: Count, truth: Any, seed: int, known: Known) -> None:
+def _count_block(encoder: Encoder | Given, block: Block, count: Count, truth: Any, seed: int, known: Known) -> None:
     orders: dict[int | None, Tensor] = {None: torch.arange(len(block))}
     found = []
     for way in count.tallies:
@@ -234,12 +244,15 @@ def _count_block(encoder: Encoder, block: Block, count: Count, truth: Any, seed:
     other_image, other_text = shuffled_pairs(block) if len(own) else (own, own)
     image = torch.cat([*(c.image for c in found), own, other_image])
     text = torch.cat([*(c.text for c in found), own, other_text])
-    *parts, of_own, of_other = match_probabilities(encoder, block, image, text).split([*map(len, found), len(own), len(other_image)])
+    *parts, of_own, of_other = encoder.probabilities(block, image, text).split([*map(len, found), len(own), len(other_image)])
+    everyone = torch.arange(len(block))
+    own_scores = None if encoder.margin is None else encoder.probabilities(block, everyone, everyone).repeat(2)
     count.own.add(of_own)
     count.shuffled.add(of_other)
     for tally, one, scores in zip(count.tallies.values(), found, parts, strict=True):
         pairs = (block.truth["concept"][one.image], block.truth["text_key"][one.text]) if truth is not None else None
-        tally.add(scores, one.exists, *((truth.matches(*pairs), truth.knows(*pairs)) if pairs else ()))
+        true, knows = (truth.matches(*pairs), truth.knows(*pairs)) if pairs else (None, None)
+        tally.add(scores, one.exists, true, knows, own_scores)
 
 
 # --- as JSON and tables -------------------------------------------------------------------------------------------------
@@ -274,9 +287,12 @@ def format_count(results: dict[str, Any]) -> str:
     ways = results["ways"]
     threshold = ways[0]["false_negatives"][0]["threshold"]
     corrected = f", times {results['correction']:g} (human correction)" if results["correction"] != 1.0 else ""
-    lines = [f"False negatives among the hardest negatives of {results['samples']:,} pairs: Con-D says p > {threshold:g}{corrected}"]
+    judge, margin = results["judge"], results["margin"]
+    who = _capital(judge)
+    rule = f"{judge} says p > {threshold:g}" if margin is None else f"{judge}'s cosine is above the own pair's{below(margin)}"
+    lines = [f"False negatives among the hardest negatives of {results['samples']:,} pairs: {rule}{corrected}"]
     if results["meaningless"]:
-        lines = [f"MEANINGLESS, since {results['meaningless']}: this Con-D cannot judge these data.", *lines]
+        lines = [f"MEANINGLESS, since {results['meaningless']}: {judge} cannot judge these data.", *lines]
     lines.append(f"  {'sampling':9s} {'B':>6s} {'M':>7s} {'FN w.r.t. image':>22s} {'FN w.r.t. text':>22s} {'median p':>9s}")
     for row in ways:
         first = row["false_negatives"][0]
@@ -284,7 +300,7 @@ def format_count(results: dict[str, Any]) -> str:
         line = f"{_name(row)} {cells[0]:>22s} {cells[1]:>22s} {_p(row['medians']['hardest']):>9s}"
         lines.append(f"{line}{'  meaningless' if row['meaningless'] else ''}")
     own, shuffled = (_p(results["medians"][name]) for name in ("own", "shuffled"))
-    lines.append(f"  Con-D's median p: own pairs {own}, shuffled pairs {shuffled}; of the hardest negatives in the last column.")
+    lines.append(f"  {who}'s median p: own pairs {own}, shuffled pairs {shuffled}; of the hardest negatives in the last column.")
     doubtful = [row for row in ways if row["doubt"]]
     lines += [f"  {max(doubtful, key=lambda row: row['medians']['hardest'])['doubt']}"] if doubtful else []
     shares = [row["false_negatives"][0][f"wrt_{side}_share"] or 0.0 for row in ways for side in SIDES]
@@ -296,8 +312,9 @@ def format_count(results: dict[str, Any]) -> str:
     lines += [f"  left out: {number:,} unreadable ({reason})" for reason, number in results["unreadable"].items()]
     if "truth" not in ways[0]:
         return "\n".join(lines)
-    lines += ["", "Con-D against the known truth, on the same negatives"]
-    names = f"{'truly false':>12s} {'p >':>6s} {'precision':>10s} {'recall':>8s} {'calibration error':>18s}"
+    lines += ["", f"{who} against the known truth, on the same negatives"]
+    limit = "p >" if margin is None else "margin"
+    names = f"{'truly false':>12s} {limit:>6s} {'precision':>10s} {'recall':>8s} {'calibration error':>18s}"
     lines.append(f"  {'sampling':9s} {'B':>6s} {'M':>7s} {names}")
     for row in ways:
         truth = row["truth"]
@@ -307,6 +324,15 @@ def format_count(results: dict[str, Any]) -> str:
             lines.append(f"{head} {at['threshold']:6g} {_share(at['precision']):>10s} {_share(at['recall']):>8s} {error:>18s}".rstrip())
             head, error = " " * len(head), ""
     return "\n".join(lines)
+
+
+def below(margin: float) -> str:
+    """`` less 0.1``, or nothing of 0."""
+    return f" less {margin:g}" if margin else ""
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -343,7 +369,8 @@ def count_plot(results: dict[str, Any]) -> bytes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     hardest = [row["medians"]["hardest"] for row in ways if row["medians"]["hardest"] is not None]
-    said = f"Con-D's median p: own pairs {_p(results['medians']['own'])}, shuffled {_p(results['medians']['shuffled'])}"
+    own, shuffled = (_p(results["medians"][kind]) for kind in ("own", "shuffled"))
+    said = f"{_capital(results['judge'])}'s median p: own pairs {own}, shuffled {shuffled}"
     said += f", hardest negatives {min(hardest):.3f} to {max(hardest):.3f}" if hardest else ""
     meaningless = results["meaningless"]
     figure.suptitle(f"MEANINGLESS: {meaningless}" if meaningless else said, fontsize=7, color="red" if meaningless else "black")
@@ -381,5 +408,5 @@ def _plot_calibration(axis: Any, ways: list[dict[str, Any]]) -> None:
         points = [(b["mean_probability"], b["true_share"]) for b in row["truth"]["calibration"] if b["pairs"]]
         label = _label(row["sampling"], "search_space", row["search_space"]) + f", B = {row['batch_size']:,}"
         axis.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3.5, label=label, linewidth=1.6)
-    axis.set_xlabel("Con-D's probability", fontsize=8)
+    axis.set_xlabel("probability, by who judges", fontsize=8)
     axis.set_title("share that truly matches", fontsize=10)

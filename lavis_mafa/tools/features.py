@@ -5,6 +5,7 @@ They stay on the disk where they are ``.npy`` files (memory-mapped); what is tak
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from lavis_mafa.errors import UserError
+from lavis_mafa.objectives.trust import is_sane
 
 ROWS_AT_ONCE = 16_384
+ENOUGH = 20_000  # pairs, to see whether they are pairs
 SIDES = ("image", "text")
 FORMS = "two .npy files or folders of them (images, texts), or one .parquet with the columns image_features and text_features"
 
@@ -30,16 +33,28 @@ class Features(NamedTuple):
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """LongTensor[n] -> image and text features of these pairs, [n, d] fp32 of length 1 each."""
-        image, text = (torch.from_numpy(side[index.numpy()].astype(np.float32)) for side in self)
-        return torch.nn.functional.normalize(image, dim=1), torch.nn.functional.normalize(text, dim=1)
+        return unit_rows(self.image, index), unit_rows(self.text, index)
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with any number in them."""
+        found = hashlib.sha256()
+        for side in self:
+            for start in range(0, len(side), ROWS_AT_ONCE):
+                found.update(side[start : start + ROWS_AT_ONCE].tobytes())
+        return found.hexdigest()[:16]
+
+
+def unit_rows(features: np.ndarray, index: Tensor) -> Tensor:
+    """[N, d], LongTensor[n] -> these rows, [n, d] fp32 of length 1."""
+    return torch.nn.functional.normalize(torch.from_numpy(features[index.numpy()].astype(np.float32)), dim=1)
 
 
 def read_features(paths: Sequence[Path], rows: int, flag: str = "--features") -> Features:
     """Features of ``rows`` pairs: one row a pair, so that an image with several captions has as many equal rows.
 
     Args:
-        paths: of images and of texts, each a ``.npy`` file, or a folder of such, which are joined in the order of their names (and in
-            memory); or one ``.parquet`` file with lists of numbers as ``image_features`` and ``text_features`` (or ``image``, ``text``).
+        paths: of images and of texts, each a ``.npy`` file, or a folder of such, which are joined in the order of their names (in
+            memory); or one ``.parquet`` file with lists of numbers: ``image_features``, ``text_features`` (or ``image``, ``text``).
         flag: for messages.
 
     Raises:
@@ -73,12 +88,25 @@ def read_features(paths: Sequence[Path], rows: int, flag: str = "--features") ->
             )
     if found.image.shape != found.text.shape:
         raise UserError(
-            f"{flag}: images have {found.image.shape[1]:,} numbers each, but texts {found.text.shape[1]:,}; allowed: features of one dual "
-            "encoder, after its projections."
+            f"{flag}: images have {found.image.shape[1]:,} numbers each, but texts {found.text.shape[1]:,}; allowed: features of one "
+            "dual encoder, after its projections."
         )
     for side, name, array in zip(SIDES, names, found, strict=True):
         _check_rows(array, f"{flag}: the {side} features in {name}")
     return found
+
+
+def check_own_pairs(features: Features, flag: str = "--features") -> None:
+    """Raises UserError where the image and the text of a pair are no more alike than those of two pairs: rows in another order, or
+    features of two models."""
+    rows = torch.randperm(len(features.image), generator=torch.Generator().manual_seed(0))[:ENOUGH]
+    image, text = features.rows(rows)
+    own, other = (image * text).sum(dim=1), (image * text.roll(1, dims=0)).sum(dim=1)
+    if len(rows) > 1 and not is_sane(own - other):
+        raise UserError(
+            f"{flag}: image and text of a pair are hardly more alike (mean cosine {float(own.mean()):.3f}) than those of two pairs "
+            f"({float(other.mean()):.3f}). Are the rows in the order of the annotations, and both of one model? --force goes on."
+        )
 
 
 def _ending(path: Path, flag: str) -> str:

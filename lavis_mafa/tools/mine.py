@@ -23,14 +23,14 @@ from torch import Tensor
 
 from lavis_mafa.datasets.annotations import absolute
 from lavis_mafa.datasets.facts import FACTS, TEXTS, check_facts, one_each
+from lavis_mafa.datasets.fingerprint import data_record
 from lavis_mafa.datasets.formats import SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
-from lavis_mafa.datasets.stored import PLACE, below
+from lavis_mafa.datasets.stored import PLACE, places_from
 from lavis_mafa.distributed import broadcast_object, rank, world_size
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import SETTINGS, check_unfinished, replacing, write_text
-from lavis_mafa.models.sanity import Medians
-from lavis_mafa.runners.agreement import data_record
+from lavis_mafa.objectives.trust import Medians
 from lavis_mafa.tools.candidates import (
     Block,
     Blocks,
@@ -38,14 +38,13 @@ from lavis_mafa.tools.candidates import (
     Progress,
     ReadableRows,
     batches_of,
-    encoded_blocks,
     grouped_order,
     hardest_negatives,
-    match_probabilities,
     reason_of,
     shuffled_pairs,
 )
-from lavis_mafa.tools.count import ratio
+from lavis_mafa.tools.count import below, ratio
+from lavis_mafa.tools.judges import Given
 from lavis_mafa.tools.training_data import annotated
 
 DIRECTIONS = ("text for image", "image for text")
@@ -120,7 +119,7 @@ class SourceRows:
             table = part.table.select(
                 [name for name in ("image", "caption", "concept", *FACTS, *PLACE) if name in part.table.column_names]
             )
-            tables.append(below(self.root, table) if self.root is not None else absolute(table, part.root))
+            tables.append(places_from(self.root, table) if self.root is not None else absolute(table, part.root))
         check_facts([(f"data set {number}", table) for number, table in enumerate(tables, 1)])
         self.table = pa.concat_tables(tables, promote_options="default")
 
@@ -151,11 +150,11 @@ def mine_blocks(
     Hardest negatives come from GRIT's batches of B = ``batch_size``, whose random starts depend on ``seed``.
     """
     waiting = [item for item in blocks if not part_path(folder, item[0]).exists()]
-    for block in encoded_blocks(encoder, rows, waiting[rank() :: world_size()], progress):
+    for block in encoder.blocks(rows, waiting[rank() :: world_size()], progress):
         write_parquet(judged(encoder, block, source, batch_size, seed), part_path(folder, block.number))
 
 
-def judged(encoder: Encoder, block: Block, source: SourceRows, batch_size: int, seed: int) -> pa.Table:
+def judged(encoder: Encoder | Given, block: Block, source: SourceRows, batch_size: int, seed: int) -> pa.Table:
     """A row an anchor: its candidate, Con-D's probability for it and for the anchor's own pair.
 
     Columns: ``block``, ``direction``, ``image`` and ``text`` (data set rows, -1 for none), ``caption`` of the text as it was written,
@@ -167,7 +166,7 @@ def judged(encoder: Encoder, block: Block, source: SourceRows, batch_size: int, 
     found = hardest_negatives(block, batches_of(grouped_order(block, max(count, 1), seed), batch_size))
     other_image, other_text = shuffled_pairs(block)
     images, texts = torch.cat([found.image, own, other_image]), torch.cat([found.text, own, other_text])
-    probability, own_probability, other = match_probabilities(encoder, block, images, texts).split([2 * count, count, len(other_image)])
+    probability, own_probability, other = encoder.probabilities(block, images, texts).split([2 * count, count, len(other_image)])
     shuffled = torch.full((2 * count,), float("nan")).index_copy(0, other_image, other)
     anchor_of_text, here = torch.arange(2 * count) >= count, found.exists
     image = torch.where(here | ~anchor_of_text, block.index[found.image], NOBODY)
@@ -229,6 +228,12 @@ class Rules:
     margin: float = 0.0  # and at least this share of the probability of the anchor's own pair
     per_image: int | None = None  # limit of captions an image
     at_most: int | None = None  # limit of pairs in all (2M in MAFA section G.8)
+    guide_margin: float | None = None  # of a guide, in place of the threshold: above the own pair's cosine less this
+
+    def above(self, probability: np.ndarray, own_probability: np.ndarray) -> np.ndarray:
+        """Bool [R]; False where there is none."""
+        limit = self.threshold if self.guide_margin is None else own_probability - self.guide_margin
+        return np.asarray(probability > limit)
 
 
 def choose(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, rules: Rules) -> np.ndarray:
@@ -254,8 +259,9 @@ def choose(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArr
         outcome[rows & (outcome == 0)] = OUTCOMES.index(why)
 
     drop((image < 0) | (text < 0), NO_CANDIDATE)
-    drop(~(probability > rules.threshold), BELOW)
-    drop(probability < rules.margin * own_probability, MARGIN)
+    drop(~rules.above(probability, own_probability), BELOW)
+    if rules.margin:
+        drop(probability < rules.margin * own_probability, MARGIN)
     pair, known = _pair_codes(key, candidates["caption"], image_keys, captions)
     drop(np.isin(pair, known), KNOWN)
     best_first = np.lexsort((text, image, -probability))
@@ -371,14 +377,15 @@ def own_scores(candidates: pa.Table, count: int) -> pa.Array:
 QUARTILES = ("minimum", "25 %", "median", "75 %", "maximum")
 
 
-def medians_of(candidates: pa.Table, count: int, threshold: float, truth: Any = None, concepts: Tensor | None = None) -> Medians:
+def medians_of(candidates: pa.Table, count: int, rules: Rules, truth: Any = None, concepts: Tensor | None = None) -> Medians:
     """What Con-D says of own pairs, shuffled ones and candidates, of whatever was judged so far of N = ``count`` samples."""
     lift = None
     if truth is not None and concepts is not None:
         there = candidates.filter(pc.and_(pc.greater_equal(candidates["image"], 0), pc.greater_equal(candidates["text"], 0)))
         pairs = concepts[there["image"].to_numpy().copy()], truth.texts.find_all(there["caption"])
         known = truth.knows(*pairs).numpy()  # of the others nobody says whether they match
-        true, above = truth.matches(*pairs).numpy()[known], (there["probability"].to_numpy() > threshold)[known]
+        true = truth.matches(*pairs).numpy()[known]
+        above = rules.above(there["probability"].to_numpy(), there["own_probability"].to_numpy())[known]
         lift = ratio(ratio(int(true[above].sum()), int(above.sum())) or 0.0, ratio(int(true.sum()), len(true)) or 0.0)
     own = own_scores(candidates, count).drop_null().to_numpy()
     columns = own, candidates["shuffled_probability"].to_numpy(), candidates["probability"].to_numpy()
@@ -393,7 +400,7 @@ def mine_results(
     bad: list[dict[str, Any]],
     truth: Any,
     concepts: Tensor | None,
-    threshold: float,
+    rules: Rules,
 ) -> dict[str, Any]:
     """Everything that the tables show, ready for JSON: of R candidates, their outcome [R], and what could not be read.
 
@@ -404,7 +411,7 @@ def mine_results(
     own = own_scores(candidates, len(image_keys)).drop_null().to_numpy()
     shuffled = candidates["shuffled_probability"].to_numpy()
     scores = {"own pairs": own, "shuffled pairs": shuffled, "candidates": probability, "mined": probability[mined]}
-    medians = medians_of(candidates, len(image_keys), threshold, truth, concepts)
+    medians = medians_of(candidates, len(image_keys), rules, truth, concepts)
     results: dict[str, Any] = {
         "mined": len(mined),
         "images_with_new_captions": len(np.unique(image_keys[new["image"].to_numpy()])),
@@ -432,21 +439,22 @@ def _quartiles(scores: np.ndarray) -> dict[str, float | int | None]:
 def format_mined(results: dict[str, Any]) -> str:
     """The tables for a terminal of 100 columns: quartiles of scores, and what was skipped and why."""
     settings = results["settings"]
-    rules = f"p > {settings['threshold']:g}"
+    judge, guide_margin = results["judge"], settings["guide_margin"]
+    rules = f"p > {settings['threshold']:g}" if guide_margin is None else f"above the own pair's cosine{below(guide_margin)}"
     rules += f", at least {settings['margin']:g} of the own pair's" if settings["margin"] else ""
     rules += f", at most {settings['per_image']} an image" if settings["per_image"] is not None else ""
     rules += f", at most {settings['at_most']:,}" if settings.get("at_most") is not None else ""
     images = f"{results['images_with_new_captions']:,} images"
     lines = [f"{results['mined']:,} new pairs for {images}, from {results['samples']:,} pairs ({rules})"]
     if results["meaningless"]:
-        lines = [f"MEANINGLESS, since {results['meaningless']}: this Con-D cannot judge these data.", *lines]
+        lines = [f"MEANINGLESS, since {results['meaningless']}: {judge} cannot judge these data.", *lines]
     if results["doubt"]:
         lines.append(results["doubt"])
     if not results["mined"]:
         lines.append("Nothing was mined: pairs.parquet holds the original pairs alone.")
     if results.get("mined_truly_match") is not None:
         lines.append(f"By the known truth {results['mined_truly_match']:.1%} of them match.")
-    lines += ["", f"  {'Con-D':34s} {'pairs':>10s} " + " ".join(f"{name:>8s}" for name in QUARTILES)]
+    lines += ["", f"  {judge:34s} {'pairs':>10s} " + " ".join(f"{name:>8s}" for name in QUARTILES)]
     for name, row in results["scores"].items():
         values = " ".join("       -" if row[q] is None else f"{row[q]:8.3f}" for q in QUARTILES)
         lines.append(f"  {name:34s} {row['pairs']:10,d} {values}")

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit.sampler import seeded_generator
-from lavis_mafa.models.retrieval import best_query, joined_texts
+from lavis_mafa.models.retrieval import joined_texts
+from lavis_mafa.objectives.mining import best_query
 from lavis_mafa.tools.candidates import shuffled
 from lavis_mafa.tools.significance import Accuracy
 

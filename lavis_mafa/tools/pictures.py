@@ -17,10 +17,10 @@ from lavis_mafa.config.schema import SoftMask
 from lavis_mafa.datasets.indexed import IndexedDataset, image_source_of, seeded
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit.sampler import first_occurrences
-from lavis_mafa.models.retrieval import best_query
 from lavis_mafa.models.soft_masks import told_of, word_maps
 from lavis_mafa.models.synthetic_texts import ReplaceableWords, tokens_of
 from lavis_mafa.models.transformer import Reading
+from lavis_mafa.objectives.mining import best_query
 from lavis_mafa.objectives.soft_mask import soft_mask
 from lavis_mafa.tools.candidates import (
     TRUTH,

@@ -253,11 +253,13 @@ def check_pass(name: str, options: list[str], con_d: str, miner: str | None = No
 
 
 @contextlib.contextmanager
-def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: str | None = None) -> Iterator[Opened]:
+def opened_pass(
+    config: Any, name: str, options: list[str], con_d: str, miner: str | None = None, features: Any = None
+) -> Iterator[Opened]:
     """Build data and Con-D for what :func:`check_pass` returned; under torchrun, join the process group, and leave none behind.
 
     The ``model`` block is Con-D's. With a ``miner`` it is the miner's, and Con-D is what ``model.discriminator`` describes, where there
-    is such a block: any of the three families.
+    is such a block: any of the three families. With ``features`` that are given, Con-D needs no projections either.
 
     Raises:
         UserError: from the data, the names in the YAML or the checkpoint.
@@ -267,13 +269,13 @@ def opened_pass(config: Any, name: str, options: list[str], con_d: str, miner: s
     _, cfg = job.prepare(name, options, files=False, joins=True)
     try:
         init_process_group(cfg.run_cfg)
-        yield _open(cfg, config, con_d, miner)
+        yield _open(cfg, config, con_d, miner, projects=miner is None and features is None)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened:
+def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None, projects: bool) -> Opened:
     from lavis_mafa.models.con_d import load_con_d
     from lavis_mafa.runners.run_block import run_settings
 
@@ -285,7 +287,7 @@ def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None) -> Opened
     dataset = training_set(cfg.datasets_cfg)
     block: Any = typed_block("model", config.model)
     judges = miner is not None and block.discriminator is not None and block.discriminator.arch != "ground_truth"
-    model = load_con_d(con_d_block(block) if judges else block, con_d, device, mines=miner is None)
+    model = load_con_d(con_d_block(block) if judges else block, con_d, device, mines=projects)
     mines = None if miner is None else load_con_d(block, miner, device, "--miner")
     data_settings = digest(plain(cfg.datasets_cfg))
     return Opened(model, mines, dataset, run, block, device, digest(asdict(model.settings)), data_settings)

@@ -19,11 +19,11 @@ from PIL import Image
 from lavis_mafa.cli.main import main
 from lavis_mafa.config.data import AnnotationFile, own_files
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
+from lavis_mafa.datasets.fingerprint import fingerprints
 from lavis_mafa.datasets.indexed import IndexedDataset, image_path
 from lavis_mafa.datasets.pairs import ImageTextPairs, RetrievalPairs
 from lavis_mafa.datasets.stored import PLACE, check_shards, image_source
 from lavis_mafa.grit import GritQueue, GritSampler, next_epoch_order
-from lavis_mafa.runners.agreement import fingerprints
 from lavis_mafa.runners.loading import unreadable
 from lavis_mafa.tools.gallery import Thumbnails
 from lavis_mafa.tools.mine import SourceRows, pairs_table
@@ -302,7 +302,7 @@ def test_an_index_may_not_lead_out_of_the_folder_or_to_no_place(tmp_path, row, m
 
 def test_regrouped_shards_hold_the_groups_that_training_would_have_made(data, tmp_path):
     torch.manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(2, COUNT, 8), dim=2)
+    features = torch.nn.functional.normalize(torch.randn(COUNT, 8) + 0.1 * torch.randn(2, COUNT, 8), dim=2)
     for name, side in zip(("image.npy", "text.npy"), features, strict=True):
         np.save(tmp_path / name, side.numpy())
     arguments = ["--shards", data / "tars/*.tar", "--features", tmp_path / "image.npy", tmp_path / "text.npy"]
@@ -326,7 +326,8 @@ def test_what_cannot_be_regrouped_is_one_message(refused, tmp_path, data):
     said = refused("regroup", *arguments, "--batch-size", 4, "--output", tmp_path / "grouped")
     assert "has 19 rows" in said and "20 pairs" in said
     np.save(tmp_path / "a.npy", np.ones((COUNT, 8), np.float32))
-    said = refused("regroup", *arguments, "--batch-size", COUNT + 1, "--output", tmp_path / "grouped")
+    assert "--force goes on" in refused("regroup", *arguments, "--batch-size", 4, "--output", tmp_path / "grouped")
+    said = refused("regroup", *arguments, "--force", "--batch-size", COUNT + 1, "--output", tmp_path / "grouped")
     assert f"--batch-size is {COUNT + 1}" in said
     assert not (tmp_path / "grouped").exists()
     assert "never overwritten" in refused("regroup", *arguments, "--batch-size", 4, "--output", data)

@@ -21,7 +21,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.models import encoders as blip2_encoders
 from lavis_mafa.models.blip2 import Blip2Mafa, Blip2Pairs
 from lavis_mafa.models.encoders import MINILM, build_eva, build_qformer
-from lavis_mafa.models.retrieval import most_similar_query
+from lavis_mafa.objectives.mining import most_similar_query
 
 batch, block, ours, save = reduced.batch, reduced.block, reduced.ours, reduced.save
 SMOOTH = {"smoothing": 0.1, "smooth_when": "always"}  # what LAVIS has built in

@@ -13,7 +13,8 @@ import launched
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.models import sanity
 from lavis_mafa.models.con_d import GroundTruthDiscriminator, build_discriminator
-from lavis_mafa.models.sanity import SanityCheck, is_sane, partners
+from lavis_mafa.models.sanity import SanityCheck, partners
+from lavis_mafa.objectives.trust import is_sane
 
 FAMILIES = [("albef", False), ("blip", False), ("blip2", False)]
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=[name for name, _ in FAMILIES])

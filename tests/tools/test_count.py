@@ -12,8 +12,8 @@ import torch
 import reduced
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
-from lavis_mafa.models.retrieval import best_query
 from lavis_mafa.models.vit import resize_images
+from lavis_mafa.objectives.mining import best_query
 from lavis_mafa.tools import count as counting
 from lavis_mafa.tools.candidates import (
     Encoder,
@@ -315,7 +315,8 @@ def test_the_order_of_ways():
 
 def test_a_con_d_of_another_size_than_the_miner_sees_resized_images():
     con_d, miner, samples = reduced.ours(image_encoder={"image_size": 16}), reduced.ours(1), reduced.batch(4)
-    states, _, features, _ = Encoder(con_d, torch.device("cpu"), miner=miner).rows(samples["image"], samples["text_input"])
+    encoder = Encoder(con_d, torch.device("cpu"), miner=miner)
+    states, _, features, _ = encoder.rows(samples["image"], samples["text_input"], torch.arange(4))
     with torch.no_grad():
         assert torch.equal(states, con_d.image_states(resize_images(samples["image"], 16)))
         assert torch.equal(features, miner.image_rows(samples["image"])[1])

@@ -14,7 +14,7 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.con_d import load_con_d
-from lavis_mafa.models.sanity import Medians
+from lavis_mafa.objectives.trust import Medians
 from lavis_mafa.tools import mine as mining
 
 pytestmark = pytest.mark.slow
@@ -202,14 +202,13 @@ def test_mistakes_are_one_line(work, tmp_path, refused, command, more, message):
 @pytest.fixture
 def says_yes_to_what_is_similar(monkeypatch):
     """A Con-D whose hardest negatives score above own pairs, and those above shuffled ones; told apart by how often they are asked."""
-    from lavis_mafa.tools import count as counting
+    from lavis_mafa.tools import candidates
 
     def opinion(encoder, block, image, text, pairs_at_once=512):
         own, after = image == text, (image + 1) % len(block) == text
         return torch.where(own, 0.558, torch.where(after, 0.171, 0.594))
 
-    monkeypatch.setattr(counting, "match_probabilities", opinion)
-    monkeypatch.setattr(mining, "match_probabilities", opinion)
+    monkeypatch.setattr(candidates, "match_probabilities", opinion)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -163,9 +163,9 @@ def test_con_d_is_measured_on_pairs_that_the_truth_knows():
         ("direction", ["text for image"] * 7 + ["image for text"]),
     ):
         table = table.append_column(name, pa.array(values))
-    medians = medians_of(table, 4, 0.5, truth, concepts)
+    medians = medians_of(table, 4, Rules(0.5), truth, concepts)
     assert medians.lift == pytest.approx(2.0) and medians.hardest == pytest.approx(0.9)
-    assert (medians.own, medians.shuffled) == pytest.approx((0.6, 0.1)) and medians_of(table, 4, 0.5).lift is None
+    assert (medians.own, medians.shuffled) == pytest.approx((0.6, 0.1)) and medians_of(table, 4, Rules(0.5)).lift is None
 
 
 def test_going_on_after_a_stop_gives_the_same(kit, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import reduced_blip
 import reduced_blip2
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.retrieval import best_query
+from lavis_mafa.objectives.mining import best_query
 from lavis_mafa.tools.minimal_pairs import OneWordApart, accuracies, examples, find_pairs, preferred, score_pairs
 from lavis_mafa.tools.significance import Accuracy
 from lavis_mafa.weights import shipped
