@@ -21,10 +21,11 @@ class Images(NamedTuple):
     named_by_bytes: bool = False  # names are paths of nobody knows which folder, or numbers
 
 
-def read_mapped(path: Path) -> pa.Table:
+def read_mapped(path: Path, image: str = "image") -> pa.Table:
     """A file (or stream) of Arrow's IPC format. Where a column holds images' bytes, the columns ``PLACE`` tell where they lie.
 
-    See :func:`images_of` for these columns. A row without bytes shows the image of its name in another row, or it is a path.
+    See :func:`images_of` for these columns; ``image`` is what the file calls the first of them. A row without bytes shows the image of
+    its name in another row, or it is a path.
 
     Raises:
         UserError: it was written with compression, so that images cannot be read where they lie.
@@ -32,7 +33,7 @@ def read_mapped(path: Path) -> pa.Table:
     """
     whole = pa.memory_map(str(path)).read_buffer()
     table = _reader(whole).read_all()
-    images = images_of(table)
+    images = images_of(table, image)
     if images is None:
         return table
     names = _own_names(path, images) if images.named_by_bytes else images.names
@@ -44,8 +45,8 @@ def read_mapped(path: Path) -> pa.Table:
         there, offset, size = first >= 0, offset[first], size[first]
     shard = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(there), np.int32), mask=~there), [str(path.absolute())])
     places = {"shard": shard, "offset": pa.array(offset, mask=~there), "size": pa.array(size, mask=~there)}
-    others = {name: table[name] for name in table.column_names if name not in ("image", "bytes", *PLACE)}
-    return pa.table({"image": names, **others, **places}).replace_schema_metadata(table.schema.metadata)
+    others = {name: table[name] for name in table.column_names if name not in (image, "bytes", *PLACE)}
+    return pa.table({image: names, **others, **places}).replace_schema_metadata(table.schema.metadata)
 
 
 def mapped_batches(path: Path) -> list[pa.RecordBatch]:
@@ -58,20 +59,20 @@ def _reader(content: pa.Buffer) -> Any:
     return (pa.ipc.open_file if content[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream)(content)
 
 
-def images_of(table: pa.Table) -> Images | None:
+def images_of(table: pa.Table, image: str = "image") -> Images | None:
     """The images that a table holds; None where it holds no bytes.
 
     They are the columns ``image`` (a name) and ``bytes``, as ``lavis-mafa pack`` writes them. Or ``image`` alone, which holds bytes, or
     ``{bytes, path}`` as Hugging Face writes it.
     """
-    kinds = {name: table.schema.field(name).type for name in ("image", "bytes") if table.column_names.count(name) == 1}
-    image, beside = kinds.get("image", pa.null()), kinds.get("bytes", pa.null())
-    if is_text(image) and _is_binary(beside):
-        return Images(table["image"].cast(pa.string()), table["bytes"])
-    if _is_binary(image):
-        return Images(pa.chunked_array([pa.nulls(len(table), pa.string())]), table["image"], True)
-    if pa.types.is_struct(image) and {"bytes", "path"} <= {field.name for field in image} and _is_binary(image.field("bytes").type):
-        content, given = (pc.struct_field(table["image"], name) for name in ("bytes", "path"))
+    kinds = {name: table.schema.field(name).type for name in (image, "bytes") if table.column_names.count(name) == 1}
+    kind, beside = kinds.get(image, pa.null()), kinds.get("bytes", pa.null())
+    if is_text(kind) and _is_binary(beside):
+        return Images(table[image].cast(pa.string()), table["bytes"])
+    if _is_binary(kind):
+        return Images(pa.chunked_array([pa.nulls(len(table), pa.string())]), table[image], True)
+    if pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind} and _is_binary(kind.field("bytes").type):
+        content, given = (pc.struct_field(table[image], name) for name in ("bytes", "path"))
         return Images(given.cast(pa.string()), content, content.null_count < len(content))
     return None
 

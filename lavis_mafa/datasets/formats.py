@@ -121,7 +121,7 @@ def read_parquet(path: Path, columns: Columns) -> pa.Table:
 
 
 def read_arrow(path: Path, columns: Columns) -> pa.Table:
-    table = read_mapped(path)
+    table = read_mapped(path, columns.single[0])
     table = table.select([*known_columns(path, columns, table.column_names), *_places(table.column_names)])
     table.validate(full=True)
     return table

@@ -163,7 +163,7 @@ def write_pack(rows: Rows, schema: pa.Schema, output: Path) -> tuple[int, int]:
                 writer.write_table(pa.Table.from_pylist(waiting, schema))
                 waiting, weight = [], 0
         if not pairs:
-            raise UserError("none of the rows has an image and a caption.")
+            raise UserError(f"nothing to write to {output}: none of the rows has an image and a caption.")
         if waiting:
             writer.write_table(pa.Table.from_pylist(waiting, schema))
     return pairs, len(seen)
