@@ -30,7 +30,11 @@ samples (shards may be shuffled): every 96 pairs from the beginning of a shard a
     )
     parser.add_argument("--batch-size", type=positive, required=True, metavar="B", help="pairs of a batch that will be read")
     parser.add_argument(
-        "--search-space", type=positive, default=4800, metavar="M", help="pairs that are grouped together (default 4800)"
+        "--search-space",
+        type=positive,
+        default=4800,
+        metavar="M",
+        help="pairs that are grouped together, a multiple of B (default 4800)",
     )
     parser.add_argument("--seed", type=count, default=0, help="of the shuffles and of GRIT's starts (default 0)")
     parser.add_argument(
