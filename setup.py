@@ -37,6 +37,7 @@ WITH_LAVIS = [
     "matplotlib",
     "jinja2",
     "tqdm",
+    "braceexpand",
 ]
 
 AUTOLOAD = "lavis_mafa_autoload"

@@ -22,17 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--cfg-path", metavar="YAML", help="check every split that the run of a YAML names")
     data.add_argument(
-        "--annotations", type=Path, nargs="+", metavar="FILE", help="or these files: .json, .jsonl, .csv, .tsv, .parquet, or folders"
+        "--annotations",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="or these files: .json, .jsonl, .csv, .tsv, .parquet, .arrow, or folders",
     )
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="with --cfg-path: settings to override")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="with --annotations: where image paths start from")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="with --annotations: where image paths start from (of .arrow files by default theirs)",
+    )
     parser.add_argument("--allow-absolute-paths", action="store_true", help="with --annotations: image paths may leave that folder")
     parser.add_argument(
         "--min-side", type=positive, metavar="N", help="images with a shorter side are too small (default: as in training, 4)"
     )
     parser.add_argument("--workers", type=count, default=2, metavar="N", help="processes that open images (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("output/check-data"), metavar="FOLDER", help="default: output/check-data")
-    parser.add_argument("--clean", type=Path, metavar="FILE", help="write the good rows to this .jsonl or .json file")
+    parser.add_argument(
+        "--clean", type=Path, metavar="FILE", help="write the good rows to this .jsonl or .json file (of .arrow files: .arrow)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         sources = check_data.from_files(arguments.annotations, arguments.images, arguments.allow_absolute_paths)
     if clean is not None:
-        check_data.check_sources(sources)
+        check_data.check_sources(sources, clean)
     folder.mkdir(parents=True, exist_ok=True)
 
     rows = check_data.read_sources(sources)
@@ -76,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.annotations is not None and arguments.images is None:
+    if arguments.images is None and any(file.suffix != ".arrow" for file in arguments.annotations or ()):
         raise UserError("--annotations needs --images, the folder that the image paths start from.")
     if arguments.annotations is not None and arguments.options:
         raise UserError("--options belongs to --cfg-path; --annotations has no settings.")

@@ -164,7 +164,8 @@ def own_files(
         where: the key of ``info``, for messages; ``info`` has been through :func:`check_info`.
 
     Raises:
-        UserError: no file, no image folder, or an annotation pattern or folder without files.
+        UserError: no file, no image folder (of .arrow files it is their own, if nothing else is said), or an annotation pattern or
+            folder without files.
     """
     annotations, root = info.get("annotations") or {}, (info.get("images") or {}).get("storage")
     storages = {split: (annotations.get(split) or {}).get("storage") for split in splits}
@@ -176,6 +177,9 @@ def own_files(
     files = {split: paths for split, paths in files.items() if paths}
     if not files:
         raise UserError(f"{where}.annotations.{splits[0]}.storage is not set; allowed: a path or a list of paths.")
+    if root is None:  # an index of shards that lies beside them, or a file that holds the images
+        beside = {file.path.parent if ending(file.path) == ".arrow" else None for paths in files.values() for file in paths}
+        root = beside.pop() if len(beside) == 1 else None
     if root is None:
         raise UserError(f"{where}.images.storage is not set; allowed: the folder that image paths start from.")
     limit, seed = info.get("max_images"), info.get("max_images_seed")
@@ -226,7 +230,7 @@ def missing_files(name: str, block: Mapping[str, Any]) -> list[str]:
 
 # --- annotation files --------------------------------------------------------------------------------------------------
 
-ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 FORMS = "a path or a list of paths, also of folders and patterns (shards/*.parquet), or {annotations: PATH, images: FOLDER} in it"
 
 
@@ -269,7 +273,9 @@ def files_of(path: Path, key: str) -> list[Path]:
     """The file itself; of a folder the annotation files in it, and of a pattern (``*``, ``?``, ``**``) those that match."""
     path = path.expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if ending(file) in ENDINGS and file.is_file())
+        saved = (path / "dataset_info.json").is_file()  # by Hugging Face's datasets, beside its data
+        allowed = (".arrow",) if saved else ENDINGS
+        files = sorted(file for file in path.iterdir() if ending(file) in allowed and file.is_file())
         kinds = sorted({ending(file) for file in files})
         if not files:
             raise UserError(f"{key}: the folder {path} holds no annotation file; allowed: {', '.join(ENDINGS)}.")

@@ -21,6 +21,7 @@ from lavis_mafa.datasets.facts import TEXTS, check_facts, fact_columns, one_each
 from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, TWO, Columns, as_named, one_message
 from lavis_mafa.datasets.ids import id_texts, is_blank, is_missing, is_text, number_columns, pc, with_numbers
 from lavis_mafa.datasets.statements import read_statements
+from lavis_mafa.datasets.stored import PLACE, Source, places_of
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 
 # how Python and numpy print a list of texts: what a table of lists holds after it went through CSV
@@ -33,7 +34,7 @@ SHOWN = 60  # characters of a caption in a message
 def read_annotations(
     files: Sequence[str | Path | AnnotationFile], columns: Columns = PAIRS, allow_absolute_paths: bool = False
 ) -> pa.Table:
-    """Read annotation files (.json, .jsonl, .ndjson, .csv, .tsv, .parquet) into one table, in the order given.
+    """Read annotation files (.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow) into one table, in the order given.
 
     Every row has ``image`` (a path) and ``caption`` (a text, or except in CSV and TSV a list of texts). Optional are
     ``image_id`` (what results call the image), ``same_image`` (equal for rows whose paths count as one image), and ground truth:
@@ -49,7 +50,7 @@ def read_annotations(
     Returns:
         ``columns.single`` string, ``columns.several`` list<string>, and where a file has them ``columns.optional`` string (see
         :mod:`lavis_mafa.datasets.ids`), ``columns.facts`` as in :mod:`lavis_mafa.datasets.facts`; those of ``same_image`` differ from
-        file to file.
+        file to file. And ``PLACE`` where images lie inside larger files (see :mod:`lavis_mafa.datasets.stored`).
 
     Raises:
         UserError: a file is missing, unreadable, of another kind or without rows; a column is missing or of the wrong type; a
@@ -85,10 +86,16 @@ def in_folder(table: pa.Table, images: Path | None) -> pa.Table:
         return table
     if not images.is_dir():
         raise UserError(f"The image folder {images} does not exist; set images to the folder the image paths start from.")
-    for name in (name for name in ("image", *TWO) if name in table.column_names):
-        below = pc.binary_join_element_wise(str(images.absolute()), table[name], "/")
-        image = pc.if_else(pc.starts_with(table[name], "/"), table[name], below)
-        table = table.set_column(table.schema.get_field_index(name), name, image)
+    return absolute(table, images)
+
+
+def absolute(table: pa.Table, images: Path) -> pa.Table:
+    """The table with paths, of images and of shards, that start from no folder: as ``images / path`` would be."""
+    for name in {"image", *TWO, "shard"}.intersection(table.column_names):
+        paths = table[name].cast(pa.string())
+        below = pc.binary_join_element_wise(str(images.absolute()), paths, "/")
+        full = pc.if_else(pc.starts_with(paths, "/"), paths, below)
+        table = table.set_column(table.schema.get_field_index(name), name, full.cast(PLACE.get(name, pa.string())))
     return table
 
 
@@ -147,7 +154,7 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
         if not is_text(_plain(table[name].type)):
             raise UserError(f"{path}: column '{name}' holds {table[name].type}; allowed: text.")
         found[name] = table[name].cast(pa.string())
-    found[columns.several] = _text_lists(path, table, columns.several)
+    found[columns.several] = text_lists(path, table, columns.several)
     numbers = []
     for name in columns.optional:
         if name not in table.column_names or table[name].null_count == table.num_rows:
@@ -158,6 +165,7 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
             found[name] = texts
             numbers += [name] if are_numbers else []
     found |= fact_columns(path, table) if columns.facts else {}
+    found |= places_of(path, table)
     return with_numbers(pa.table(found), numbers)
 
 
@@ -169,8 +177,8 @@ def _check(path: Path, table: pa.Table, columns: Columns, allow_absolute_paths: 
             _refuse(path, table[name], is_missing(table[name]), "the question {} is how a missing one is written; allowed: a text.")
     if not allow_absolute_paths:
         below = "a path below the image folder, relative and without '..', unless build_info.images.allow_absolute_paths is true"
-        for name in columns.images:
-            _refuse(path, table[name], leaves_folder(table[name]), f"{name} is {{}}; allowed: {below}.")
+        for name in (*columns.images, *(["shard"] if "shard" in table.column_names else [])):
+            _refuse(path, table[name], leaves(path, table, name), f"{name} is {{}}; allowed: {below}.")
     if columns.labels:
         unknown = pc.invert(pc.is_in(table["label"], value_set=pa.array(columns.labels)))
         _refuse(path, table["label"], unknown, f"label is {{}}; allowed: {', '.join(columns.labels)}.")
@@ -211,7 +219,8 @@ def is_printed_list(captions: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.match_substring_regex(captions, PRINTED_LIST)
 
 
-def _text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+def text_lists(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column of texts or of lists of texts as list<string>; UserError where it holds something else."""
     column = table[name]
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -269,7 +278,18 @@ def leaves_folder(images: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.match_substring_regex(images, LEAVES)
 
 
-def shown(path: str | Path) -> str:
+def leaves(path: Path, table: pa.Table, name: str = "image") -> pa.ChunkedArray:
+    """Bool [N]: the ``image`` or the ``shard`` of a file's row leaves the image folder. What an image inside a shard is called leads
+    nowhere, and a file with the bytes in it names itself."""
+    outside = pc.fill_null(leaves_folder(table[name].cast(pa.string())), False)
+    if "shard" not in table.column_names:
+        return outside
+    if name == "image":
+        return pc.and_(outside, table["shard"].is_null())
+    return pc.and_(outside, pc.not_equal(table["shard"].cast(pa.string()), str(path.absolute())))
+
+
+def shown(path: str | Source) -> str:
     """The path in a message of one line: as it is, or its representation where it holds a line break or the like."""
     return str(path) if str(path).isprintable() else repr(str(path))
 

@@ -17,9 +17,11 @@ import pyarrow.json
 import pyarrow.parquet
 
 from lavis_mafa.config.data import ENTAILMENT, STATEMENT, ending
+from lavis_mafa.datasets.arrow_files import read_mapped
 from lavis_mafa.datasets.facts import FACTS, TEXTS, claims_of_json, facts_of_cell, facts_of_json
 from lavis_mafa.datasets.ids import id_of_json, shown_json, with_numbers, written_numbers
 from lavis_mafa.datasets.separated_values import other_separator, separated_rows
+from lavis_mafa.datasets.stored import PLACE
 from lavis_mafa.errors import UserError, did_you_mean
 
 ROWS_AT_ONCE = 1 << 16
@@ -78,6 +80,9 @@ def read_records(path: Path, columns: Columns = PAIRS) -> Iterator[dict[str, Any
         elif kind in (".jsonl", ".ndjson"):
             with open_text(path) as file:
                 yield from objects_in_lines(path, columns, file)
+        elif kind == ".arrow":
+            for batch in read_mapped(path).to_batches(ROWS_AT_ONCE):
+                yield from batch.to_pylist()
         elif kind == ".parquet":
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
@@ -109,6 +114,8 @@ def column_names(path: Path, columns: Columns) -> list[str]:
     kind = ending(path)
     if kind == ".parquet":
         return list(pyarrow.parquet.read_schema(path).names)
+    if kind == ".arrow":
+        return read_mapped(path).column_names
     if kind in (".csv", ".tsv"):
         with open_text(path, "\n" if kind == ".tsv" else "") as file:
             return next(separated_rows(path, file, kind == ".tsv"), [])
@@ -133,9 +140,20 @@ def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[st
 
 def read_parquet(path: Path, columns: Columns) -> pa.Table:
     names = pyarrow.parquet.read_schema(path).names
-    table = pyarrow.parquet.read_table(path, columns=known_columns(path, columns, names))
+    table = pyarrow.parquet.read_table(path, columns=[*known_columns(path, columns, names), *_places(names)])
     table.validate(full=True)  # of what some writers take for text, for which nothing else looks until it is used
     return table
+
+
+def read_arrow(path: Path, columns: Columns) -> pa.Table:
+    table = read_mapped(path, columns.single[0])
+    table = table.select([*known_columns(path, columns, table.column_names), *_places(table.column_names)])
+    table.validate(full=True)
+    return table
+
+
+def _places(names: list[str]) -> list[str]:
+    return [*PLACE] if set(PLACE) <= set(names) else []
 
 
 def read_separated(path: Path, columns: Columns) -> pa.Table:
@@ -220,6 +238,7 @@ FORMATS: dict[str, Callable[[Path, Columns], pa.Table]] = {
     ".csv": read_separated,
     ".tsv": read_separated,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }
 
 

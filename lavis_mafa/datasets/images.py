@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import stat
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+
+from lavis_mafa.datasets.stored import StoredImage
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 DrawCrop = Callable[[tuple[int, int]], Box]  # of an image's width and height
@@ -64,24 +67,25 @@ class ImageTooSmallError(ImageError):
     """The shorter side is below ``MIN_SIDE``."""
 
 
-def load_rgb(path: str | PathLike[str], crop: DrawCrop | None = None, side: int = 1) -> Image.Image:
+def load_rgb(source: str | PathLike[str] | StoredImage, crop: DrawCrop | None = None, side: int = 1) -> Image.Image:
     """Open an image as RGB and upright.
 
     What is transparent becomes white (a plain ``convert`` would show the colour hidden there), 16-bit grey is scaled to 8 bits,
     EXIF's orientation is applied, and of an animation the first frame is taken.
 
     Args:
+        source: a file, or an image inside a larger one.
         crop: draws what is cut out of it; None gives the whole.
         side: the crop's sides need no more pixels. A JPEG whose crop has twice as many is decoded at half its size (or a quarter, or
             an eighth), and the crop is smaller by that: most of a large photograph's time is spared.
 
     Raises:
-        OSError: there is no such file, or it may not be read.
+        OSError: there is no such file (or shard), or it may not be read.
         ImageTooLargeError: more than ``MAX_PIXELS``, by its header; nothing is decoded.
         ImageTooSmallError: the shorter side is below ``MIN_SIDE``.
         ImageError: anything else: torn, empty, no image, of none of ``FORMATS``, or a pipe or a device.
     """
-    with _opened(path) as image:
+    with _opened(source) as image:
         _scale_transparency(image)
         box = _shrunk(image, crop, side) if crop is not None and isinstance(image, JpegImageFile) else None
         image.load()
@@ -98,24 +102,30 @@ def upright_size(path: str | PathLike[str]) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: str | PathLike[str]) -> Iterator[Image.Image]:
-    """A file whose header has been looked at; what is raised inside becomes an error that names it."""
+def _opened(source: str | PathLike[str] | StoredImage) -> Iterator[Image.Image]:
+    """An image whose header has been looked at; what is raised inside becomes an error that names it."""
     # LAVIS tells PIL to accept torn files, for every program that imports it; half a picture is no sample
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    name = os.fspath(path)
+    name = str(source) if isinstance(source, StoredImage) else os.fspath(source)
     with warnings.catch_warnings():  # of corrupt metadata and large images: neither is the user's business
         warnings.simplefilter("ignore")
         try:
-            mode = os.stat(name).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for ever; a folder says what it is
-                raise ImageError("neither a file nor a link to one")
-            with Image.open(name, formats=_formats()) as image:
+            with Image.open(_readable(source), formats=_formats()) as image:
                 _check_size(name, image.size)
                 yield image
         except (OSError, Image.DecompressionBombError, *BROKEN) as error:
             if isinstance(error, OSError) and error.filename is not None:  # missing, a folder, no permission: it names the file
                 raise
-            raise _named(name, error) from error
+            raise _named(source, name, error) from error
+
+
+def _readable(source: str | PathLike[str] | StoredImage) -> str | io.BytesIO:
+    if isinstance(source, StoredImage):
+        return io.BytesIO(source.read_bytes())
+    mode = os.stat(source).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe would wait for ever; a folder says what it is
+        raise ImageError("neither a file nor a link to one")
+    return os.fspath(source)
 
 
 def _shrunk(image: JpegImageFile, crop: DrawCrop, side: int) -> Box:
@@ -190,10 +200,11 @@ def _orientation(image: Image.Image) -> Any:
         return 1
 
 
-def _named(name: str, error: Exception) -> ImageError:
+def _named(source: str | PathLike[str] | StoredImage, name: str, error: Exception) -> ImageError:
     """The error with file and reason in its message, whatever PIL put there."""
     if isinstance(error, UnidentifiedImageError):
-        why = "the file is empty" if os.path.getsize(name) == 0 else f"none of {', '.join(_formats())}"
+        size = source.size if isinstance(source, StoredImage) else os.path.getsize(source)
+        why = "the file is empty" if size == 0 else f"none of {', '.join(_formats())}"
         return ImageError(f"cannot identify image file {name!r}: {why}")
     if isinstance(error, Image.DecompressionBombError):  # twice PIL's own limit, which is looked at first
         return ImageTooLargeError(f"unusable image {name!r}: more than {MAX_PIXELS:,} pixels")

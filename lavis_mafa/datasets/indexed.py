@@ -8,6 +8,7 @@ import os
 import random
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lavis_mafa.datasets.annotations import says_something, shortened
 from lavis_mafa.datasets.images import BROKEN
 from lavis_mafa.datasets.lavis_rows import image_keys as image_keys_of_rows
 from lavis_mafa.datasets.pixels import normalised, with_bytes
+from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import EmptyCaption
 
 LOOK_AHEAD = 32  # rows, for a stand-in from outside of a batch that is bad altogether
@@ -172,17 +174,23 @@ def generators_kept() -> Iterator[None]:
 
 
 def image_path(dataset: Any, index: int) -> str | None:
-    """Where sample ``index``'s image is, of two images both; None where the data set does not tell."""
+    """What sample ``index``'s image is called, of two images both; None where the data set does not tell."""
+    source = image_source_of(dataset, index)
+    return None if source is None else str(source)
+
+
+def image_source_of(dataset: Any, index: int) -> Source | None:
+    """Where it is; None likewise. Two images are named as one path, which is none."""
     dataset, index = _innermost(dataset, index)
     if hasattr(dataset, "image_path"):
-        path = dataset.image_path(index)
-        return None if path is None else str(path)
+        source = dataset.image_path(index)
+        return Path(source) if isinstance(source, str) else source
     annotation = getattr(dataset, "annotation", None)
     row = annotation[index] if isinstance(annotation, list) else None
     names = row.get("images", [row.get("image")]) if isinstance(row, dict) else []
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         return None
-    return " and ".join(os.path.join(getattr(dataset, "vis_root", None) or "", name) for name in names)
+    return Path(" and ".join(os.path.join(getattr(dataset, "vis_root", None) or "", name) for name in names))
 
 
 def _innermost(dataset: Any, index: int) -> tuple[Any, int]:

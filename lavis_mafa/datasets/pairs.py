@@ -3,7 +3,6 @@ with a label."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from lavis_mafa.datasets.formats import PAIRS, TWO, Columns
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import Id, collate_with_ids, pc, typed_ids
 from lavis_mafa.datasets.images import load_rgb
+from lavis_mafa.datasets.stored import Source, check_shards, image_source
 from lavis_mafa.errors import EmptyCaption, UserError
 
 Select = Callable[[pa.Table], pa.Table]
@@ -37,8 +37,8 @@ def open_annotations(
     allow_absolute_paths: bool = False,
     glance: int = 1,
 ) -> tuple[Path, pa.Table]:
-    """The image folder and the annotations, checked as far as a glance can: of one of the first ``glance`` rows every image must be
-    there."""
+    """The image folder and the annotations, checked as far as a glance can: all shards must be there, and of one of the first ``glance``
+    rows every image."""
     root = Path(vis_root)
     if not root.is_dir():
         raise UserError(
@@ -47,11 +47,12 @@ def open_annotations(
     table = read_annotations(ann_paths, columns, allow_absolute_paths)
     if select is not None:
         table = select(table)
-    rows = table.select(columns.images)[:glance].to_pylist()
-    absent = [[image for image in row.values() if not os.path.isfile(root / image)] for row in rows]
+    check_shards(root, table)
+    images = [[image_source(root, table, row, name) for name in columns.images] for row in range(min(glance, len(table)))]
+    absent = [[image for image in of_row if not image.is_file()] for of_row in images]
     if all(absent):
-        why = path_hint(root, absent[0][0]) or f"is {root} the folder the paths start from?"
-        raise UserError(f"{ann_paths[0]}, row 1: no image at {shown(root / absent[0][0])}; {why}")
+        why = path_hint(root, table[columns.images[0]][0].as_py()) or f"is {root} the folder the paths start from?"
+        raise UserError(f"{ann_paths[0]}, row 1: no image at {shown(absent[0][0])}; {why}")
     return root, table
 
 
@@ -115,8 +116,8 @@ class ImageTextPairs(_AnnotatedImages):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def image_path(self, index: int) -> Path:
-        return self.vis_root / self.table["image"][index].as_py()
+    def image_path(self, index: int) -> Source:
+        return image_source(self.vis_root, self.table, index)
 
     def captions(self, index: int) -> list[str]:
         return self.table["caption"][index].as_py()
@@ -130,11 +131,11 @@ class ImageTextPairs(_AnnotatedImages):
             OSError: the image cannot be read. The runner takes another sample in its place and counts it.
             EmptyCaption: processing leaves nothing of the caption; likewise.
         """
-        path, captions = self.image_path(index), self.captions(index)
+        source, captions = self.image_path(index), self.captions(index)
         read = getattr(self.vis_processor, "read", None)  # a processor that reads files itself may spare most of a large one
         caption = captions[0] if len(captions) == 1 else random.choice(captions)
         sample: dict[str, Any] = {
-            "image": self.vis_processor(load_rgb(path)) if read is None else read(path),
+            "image": self.vis_processor(load_rgb(source)) if read is None else read(source),
             "text_input": clean_caption(self.text_processor, caption),
             "index": index,
             "image_key": int(self.image_keys[index]),
@@ -176,7 +177,7 @@ class RetrievalPairs(_AnnotatedImages):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        first_rows: list[int] = []
+        self.first_rows = first_rows = list[int]()
         number: dict[str, int] = {}
         self.img2txt: dict[int, list[int]] = {}
         self.txt2img: dict[int, list[int]] = {}
@@ -225,11 +226,11 @@ class RetrievalPairs(_AnnotatedImages):
     def __len__(self) -> int:
         return len(self.image)
 
-    def image_path(self, index: int) -> Path:
-        return Path(self.image[index])
+    def image_path(self, index: int) -> Source:
+        return image_source(self.vis_root, self.table, self.first_rows[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.vis_processor(load_rgb(self.image[index])), "index": index, "image_id": self.image_ids[index]}
+        return {"image": self.vis_processor(load_rgb(self.image_path(index))), "index": index, "image_id": self.image_ids[index]}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         return collate_with_ids(samples, "image_id")
@@ -273,8 +274,8 @@ class ImageQuestions(Dataset):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def image_path(self, index: int) -> Path:
-        return self.vis_root / self.table["image"][index].as_py()
+    def image_path(self, index: int) -> Source:
+        return image_source(self.vis_root, self.table, index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample: ``image``, ``text_input`` (the question), ``question_id``, ``index``; and ``answers``, each once, with
@@ -347,8 +348,8 @@ class LabelledSentences(Dataset):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def image_path(self, index: int) -> Path | str:
-        return self.vis_root / self.table["image"][index].as_py()
+    def image_path(self, index: int) -> Source | str:
+        return image_source(self.vis_root, self.table, index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample: ``images``, ``text_input`` (the sentence), ``label``, ``sentence_id``, ``index``.
@@ -357,7 +358,7 @@ class LabelledSentences(Dataset):
             OSError: the image cannot be read. In training, the runner takes another sample in its place and counts it.
             EmptyCaption: processing leaves nothing of the sentence; likewise.
         """
-        paths = {name: self.vis_root / self.table[name][index].as_py() for name in self.images}
+        paths = {name: image_source(self.vis_root, self.table, index, name) for name in self.images}
         return {
             **{name: self.vis_processor(load_rgb(path)) for name, path in paths.items()},
             "text_input": clean_caption(self.text_processor, self.table["sentence"][index].as_py()[0]),
@@ -384,7 +385,7 @@ class Statements(LabelledSentences):
         return torch.arange(len(self))  # no two rows show the same one image
 
     def image_path(self, index: int) -> str:
-        return " and ".join(str(self.vis_root / self.table[name][index].as_py()) for name in self.images)
+        return " and ".join(str(image_source(self.vis_root, self.table, index, name)) for name in self.images)
 
 
 def ids_of_rows(table: pa.Table, name: str, source: str) -> list[Id]:

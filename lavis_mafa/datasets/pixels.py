@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from lavis_mafa.datasets.images import load_rgb
+from lavis_mafa.datasets.stored import StoredImage
 
 if TYPE_CHECKING:
     from lavis_mafa.processors import AlbefImageTrainProcessor
@@ -34,9 +35,9 @@ class Bytes:
     def __call__(self, image: Image.Image) -> Tensor:
         return self.augment(self.crop(image))
 
-    def read(self, path: str | PathLike[str]) -> Tensor:
+    def read(self, source: str | PathLike[str] | StoredImage) -> Tensor:
         """Raises what ``load_rgb`` does."""
-        return self.augment(self.crop.resized(load_rgb(path, self.crop.box, min(self.crop.size))))
+        return self.augment(self.crop.resized(load_rgb(source, self.crop.box, min(self.crop.size))))
 
 
 def with_bytes(dataset: Any) -> tuple[Any, Normalise | None]:

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +25,18 @@ from lavis_mafa.datasets.annotations import (
     ids_of_other_images,
     in_folder,
     is_printed_list,
-    leaves_folder,
+    leaves,
     path_hint,
     read_rows,
     shortened,
     shown,
 )
+from lavis_mafa.datasets.arrow_files import read_mapped
 from lavis_mafa.datasets.boxes import EXPRESSIONS
 from lavis_mafa.datasets.facts import TEXTS, check_facts
 from lavis_mafa.datasets.formats import (
     PAIRS,
+    ROWS_AT_ONCE,
     SAME_IMAGE,
     Columns,
     one_message,
@@ -42,8 +44,10 @@ from lavis_mafa.datasets.formats import (
 )
 from lavis_mafa.datasets.ids import is_missing, pc, typed_ids
 from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, load_rgb
+from lavis_mafa.datasets.stored import StoredImage, has_places, image_source, places_from
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 from lavis_mafa.files import replacing
+from lavis_mafa.tools.index_shards import arrow_file
 from lavis_mafa.tools.training_data import split_files
 
 BAD = {
@@ -71,7 +75,7 @@ OF_ROW = {
 }
 IMAGE_KINDS = ("", "missing", "unreadable", "too_large", "too_small")
 EXAMPLES, AT_ONCE = 3, 32
-SUFFIXES = (".jsonl", ".json")  # of cleaned annotations
+SUFFIXES = (".jsonl", ".json", ".arrow")  # of cleaned annotations
 TEXT_OF = {"grit_vqa": "question", "grit_entailment": "sentence", "grit_boxes": "text"}
 ASKED = {
     "question": Columns(single=("image",), several="question", optional=()),
@@ -81,6 +85,7 @@ ASKED = {
 SCHEMA = pa.schema(
     [("image", pa.string()), ("caption", TEXTS), ("image_id", pa.string()), ("path", pa.large_string()), ("leaves", pa.bool_())]
     + [("lists", pa.bool_()), ("id_of_another", pa.int64()), ("file_of", pa.int64()), ("number", pa.int64())]
+    + [("shard", pa.large_string()), ("offset", pa.int64()), ("size", pa.int64())]
 )
 Process = Callable[[str], str]
 Numbers = np.ndarray
@@ -107,13 +112,13 @@ class Source:
                 raise UserError(f"The image folder {root} does not exist; give the folder that the image paths start from.")
 
 
-def from_files(files: Sequence[Path], root: Path, allow_absolute_paths: bool) -> list[Source]:
-    """Files without a YAML; captions are cleaned as ``grit_pairs`` does by default."""
+def from_files(files: Sequence[Path], root: Path | None, allow_absolute_paths: bool) -> list[Source]:
+    """Files without a YAML; captions are cleaned as ``grit_pairs`` does by default. None is the folder of each file."""
     with warnings.catch_warnings():  # of LAVIS's dependencies
         warnings.simplefilter("ignore")
         from lavis_mafa.processors import AlbefCaptionProcessor
 
-    found = [AnnotationFile(path, root) for file in files for path in files_of(file, "--annotations")]
+    found = [AnnotationFile(path, root or path.parent) for file in files for path in files_of(file, "--annotations")]
     return [Source(found, AlbefCaptionProcessor(), allow_absolute_paths)]
 
 
@@ -171,6 +176,7 @@ class Rows:
     image_id: pa.ChunkedArray  # [N] null where there is none
     leaves: Numbers  # Bool [N], the path leaves the image folder
     path: pa.Array  # [U] the distinct images
+    place: pa.Table  # [U] where they lie inside larger files: `shard`, `offset`, `size`, null for those that do not
     image_of: Numbers  # [N] into `path`, -1 where there is no path, or one that must not be opened
     caption: pa.ChunkedArray  # [C] as written
     row_of: Numbers  # [C] the row of each caption
@@ -220,9 +226,12 @@ def read_sources(sources: Sequence[Source]) -> Rows:
     distinct = pc.drop_null(pc.unique(table["path"]))
     captions = pc.fill_null(pc.list_value_length(table["caption"]), 0).to_numpy()
     row_of = np.repeat(np.arange(len(table)), captions)
+    image_of = pc.fill_null(pc.index_in(table["path"], value_set=distinct), -1).to_numpy()
+    first = np.unique(image_of[image_of >= 0], return_index=True)[1]
     return Rows(
-        image_of=pc.fill_null(pc.index_in(table["path"], value_set=distinct), -1).to_numpy(),
+        image_of=image_of,
         path=distinct,
+        place=table.select(["shard", "offset", "size"]).take(np.flatnonzero(image_of >= 0)[first]),
         caption=pa.chunked_array([pc.list_flatten(chunk) for chunk in table["caption"].chunks], pa.string()),
         captions=captions,
         row_of=row_of,
@@ -244,9 +253,11 @@ def _read(source: Source, file: AnnotationFile) -> pa.Table:
 
 
 def _rows_of(source: Source, file: AnnotationFile, table: pa.Table, number: int) -> pa.Table:
-    count = len(table)
-    leaves = pc.fill_null(leaves_folder(table["image"]), False)
-    leaves = pc.and_(leaves, not source.allow_absolute_paths)
+    count, root = len(table), file.images or Path()
+    outside = leaves(file.path, table)
+    if "shard" in table.column_names:
+        outside = pc.or_(outside, pc.fill_null(leaves(file.path, table, "shard"), False))
+    outside = pc.and_(outside, not source.allow_absolute_paths)
     others, (again, first) = np.full(count, -1), ids_of_other_images(table)
     others[again] = first
     lists = np.zeros(count, bool)
@@ -256,21 +267,25 @@ def _rows_of(source: Source, file: AnnotationFile, table: pa.Table, number: int)
         "image": table["image"],
         "caption": table["caption"],
         "image_id": table["image_id"] if "image_id" in table.column_names else pa.nulls(count, pa.string()),
-        "path": _full_paths(file.images or Path(), pc.binary_join_element_wise(table["image"], source.image_ending, ""), leaves),
-        "leaves": leaves,
+        "path": _full_paths(root, pc.binary_join_element_wise(table["image"], source.image_ending, ""), outside),
+        "leaves": outside,
         "lists": lists,
         "id_of_another": others,
         "file_of": np.full(count, number),
         "number": np.arange(count),
     }
+    if has_places(table):
+        columns |= {"shard": _full_paths(root, table["shard"], outside), "offset": table["offset"], "size": table["size"]}
+    else:
+        columns |= {name: pa.nulls(count, SCHEMA.field(name).type) for name in ("shard", "offset", "size")}
     return pa.table(columns, schema=SCHEMA)
 
 
 def _full_paths(root: Path, image: pa.ChunkedArray, leaves: pa.ChunkedArray) -> pa.ChunkedArray:
     """As ``root / image`` would be; null where there is no path, or it must not be opened."""
-    image = image.cast(pa.large_string())
-    below = pc.binary_join_element_wise(pa.scalar(str(root), pa.large_string()), image, pa.scalar("/", pa.large_string()))
-    full = pc.if_else(pc.starts_with(image, "/"), image, below)
+    image = image.cast(pa.string()).cast(pa.large_string())
+    from_root = pc.binary_join_element_wise(pa.scalar(str(root), pa.large_string()), image, pa.scalar("/", pa.large_string()))
+    full = pc.if_else(pc.starts_with(image, "/"), image, from_root)
     usable = pc.and_(pc.not_equal(image, ""), pc.invert(leaves))
     return pc.if_else(usable, full, pa.scalar(None, pa.large_string()))
 
@@ -283,7 +298,7 @@ def judge(rows: Rows, sources: Sequence[Source], min_side: int, workers: int) ->
     for number, source in enumerate(sources):
         _judge_captions(rows, number, source.process)
     # its workers die with the command, read ahead no further than needed, and share the Arrow column
-    loader = DataLoader(_Images(rows.path, min_side), batch_size=AT_ONCE, num_workers=workers, collate_fn=list)
+    loader = DataLoader(_Images(rows, min_side), batch_size=AT_ONCE, num_workers=workers, collate_fn=list)
     looked_at = tqdm(itertools.chain.from_iterable(loader), total=len(rows.path), desc="images", unit="image", file=sys.stderr)
     for number, (kind, reason, content) in enumerate(looked_at):
         rows.bad_image[number], rows.content[number] = IMAGE_KINDS.index(kind), content
@@ -292,24 +307,24 @@ def judge(rows: Rows, sources: Sequence[Source], min_side: int, workers: int) ->
 
 
 class _Images(Dataset):
-    """Of each path: kind of ``IMAGE_KINDS``, reason, digest of the file's bytes; the first two are empty for a good image."""
+    """Of each distinct image: kind of ``IMAGE_KINDS``, reason, digest of its bytes; the first two are empty for a good image."""
 
-    def __init__(self, paths: pa.Array, min_side: int) -> None:
-        self.paths, self.min_side = paths, min_side
+    def __init__(self, rows: Rows, min_side: int) -> None:
+        self.table, self.min_side = rows.place.append_column("image", rows.path), min_side
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[str, str, int]:
-        path = self.paths[index].as_py()
+        source = image_source(Path(), self.table, index)
         try:
-            size = load_rgb(path).size
+            size = load_rgb(source).size
             if min(size) < self.min_side:
                 return "too_small", f"{size[0]}x{size[1]} pixels, but a side needs at least {self.min_side}", 0
-            digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8)
+            digest = hashlib.blake2b(source.read_bytes(), digest_size=8)
             return "", "", int.from_bytes(digest.digest(), "big")
         except FileNotFoundError:
-            return "missing", "", 0
+            return "missing", f"no shard {shown(source.file)}" if isinstance(source, StoredImage) else "", 0
         except OSError as error:
             kinds: dict[type, str] = {ImageTooLargeError: "too_large", ImageTooSmallError: "too_small"}
             return kinds.get(type(error), "unreadable"), str(error), 0
@@ -477,9 +492,12 @@ def check_target(path: Path) -> None:
         raise UserError(f"--clean: the folder {path.parent} does not exist.")
 
 
-def check_sources(sources: Sequence[Source]) -> None:
-    """Before anything heavy: their rows can be written as one file of images and captions; raises UserError."""
+def check_sources(sources: Sequence[Source], path: Path) -> None:
+    """Before anything heavy: their rows can be written to ``path`` as one file of images and captions; raises UserError."""
     files = [file for source in sources for file in source.files]
+    as_arrow = {ending(file.path) == ".arrow" for file in files}
+    if as_arrow != {path.suffix == ".arrow"}:
+        raise UserError(f"--clean is {str(path)!r}; allowed: of .arrow files another .arrow file, of others .jsonl or .json.")
     if any(source.text != "caption" for source in sources):
         raise UserError("--clean writes images with captions, but the run has splits without; check the others with --annotations.")
     if len({file.images for file in files}) > 1:
@@ -517,7 +535,10 @@ def write_clean(path: Path, rows: Rows) -> int:
     Raises:
         UserError: an annotation file was changed since it was checked, or a column that training ignores cannot be read.
     """
-    good = map(_as_json, tqdm(_good_records(rows), desc="clean", unit="row", file=sys.stderr))
+    records = tqdm(_good_records(rows), desc="clean", unit="row", file=sys.stderr)
+    if path.suffix == ".arrow":
+        return _write_arrow(path, rows, records)
+    good = map(_as_json, records)
     first = next(good, None)
     if first is None:
         return 0
@@ -528,6 +549,23 @@ def write_clean(path: Path, rows: Rows) -> int:
         written = 1 + sum(1 for text in good if file.write(between + text))
         file.write(end)
     return written
+
+
+def _write_arrow(path: Path, rows: Rows, records: Iterable[dict[str, Any]]) -> int:
+    """Where images lie is written, not their bytes."""
+    found = [{**one, "caption": [one["caption"]] if isinstance(one["caption"], str) else one["caption"]} for one in records]
+    if not found:
+        return 0
+    schemas = [read_mapped(file.path).schema for file in rows.files]
+    schemas = [schema.set(schema.get_field_index("caption"), pa.field("caption", TEXTS)) for schema in schemas]
+    try:
+        table = pa.Table.from_pylist(found, pa.unify_schemas(schemas))
+    except pa.ArrowTypeError as error:
+        raise UserError(f"--clean writes one file, but the files' columns differ ({error}); clean them one at a time.") from error
+    table = places_from(rows.files[0].images or Path(), table)
+    with arrow_file(path, table.schema) as writer:
+        writer.write_table(table, ROWS_AT_ONCE)
+    return len(found)
 
 
 def _good_records(rows: Rows) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageFile
 
 from lavis_mafa.datasets.images import on_white
+from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools.run_files import Run
 from lavis_mafa.tools.training_data import Annotated, read_annotated
@@ -57,9 +58,9 @@ class TrainingRows:
         place = self._find(index)
         return place[0].table["caption"][place[1]].as_py() if place else []
 
-    def image_path(self, index: int) -> Path | None:
+    def image_path(self, index: int) -> Source | None:
         place = self._find(index)
-        return place[0].root / place[0].table["image"][place[1]].as_py() if place else None
+        return place[0].image(place[1]) if place else None
 
     def matches(self, images: list[int], texts: list[int]) -> list[bool | None]:
         """[P] rows of images and of texts -> whether they truly match; None where that is not known.
@@ -229,12 +230,12 @@ class Thumbnails(_Once):
         super().__init__()
         self.left, self.left_bytes = at_most, at_most_bytes
 
-    def add(self, path: Path | None, otherwise: str) -> int:
+    def add(self, path: Source | None, otherwise: str) -> int:
         """The image's number; ``otherwise`` says what it is where there is no path."""
         name = str(path) if path is not None else otherwise
         return self.numbers[name] if name in self.numbers else self.number(name, self._entry(path, name))
 
-    def _entry(self, path: Path | None, name: str) -> dict[str, Any]:
+    def _entry(self, path: Source | None, name: str) -> dict[str, Any]:
         if path is None:
             return {"name": name, "problem": "image not known"}
         if not path.is_file():
@@ -251,15 +252,16 @@ class Thumbnails(_Once):
         return {"name": name, "problem": "not embedded"}
 
 
-def _data_url(path: Path) -> str:
+def _data_url(path: Source) -> str:
     """The image as a data URL, fitted into ``SIDE`` pixels."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # LAVIS sets it for the whole program
-    with Image.open(path) as image:
-        kind, small = image.format or "", max(image.size) <= SIDE and path.stat().st_size <= AS_IT_IS
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        kind, small = image.format or "", max(image.size) <= SIDE and len(content) <= AS_IT_IS
         image.draft("RGB", (2 * SIDE, 2 * SIDE))  # of a large JPEG, decode an eighth of the pixels
         picture = on_white(image)
     if small and kind in FORMATS:
-        return f"data:{FORMATS[kind]};base64," + base64.b64encode(path.read_bytes()).decode()
+        return f"data:{FORMATS[kind]};base64," + base64.b64encode(content).decode()
     return webp_url(picture)
 
 

@@ -21,10 +21,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lavis_mafa.datasets.annotations import absolute
 from lavis_mafa.datasets.facts import FACTS, TEXTS, check_facts, one_each
 from lavis_mafa.datasets.fingerprint import data_record
 from lavis_mafa.datasets.formats import SAME_IMAGE
 from lavis_mafa.datasets.ids import pc
+from lavis_mafa.datasets.stored import PLACE, places_from
 from lavis_mafa.distributed import broadcast_object, rank, world_size
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import SETTINGS, check_unfinished, replacing, write_text
@@ -114,12 +116,10 @@ class SourceRows:
         self.root = roots.pop() if len(roots) == 1 else None
         tables = []
         for part in parts:
-            table = part.table.select([name for name in ("image", "caption", "concept", *FACTS) if name in part.table.column_names])
-            if self.root is None:
-                image = table["image"]
-                below = pc.binary_join_element_wise(str(part.root.absolute()), image, "/")
-                table = table.set_column(0, "image", pc.if_else(pc.starts_with(image, "/"), image, below))
-            tables.append(table)
+            table = part.table.select(
+                [name for name in ("image", "caption", "concept", *FACTS, *PLACE) if name in part.table.column_names]
+            )
+            tables.append(places_from(self.root, table) if self.root is not None else absolute(table, part.root))
         check_facts([(f"data set {number}", table) for number, table in enumerate(tables, 1)])
         self.table = pa.concat_tables(tables, promote_options="default")
 
@@ -320,7 +320,7 @@ def pairs_table(source: SourceRows, image_keys: np.ndarray, candidates: pa.Table
     one image; ``source`` (original, mined); ``score``, Con-D's probability (of the caption that was drawn, where there are several;
     null where an image could not be read); ``image_sample`` and ``text_sample``, data set rows; where the data count several paths
     as one, ``same_image``, which tells ``grit_pairs``; where the data have them, ``concept``, null for a mined pair, or the image's
-    ``facts`` and the text's ``caption_facts``.
+    ``facts`` and the text's ``caption_facts``; where images lie inside larger files, ``PLACE``.
     """
     old, count = source.table, len(source)
     new = candidates.take(mined[np.argsort(-candidates["probability"].to_numpy()[mined], kind="stable")])
@@ -330,7 +330,7 @@ def pairs_table(source: SourceRows, image_keys: np.ndarray, candidates: pa.Table
     types |= {"source": pa.string(), "score": pa.float32(), "image_sample": pa.int64(), "text_sample": pa.int64()}
     types |= {SAME_IMAGE: pa.int64()} if several_paths else {}
     truth = {"concept": pa.string(), **FACTS}
-    types |= {name: kind for name, kind in truth.items() if name in old.column_names}
+    types |= {name: kind for name, kind in {**truth, **PLACE}.items() if name in old.column_names}
 
     def part(kind: str, image_rows: np.ndarray, text_rows: np.ndarray, **columns: Any) -> pa.Table:
         ids = image_keys[image_rows]
@@ -339,14 +339,15 @@ def pairs_table(source: SourceRows, image_keys: np.ndarray, candidates: pa.Table
         return pa.table({name: columns[name] for name in types}).cast(pa.schema(types))
 
     rows = np.arange(count)
-    as_written = {name: old[name] for name in ("caption", *truth) if name in old.column_names}
+    as_written = {name: old[name] for name in ("caption", *truth, *PLACE) if name in old.column_names}
     originals = part("original", rows, rows, image=old["image"], score=own_scores(candidates, count), **as_written)
     right: dict[str, Any] = {"concept": pa.nulls(new.num_rows, pa.string())}
     if "facts" in types:
         right = {"facts": old["facts"].take(new["image"]), "caption_facts": one_each(_claims_of(new["caption"], old))}
-    images, captions = old["image"].take(new["image"]), one_each(new["caption"])
+    right |= {name: old[name].take(new["image"]) for name in ("image", *PLACE) if name in old.column_names}
+    captions = one_each(new["caption"])
     image_rows, text_rows = new["image"].to_numpy(), new["text"].to_numpy()
-    additions = part("mined", image_rows, text_rows, image=images, caption=captions, score=new["probability"], **right)
+    additions = part("mined", image_rows, text_rows, caption=captions, score=new["probability"], **right)
     table = pa.concat_tables([originals, additions])
     if not pc.any(pc.greater(pc.list_value_length(table["caption"]), 1)).as_py():
         for name in {"caption", "caption_facts"}.intersection(types):

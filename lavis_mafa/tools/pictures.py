@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_mafa.config.schema import SoftMask
-from lavis_mafa.datasets.indexed import IndexedDataset, image_path, seeded
+from lavis_mafa.datasets.indexed import IndexedDataset, image_source_of, seeded
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit.sampler import first_occurrences
 from lavis_mafa.models.soft_masks import told_of, word_maps
@@ -325,10 +324,9 @@ def page_data(
 
     def row(number: int) -> dict[str, Any]:
         index = int(block.index[number])
-        path = image_path(dataset, index)
         return {
             "row": index,
-            "image": images.add(None if path is None else Path(path), f"row {index} of the data"),
+            "image": images.add(image_source_of(dataset, index), f"row {index} of the data"),
             "caption": block.captions[number],
         }
 

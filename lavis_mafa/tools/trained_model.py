@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.schema import RunBlock
-from lavis_mafa.datasets.indexed import IndexedDataset, image_path
+from lavis_mafa.datasets.indexed import IndexedDataset, image_source_of
+from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import UserError
 from lavis_mafa.runners.job import prepare
 from lavis_mafa.runners.loading import BadSamples
@@ -116,8 +117,8 @@ class _PairsOfGallery(Dataset):
             sample |= {"concept": int(self.gallery.concepts[image]), "text_key": int(self.gallery.text_keys[index])}
         return sample
 
-    def image_path(self, index: int) -> str | None:
-        return image_path(self.gallery, self._image(index))
+    def image_path(self, index: int) -> Source | None:
+        return image_source_of(self.gallery, self._image(index))
 
     def _image(self, text: int) -> int:
         image = self.gallery.txt2img[text]

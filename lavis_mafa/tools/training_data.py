@@ -38,6 +38,7 @@ from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, re
 from lavis_mafa.datasets.facts import TEXTS
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import pc
+from lavis_mafa.datasets.stored import Source, image_source
 from lavis_mafa.distributed import init_process_group
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import digest
@@ -132,6 +133,9 @@ class Annotated:
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def image(self, row: int) -> Source:
+        return image_source(self.root, self.table, row)
 
 
 def annotated(dataset: Any) -> Annotated:

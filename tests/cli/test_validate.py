@@ -186,7 +186,8 @@ NO_PATHS = {
     "lr_sched",
     "batch_scope",
 }
-NO_PATHS |= {"collect", "memory", "device", "dist_url", "dist_backend", "prompt", "rank_by", "mode", "generator", "by", "heat", "inference"}
+NO_PATHS |= {"collect", "memory", "device", "dist_url", "dist_backend", "prompt", "rank_by", "mode", "generator", "by", "heat"}
+NO_PATHS |= {"inference"}
 
 
 def test_paths_expand_in_every_setting_that_is_one(run_yaml, monkeypatch, tmp_path):

@@ -146,7 +146,7 @@ def test_image_keys_against_a_loop(paths: list[str], cut: int, grouped: bool) ->
         ("a.csv", "", "no rows"),
         ("a.csv", "image,caption\n", "no rows"),
         ("a.csv", "image,caption\na,b,c\n", "row 1: 'a,b,c' has 3 values, but the header names 2 columns"),
-        ("a.xml", "", "cannot read annotations from '.xml'; allowed: .json, .jsonl, .ndjson, .csv, .tsv, .parquet, or"),
+        ("a.xml", "", "cannot read annotations from '.xml'; allowed: .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, or"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -159,7 +159,7 @@ def test_pairs_of_a_gallery_know_their_image_and_its_truth():
     pairs = _PairsOfGallery(Gallery())
     for text, image in enumerate((1, 0, 1)):
         sample = pairs[text]
-        assert float(sample["image"]) == image == int(pairs.image_keys[text]) and pairs.image_path(text) == f"{image}.png"
+        assert float(sample["image"]) == image == int(pairs.image_keys[text]) and str(pairs.image_path(text)) == f"{image}.png"
         assert sample["concept"] == (2, 0)[image] and look.truth.text(sample["text_key"]) == sample["text_input"] == Gallery.text[text]
 
 
