@@ -37,8 +37,8 @@ def open_annotations(
     allow_absolute_paths: bool = False,
     glance: int = 1,
 ) -> tuple[Path, pa.Table]:
-    """The image folder and the annotations, checked as far as a glance can: all shards must be there, and of one of the first ``glance``
-    rows every image."""
+    """The image folder and the annotations, checked as far as a glance can: all shards must be there, and of one of the first
+    ``glance`` rows every image."""
     root = Path(vis_root)
     if not root.is_dir():
         raise UserError(
