@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_mafa.errors import UserError
-from lavis_mafa.files import replacing
+from lavis_mafa.files import replacing, run_checkpoint
 
 # of a folder, the first that is there: transformers' and diffusers' names, and accelerate's
 IN_FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -45,10 +45,13 @@ def shipped(name: str) -> Path:
     return CHECKPOINTS / f"{name}.safetensors"
 
 
-def by_name(text: str) -> str:
-    """Where weights are: at this path, or, where there is nothing, those of this name that come with the package."""
-    file = shipped(text)
-    return str(file) if file.is_file() and not Path(text).exists() else text
+def by_name(text: str, key: str) -> str:
+    """Where weights are: at this path, of a run's folder in its best checkpoint or its last; or, where there is nothing, those of
+    this name that come with the package. Raises UserError for a run without a checkpoint."""
+    path, file = Path(text).expanduser(), shipped(text)
+    if not path.exists():
+        return str(file) if file.is_file() else text
+    return str(run_checkpoint(path, key)) if path.is_dir() else text
 
 
 def weight_files(path: Path, key: str) -> list[Path]:

@@ -69,6 +69,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See `{self.prog} --help`.")
 
 
+class _Help(argparse.HelpFormatter):
+    """Indented lines, of examples, are kept as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(line if line.startswith(" ") else super(_Help, self)._fill_text(line, width, indent) for line in lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # threads that wait by spinning take the cores from the data loader: ten times slower on a busy two-core machine
@@ -132,7 +140,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             f"LAVIS 1.0.2 needs Python 3.11 or older, and this is {here}; lavis_mafa.objectives and lavis_mafa.grit work here."
         )
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, formatter_class=_Help)
         # only the asked command's module is imported: `lavis-mafa ls` must not wait for torch
         if asked == name:
             module = importlib.import_module(f"lavis_mafa.cli.{name.replace('-', '_')}")  # noqa: TID251 - of the table above

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lavis_mafa.cli.count_false_negatives import add_pass_arguments, refuse_meaningless, sizes
+from lavis_mafa.cli.count_false_negatives import add_pass_arguments, find_weights, refuse_meaningless, sizes
 from lavis_mafa.cli.options import positive, share
 from lavis_mafa.errors import UserError
 
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.files import check_unfinished
 
     check_unfinished(arguments.output, RESULT)
+    find_weights(arguments)
     from lavis_mafa.tools.training_data import check_pass, opened_pass
 
     config = check_pass(arguments.cfg_path, arguments.options, arguments.con_d)

