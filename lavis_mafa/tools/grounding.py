@@ -30,7 +30,7 @@ from lavis_mafa.tools.significance import Accuracy
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 CORNERS = ("left", "top", "right", "bottom")
-COLUMNS = Columns(single=("image", "text", "box"), several="boxes", optional=())
+COLUMNS = Columns(single=("image", "text", "box"), several="boxes", optional=(), hint="")
 FIGURES = {
     "quadrant": "hottest quadrant has the box's middle",
     "point": "hottest point is in the box",
