@@ -32,6 +32,7 @@ COMMANDS = {
     "check-data": "find images and captions that training could not use, and write annotations without them",
     "build-emoji": "build the embedded emoji data into a folder",
     "build-scenes": "build scenes of emoji whose truth is known, with questions and sentences about them",
+    "init": "write a YAML for one's own pairs, whose sizes fit data and machine",
     "validate": "check YAMLs without running them",
     "ls": "list the project YAMLs that come with this package",
     "cp": "copy one of them to edit it",
