@@ -151,30 +151,36 @@ def fitted(rows: int, model: str, size: str, gpu_memory: float | None, cores: in
     )
 
 
-def _con_d(name: str, model: str, size: str) -> dict[str, Any]:
-    """The ``discriminator`` block of a Con-D by name: its family, and its sizes where they are not the model's; raises UserError."""
-    from lavis_mafa.config.checkpoints import OF_MODEL, check_kind, kind_of, shapes_of, sizes_of
+def con_d_block(name: str, flag: str) -> dict[str, Any]:
+    """``arch`` and ``model_type`` of a checkpoint with a matching head, by its names and shapes; raises UserError."""
+    from lavis_mafa.config.checkpoints import OF_MODEL, kind_of, shapes_of, sizes_of
     from lavis_mafa.config.schema import WITH_MATCHING, model_types, type_defaults
     from lavis_mafa.weights import by_name
 
-    shapes = shapes_of(by_name(name, "--con-d"), "--con-d")
-    arch = next((arch for arch in WITH_MATCHING if OF_MODEL[arch] == kind_of(shapes)), None)
+    shapes = shapes_of(by_name(name, flag), flag)
+    kind, own = kind_of(shapes), sizes_of(shapes)
+    arch = next((arch for arch in WITH_MATCHING if OF_MODEL[arch] == kind), None)
     if arch is None:
-        check_kind(shapes, OF_MODEL[f"{model}_mafa"], f"--con-d: {name}", f"{model}_mafa")
-    assert arch is not None
-    own = sizes_of(shapes)
+        allowed = ", ".join(OF_MODEL[arch] for arch in WITH_MATCHING)
+        raise UserError(f"{flag}: {name} is {kind or 'something else'}; allowed: {allowed}.")
+    for model_type in model_types(arch):
+        sizes = type_defaults(arch, model_type)["model"]
+        if all(sizes.get(part, {}).get(key) == value for part, of_part in own.items() for key, value in of_part.items()):
+            return {"arch": arch, "model_type": model_type}
+    known = ", ".join(model_types(arch))
+    raise UserError(f"{flag}: {name} has other sizes than {arch}'s ({known}); name it in a YAML, with its sizes.")
 
-    def same(kind: str) -> bool:
-        sizes = type_defaults(arch, kind)["model"]
-        return all(sizes.get(part, {}).get(key) == value for part, of_part in own.items() for key, value in of_part.items())
 
-    kinds = [kind for kind in model_types(arch) if same(kind)]
-    if not kinds:
-        known = ", ".join(model_types(arch))
-        raise UserError(f"--con-d: {name} has other sizes than {arch}'s ({known}); name it in a YAML, with its sizes.")
-    sizes = {} if (arch, kinds[0]) == (f"{model}_mafa", size) else {"model_type": kinds[0]}
-    if sizes and kinds[0] != size:
-        sizes["image_size"] = type_defaults(arch, kinds[0])["model"]["image_encoder"]["image_size"]
+def _con_d(name: str, model: str, size: str) -> dict[str, Any]:
+    """The ``discriminator`` block of a Con-D by name: its family, and its sizes where they are not the model's; raises UserError."""
+    from lavis_mafa.config.schema import type_defaults
+
+    found = con_d_block(name, "--con-d")
+    arch, kind, sizes = found["arch"], found["model_type"], {}
+    if (arch, kind) != (f"{model}_mafa", size):
+        sizes = {"model_type": kind}
+        if kind != size:
+            sizes["image_size"] = type_defaults(arch, kind)["model"]["image_encoder"]["image_size"]
     return {"arch": arch, "checkpoint": json.dumps(name), "sizes": sizes}
 
 

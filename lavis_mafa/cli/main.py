@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "is one run better than another: retrieval query by query, with intervals and p",
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
     "check-data": "find images and captions that training could not use, and write annotations without them",
+    "audit": "check, count and mine one's pairs before any training, on one page",
     "build-emoji": "build the embedded emoji data into a folder",
     "build-scenes": "build scenes of emoji whose truth is known, with questions and sentences about them",
     "init": "write a YAML for one's own pairs, whose sizes fit data and machine",
@@ -40,7 +41,7 @@ COMMANDS = {
 
 
 # flags and arguments that are paths, beside those of type Path
-PATHS = ("cfg_path", "yaml", "con_d", "base", "finetune", "resume")
+PATHS = ("cfg_path", "yaml", "con_d", "miner", "base", "finetune", "resume")
 
 
 class _Store(argparse.Action):

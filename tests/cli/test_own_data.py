@@ -1,7 +1,11 @@
-"""`lavis-mafa init`: sizes that GRIT takes, whatever the data; a YAML that is valid and trains."""
+"""`lavis-mafa audit` and `init`: one page before any training, and a YAML that is valid and trains."""
 
 from __future__ import annotations
 
+import json
+import re
+
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
@@ -104,3 +108,55 @@ def test_a_mistake_is_one_message_and_writes_nothing(work, refused, changed, mes
     flags = {"--data": GIVEN[1], "--images": GIVEN[3], "--model": "albef", "--size": "tiny", "--output": "my.yaml"} | changed
     assert message in refused("init", *(text for pair in flags.items() for text in pair))
     assert not (work / "my.yaml").exists()
+
+
+# --- audit ----------------------------------------------------------------------------------------------------------------
+
+
+def data_of(page: str) -> dict:
+    """What the page's script shows."""
+    return json.loads(re.search(r'<script type="application/json" id="connections">(.*?)</script>', page, re.S)[1])
+
+
+def test_audit_without_a_con_d_checks_and_says_what_one_would_tell(work, tmp_path, capsys):
+    assert main(["audit", "data/pairs.jsonl", "--images", "data/images", "--workers", "0", "--output", str(tmp_path / "a")]) == 0
+    page = (tmp_path / "a/audit.html").read_text()
+    assert "What a Con-D would tell" in page and "Training can use all rows as they are" in page and 'id="connections"' not in page
+    assert json.loads((tmp_path / "a/audit.json").read_text())["count"] is None
+    assert "image and caption of another row" in capsys.readouterr().out
+
+
+def test_audit_is_check_count_and_mine_on_one_page(work, tmp_path):
+    """A bad row is told, and left out of what Con-D is asked about."""
+    rows = [json.loads(line) for line in (work / "data/pairs.jsonl").read_text().splitlines()]
+    rows[3]["image"], rows[4]["caption"] = "gone.png", "<script>alert(1)</script>"
+    named = [{"path": row["image"], "text": row["caption"]} for row in rows]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    call = ["audit", str(tmp_path / "p.jsonl"), "--images", "data/images", "--columns", "image=path", "caption=text", "--workers", "0"]
+    folder = tmp_path / "audit"
+    assert main([*call, "--con-d", "output/con_d/latest", "--miner", "output/con_d/latest", "--output", str(folder)]) == 1
+    page, results = (folder / "audit.html").read_text(), json.loads((folder / "audit.json").read_text())
+    assert results["check"]["kinds"]["missing"]["rows"] == 1 and "1 of 32 rows are bad" in page
+    assert results["count"]["samples"] == results["mine"]["samples"] == 31
+    assert results["count"] == json.loads((folder / "count/count.json").read_text())
+    assert [way["sampling"] for way in results["count"]["ways"]] == ["random", "GRIT"]
+    shown = data_of(page)
+    judged = {(row["direction"], row["image"], row["text"]) for row in pq.read_table(folder / "mine/connections.parquet").to_pylist()}
+    assert len(shown["connections"]) == len({pair for pair in judged if min(pair[1:]) >= 0}) > 10
+    assert shown["images"][0]["src"].startswith("data:image/") and "<script>alert(1)</script>" not in page
+    assert "cannot judge these data" in page, "two steps make no judge"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--miner", "output/con_d/latest"], "--miner finds candidates for a Con-D to judge; give --con-d too"),
+        (["--output", "output"], "--output: output holds files of something else"),
+        (["--con-d", "nothere.pth"], "--con-d is 'nothere.pth', but there is no such file"),
+        (["--columns", "image=path"], "no column 'path', which columns names for image"),
+        (["--images", "nothere"], "The image folder nothere does not exist"),
+    ],
+)
+def test_a_mistake_of_audit_is_one_message(work, refused, flags, message):
+    assert message in refused("audit", "data/pairs.jsonl", *([] if "--images" in flags else ["--images", "data/images"]), *flags)
+    assert not (work / "output/audit").exists()
