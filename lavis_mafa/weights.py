@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_mafa.errors import UserError
-from lavis_mafa.files import replacing, run_checkpoint
+from lavis_mafa.files import replacing
 
 # of a folder, the first that is there: transformers' and diffusers' names, and accelerate's
 IN_FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -43,15 +43,6 @@ CHECKPOINTS = Path(__file__).with_name("checkpoints")
 def shipped(name: str) -> Path:
     """Weights that come with the package, such as ``scenes_con_d``; ``checkpoints/README.md`` says what they are."""
     return CHECKPOINTS / f"{name}.safetensors"
-
-
-def by_name(text: str, key: str) -> str:
-    """Where weights are: at this path, of a run's folder in its best checkpoint or its last; or, where there is nothing, those of
-    this name that come with the package. Raises UserError for a run without a checkpoint."""
-    path, file = Path(text).expanduser(), shipped(text)
-    if not path.exists():
-        return str(file) if file.is_file() else text
-    return str(run_checkpoint(path, key)) if path.is_dir() else text
 
 
 def weight_files(path: Path, key: str) -> list[Path]:

@@ -86,9 +86,9 @@ def _add_common(parser: argparse.ArgumentParser, size: str, samples: str = "samp
 def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         arguments.output = Path("output") / arguments.kind
-    from lavis_mafa.weights import by_name
+    from lavis_mafa.named_weights import fetched
 
-    arguments.checkpoint = Path(by_name(str(arguments.checkpoint), "--checkpoint"))
+    arguments.checkpoint = Path(fetched(str(arguments.checkpoint), "--checkpoint"))
     arguments.analyse(arguments)
     return 0
 

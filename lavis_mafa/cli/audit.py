@@ -86,8 +86,10 @@ def _check(arguments: argparse.Namespace, columns: dict[str, str]) -> dict[str, 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     """The ``model`` block of the pass: of the miner, with Con-D as its ``discriminator``, or of Con-D itself; raises UserError."""
+    from lavis_mafa.cli.count_false_negatives import find_weights
     from lavis_mafa.cli.init import con_d_block
 
+    find_weights(arguments)
     judge = con_d_block(arguments.con_d, "--con-d")
     if arguments.miner is None:
         return {"arch": judge["arch"], "model_type": judge["model_type"], "ecm": {"enabled": False}, "itc": {"smoothing": 0}}

@@ -54,11 +54,11 @@ def sizes(arguments: argparse.Namespace, config: Any) -> tuple[list[int], list[i
 
 def find_weights(arguments: argparse.Namespace) -> None:
     """``--con-d`` and ``--miner`` become files, whether they are named by a path, a run's folder or a name; raises UserError."""
-    from lavis_mafa.weights import by_name
+    from lavis_mafa.named_weights import fetched
 
     for name, flag in (("con_d", "--con-d"), ("miner", "--miner")):
         if (given := getattr(arguments, name, None)) is not None:
-            setattr(arguments, name, by_name(given, flag))
+            setattr(arguments, name, fetched(given, flag))
 
 
 def refuse_meaningless(found: Iterable[Medians], force: bool) -> None:

@@ -152,12 +152,20 @@ def fitted(rows: int, model: str, size: str, gpu_memory: float | None, cores: in
 
 
 def con_d_block(name: str, flag: str) -> dict[str, Any]:
-    """``arch`` and ``model_type`` of a checkpoint with a matching head, by its names and shapes; raises UserError."""
+    """``arch`` and ``model_type`` of a checkpoint with a matching head, by its names and shapes, or where LAVIS's is still to be
+    downloaded by its name; raises UserError."""
     from lavis_mafa.config.checkpoints import OF_MODEL, kind_of, shapes_of, sizes_of
-    from lavis_mafa.config.schema import WITH_MATCHING, model_types, type_defaults
-    from lavis_mafa.weights import by_name
+    from lavis_mafa.config.schema import FAMILIES, WITH_MATCHING, model_types, type_defaults
+    from lavis_mafa.named_weights import PREFIX, by_name
 
-    shapes = shapes_of(by_name(name, flag), flag)
+    path = by_name(name, flag)
+    if path.startswith(PREFIX):
+        lavis = path.removeprefix(PREFIX).split("/")[0]
+        if not FAMILIES.get(lavis):
+            allowed = ", ".join(f"{PREFIX}{arch}/..." for arch in FAMILIES if FAMILIES[arch] and arch not in WITH_MATCHING)
+            raise UserError(f"{flag}: {name} has no matching head; allowed: {allowed}.")
+        return {"arch": FAMILIES[lavis], "model_type": "base"}
+    shapes = shapes_of(path, flag)
     kind, own = kind_of(shapes), sizes_of(shapes)
     arch = next((arch for arch in WITH_MATCHING if OF_MODEL[arch] == kind), None)
     if arch is None:

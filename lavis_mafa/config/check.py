@@ -40,7 +40,8 @@ from lavis_mafa.config.schema import (
 )
 from lavis_mafa.errors import Mistakes, UserError, did_you_mean
 from lavis_mafa.files import run_checkpoint
-from lavis_mafa.weights import by_name, read_checkpoint
+from lavis_mafa.named_weights import PREFIX, by_name, fetched
+from lavis_mafa.weights import read_checkpoint
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
@@ -133,6 +134,7 @@ def check_lavis(config: DictConfig) -> Checked:
         UserError: a mistake.
     """
     expand_settings(config)
+    fetch_named(config, judges=not config.run.get("evaluate", False))
     run, own = typed_block("run", config.run), plain(config.model)
     own |= _without_judge_and_teacher(own) if run.evaluate else {}
     model = typed_block("model", own) if own["arch"] in MODEL_BLOCKS else None
@@ -206,6 +208,20 @@ def expand_settings(config: Any) -> None:
     for key in map("{}.build_info".format, datasets if isinstance(datasets, dict | DictConfig) else ()):
         _expand_all(at(datasets, key), f"datasets.{key}", found)
     found.end()
+
+
+def fetch_named(config: Any, judges: bool = True) -> list[str]:
+    """Download weights that a configuration names as ``lavis:ARCH/TYPE`` and set their files; what was set, as overrides.
+
+    ``judges``: Con-D is asked. Raises UserError: a download fails.
+    """
+    options = []
+    for key in (key for key, kind in PATHS.items() if kind == "weights" and (judges or not key.startswith("model.discriminator."))):
+        if isinstance(name := at(config, key), str) and name.startswith(PREFIX):
+            parent, _, last = key.rpartition(".")
+            at(config, parent)[last] = fetched(name, key)
+            options.append(f"{key}={at(config, key)}")
+    return options
 
 
 def _expand_all(node: Any, key: str, found: Mistakes) -> None:
@@ -312,6 +328,8 @@ def _is_there(key: str, kind: str, value: Any, lavis: bool, found: Mistakes) -> 
         return True
     if not isinstance(value, str):
         found.add(f"{key} is {value!r}, but must be the path of a file.")
+        return False
+    if kind == "weights" and value.startswith(PREFIX):  # a job downloads it before it starts
         return False
     there = Path(value).exists() if kind == "weights" and not lavis else Path(value).is_file()
     if not there and not (lavis and "://" in value):

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
-from lavis_mafa.config.check import OURS, Checked, check_device, check_evaluates, check_splits, examine
+from lavis_mafa.config.check import OURS, Checked, check_device, check_evaluates, check_splits, examine, fetch_named
 from lavis_mafa.config.data import SETTINGS, SPLITS, check_lavis_info, check_processor, own_splits
 from lavis_mafa.config.read import at, find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS
@@ -45,6 +45,9 @@ def prepare(
     """
     checked, found = examine(name, options, files)
     found.end()
+    if files and (named := fetch_named(checked.config, getattr(getattr(checked.model, "ecm", None), "enabled", False))):
+        checked, found = examine(name, [*options, *named], files)  # now their kinds and sizes are known
+        found.end()
     if runs:
         found(check_evaluates, checked.config.run)
         found.end()

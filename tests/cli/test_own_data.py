@@ -77,6 +77,21 @@ def test_every_model_and_size_is_valid(work, model, size, con_d):
     assert main(["validate", name]) == 0, "the Con-D of another family has its own sizes"
 
 
+def test_a_con_d_of_lavis_is_named_and_not_downloaded(work, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    call = ["init", *GIVEN, "--model", "albef", "--size", "tiny", "--output", "lavis.yaml", "--con-d"]
+    assert "has no matching head; allowed: lavis:albef_retrieval/..., lavis:blip_" in refused(*call, "lavis:albef_vqa/vqav2")
+    assert main([*call, "lavis:albef_retrieval/coco"]) == 0 and main(["validate", "lavis.yaml"]) == 0
+    con_d = yaml.safe_load((work / "lavis.yaml").read_text())["model"]["discriminator"]
+    assert con_d == {
+        "arch": "albef_mafa",
+        "checkpoint": "lavis:albef_retrieval/coco",
+        "model_type": "base",
+        "image_size": 256,
+        "precision": "fp32",
+    }
+
+
 def test_odd_names_are_written_so_that_they_are_read_again(work):
     folder = work / 'it\'s "odd": #1'
     folder.mkdir()
