@@ -15,14 +15,11 @@ PAGE, YAML, CLEAN, RESULT = "audit.html", "data.yaml", "clean.jsonl", "audit.jso
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = """examples:
-  lavis-mafa audit pairs.csv --images images
-  lavis-mafa audit pairs.csv --images images --con-d output/con_d/latest
-  lavis-mafa audit cc3m.tsv --columns image=filepath caption=title --images /data/cc3m \\
-      --con-d lavis:albef_retrieval/coco --samples 20000
-Every file is checked as by check-data. With a Con-D the pairs are searched for false negatives as by count-false-negatives, and for
-missing connections as by mine, whose outputs are in the folder too.
-Exit code: 0 if no row is bad, 1 if some are, 2 for a mistake."""
+    parser.epilog = (
+        "Every file is checked as by check-data. With a Con-D the pairs are searched for false negatives as by count-false-negatives, "
+        "and for missing connections as by mine, whose outputs are in the folder too. Exit code: 0 if no row is bad, 1 if some are, 2 "
+        "for a mistake."
+    )
     add = parser.add_argument
     add("data", type=Path, nargs="+", metavar="FILE", help="image-text pairs: .csv, .tsv, .json, .jsonl, .parquet, or folders of them")
     add("--images", type=Path, required=True, metavar="DIR", help="the folder that image paths start from")

@@ -10,10 +10,6 @@ from lavis_mafa.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = """examples:
-  lavis-mafa evaluate output/mafa/latest
-  lavis-mafa evaluate output/mafa/latest --options run.test_splits=[test] run.batch_size_eval=128
-  lavis-mafa evaluate --cfg-path mafa/albef/eval/retrieval_own.yaml --options model.pretrained=output/mafa/latest"""
     what = parser.add_mutually_exclusive_group(required=True)
     text = "folder of a run: its best checkpoint, else its last, with its own settings, on its test splits, else those it validated on"
     what.add_argument("folder", nargs="?", type=Path, metavar="RUN", help=text)

@@ -23,13 +23,7 @@ LEAST = 8  # rows of which a run can be made
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = """examples:
-  lavis-mafa init --data pairs.csv --images images --model albef --size tiny --output con_d.yaml
-  lavis-mafa train --cfg-path con_d.yaml
-  lavis-mafa init --data pairs.csv --images images --model albef --size tiny --con-d output/con_d/latest --output mafa.yaml
-  lavis-mafa init --data cc3m.tsv --columns image=filepath caption=title --images /data/cc3m --model blip --size base \\
-      --con-d lavis:blip_retrieval/coco --output cc3m.yaml
-Without --con-d the YAML trains without MAFA: what comes of it can be Con-D."""
+    parser.epilog = "Without --con-d the YAML trains without MAFA: what comes of it can be Con-D."
     add = parser.add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="FILE", help="pairs to train on: .csv, .tsv, .json, .jsonl, .parquet")
     add("--images", type=Path, required=True, metavar="DIR", help="the folder that image paths start from")
