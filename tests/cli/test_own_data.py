@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -175,3 +177,23 @@ def test_audit_is_check_count_and_mine_on_one_page(work, tmp_path):
 def test_a_mistake_of_audit_is_one_message(work, refused, flags, message):
     assert message in refused("audit", "data/pairs.jsonl", *([] if "--images" in flags else ["--images", "data/images"]), *flags)
     assert not (work / "output/audit").exists()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_page_run_as_they_stand(tmp_path, monkeypatch, written_pairs, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in written_pairs(tmp_path / "data", 32).read_text().splitlines()]
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows))
+    (tmp_path / "images").symlink_to(tmp_path / "data/images")
+    page = (Path(__file__).parents[2] / "docs/own-data.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    assert len(commands) == 8
+    for command in commands:
+        _, *flags = shlex.split(command)
+        if flags[0] == "train":
+            assert main(["validate", flags[-1]]) == 0
+            flags += ["--options", "run.max_steps=2", "run.num_workers=0"]
+        assert main(flags) == 0, capsys.readouterr().err
+    assert (tmp_path / "report.html").is_file()
