@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -89,10 +88,9 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     find_weights(arguments)
     judge = con_d_block(arguments.con_d, "--con-d")
     if arguments.miner is None:
-        return {"arch": judge["arch"], "model_type": judge["model_type"], "ecm": {"enabled": False}, "itc": {"smoothing": 0}}
-    miner = con_d_block(arguments.miner, "--miner")
-    discriminator = {**judge, "checkpoint": arguments.con_d}
-    return {"arch": miner["arch"], "model_type": miner["model_type"], "discriminator": discriminator}
+        return {**judge, "ecm": {"enabled": False}, "itc": {"smoothing": 0}}
+    discriminator = {"arch": judge["arch"], "model_type": judge["model_type"], "checkpoint": arguments.con_d}
+    return {**con_d_block(arguments.miner, "--miner"), "discriminator": discriminator}
 
 
 def _judged(
@@ -194,7 +192,6 @@ def _connections(arguments: argparse.Namespace, counted: dict[str, Any], mined: 
     return {
         "counted": counted,
         "count_text": format_count(counted),
-        "count_plot": base64.b64encode((folder / "count" / "count.png").read_bytes()).decode(),
         "mined": mined,
         "mine_text": format_mined(mined),
         "histograms": [score_histogram(str(arguments.con_d), 0, scores, ecm.threshold, ecm.ambiguous_from)] if scores else [],

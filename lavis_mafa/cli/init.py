@@ -146,8 +146,8 @@ def fitted(rows: int, model: str, size: str, gpu_memory: float | None, cores: in
 
 
 def con_d_block(name: str, flag: str) -> dict[str, Any]:
-    """``arch`` and ``model_type`` of a checkpoint with a matching head, by its names and shapes, or where LAVIS's is still to be
-    downloaded by its name; raises UserError."""
+    """The ``model`` block of a checkpoint with a matching head: ``arch`` and ``model_type`` by its names and shapes, or where LAVIS's
+    is still to be downloaded by its name; and of a run with a vocabulary of its own that. Raises UserError."""
     from lavis_mafa.config.checkpoints import OF_MODEL, kind_of, shapes_of, sizes_of
     from lavis_mafa.config.schema import FAMILIES, WITH_MATCHING, model_types, type_defaults
     from lavis_mafa.named_weights import PREFIX, by_name
@@ -168,9 +168,20 @@ def con_d_block(name: str, flag: str) -> dict[str, Any]:
     for model_type in model_types(arch):
         sizes = type_defaults(arch, model_type)["model"]
         if all(sizes.get(part, {}).get(key) == value for part, of_part in own.items() for key, value in of_part.items()):
-            return {"arch": arch, "model_type": model_type}
+            return {"arch": arch, "model_type": model_type, **_vocabulary(Path(path), arch, sizes["tokenizer"])}
     known = ", ".join(model_types(arch))
     raise UserError(f"{flag}: {name} has other sizes than {arch}'s ({known}); name it in a YAML, with its sizes.")
+
+
+def _vocabulary(checkpoint: Path, arch: str, default: str) -> dict[str, Any]:
+    """The settings of a run that has another tokenizer than its type, whose word embeddings begin with no BERT's."""
+    from lavis_mafa.config.read import at, read_settings
+
+    config = checkpoint.with_name("config.yaml")
+    tokenizer = at(read_settings(config, []), "model.tokenizer") if config.is_file() else None
+    if tokenizer in (None, default):
+        return {}
+    return {"tokenizer": tokenizer, "qformer" if arch == "blip2_mafa" else "text_encoder": {"init": None}}
 
 
 def _con_d(name: str, model: str, size: str) -> dict[str, Any]:
@@ -183,7 +194,8 @@ def _con_d(name: str, model: str, size: str) -> dict[str, Any]:
         sizes = {"model_type": kind}
         if kind != size:
             sizes["image_size"] = type_defaults(arch, kind)["model"]["image_encoder"]["image_size"]
-    return {"arch": arch, "checkpoint": json.dumps(name), "sizes": sizes}
+    own = {key: value for key, value in found.items() if key not in ("arch", "model_type")}
+    return {"arch": arch, "checkpoint": json.dumps(name), "sizes": sizes, "own": own}
 
 
 def _folder(output: Path) -> str:
@@ -211,6 +223,7 @@ def _yaml(arguments: argparse.Namespace, columns: dict[str, str], con_d: dict[st
         size=arguments.size,
         half_on_cpu=not gpu and image_encoder.get("precision") == "fp16",
         con_d=con_d,
+        words={key: json.dumps(value, ensure_ascii=False) for key, value in con_d["own"].items()} if con_d else {},
         pretrained=con_d["checkpoint"] if con_d and arguments.size == "tiny" and not con_d["sizes"] else None,
         splits={split: _written(files) for split, files in splits.items() if files},
         images=json.dumps(str(arguments.images), ensure_ascii=False),

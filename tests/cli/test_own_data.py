@@ -79,6 +79,19 @@ def test_every_model_and_size_is_valid(work, model, size, con_d):
     assert main(["validate", name]) == 0, "the Con-D of another family has its own sizes"
 
 
+def test_a_con_d_with_words_of_its_own(work, tmp_path):
+    """It is in the run's settings; the model that it judges for has the same."""
+    words = tmp_path / "vocab.txt"
+    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "square", "red", "green", "blue"]) + "\n")
+    options = [f"model.tokenizer={words}", "model.text_encoder.init=null", "run.output_dir=output/words", "run.max_steps=1"]
+    assert main(["train", "--cfg-path", "con_d.yaml", "--options", *options, "run.num_workers=0"]) == 0
+    call = ["init", *GIVEN, "--model", "albef", "--size", "tiny", "--con-d", "output/words/latest", "--output", "words.yaml"]
+    assert main(call) == 0 and main(["validate", "words.yaml"]) == 0
+    assert yaml.safe_load((work / "words.yaml").read_text())["model"]["tokenizer"] == str(words)
+    call = ["audit", "data/pairs.jsonl", "--images", "data/images", "--con-d", "output/words/latest", "--workers", "0"]
+    assert main([*call, "--samples", "8", "--output", str(tmp_path / "audit")]) == 0
+
+
 def test_a_con_d_of_lavis_is_named_and_not_downloaded(work, tmp_path, monkeypatch, refused):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     call = ["init", *GIVEN, "--model", "albef", "--size", "tiny", "--output", "lavis.yaml", "--con-d"]
