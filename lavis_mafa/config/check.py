@@ -593,7 +593,8 @@ def _checkpoints(model: Any, evaluate: bool) -> Iterator[str]:
     if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and model.ecm.enabled:
         yield (
             "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
-            f"Set it to the file of a trained {con_d.arch} (--options model.discriminator.checkpoint=PATH)."
+            f"Set it to the file of a trained {con_d.arch}, a run's folder or a name such as lavis:albef_retrieval/coco "
+            "(--options model.discriminator.checkpoint=PATH)."
         )
     if evaluate and not model.pretrained:
         yield (

@@ -39,6 +39,14 @@ def test_renamed_columns_give_the_same_table(tmp_path, kind, suffix):
         read_annotations([wrong], KINDS[kind])
 
 
+def test_what_is_told_counts_more_than_the_second_name_that_is_known(tmp_path):
+    """A file of sentences may call them captions; one that has both is told which."""
+    rows = [{"image": "a.png", "caption": "a photo", "hypothesis": "a dog", "label": "neutral"}]
+    file = AnnotationFile(write(tmp_path / "a.jsonl", rows), columns={"sentence": "hypothesis"})
+    assert read_annotations([file], SENTENCES)["sentence"].to_pylist() == [["a dog"]]
+    assert read_annotations([file.path], SENTENCES)["sentence"].to_pylist() == [["a photo"]]
+
+
 def test_a_quotation_mark_that_nobody_closes_is_found_under_any_name(tmp_path):
     (tmp_path / "a.csv").write_text('filepath,title\na.png,"a dog\nb.png,a cat\nc.png,"a ""bird"""\n')
     with pytest.raises(UserError, match="is not closed before the next row, 'b.png,a cat'"):
