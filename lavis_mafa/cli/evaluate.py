@@ -48,6 +48,8 @@ def _of_run(folder: Path) -> tuple[str, list[str]]:
         raise UserError(f"the run {folder} has no checkpoint.")
     arch = at(settings, "model.arch")
     options = ["run.evaluate=true", "run.resume_ckpt_path=null", f"run.output_dir={checkpoint.parent.parent}"]
+    # what it was trained from and with need no longer be there
+    options += [f"{key}=null" for key in ("model.stage_1", "model.discriminator") if at(settings, key) is not None]
     if arch in MODEL_BLOCKS:
         options += [f"model.pretrained={checkpoint}", *(f"model.{part}.init=null" for part in COVERED.get(arch, ()))]
     else:

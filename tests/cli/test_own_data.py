@@ -68,6 +68,9 @@ def test_mafa_with_a_run_as_con_d_trains(work, capsys):
     assert main(["validate", "con_d.yaml", "mafa.yaml"]) == 0
     assert main(["train", "--cfg-path", "mafa.yaml", "--options", "run.max_steps=2", "run.num_workers=0"]) == 0
     assert (work / "output/mafa/latest/checkpoint_0_2.pth").is_file()
+    (work / "output/con_d").rename(work / "output/moved")
+    assert main(["evaluate", "output/mafa/latest"]) == 0, "an evaluation asks no Con-D"
+    (work / "output/moved").rename(work / "output/con_d")
 
 
 @pytest.mark.parametrize("model", ["blip", "blip2"])
