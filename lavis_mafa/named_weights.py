@@ -13,8 +13,8 @@ from urllib.parse import urlparse
 import torch
 
 from lavis_mafa.errors import UserError, did_you_mean
-from lavis_mafa.files import run_checkpoint
-from lavis_mafa.weights import not_a_checkpoint, shipped
+from lavis_mafa.files import numbered_checkpoints, run_checkpoint
+from lavis_mafa.weights import damage, not_a_checkpoint, shipped
 
 PREFIX = "lavis:"
 
@@ -36,6 +36,16 @@ def by_name(text: str, key: str) -> str:
         _, file = registered(text, key)
         return str(file) if file.is_file() else text
     return str(shipped(text)) if shipped(text).is_file() else text
+
+
+def resumable(text: str, key: str) -> str:
+    """The checkpoint itself, or of a run's folder the newest one that is whole; raises UserError where it has none that resumes."""
+    if text == "auto" or not Path(text).is_dir():
+        return text
+    last = run_checkpoint(Path(text), key, resumes=True)
+    if not last.is_file():
+        return text
+    return str(next((path for path in numbered_checkpoints(last.parent) if damage(path) is None), last))
 
 
 def registered(name: str, key: str) -> tuple[str, Path]:

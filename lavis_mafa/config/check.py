@@ -39,8 +39,7 @@ from lavis_mafa.config.schema import (
     typed_block,
 )
 from lavis_mafa.errors import Mistakes, UserError, did_you_mean
-from lavis_mafa.files import run_checkpoint
-from lavis_mafa.named_weights import PREFIX, by_name, fetched
+from lavis_mafa.named_weights import PREFIX, by_name, fetched, resumable
 from lavis_mafa.weights import read_checkpoint
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
@@ -202,7 +201,7 @@ def expand_settings(config: Any) -> None:
             if PATHS[key] == "weights":
                 path = found(by_name, path, key) or path
             elif key == RESUME:
-                path = str(found(run_checkpoint, Path(path), key, resumes=True) or path)
+                path = found(resumable, path, key) or path
             block[last] = path
     datasets = config.get("datasets")
     for key in map("{}.build_info".format, datasets if isinstance(datasets, dict | DictConfig) else ()):

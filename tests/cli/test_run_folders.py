@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -38,6 +39,16 @@ def test_a_run_is_named_wherever_a_checkpoint_is(work):
     config = check_yaml("run.yaml", options)
     named = config.model.pretrained, config.model.discriminator.checkpoint, config.run.resume_ckpt_path
     assert [*named] == [str(path.relative_to(work)) for path in (best, best, last)]
+
+
+def test_a_run_is_resumed_from_its_newest_whole_checkpoint(work, tmp_path):
+    shutil.copytree(work / RUN, tmp_path / "run")
+    last = tmp_path / "run/checkpoint_1.pth"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    config = check_yaml("run.yaml", [f"run.resume_ckpt_path={tmp_path}/run", "run.max_epoch=3"])
+    assert config.run.resume_ckpt_path == str(tmp_path / "run/checkpoint_0.pth")
 
 
 def test_evaluate_takes_a_runs_own_settings(work, capsys, refused):
