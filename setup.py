@@ -66,7 +66,7 @@ setup(
     cmdclass={"editable_wheel": EditableWheel},
     package_data={
         PROJECT_PACKAGE: ["**/*.yaml"],
-        "lavis_mafa": ["configs/**/*.yaml", "tools/page/*.html", "datasets/*/card.md", "checkpoints/*", "py.typed"],
+        "lavis_mafa": ["configs/**/*.yaml", "configs/*.jinja", "tools/page/*.html", "datasets/*/card.md", "checkpoints/*", "py.typed"],
     },
     install_requires=[
         "torch>=2.6",  # from there on torch.load runs no code unless asked to, which LAVIS and transformers leave to it

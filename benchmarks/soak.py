@@ -174,7 +174,7 @@ def newest(folder: Path) -> dict[str, Any]:
     from lavis_mafa.files import last_checkpoint
     from lavis_mafa.runners.checkpoint import rank_file
 
-    (run,) = folder.iterdir()
+    (run,) = folder.glob("2*")
     path = last_checkpoint(run)
     weights, state = (torch.load(file, weights_only=True) for file in (path, rank_file(path, 0)))
     return {"place": path.name, **{k: weights[k] for k in ("model", "optimizer")}, **{k: state[k] for k in ("feed", "random")}}

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders that hold nobody else's result, digests, and which checkpoint of a run is its last."""
+"""Files that are whole or absent, folders that hold nobody else's result, digests, and what lies in a run's folder or beside it."""
 
 from __future__ import annotations
 
@@ -147,9 +147,57 @@ def last_checkpoint(run: Path) -> Path:
     return found[0]
 
 
+LATEST = "latest"  # beside the runs of a folder: a link to the one that was trained last
+
+
+def point_latest(run: Path) -> None:
+    """Let the link ``latest`` beside a run lead to it; nothing happens where something else has that name, or links cannot be made."""
+    link, part = run.with_name(LATEST), run.with_name(f".{LATEST}.{os.getpid()}")
+    if os.path.lexists(link) and not (link.is_symlink() and os.readlink(link) == Path(os.readlink(link)).name):
+        return
+    with contextlib.suppress(OSError):
+        part.symlink_to(run.name, target_is_directory=True)
+        try:
+            os.replace(part, link)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def runs_with(folder: Path, name: str) -> list[Path]:
+    """The runs below ``folder`` that have a file ``name`` (or that matches it), the oldest name first"""
+    return sorted({file.parent for file in folder.glob(f"*/{name}") if not file.parent.is_symlink()})
+
+
+def run_checkpoint(folder: Path, key: str, resumes: bool = False) -> Path:
+    """The checkpoint that a run's folder stands for: its best one, else its last; a path that is no run's folder is returned as it is.
+
+    Args:
+        key: the setting or flag that names the folder, for the message.
+        resumes: the last one, since the best does not resume.
+
+    Raises:
+        UserError: it is a run without one, or a folder of runs.
+    """
+    if not folder.is_dir():
+        return folder
+    if folder.is_symlink():  # `latest` is another run tomorrow
+        folder = folder.parent / os.readlink(folder)
+    best, numbered = folder / "checkpoint_best.pth", numbered_checkpoints(folder)
+    if best.is_file() and not resumes:
+        return best
+    if numbered:
+        return numbered[0]
+    if (folder / "config.yaml").is_file() and (folder / "result").is_dir():
+        but = "only its best checkpoint, which does not resume" if best.is_file() else "no checkpoint"
+        raise UserError(f"{key}: the run {folder} has {but}.")
+    if runs := runs_with(folder, "checkpoint_*.pth"):
+        raise UserError(f"{key}: {folder} is a folder of runs; name one of them, such as {runs[-1]}.")
+    return folder
+
+
 if __name__ == "__main__":  # python -m lavis_mafa.files FOLDER, for shell scripts: of the run there, or of the newest run below
-    folder = Path(sys.argv[1])
+    given = Path(sys.argv[1])
     try:
-        print(last_checkpoint(max({path.parent for path in folder.glob("*/checkpoint_*.pth")}, default=folder)))
+        print(last_checkpoint(max(runs_with(given, "checkpoint_*.pth"), default=given)))
     except UserError as error:
         sys.exit(str(error))

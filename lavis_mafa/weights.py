@@ -45,12 +45,6 @@ def shipped(name: str) -> Path:
     return CHECKPOINTS / f"{name}.safetensors"
 
 
-def by_name(text: str) -> str:
-    """Where weights are: at this path, or, where there is nothing, those of this name that come with the package."""
-    file = shipped(text)
-    return str(file) if file.is_file() and not Path(text).exists() else text
-
-
 def weight_files(path: Path, key: str) -> list[Path]:
     """The files that hold a checkpoint's weights: ``path`` itself, or the parts of a sharded one or of a Hugging Face folder.
 

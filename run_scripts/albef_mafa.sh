@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ALBEF with MAFA on 4 GPUs: Con-D in two halves, MAFA, and its metrics on COCO and Flickr30K (MAFA Tables 3 and 4), each stage from the
-# newest checkpoint of the one before. In fp32, multiplied in TF32, as the authors' PyTorch did.
+# best checkpoint of the one before, or its last. In fp32, multiplied in TF32, as the authors' PyTorch did.
 #
 #   bash run_scripts/albef_mafa.sh      everything, below ./output/albef
 #   bash run_scripts/albef_mafa.sh 3    from the third step on
@@ -20,17 +20,8 @@ run() { # YAML [KEY=VALUE ...]
     fi
 }
 
-newest() { # the newest run's best checkpoint, or its last one
-    local folder
-    folder=$(ls -d "$out/$1"/*/ | tail -n 1) || return
-    ls "$folder"checkpoint_best.pth 2>/dev/null || python -m lavis_mafa.files "$folder"
-}
-
 run mafa/albef/train/1_discriminator_pretrain.yaml
-start=$(newest con_d_pretrain)
-run mafa/albef/train/2_discriminator_finetune_coco.yaml model.pretrained="$start" # Con-D, and Table 4, row 3
-con_d=$(newest con_d)
-run mafa/albef/train/pretrain.yaml model.discriminator.checkpoint="$con_d"
-mafa=$(newest mafa)
-run mafa/albef/train/2_discriminator_finetune_coco.yaml model.pretrained="$mafa" run.output_dir=$out/mafa_coco # Table 4, row 4
-run mafa/albef/train/finetune_flickr.yaml model.pretrained="$mafa"
+run mafa/albef/train/2_discriminator_finetune_coco.yaml model.pretrained=$out/con_d_pretrain/latest # Con-D, and Table 4, row 3
+run mafa/albef/train/pretrain.yaml model.discriminator.checkpoint=$out/con_d/latest
+run mafa/albef/train/2_discriminator_finetune_coco.yaml model.pretrained=$out/mafa/latest run.output_dir=$out/mafa_coco # Table 4, row 4
+run mafa/albef/train/finetune_flickr.yaml model.pretrained=$out/mafa/latest

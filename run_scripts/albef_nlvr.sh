@@ -13,5 +13,4 @@ run() { # YAML KEY=VALUE ...
 }
 
 run mafa/albef/finetune/nlvr_ta.yaml model.pretrained="$start" run.output_dir=$out/nlvr_ta "$@"
-assigned=$(python -m lavis_mafa.files "$(ls -d $out/nlvr_ta/*/ | tail -n 1)")
-run mafa/albef/finetune/nlvr.yaml model.pretrained="$assigned" run.output_dir=$out/nlvr "$@"
+run mafa/albef/finetune/nlvr.yaml model.pretrained=$out/nlvr_ta/latest run.output_dir=$out/nlvr "$@"

@@ -12,13 +12,9 @@ run() { # YAML [KEY=VALUE ...]
     lavis-mafa train --cfg-path "$yaml" ${@:+--options "$@"}
 }
 
-newest() { # the newest run's last checkpoint
-    python -m lavis_mafa.files "output/quickstart/$1"
-}
-
+out=output/quickstart
 lavis-mafa build-emoji data/emoji
 run mafa/quickstart/train/con_d_1.yaml "$@"
-half=$(newest con_d_1) # grouped batches start from here: a matching head learns nothing from hardest negatives at the very start
-run mafa/quickstart/train/con_d_2.yaml model.pretrained="$half" "$@"
-con_d=$(newest con_d_2)
-run mafa/quickstart/train/mafa.yaml model.pretrained="$half" model.discriminator.checkpoint="$con_d" "$@"
+half=$out/con_d_1/latest # grouped batches start from here: a matching head learns nothing from hardest negatives at the very start
+run mafa/quickstart/train/con_d_2.yaml model.pretrained=$half "$@"
+run mafa/quickstart/train/mafa.yaml model.pretrained=$half model.discriminator.checkpoint=$out/con_d_2/latest "$@"

@@ -19,7 +19,7 @@ FLOORS = (
     ("models", "datasets", "processors"),
     ("config",),
     ("objectives", "grit"),
-    ("weights", "distributed", "files", "signals", "errors"),
+    ("named_weights", "weights", "distributed", "files", "signals", "errors"),
     ("__init__",),
 )
 FLOOR = {room: -number for number, rooms in enumerate(FLOORS) for room in rooms}

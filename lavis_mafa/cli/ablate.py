@@ -163,6 +163,9 @@ def _small(arguments: argparse.Namespace, commands_only: bool) -> str | None:
 def _oracle(checkpoint: str | None) -> list[str] | None:
     if checkpoint is None:
         return None
+    from lavis_mafa.named_weights import fetched
+
+    checkpoint = fetched(checkpoint, "--oracle")
     if not Path(checkpoint).is_file():
         raise UserError(f"--oracle is {checkpoint!r}, but there is no such file.")
     return ["model.discriminator.arch=blip_retrieval", f"model.discriminator.checkpoint={checkpoint}"]

@@ -71,9 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a file, or a name that `lavis-mafa ls` shows")
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="FILE", help="weights of the YAML's model, or the name of the package's"
-    )
+    text = "weights of the YAML's model: a file, a run's folder, or the name of the package's"
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help=text)
     parser.add_argument("--output", type=Path, help="a new folder; where it exists it gets a number (default: output/KIND)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings of the YAML")
 
@@ -87,9 +86,9 @@ def _add_common(parser: argparse.ArgumentParser, size: str, samples: str = "samp
 def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         arguments.output = Path("output") / arguments.kind
-    from lavis_mafa.weights import by_name
+    from lavis_mafa.named_weights import fetched
 
-    arguments.checkpoint = Path(by_name(str(arguments.checkpoint)))
+    arguments.checkpoint = Path(fetched(str(arguments.checkpoint), "--checkpoint"))
     arguments.analyse(arguments)
     return 0
 

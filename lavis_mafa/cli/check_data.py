@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lavis_mafa.cli.options import count, positive
+from lavis_mafa.cli.options import add_columns, count, named_columns, positive
 from lavis_mafa.errors import UserError
 
 RESULT, PROBLEMS = "check.json", "problems.jsonl"
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="with --annotations: where image paths start from (of .arrow files by default theirs)",
     )
+    add_columns(parser, "with --annotations: ")
     parser.add_argument("--allow-absolute-paths", action="store_true", help="with --annotations: image paths may leave that folder")
     parser.add_argument(
         "--min-side", type=positive, metavar="N", help="images with a shorter side are too small (default: as in training, 4)"
@@ -52,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.files import check_unfinished, write_text
     from lavis_mafa.tools import check_data
 
+    columns = named_columns(arguments.columns)
     min_side = MIN_SIDE if arguments.min_side is None else arguments.min_side
     folder, clean = arguments.output, arguments.clean
     if min_side < MIN_SIDE:
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.cfg_path is not None:
         sources = check_data.from_yaml(arguments.cfg_path, arguments.options)
     else:
-        sources = check_data.from_files(arguments.annotations, arguments.images, arguments.allow_absolute_paths)
+        sources = check_data.from_files(arguments.annotations, arguments.images, arguments.allow_absolute_paths, columns)
     if clean is not None:
         check_data.check_sources(sources, clean)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,5 +93,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--annotations needs --images, the folder that the image paths start from.")
     if arguments.annotations is not None and arguments.options:
         raise UserError("--options belongs to --cfg-path; --annotations has no settings.")
-    if arguments.cfg_path is not None and (arguments.images is not None or arguments.allow_absolute_paths):
-        raise UserError("--images and --allow-absolute-paths belong to --annotations; a YAML has build_info.images.")
+    if arguments.cfg_path is not None and (arguments.images or arguments.allow_absolute_paths or arguments.columns):
+        raise UserError(
+            "--images, --columns and --allow-absolute-paths belong to --annotations; a YAML has build_info.images and columns."
+        )

@@ -25,7 +25,8 @@ RESULT = "count.json"
 def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """What is read, who mines, who judges, and the rest that a pass needs; sizes are left to the command."""
     parser.add_argument("--cfg-path", metavar="YAML", help="whose model is Con-D and whose training data are read")
-    parser.add_argument("--con-d", metavar="CHECKPOINT", help="Con-D's weights: ours, or LAVIS's retrieval or ITM ones")
+    text = "Con-D's weights: a run's folder or a file of ours, or LAVIS's retrieval or ITM ones"
+    parser.add_argument("--con-d", metavar="CHECKPOINT", help=text)
     add_given_arguments(parser)
     parser.add_argument("--samples", type=positive, metavar="N", help="only so many samples, a random part (default: all)")
     parser.add_argument("--seed", type=int, help="of the shuffle and of GRIT's starts (default: run.seed)")
@@ -52,6 +53,15 @@ def sizes(arguments: argparse.Namespace, config: Any) -> tuple[list[int], list[i
             if size > space:
                 raise UserError(f"--batch-size is {size}, but must not exceed --search-space ({space}).")
     return batch_sizes, search_spaces
+
+
+def find_weights(arguments: argparse.Namespace) -> None:
+    """``--con-d`` and ``--miner`` become files, whether they are named by a path, a run's folder or a name; raises UserError."""
+    from lavis_mafa.named_weights import fetched
+
+    for name, flag in (("con_d", "--con-d"), ("miner", "--miner")):
+        if (given := getattr(arguments, name, None)) is not None:
+            setattr(arguments, name, fetched(given, flag))
 
 
 def refuse_meaningless(found: Iterable[Medians], force: bool, judge: str = "--con-d") -> None:
@@ -98,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.con_d is None:
         _count_given(arguments)
         return 0
+    find_weights(arguments)
     from lavis_mafa.tools.candidates import Encoder, Known, ReadableRows
     from lavis_mafa.tools.training_data import check_pass, opened_pass
 

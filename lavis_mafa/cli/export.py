@@ -34,13 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--output is {str(output)!r}, but LAVIS reads files that torch writes; give a name that ends in .pth.")
     if target != HF_BLIP and arguments.tokenizer is not None:
         raise UserError(f"--tokenizer is given, but {target} is written without one; allowed with: {HF_BLIP}.")
+    from lavis_mafa.named_weights import fetched
     from lavis_mafa.tools import export
-    from lavis_mafa.weights import by_name, read_weights, write_atomically
+    from lavis_mafa.weights import read_weights, write_atomically
 
     queued = [name for name, to in export.TARGETS.items() if to.queue]
     if arguments.queue_size is not None and target not in queued:
         raise UserError(f"--queue-size is given, but {target} has no queues; allowed with: {', '.join(queued)}.")
-    path = Path(by_name(str(arguments.checkpoint)))
+    path = Path(fetched(str(arguments.checkpoint), ARGUMENT))
     source, before = f"{ARGUMENT}: {path}", read_weights(path, ARGUMENT)
     if target == HF_BLIP:
         trained = export.trained_by(path, ARGUMENT)

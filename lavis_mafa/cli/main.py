@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "is one run better than another: retrieval query by query, with intervals and p",
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
     "check-data": "find images and captions that training could not use, and write annotations without them",
+    "audit": "check, count and mine one's pairs before any training, on one page",
     "export": "write a checkpoint as LAVIS's own classes, or transformers, load it",
     "index-shards": "index tar shards, so that they are trained on without unpacking them",
     "pack": "put images and captions into one Arrow file, from Parquet with image bytes or from folders",
@@ -37,14 +38,73 @@ COMMANDS = {
     "build-emoji": "build the embedded emoji data into a folder",
     "build-scenes": "build scenes of emoji whose truth is known, with questions and sentences about them",
     "convert-refcoco": "write RefCOCO+'s official files and a detector's boxes as grit_boxes reads them",
+    "init": "write a YAML for one's own pairs, whose sizes fit data and machine",
     "validate": "check YAMLs without running them",
     "ls": "list the project YAMLs that come with this package",
     "cp": "copy one of them to edit it",
 }
 
+EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
+    "train": """
+  lavis-mafa train --cfg-path my.yaml
+  lavis-mafa train --cfg-path my.yaml --resume auto --options run.max_epoch=5 model.discriminator.checkpoint=output/con_d/latest
+  torchrun --nproc_per_node=8 -m lavis_mafa train --cfg-path mafa/blip2/train/stage_1.yaml""",
+    "evaluate": """
+  lavis-mafa evaluate output/mafa/latest
+  lavis-mafa evaluate output/mafa/latest --options run.test_splits=[test] run.batch_size_eval=128
+  lavis-mafa evaluate --cfg-path mafa/albef/eval/retrieval_own.yaml --options model.pretrained=output/mafa/latest""",
+    "quickstart": """
+  lavis-mafa quickstart
+  lavis-mafa quickstart --model blip2 --folder trial""",
+    "audit": """
+  lavis-mafa audit pairs.csv --images images
+  lavis-mafa audit pairs.csv --images images --con-d output/con_d/latest
+  lavis-mafa audit cc3m.tsv --images cc3m --columns image=filepath caption=title --con-d lavis:albef_retrieval/coco --samples 2e4""",
+    "init": """
+  lavis-mafa init --data pairs.csv --images images --model albef --size tiny --output con_d.yaml
+  lavis-mafa init --data pairs.csv --images images --model albef --size tiny --con-d output/con_d/latest --output mafa.yaml
+  lavis-mafa init --data cc3m.tsv --images cc3m --model blip --size base --con-d lavis:blip_retrieval/coco --output cc3m.yaml""",
+    "count-false-negatives": """
+  lavis-mafa count-false-negatives --cfg-path my.yaml --con-d output/con_d/latest
+  lavis-mafa count-false-negatives --cfg-path my.yaml --con-d lavis:albef_retrieval/coco --batch-size 96 384 --samples 1e5""",
+    "mine": """
+  lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest
+  lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest --margin 0.95 --per-image 5 --output output/mined""",
+    "train-teacher": """
+  lavis-mafa train-teacher --cfg-path my.yaml --output output/teacher""",
+    "analyse": """
+  lavis-mafa analyse pictures --cfg-path my.yaml --checkpoint output/mafa/latest
+  lavis-mafa analyse grad-cam --cfg-path my.yaml --checkpoint output/mafa/latest --image dog.jpg --text 'a dog on a beach'""",
+    "ablate": """
+  lavis-mafa ablate --list --table mafa-4
+  lavis-mafa ablate --table mafa-4 --scenes --seeds 42""",
+    "report": """
+  lavis-mafa report output/mafa/latest
+  lavis-mafa report output/grit/latest output/mafa/latest --output both.html""",
+    "compare": """
+  lavis-mafa compare output/grit/latest output/mafa/latest""",
+    "plan": """
+  lavis-mafa plan my.yaml
+  lavis-mafa plan mafa/albef/train/pretrain.yaml --gpus 4 --samples 5e6""",
+    "check-data": """
+  lavis-mafa check-data --cfg-path my.yaml
+  lavis-mafa check-data --annotations train.csv val.csv --images images --clean clean.jsonl""",
+    "build-emoji": """
+  lavis-mafa build-emoji data/emoji""",
+    "build-scenes": """
+  lavis-mafa build-scenes data/scenes""",
+    "validate": """
+  lavis-mafa validate my.yaml
+  lavis-mafa validate --no-files my.yaml --options run.batch_size_train=192""",
+    "ls": """
+  lavis-mafa ls
+  lavis-mafa ls blip2""",
+    "cp": """
+  lavis-mafa cp mafa/albef/train/pretrain.yaml my.yaml""",
+}
 
 # flags and arguments that are paths, beside those of type Path
-PATHS = ("cfg_path", "yaml", "con_d", "base", "finetune", "resume")
+PATHS = ("cfg_path", "yaml", "con_d", "miner", "base", "finetune", "resume")
 
 
 class _Store(argparse.Action):
@@ -72,6 +132,14 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
+class _Help(argparse.HelpFormatter):
+    """Indented lines, of examples, are kept as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(line if line.startswith(" ") else super(_Help, self)._fill_text(line, width, indent) for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,11 +205,12 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             f"LAVIS 1.0.2 needs Python 3.11 or older, and this is {here}; lavis_mafa.objectives and lavis_mafa.grit work here."
         )
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, formatter_class=_Help)
         # only the asked command's module is imported: `lavis-mafa ls` must not wait for torch
         if asked == name:
             module = importlib.import_module(f"lavis_mafa.cli.{name.replace('-', '_')}")  # noqa: TID251 - of the table above
             module.add_arguments(command)
+            command.epilog = "\n".join(filter(None, (f"examples:{EXAMPLES.get(name, '')}", command.epilog)))
             command.set_defaults(run=module.run)
     try:
         arguments = parser.parse_args(argv)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.cli.count_false_negatives import add_pass_arguments, refuse_meaningless, sizes
+from lavis_mafa.cli.count_false_negatives import add_pass_arguments, find_weights, refuse_meaningless, sizes
 from lavis_mafa.cli.given import check_ways, given_features, judge_flag, open_given, pairs_written, sources
 from lavis_mafa.cli.options import positive, share
 from lavis_mafa.errors import UserError
@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.con_d is None:
         _mine_given(arguments)
         return 0
+    find_weights(arguments)
     from lavis_mafa.tools.training_data import check_pass, opened_pass
 
     config = check_pass(arguments.cfg_path, arguments.options, arguments.con_d)

@@ -1,11 +1,41 @@
-"""Numbers on the command line, as people write them: 5000000, 5_000_000, 5e6."""
+"""Flags that several commands have, and numbers as people write them: 5000000, 5_000_000, 5e6."""
 
 from __future__ import annotations
 
 import argparse
 import math
 
+from lavis_mafa.errors import UserError
+
 LARGEST = 10**15  # more than there will ever be of anything that is counted here
+
+
+def add_columns(parser: argparse.ArgumentParser, when: str = "") -> None:
+    """``--columns image=filepath caption=title``; :func:`named_columns` reads it."""
+    text = f"{when}what the files call image, caption, ... where they differ, e.g. image=filepath caption=title"
+    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
+
+
+def named_columns(given: list[str]) -> dict[str, str]:
+    """Our names of columns -> those of the files.
+
+    Raises:
+        UserError: another form, or no name of a column of ours.
+
+    Example:
+        >>> named_columns(["image=filepath", "caption=title"])
+        {'image': 'filepath', 'caption': 'title'}
+    """
+    from lavis_mafa.config.data import COLUMNS, check_columns
+
+    for one in given:
+        if "=" not in one or one.startswith("="):
+            raise UserError(f"--columns takes OURS=THEIRS, such as image=filepath, not {one!r}.")
+    columns = dict(one.split("=", 1) for one in given)
+    if len(columns) < len(given):
+        raise UserError(f"--columns names a column of ours twice: {' '.join(given)}.")
+    check_columns("--columns", columns, COLUMNS["grit_pairs"])
+    return columns
 
 
 def positive(text: str, least: int = 1) -> int:

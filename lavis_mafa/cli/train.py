@@ -11,15 +11,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_yaml_arguments(parser)
     parser.add_argument(
         "--resume",
-        metavar="auto|CHECKPOINT",
+        metavar="auto|RUN",
         help="auto: go on, in its folder, with the newest good checkpoint of a run of these settings, or start one; "
-        "a file: go on from it in a new folder",
+        "a file, or a run's folder: go on from it in a new folder",
     )
 
 
 def add_yaml_arguments(parser: argparse.ArgumentParser) -> None:
     """``--cfg-path`` and ``--options``."""
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="a file, or a name that `lavis-mafa ls` shows")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--options``."""
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings, e.g. run.max_epoch=1")
 
 

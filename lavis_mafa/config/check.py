@@ -41,10 +41,12 @@ from lavis_mafa.config.schema import (
     typed_block,
 )
 from lavis_mafa.errors import Mistakes, UserError, did_you_mean
-from lavis_mafa.weights import by_name, read_checkpoint
+from lavis_mafa.named_weights import PREFIX, by_name, fetched, resumable
+from lavis_mafa.weights import read_checkpoint
 
 DATA_DEFAULTS = MODEL_DEFAULTS.parent / "datasets"
 LAVIS_RUNNERS = ("runner_base", "runner_iter")
+RESUME = "run.resume_ckpt_path"
 _ENTAILING, _OF_TWO = ("albef_ve_mafa", "albef_classification"), ("albef_nlvr_mafa",)
 # data sets whose sentences have labels -> the models that tell these
 LABELLED = {"grit_entailment": _ENTAILING, "snli_ve": _ENTAILING, "grit_statements": _OF_TWO, "nlvr": _OF_TWO}
@@ -142,6 +144,7 @@ def check_lavis(config: DictConfig) -> Checked:
         UserError: a mistake.
     """
     expand_settings(config)
+    fetch_named(config, judges=not config.run.get("evaluate", False))
     run, own = typed_block("run", config.run), plain(config.model)
     own |= _without_judge_and_teacher(own) if run.evaluate else {}
     model = typed_block("model", own) if own["arch"] in MODEL_BLOCKS else None
@@ -200,19 +203,37 @@ def _check_form(settings: dict[str, Any]) -> None:
 
 
 def expand_settings(config: Any) -> None:
-    """Replace ``~`` and environment variables in all paths of a configuration, and names of weights that come with the package; raises
-    UserError."""
+    """Replace ``~`` and environment variables in all paths of a configuration, names of weights that come with the package, and a run's
+    folder by its checkpoint; raises UserError."""
     found = Mistakes()
     for key in PATHS:
         parent, _, last = key.rpartition(".")
         block = at(config, parent)
         if isinstance(block, dict | DictConfig) and isinstance(block.get(last), str):
             path = found(expanded, block[last], key) or block[last]
-            block[last] = by_name(path) if PATHS[key] == "weights" else path
+            if PATHS[key] == "weights":
+                path = found(by_name, path, key) or path
+            elif key == RESUME:
+                path = found(resumable, path, key) or path
+            block[last] = path
     datasets = config.get("datasets")
     for key in map("{}.build_info".format, datasets if isinstance(datasets, dict | DictConfig) else ()):
         _expand_all(at(datasets, key), f"datasets.{key}", found)
     found.end()
+
+
+def fetch_named(config: Any, judges: bool = True) -> list[str]:
+    """Download weights that a configuration names as ``lavis:ARCH/TYPE`` and set their files; what was set, as overrides.
+
+    ``judges``: Con-D is asked. Raises UserError: a download fails.
+    """
+    options = []
+    for key in (key for key, kind in PATHS.items() if kind == "weights" and (judges or not key.startswith("model.discriminator."))):
+        if isinstance(name := at(config, key), str) and name.startswith(PREFIX):
+            parent, _, last = key.rpartition(".")
+            at(config, parent)[last] = fetched(name, key)
+            options.append(f"{key}={at(config, key)}")
+    return options
 
 
 def _expand_all(node: Any, key: str, found: Mistakes) -> None:
@@ -293,12 +314,12 @@ def _check_files(settings: dict[str, Any], model: Any, found: Mistakes) -> None:
         found(check_words, model)
         silent = run.get("evaluate") is True and run["task"] != "mafa_captioning"  # asks no language head
         found(check_kinds, model, absent, silent)
-    wanted = ["run.resume_ckpt_path"]
+    wanted = [RESUME]
     if lavis:  # which answers a file that it cannot load with a traceback
         wanted.append("model.finetuned" if settings["model"].get("load_finetuned", True) else "model.pretrained")
     for key in wanted:
         value = at(settings, key)
-        if not isinstance(value, str) or "://" in value or (key, value) == ("run.resume_ckpt_path", "auto") or key in absent:
+        if not isinstance(value, str) or "://" in value or (key, value) == (RESUME, "auto") or key in absent:
             continue
         if value.endswith(".safetensors"):
             found.add(f"{key} is {value!r}, but must be a .pth file: safetensors hold weights alone.")
@@ -311,7 +332,7 @@ def _check_files(settings: dict[str, Any], model: Any, found: Mistakes) -> None:
 
 def _is_there(key: str, kind: str, value: Any, lavis: bool, found: Mistakes) -> bool:
     """Whether what a setting names is there, as far as that can be said: a hub name may be."""
-    if value is None or kind == "folder" or key == "model.finetuned" or (key, value) == ("run.resume_ckpt_path", "auto"):
+    if value is None or kind == "folder" or key == "model.finetuned" or (key, value) == (RESUME, "auto"):
         return True
     if kind == "name":
         if isinstance(value, str) and is_path(value) and not Path(value).exists():
@@ -319,6 +340,8 @@ def _is_there(key: str, kind: str, value: Any, lavis: bool, found: Mistakes) -> 
         return True
     if not isinstance(value, str):
         found.add(f"{key} is {value!r}, but must be the path of a file.")
+        return False
+    if kind == "weights" and value.startswith(PREFIX):  # a job downloads it before it starts
         return False
     there = Path(value).exists() if kind == "weights" and not lavis else Path(value).is_file()
     if not there and not (lavis and "://" in value):
@@ -669,7 +692,8 @@ def _checkpoints(model: Any, evaluate: bool) -> Iterator[str]:
     if con_d is not None and con_d.arch != "ground_truth" and not con_d.checkpoint and model.ecm.enabled:
         yield (
             "model.discriminator.checkpoint is null; an untrained Con-D is never used. "
-            f"Set it to the file of a trained {con_d.arch} (--options model.discriminator.checkpoint=PATH)."
+            f"Set it to the file of a trained {con_d.arch}, a run's folder or a name such as lavis:albef_retrieval/coco "
+            "(--options model.discriminator.checkpoint=PATH)."
         )
     if evaluate and not model.pretrained:
         yield (

@@ -20,6 +20,13 @@ ADDED = {"albef_mafa": 0, "blip_mafa": 2, "blip2_mafa": 1, **dict.fromkeys(DOWNS
 CLASSES = {"albef_ve_mafa": ("visual entailment", ENTAILMENT), "albef_nlvr_mafa": ("statements about two images", STATEMENT)}
 TWO_IMAGES = ("albef_nlvr_mafa", "albef_ta_mafa")  # whose fusion layers are there twice
 
+# what a checkpoint holds anyway need not be fetched first; a frozen ViT of BLIP-2 has a file of its own
+COVERED = {
+    "albef_mafa": ("image_encoder", "text_encoder"),
+    "blip_mafa": ("image_encoder", "text_encoder"),
+    "blip2_mafa": ("qformer",),
+}
+
 
 def words_of_tokenizer(name: str) -> int | None:
     """Words of a vocabulary file, of a folder with one, or of a known package; None for a hub name."""

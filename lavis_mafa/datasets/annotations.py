@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def read_annotations(
         raise UserError("No annotation file is given; allowed: one path or a list of paths.")
     tables: list[pa.Table] = []
     for file in map(annotation_file, files):
-        table = read_rows(file.path, columns)
+        table = read_rows(file.path, columns, file.columns)
         _check(file.path, table, columns, allow_absolute_paths)
         if SAME_IMAGE in table.column_names:  # which counts within its file
             groups = pc.binary_join_element_wise(str(len(tables)), table[SAME_IMAGE], "/")
@@ -133,8 +133,11 @@ def _numbered(column: pa.ChunkedArray) -> np.ndarray:
     return pc.index_in(column, value_set=pc.unique(column)).to_numpy().astype(np.int64)
 
 
-def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
-    """As :func:`read_annotations`, of one file, whatever its rows hold: texts may be null or empty, paths may lead anywhere."""
+def read_rows(path: Path, columns: Columns = PAIRS, names: Mapping[str, str] | None = None) -> pa.Table:
+    """As :func:`read_annotations`, of one file, whatever its rows hold: texts may be null or empty, paths may lead anywhere.
+
+    ``names``: what the file calls columns, where that is not what we do.
+    """
     read = FORMATS.get(ending(path))
     if read is None:
         known = ", ".join(FORMATS)
@@ -143,12 +146,15 @@ def read_rows(path: Path, columns: Columns = PAIRS) -> pa.Table:
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file.")
     with one_message(path):
-        named = as_named(path, columns)
-        table = read_statements(path) if columns.images == TWO else read(path, named)
+        if columns.images == TWO:
+            table, ours = read_statements(path, names or {}), dict[str, str]()
+        else:
+            named, ours = as_named(path, columns, names)
+            table = read(path, named)
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows.")
-    if named.several != columns.several:
-        table = table.rename_columns({named.several: columns.several})
+    if ours:
+        table = table.rename_columns(ours)
     found = {}
     for name in columns.single:
         if not is_text(_plain(table[name].type)):

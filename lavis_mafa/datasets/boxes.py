@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from lavis_mafa.config.data import AnnotationFile, ending
 from lavis_mafa.datasets.annotations import LEAVES, clean_caption, shown
-from lavis_mafa.datasets.formats import SAME_IMAGE, Columns, known_columns, one_message
+from lavis_mafa.datasets.formats import SAME_IMAGE, Columns, as_named, known_columns, one_message
 from lavis_mafa.datasets.ids import Id, id_of_json, is_missing_text, shown_json
 from lavis_mafa.datasets.images import load_rgb, upright_size
 from lavis_mafa.errors import EmptyCaption, UserError
@@ -84,7 +84,7 @@ def read_expressions(
     found: list[tuple[str, dict[str, Any], Path]] = []
     for file in files:
         folder = file.images or images or file.path.parent
-        found += [(f"{shown(file.path)}, row {number}", row, folder) for number, row in enumerate(_rows(file.path), 1)]
+        found += [(f"{shown(file.path)}, row {number}", row, folder) for number, row in enumerate(_rows(file.path, file.columns), 1)]
     if select is not None:
         found = [found[number] for number in select(pa.table({"row": range(len(found))}))["row"].to_pylist()]
     ids = _ids([where for where, _, _ in found], [row.get("expression_id") for _, row, _ in found])
@@ -96,7 +96,7 @@ def read_expressions(
     return expressions
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     if path.suffix.lower() not in (".parquet", ".jsonl"):
         raise UserError(f"{shown(path)}: boxes are read from .parquet and .jsonl files, such as grounding_val.parquet of scenes.")
     if not path.is_file():
@@ -107,6 +107,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         else:
             table = pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=LONGEST_LINE))
         table.validate(full=True)
+        theirs = as_named(path, BOXES, columns)[1]
+        table = table.rename_columns([theirs.get(name, name) for name in table.column_names])
         names = table.column_names
         if "box" in names and "boxes" not in names:
             raise UserError(

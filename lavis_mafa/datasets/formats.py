@@ -6,7 +6,7 @@ import contextlib
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,8 @@ CHARACTERS_AT_ONCE = 1 << 20
 class Columns:
     """A kind of annotations: columns ``single`` (a text), ``several`` (a text or a list of texts), ``optional`` (ids) and ``facts``
     (see :mod:`lavis_mafa.datasets.facts`). A file without the column ``several`` may call it ``or_else``; ``labels`` are what a column
-    ``label`` may hold, ``images`` the columns among ``single`` that are paths of images.
+    ``label`` may hold, ``images`` the columns among ``single`` that are paths of images; ``hint`` says what to do where one is called
+    otherwise.
     """
 
     single: tuple[str, ...]
@@ -42,6 +43,7 @@ class Columns:
     facts: tuple[str, ...] = ()
     or_else: str = ""
     labels: tuple[str, ...] = ()
+    hint: str = " A column of another name is told by columns ({{{0}: NAME}} in build_info, or --columns {0}=NAME)."
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -71,10 +73,11 @@ def one_message(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read as {ending(path)}: {' '.join(str(error).split())}") from error
 
 
-def read_records(path: Path, columns: Columns = PAIRS) -> Iterator[dict[str, Any]]:
-    """The rows of an annotation file as they were written, with all their columns, one at a time."""
+def read_records(path: Path, columns: Columns = PAIRS, names: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of an annotation file as they were written, with all their columns, one at a time; ``names`` as of ``read_rows``."""
     kind = ending(path)
     with one_message(path):
+        columns = as_named(path, columns, names)[0] if names else columns
         if kind == ".json":
             yield from objects_in_list(path, columns)
         elif kind in (".jsonl", ".ndjson"):
@@ -100,13 +103,31 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
     return path.open(encoding="utf-8-sig", newline=newline)
 
 
-def as_named(path: Path, columns: Columns) -> Columns:
-    """The columns as a file names them."""
-    if not columns.or_else:
-        return columns
-    names = column_names(path, columns)
-    other = columns.several not in names and columns.or_else in names
-    return replace(columns, several=columns.or_else) if other else columns
+def as_named(path: Path, columns: Columns, names: Mapping[str, str] | None = None) -> tuple[Columns, dict[str, str]]:
+    """The columns as a file names them, and its names -> ours of those that are called otherwise.
+
+    Args:
+        names: ours -> the file's, where somebody told; those of other kinds of annotations are passed over.
+
+    Raises:
+        UserError: the file has no such column.
+    """
+    given = {ours: theirs for ours, theirs in (names or {}).items() if ours in columns.known and ours != theirs}
+    if not given and not columns.or_else:
+        return columns, {}
+    found = column_names(path, columns)
+    for ours, theirs in given.items():
+        if theirs not in found:
+            shown = [" ".join(other.split()) for other in found]
+            raise UserError(
+                f"{path}: no column '{theirs}', which columns names for {ours}; its columns are {', '.join(shown)}."
+                f"{did_you_mean(theirs, shown)}"
+            )
+    if columns.or_else in found and columns.several not in given and columns.several not in found:
+        given[columns.several] = columns.or_else
+    single, optional = (tuple(given.get(name, name) for name in names) for names in (columns.single, columns.optional))
+    named = replace(columns, single=single, several=given.get(columns.several, columns.several), optional=optional)
+    return named, {theirs: ours for ours, theirs in given.items()}
 
 
 def column_names(path: Path, columns: Columns) -> list[str]:
@@ -134,7 +155,8 @@ def known_columns(path: Path, columns: Columns, found: Iterable[str]) -> list[st
     for name in columns.required:
         if name not in found:
             shown = [" ".join(other.split()) for other in found]
-            raise UserError(f"{path}: no column '{name}'; its columns are {', '.join(shown)}.{did_you_mean(name, shown)}")
+            hint = did_you_mean(name, shown) or columns.hint.format(name)
+            raise UserError(f"{path}: no column '{name}'; its columns are {', '.join(shown)}.{hint}")
     return [name for name in columns.known if name in found]
 
 
@@ -179,7 +201,7 @@ def separated_values(path: Path, columns: Columns) -> Iterator[list[str]]:
     """The header of a .csv or .tsv file, which has the required columns, then its rows."""
     tabs = ending(path) == ".tsv"
     with open_text(path, "\n" if tabs else "") as file:
-        rows = separated_rows(path, file, tabs)
+        rows = separated_rows(path, file, tabs, columns.single[0])
         header = next(rows, None)
         if header is not None:
             _check_header(path, columns, header, "\t" if tabs else ",")
@@ -199,7 +221,7 @@ def _check_header(path: Path, columns: Columns, header: list[str], own: str) -> 
     if not any(name in header or did_you_mean(name, header) for name in columns.required):
         raise UserError(
             f"{path}: no column {' or '.join(map(repr, columns.required))} in its first line, {own.join(header)[:60]!r}; "
-            f"the first line must be a header that names them."
+            f"the first line must be a header that names them.{columns.hint.format(columns.required[0])}"
         )
 
 

@@ -21,8 +21,8 @@ WHOLE = re.compile(r'"((?:[^"]|"")*)"')
 PICTURE = re.compile(r"\.(avif|bmp|gif|jp2|jpe?g|jfif|png|p[bgpn]m|tiff?|webp)$", re.IGNORECASE)
 
 
-def separated_rows(path: Path, file: TextIO, tabs: bool) -> Iterator[list[str]]:
-    """The header, then all rows, each with as many values as the header; blank lines are left out.
+def separated_rows(path: Path, file: TextIO, tabs: bool, image: str = "image") -> Iterator[list[str]]:
+    """The header, then all rows, each with as many values as the header; blank lines are left out. ``image``: the column of paths.
 
     CSV is quoted as everybody quotes it. A text may hold line breaks, but no line that looks like a row of the file.
     TSV as of CC3M is not quoted at all, that of pandas is. So a value is unquoted where the quotation marks enclose it whole and
@@ -35,7 +35,7 @@ def separated_rows(path: Path, file: TextIO, tabs: bool) -> Iterator[list[str]]:
         UserError: a row has too many or too few values, or a quotation mark that is not closed where its text ends.
     """
     csv.field_size_limit(LONGEST_CELL)
-    return _tsv_rows(path, file) if tabs else _csv_rows(path, file)
+    return _tsv_rows(path, file) if tabs else _csv_rows(path, file, image)
 
 
 def other_separator(line: str, own: str, wanted: tuple[str, ...]) -> str | None:
@@ -47,7 +47,7 @@ def other_separator(line: str, own: str, wanted: tuple[str, ...]) -> str | None:
     return None
 
 
-def _csv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:
+def _csv_rows(path: Path, file: TextIO, image: str) -> Iterator[list[str]]:
     taken: list[str] = []  # the lines of the row that is being read
     header: list[str] = []
     row = 0
@@ -83,7 +83,7 @@ def _csv_rows(path: Path, file: TextIO) -> Iterator[list[str]]:
             _check_count(path, row, header, values, ",")
             example = values[header.index("image")] if "image" in header else ""
         else:
-            header = values
+            header = ["image" if name == image else name for name in values]
         row += 1
         yield values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,18 @@ LABELS = {label.lower(): label for label in STATEMENT}
 TEXTS = (*STATEMENTS.single, "sentence", "sentence_id")
 
 
-def read_statements(path: Path) -> pa.Table:
+def read_statements(path: Path, names: Mapping[str, str]) -> pa.Table:
     """The rows of one file as :data:`STATEMENTS`, whatever they hold: texts may be null or empty, a label any text.
 
     A file has two paths as ``images`` (NLVR2's layout, and the scenes'), or as ``image0`` and ``image1``. A label is true or false, as
-    a truth value or as a text in any case.
+    a truth value or as a text in any case. ``names``: ours -> the file's, of columns that it calls otherwise.
 
     Raises:
         UserError: a column is missing, or a row has another number of images, or something that is no text; it names the row.
     """
     cells: dict[str, list[str | None]] = {name: [] for name in TEXTS}
     numbers = True
-    rows = read_records(path, STATEMENTS)
+    rows = ({**record, **_renamed(path, record, names)} for record in read_records(path, STATEMENTS))
     first = next(rows, {})
     _check_columns(path, first)
     for row, record in enumerate(chain([first] if first else [], rows), 1):
@@ -45,6 +46,13 @@ def read_statements(path: Path) -> pa.Table:
     if ending(path) in (".csv", ".tsv"):
         return written_numbers(table, ("sentence_id",))
     return with_numbers(table, ["sentence_id"] if numbers else [])
+
+
+def _renamed(path: Path, record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    absent = next((theirs for theirs in names.values() if theirs not in record), None)
+    if absent is not None:
+        raise UserError(f"{path}: no column '{absent}', which columns names; its columns are {', '.join(map(str, record))}.")
+    return {ours: record[theirs] for ours, theirs in names.items()}
 
 
 def _check_columns(path: Path, first: dict[str, Any]) -> None:

@@ -16,10 +16,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
-from lavis_mafa.config.check import OURS, Checked, check_device, check_evaluates, check_splits, examine
+from lavis_mafa.config.check import OURS, Checked, check_device, check_evaluates, check_splits, examine, fetch_named
 from lavis_mafa.config.data import SETTINGS, SPLITS, check_lavis_info, check_processor, own_splits
 from lavis_mafa.config.read import at, find_yaml, plain
-from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS
+from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, model_types
 from lavis_mafa.distributed import is_one_of_several
 from lavis_mafa.errors import Mistakes, RankLost, UserError, did_you_mean
 from lavis_mafa.models.lavis_weights import build_model
@@ -52,6 +52,9 @@ def prepare(
     """
     checked, found = examine(name, options, files)
     found.end()
+    if files and (named := fetch_named(checked.config, getattr(getattr(checked.model, "ecm", None), "enabled", False))):
+        checked, found = examine(name, [*options, *named], files)  # now their kinds and sizes are known
+        found.end()
     if runs:
         found(check_evaluates, checked.config.run)
         found.end()
@@ -83,7 +86,9 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
         files and checked.readable and not (ours and of_yaml.messages)
     ):  # LAVIS takes seconds to import, and then knows where its data are
         found(_check_device, checked)
-        cfg = found(_config, name, checked)
+        own = checked.config.model  # LAVIS looks for the defaults of a type, and fails where there are none
+        known = own.arch not in MODEL_BLOCKS or own.get("model_type") in model_types(own.arch)
+        cfg = found(_config, name, checked) if known else None
         if cfg is not None and not of_yaml.messages + found.messages:
             found(_check_rows, cfg)
     return of_yaml.messages + [message for message in found.messages if message not in of_yaml.messages]
@@ -277,6 +282,10 @@ def _check_names(config: DictConfig, registry: Any) -> bool:
         if value not in known:
             found.add(f"{key} is {value!r}, which is not registered.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
     found.end()
+    arch, kind = config.model.arch, config.model.get("model_type")
+    types = getattr(registry.get_model_class(arch), "PRETRAINED_MODEL_CONFIG_DICT", {})
+    if arch not in MODEL_BLOCKS and kind not in types:  # of ours it is said already
+        raise UserError(f"model.model_type is {kind}, but {arch} has: {', '.join(types)}.{did_you_mean(str(kind), types)}")
     return True
 
 

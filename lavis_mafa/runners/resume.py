@@ -20,7 +20,7 @@ from yaml import YAMLError
 from lavis_mafa.config.read import flat, plain
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.errors import UserError
-from lavis_mafa.files import new_folder, numbered_checkpoints, position, write_text
+from lavis_mafa.files import new_folder, numbered_checkpoints, point_latest, position, runs_with, write_text
 from lavis_mafa.runners.checkpoint import rank_file
 from lavis_mafa.weights import damage, read_checkpoint
 
@@ -42,7 +42,7 @@ def open_run(parent: Path, name: str, settings: RunBlock, config: dict[str, Any]
     """The folder of a run, locked, and the checkpoint to go on from, if any.
 
     With ``resume_ckpt_path: auto`` that is the newest good one of the newest run with these settings, in that run's folder, which is
-    put back to the checkpoint's moment; else the folder is a new one.
+    put back to the checkpoint's moment; else the folder is a new one. The link ``latest`` beside it leads to a training.
 
     Raises:
         UserError: the folder cannot be made, or is in use.
@@ -52,6 +52,7 @@ def open_run(parent: Path, name: str, settings: RunBlock, config: dict[str, Any]
         lock(folder)  # before looking: who has it may be saving
         if (checkpoint := newest_good(folder)) is not None:
             rewind(folder, checkpoint)
+            point_latest(folder)
             return folder, checkpoint
         unlock(folder)
     try:
@@ -61,13 +62,15 @@ def open_run(parent: Path, name: str, settings: RunBlock, config: dict[str, Any]
     folder = new_folder(parent / name, "run.output_dir")
     (folder / "result").mkdir()
     lock(folder)
+    if not settings.evaluate:  # which leaves no checkpoint
+        point_latest(folder)
     return folder, None if given in (None, "auto") else Path(given)
 
 
 def same_runs(parent: Path, config: dict[str, Any]) -> Iterator[Path]:
     """The folders of saved runs below ``parent`` with these settings, the newest first. Where there is none, the log says so."""
     others, found = [], False
-    for folder in sorted((path.parent for path in parent.glob("*/config.yaml")), key=_last_saved, reverse=True):
+    for folder in sorted(runs_with(parent, "config.yaml"), key=_last_saved, reverse=True):
         try:
             there, here = _settings(OmegaConf.load(folder / "config.yaml")), _settings(config)
             key = next(iter(_differences(there, here)), None)

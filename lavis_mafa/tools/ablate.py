@@ -21,7 +21,7 @@ from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.read import find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError, did_you_mean
-from lavis_mafa.files import digest, last_checkpoint
+from lavis_mafa.files import digest, last_checkpoint, runs_with
 from lavis_mafa.tools.run_files import last_epoch, read_evaluations, read_metrics, wall_seconds
 from lavis_mafa.weights import shipped
 
@@ -148,7 +148,7 @@ class Run:
 
     def finished(self) -> Path | None:
         """The folder of the newest run that came to its end: scored on all test splits or, without any, the last epoch saved."""
-        for folder in sorted((config.parent for config in self.folder.glob("*/config.yaml")), reverse=True):
+        for folder in reversed(runs_with(self.folder, "config.yaml")):
             scored = read_evaluations(folder)
             # a validation within the training has the epoch's number there
             ended = [scored.get(split, {}).get("epoch") in ("best", "last") for split in self.test_splits]

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,13 +112,16 @@ class Source:
                 raise UserError(f"The image folder {root} does not exist; give the folder that the image paths start from.")
 
 
-def from_files(files: Sequence[Path], root: Path | None, allow_absolute_paths: bool) -> list[Source]:
-    """Files without a YAML; captions are cleaned as ``grit_pairs`` does by default. None is the folder of each file."""
+def from_files(
+    files: Sequence[Path], root: Path | None, allow_absolute_paths: bool = False, columns: Mapping[str, str] | None = None
+) -> list[Source]:
+    """Files without a YAML; captions are cleaned as ``grit_pairs`` does by default. ``columns``: ours -> theirs. Without ``root``
+    paths start from the folder of each file."""
     with warnings.catch_warnings():  # of LAVIS's dependencies
         warnings.simplefilter("ignore")
         from lavis_mafa.processors import AlbefCaptionProcessor
 
-    found = [AnnotationFile(path, root or path.parent) for file in files for path in files_of(file, "--annotations")]
+    found = [AnnotationFile(path, root or path.parent, columns or {}) for file in files for path in files_of(file, "--annotations")]
     return [Source(found, AlbefCaptionProcessor(), allow_absolute_paths)]
 
 
@@ -152,7 +155,7 @@ def source_of(name: str, config: Any, split: str, processors: dict[str, Process]
         return None
     if processors[mode] is None:
         raise UserError(f"datasets.{name}.text_processor.{mode} is missing; give it a name, such as albef_caption.")
-    files = [AnnotationFile(file.path, file.images or found.root) for file in found.files]
+    files = [file._replace(images=file.images or found.root) for file in found.files]
     text = TEXT_OF.get(name, "caption") if name in SPLITS else _text_of(files[0].path)
     one = name not in SPLITS and split == "train" and text == "caption"
     ending_of_images = ".jpg" if name == "snli_ve" else ""
@@ -245,11 +248,11 @@ def read_sources(sources: Sequence[Source]) -> Rows:
 
 def _read(source: Source, file: AnnotationFile) -> pa.Table:
     if source.text in ASKED:
-        return read_rows(file.path, ASKED[source.text]).rename_columns({source.text: "caption"})
+        return read_rows(file.path, ASKED[source.text], file.columns).rename_columns({source.text: "caption"})
     if source.text is None:
         images = [image if isinstance(image := record.get("image"), str) else None for record in read_records(file.path)]
         return pa.table({"image": pa.chunked_array([images], pa.string()), "caption": pa.nulls(len(images), TEXTS)})
-    return read_rows(file.path, PAIRS)
+    return read_rows(file.path, PAIRS, file.columns)
 
 
 def _rows_of(source: Source, file: AnnotationFile, table: pa.Table, number: int) -> pa.Table:
@@ -575,7 +578,7 @@ def _good_records(rows: Rows) -> Iterator[dict[str, Any]]:
     after, row = np.cumsum(rows.captions), 0
     for number, file in enumerate(rows.files):
         end, typed = int(np.searchsorted(rows.file_of, number, side="right")), _typed(rows, number)
-        for at, record in enumerate(read_records(file.path)):
+        for at, record in enumerate(read_records(file.path, names=file.columns)):
             if row == end:
                 break
             if at != rows.number[row]:
@@ -583,10 +586,10 @@ def _good_records(rows: Rows) -> Iterator[dict[str, Any]]:
             bad = rows.bad_caption[after[row] - rows.captions[row] : after[row]]
             if not bad_row[row] and not bad.all():
                 if bad.any():
-                    for name in ("caption", "caption_facts"):
+                    for name in (file.columns.get("caption", "caption"), "caption_facts"):
                         if record.get(name) is not None:
                             record[name] = [one for one, is_bad in zip(record[name], bad, strict=True) if not is_bad]
-                yield record | {name: values[at] for name, values in typed.items()}
+                yield record | {file.columns.get(name, name): values[at] for name, values in typed.items()}
             row += 1
         if row != end:
             raise UserError(f"{file} has fewer rows than when it was checked; check it again.")
@@ -598,7 +601,7 @@ def _typed(rows: Rows, number: int) -> dict[str, list[Any]]:
     several = len(rows.files) > 1
     if not several and ending(rows.files[number].path) not in (".csv", ".tsv", ".parquet"):
         return {}
-    table = read_rows(rows.files[number].path)
+    table = read_rows(rows.files[number].path, names=rows.files[number].columns)
     ids = {name: typed_ids(table, name) for name in PAIRS.optional if name in table.column_names}
     if several and SAME_IMAGE in ids:
         ids[SAME_IMAGE] = [None if one is None else f"{number}/{one}" for one in ids[SAME_IMAGE]]
@@ -611,7 +614,7 @@ def _as_json(record: dict[str, Any]) -> str:
     try:
         return json.dumps(_without_nan(record), ensure_ascii=False, default=str)
     except RecursionError as error:
-        raise UserError(f"--clean: the row of image {record['image']!r} is nested too deeply to be written.") from error
+        raise UserError(f"--clean: the row {str(record)[:60]!r} is nested too deeply to be written.") from error
 
 
 def _without_nan(value: Any) -> Any:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_mafa.config.read import read_yaml
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
+from lavis_mafa.files import runs_with
 
 QUERIES = "_queries.parquet"
 MINED = "mine.json"
@@ -120,7 +121,7 @@ def _open_run(folder: Path, name: str) -> Run:
         return _open_mined(folder, name)
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     if not metrics and not evaluations:
-        inside = sorted(file.parent for file in (*folder.glob("*/metrics.jsonl"), *folder.glob("*/evaluation.jsonl")))
+        inside = sorted({*runs_with(folder, "metrics.jsonl"), *runs_with(folder, "evaluation.jsonl")})
         hint = f" Did you mean {inside[-1]}?" if inside else " A run writes its first record after run.log_freq steps."
         raise UserError(f"{folder} has no metrics.jsonl with records, and no evaluation either.{hint}")
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None

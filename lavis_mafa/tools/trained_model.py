@@ -14,19 +14,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from tqdm import tqdm
 
 from lavis_mafa.config.check import check_yaml
+from lavis_mafa.config.checkpoints import COVERED
 from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset, image_source_of
 from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import UserError
 from lavis_mafa.runners.job import prepare
 from lavis_mafa.runners.loading import BadSamples
-
-# what a checkpoint holds anyway need not be fetched first; a frozen ViT of BLIP-2 has a file of its own
-COVERED = {
-    "albef_mafa": ("image_encoder", "text_encoder"),
-    "blip_mafa": ("image_encoder", "text_encoder"),
-    "blip2_mafa": ("qformer",),
-}
 
 
 @dataclass

@@ -109,7 +109,7 @@ def _from(base: Path, info: DictConfig) -> DictConfig:
 
     def below(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: below(one) for key, one in value.items()}
+            return {key: one if key == "columns" else below(one) for key, one in value.items()}
         if isinstance(value, list):
             return [below(one) for one in value]
         return str(base / Path(value).expanduser()) if isinstance(value, str) else value

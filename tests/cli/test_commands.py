@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from lavis_mafa import __version__
-from lavis_mafa.cli.main import COMMANDS, main
+from lavis_mafa.cli.main import COMMANDS, EXAMPLES, _arguments, main
 from lavis_mafa.config.read import project_files
 
 
@@ -36,6 +38,29 @@ def test_a_reader_that_leaves_is_no_mistake(unbuffered):
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_the_command_takes(name, capsys):
+    lines = EXAMPLES[name].strip().splitlines()
+    assert [_arguments(shlex.split(re.split("lavis.mafa ", line)[-1])).command for line in lines] == [name] * len(lines)
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    said = capsys.readouterr().out
+    assert f"examples:\n  {lines[0].strip()}\n" in said, "as it is typed"
+
+
+def test_no_help_waits_for_what_is_slow_to_import():
+    script = """
+import contextlib, io, sys
+from lavis_mafa.cli.main import COMMANDS, main
+for name in (None, *COMMANDS):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main([*filter(None, [name]), "--help"])
+print(*({"torch", "lavis", "numpy", "pyarrow", "transformers", "matplotlib"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "", done.stdout
 
 
 def test_cp_into_a_folder_and_to_a_name(tmp_path, capsys):

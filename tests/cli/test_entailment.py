@@ -78,7 +78,7 @@ def run(data) -> Callable[..., Path]:
         output = data / folder
         arguments = ["--cfg-path", str(data / "run.yaml"), "--options", f"run.output_dir={output}", *options]
         assert main([name, *arguments]) == 0
-        return max(output.iterdir())
+        return max(output.glob("2*"))
 
     return command
 
@@ -131,7 +131,7 @@ def test_lavis_snli_ve_is_trained_and_scored(data, whole, refused):
     (data / "snli_ve.yaml").write_text(text)
     options = [f"run.output_dir={data / 'snli_ve'}", "run.max_epoch=1", f"model.pretrained={whole / 'checkpoint_best.pth'}"]
     assert main(["train", "--cfg-path", str(data / "snli_ve.yaml"), "--options", *options]) == 0
-    told = results(next((data / "snli_ve").iterdir()))
+    told = results(next((data / "snli_ve").glob("2*")))
     assert [row["sentence_id"] for row in told] == [0, 1, 2] and [row["true_label"] for row in told] == list(LABELS.values())
     assert main(["check-data", "--cfg-path", str(data / "snli_ve.yaml"), "--output", str(data / "checked")]) == 0
     content[1]["label"] = "-"

@@ -27,7 +27,7 @@ def train(run_yaml, tmp_path, caplog):
         caplog.clear()
         where = f"run.output_dir={tmp_path / 'output'}"
         assert main(["train", "--cfg-path", str(run_yaml), "--options", where, *options]) == 0
-        [folder] = (tmp_path / "output").iterdir()
+        [folder] = (tmp_path / "output").glob("2*")
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         names = ("lavis_mafa.models", "lavis_mafa.models.con_d", "lavis_mafa.tasks")
         return records, [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name.startswith(names)]

@@ -61,7 +61,7 @@ def test_auto_refuses_other_data_too(run_yaml, refused, pairs, rows, tmp_path):
     assert "row content differs" in refused(*train, "run.max_steps=4")
     write(pairs, rows)
     assert main([*train, "run.max_steps=4"]) == 0
-    (run,) = (tmp_path / "output").iterdir()
+    (run,) = (tmp_path / "output").glob("2*")
     saved = torch.load(run / "checkpoint_0_4.pth", weights_only=True)["config"]["run"]["resume_ckpt_path"]
     assert saved == OmegaConf.load(run / "config.yaml").run.resume_ckpt_path == "auto", "what was found is no setting"
 
@@ -88,7 +88,7 @@ def test_settings_hold_from_the_resume_on_and_are_named(go_on, tmp_path, caplog)
     caplog.set_level(logging.INFO, "lavis_mafa")
     options = ["run.weight_decay=0.5", "run.beta2=0.9", "run.init_lr=0.001", "model.temperature=0.03"]
     assert main(go_on(*options)) == 0
-    (file,) = (tmp_path / "output").glob("*/checkpoint_0_4.pth")
+    (file,) = (tmp_path / "output").glob("2*/checkpoint_0_4.pth")
     content = torch.load(file, weights_only=True)
     assert [(g["weight_decay"], tuple(g["betas"])) for g in content["optimizer"]["param_groups"]] == [
         (0.5, (0.9, 0.9)),
@@ -172,7 +172,7 @@ def test_another_batch_size_counts_other_steps(go_on, trained, tmp_path, monkeyp
     read = IndexedDataset._sample
     monkeypatch.setattr(IndexedDataset, "_sample", lambda self, index: served.append(index) or read(self, index))
     assert main(go_on("run.batch_size_train=6", "run.max_steps=3")) == 0
-    (run,) = (tmp_path / "output").iterdir()
+    (run,) = (tmp_path / "output").glob("2*")
     assert [(r["epoch"], r["step"]) for r in map(json.loads, (run / "metrics.jsonl").open())] == [(0, 3)]
     order = torch.load(trained / f"{NAME}.rank0.pth", weights_only=True)["feed"]["sampler"]["order"]
     assert served == order[12:18].tolist()

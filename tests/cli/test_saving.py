@@ -141,7 +141,7 @@ def train(run_yaml):
 
 def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(train, tmp_path, capsys):
     assert train("run.max_steps=3") == 0
-    (saved,) = (tmp_path / "output").glob("*/checkpoint_0_3.pth")
+    (saved,) = (tmp_path / "output").glob("2*/checkpoint_0_3.pth")
     capsys.readouterr()
     with files_of_at_most(saved.stat().st_size // 2):
         assert train("run.save_every_steps=2") == 2
@@ -154,7 +154,7 @@ def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(train, tmp_path
 
 def test_a_damaged_checkpoint_is_passed_over_and_kept_apart(train, run_yaml, tmp_path, capsys, caplog):
     assert train("run.save_every_steps=2", "run.max_steps=7", "run.keep_checkpoints=2") == 0
-    (newest,) = (tmp_path / "output").glob("*/checkpoint_1_2.pth")
+    (newest,) = (tmp_path / "output").glob("2*/checkpoint_1_2.pth")
     assert {path.name for path in newest.parent.glob("*.rank0.pth")} == {"checkpoint_0.rank0.pth", "checkpoint_1_2.rank0.pth"}
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -170,15 +170,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept_apart(train, run_yaml, tmp
 def test_auto_starts_anew_for_other_settings_and_says_what_differs(train, tmp_path, caplog):
     assert train("run.max_steps=2") == 0
     assert train("run.max_steps=2", "model.ecm.threshold=0.7") == 0
-    assert len(list((tmp_path / "output").iterdir())) == 2
+    assert len(list((tmp_path / "output").glob("2*"))) == 2
     assert "model.ecm.threshold is not set there and 0.7 here" in caplog.text
     assert train("run.max_steps=4", "run.log_freq=3", "run.num_workers=1") == 0  # the same run, seen otherwise
-    assert len(list((tmp_path / "output").iterdir())) == 2
+    assert len(list((tmp_path / "output").glob("2*"))) == 2
 
 
 def test_a_run_in_use_is_not_touched(train, tmp_path, capsys):
     assert train("run.max_steps=2") == 0
-    (run,) = (tmp_path / "output").iterdir()
+    (run,) = (tmp_path / "output").glob("2*")
     hold = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", hold, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
@@ -198,7 +198,7 @@ def test_a_resumed_run_reads_only_what_is_left(train, tmp_path, monkeypatch):
     served: list[int] = []
     read = IndexedDataset._sample
     monkeypatch.setattr(IndexedDataset, "_sample", lambda self, index: served.append(index) or read(self, index))
-    (state,) = (tmp_path / "output").glob("*/checkpoint_0_3.rank0.pth")
+    (state,) = (tmp_path / "output").glob("2*/checkpoint_0_3.rank0.pth")
     order = torch.load(state, weights_only=True)["feed"]["sampler"]["order"].tolist()
     assert train("run.max_steps=4") == 0
     assert served == order[3 * 4 : 4 * 4]
@@ -224,7 +224,7 @@ def test_the_best_checkpoint_survives_a_part_of_an_epoch(run_yaml, pairs, tmp_pa
     train = ["train", "--cfg-path", str(run_yaml), "--resume", "auto", "--options", *options]
     for _ in range(2):  # the second time there is nothing to train, and the part is evaluated again
         assert main([*train, "run.max_steps=12"]) == 0
-        (run,) = (tmp_path / "output").iterdir()
+        (run,) = (tmp_path / "output").glob("2*")
         assert [json.loads(line)["epoch"] for line in (run / "evaluation.jsonl").read_text().splitlines()] == [0, 1, 2]
         assert torch.load(run / "checkpoint_best.pth", weights_only=True)["best_epoch"] == 1
     part = False
@@ -237,7 +237,7 @@ def test_a_damaged_best_checkpoint_blocks_nothing(run_yaml, pairs, tmp_path, cap
     data = f"datasets.grit_pairs.build_info.annotations.val.storage={pairs}/pairs.jsonl"
     train = ["train", "--cfg-path", str(run_yaml), "--resume", "auto", "--options", "run.valid_splits=[val]", data, "run.max_epoch=3"]
     assert main([*train, "run.max_steps=12"]) == 0
-    (best,) = (tmp_path / "output").glob("*/checkpoint_best.pth")
+    (best,) = (tmp_path / "output").glob("2*/checkpoint_best.pth")
     best.write_bytes(best.read_bytes()[:-50])
     assert main(train) == 0
     assert "checkpoint_best.pth is damaged" in caplog.text
@@ -246,7 +246,7 @@ def test_a_damaged_best_checkpoint_blocks_nothing(run_yaml, pairs, tmp_path, cap
 def test_bad_samples_are_listed_once_however_a_run_was_ended(train, pairs, tmp_path):
     (pairs / "images/3.png").write_text("no image")
     assert train("run.max_steps=7", "run.max_bad_share=0.5") == 0
-    (listed,) = (tmp_path / "output").glob("*/bad_samples.jsonl")
+    (listed,) = (tmp_path / "output").glob("2*/bad_samples.jsonl")
     first = listed.read_text()
     listed.write_text(first + '{"index": 5, "rea')  # a disk that was full
     assert train("run.max_steps=12", "run.max_bad_share=0.5") == 0
@@ -272,6 +272,6 @@ def test_a_file_system_without_locks_is_no_obstacle(train, monkeypatch, caplog):
 
 def test_max_steps_inside_an_accumulation_window_stops_at_its_end(train, tmp_path):
     assert train("run.max_steps=3", "run.accum_grad_iters=2") == 0
-    (run,) = (tmp_path / "output").iterdir()
+    (run,) = (tmp_path / "output").glob("2*")
     assert {path.name for path in run.glob("checkpoint*.pth")} == {"checkpoint_0_4.pth", "checkpoint_0_4.rank0.pth"}
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]

@@ -62,7 +62,7 @@ def kill_the_workers() -> None:
 
 
 def the_run(folder: Path) -> Path:
-    (run,) = folder.iterdir()
+    (run,) = folder.glob("2*")
     return run
 
 

@@ -63,7 +63,7 @@ def train(tmp_path, emoji, tiny_yaml, monkeypatch):
 
 
 def the_run(folder: Path) -> Path:
-    (run,) = folder.iterdir()
+    (run,) = folder.glob("2*")
     return run
 
 

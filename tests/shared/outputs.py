@@ -10,12 +10,12 @@ import torch
 
 
 def only_run(folder: Path) -> Path:
-    (run,) = sorted((folder / "output").iterdir())
+    (run,) = sorted((folder / "output").glob("2*"))
     return run
 
 
 def newest_run(folder: Path) -> Path:
-    return max((folder / "output").iterdir(), key=lambda path: path.stat().st_mtime)
+    return max((folder / "output").glob("2*"), key=lambda path: path.stat().st_mtime)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
