@@ -8,15 +8,11 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """\
-examples:
-  lavis-mafa index-shards 'data/{00000..00099}.tar' --output pairs.arrow
-  lavis-mafa index-shards 'data/*.tar' --caption-key caption --output pairs.arrow
-
-Shards as webdataset and img2dataset write them: KEY.jpg (or .png, .webp, ...), KEY.txt, KEY.json. Keys without an image or a
-caption are left out and counted. One process reads one shard after the other; for more, index parts of them: an annotation
-storage takes a list of indexes, or a pattern."""
+    parser.epilog = (
+        "Shards as webdataset and img2dataset write them: KEY.jpg (or .png, .webp, ...), KEY.txt, KEY.json. Keys without an "
+        "image or a caption are left out and counted. One process reads one shard after the other; for more, index parts of "
+        "them: an annotation storage takes a list of indexes, or a pattern."
+    )
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, or patterns of them: {00000..00099}, *, ?")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.arrow", help="the index, which must not exist yet")
     parser.add_argument("--caption-key", metavar="NAME", help="take the caption from this key of KEY.json, not from KEY.txt")

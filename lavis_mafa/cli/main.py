@@ -69,7 +69,8 @@ EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
   lavis-mafa count-false-negatives --cfg-path my.yaml --con-d lavis:albef_retrieval/coco --batch-size 96 384 --samples 1e5""",
     "mine": """
   lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest
-  lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest --margin 0.95 --per-image 5 --output output/mined""",
+  lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest --margin 0.95 --per-image 5 --output output/mined
+  lavis-mafa mine --annotations pairs.csv --features images.npy texts.npy --guide-features guide_images.npy guide_texts.npy""",
     "train-teacher": """
   lavis-mafa train-teacher --cfg-path my.yaml --output output/teacher""",
     "analyse": """
@@ -89,6 +90,21 @@ EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
     "check-data": """
   lavis-mafa check-data --cfg-path my.yaml
   lavis-mafa check-data --annotations train.csv val.csv --images images --clean clean.jsonl""",
+    "export": """
+  lavis-mafa export output/albef/latest --for albef_retrieval --output albef_retrieval.pth
+  lavis-mafa export ALBEF.pth --for albef_vqa --image-size 384 --output albef_vqa.pth
+  lavis-mafa export output/blip/latest --for hf-blip --output blip-itm""",
+    "index-shards": """
+  lavis-mafa index-shards 'data/{00000..00099}.tar' --output pairs.arrow
+  lavis-mafa index-shards 'data/*.tar' --caption-key caption --output pairs.arrow""",
+    "pack": """
+  lavis-mafa pack 'data/train-*.parquet' --caption text --output pairs.arrow
+  lavis-mafa pack 00000.parquet --image jpg --output pairs.arrow
+  lavis-mafa pack pairs.jsonl --images /data/images --output pairs.arrow""",
+    "regroup": """
+  lavis-mafa regroup --shards 'data/{00000..00099}.tar' --features img_emb.npy text_emb.npy --batch-size 96 --output grouped""",
+    "convert-refcoco": """
+  lavis-mafa convert-refcoco --refs 'refs(unc).p' --instances instances.json --detections dets.json --output data/refcoco_plus""",
     "build-emoji": """
   lavis-mafa build-emoji data/emoji""",
     "build-scenes": """

@@ -10,16 +10,11 @@ from lavis_mafa.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """\
-examples:
-  lavis-mafa pack 'data/train-*.parquet' --caption text --output pairs.arrow
-  lavis-mafa pack 00000.parquet --image jpg --output pairs.arrow
-  lavis-mafa pack pairs.jsonl --images /data/images --output pairs.arrow
-
-Parquet and Arrow files hold images as bytes, or as {bytes, path} as Hugging Face writes them. Of an image in several rows the
-bytes are written once. Images are not decoded; check-data looks at all of them. Rows without an image or a caption are left out
-and counted."""
+    parser.epilog = (
+        "Parquet and Arrow files hold images as bytes, or as {bytes, path} as Hugging Face writes them. Of an image in several "
+        "rows the bytes are written once. Images are not decoded; check-data looks at all of them. Rows without an image or a "
+        "caption are left out and counted."
+    )
     what = "files with image bytes (.parquet, .arrow), or annotation files; also folders and patterns"
     parser.add_argument("pairs", nargs="+", metavar="PAIRS", help=what)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="of annotation files: where image paths start from")

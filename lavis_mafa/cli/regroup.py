@@ -10,14 +10,10 @@ from lavis_mafa.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """\
-example:
-  lavis-mafa regroup --shards 'data/{00000..00099}.tar' --features img_emb.npy text_emb.npy \\
-      --batch-size 96 --output grouped
-
-One row of features for each pair, in the order of the shards, as index-shards counts them. Read the result without shuffling
-samples (shards may be shuffled): every 96 pairs from the beginning of a shard are one GRIT batch."""
+    parser.epilog = (
+        "One row of features for each pair, in the order of the shards, as index-shards counts them. Read the result without "
+        "shuffling samples (shards may be shuffled): every 96 pairs from the beginning of a shard are one GRIT batch."
+    )
     parser.add_argument("--shards", nargs="+", required=True, metavar="SHARDS", help="as for index-shards")
     parser.add_argument("--caption-key", metavar="NAME", help="as for index-shards")
     parser.add_argument(
