@@ -9,7 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,9 @@ from lavis_mafa.datasets.formats import (
     PAIRS,
     ROWS_AT_ONCE,
     SAME_IMAGE,
+    SENTENCES,
+    STATEMENTS,
+    TWO,
     Columns,
     one_message,
     read_records,
@@ -60,6 +63,7 @@ BAD = {
     "empty_caption": "empty caption",
     "list_of_captions": "list of captions",
     "id_of_another": "image_id of another image",
+    "unknown_label": "unknown label",
 }
 TWICE = {
     "duplicate_image": "image with the bytes of another",
@@ -76,16 +80,18 @@ OF_ROW = {
 IMAGE_KINDS = ("", "missing", "unreadable", "too_large", "too_small")
 EXAMPLES, AT_ONCE = 3, 32
 SUFFIXES = (".jsonl", ".json", ".arrow")  # of cleaned annotations
-TEXT_OF = {"grit_vqa": "question", "grit_entailment": "sentence", "grit_boxes": "text"}
+TEXT_OF = {"grit_vqa": "question", "grit_entailment": "sentence", "grit_statements": "statement", "grit_boxes": "text"}
 ASKED = {
     "question": Columns(single=("image",), several="question", optional=()),
-    "sentence": Columns(single=("image",), several="sentence", optional=(), or_else="caption"),
+    "sentence": replace(SENTENCES, optional=()),
+    "statement": replace(STATEMENTS, optional=()),
     "text": EXPRESSIONS,
 }
+LABELS = {text: columns.labels for text, columns in ASKED.items() if columns.labels}
 SCHEMA = pa.schema(
     [("image", pa.string()), ("caption", TEXTS), ("image_id", pa.string()), ("path", pa.large_string()), ("leaves", pa.bool_())]
     + [("lists", pa.bool_()), ("id_of_another", pa.int64()), ("file_of", pa.int64()), ("number", pa.int64())]
-    + [("shard", pa.large_string()), ("offset", pa.int64()), ("size", pa.int64())]
+    + [("shard", pa.large_string()), ("offset", pa.int64()), ("size", pa.int64()), ("label", pa.string())]
 )
 Process = Callable[[str], str]
 Numbers = np.ndarray
@@ -103,7 +109,7 @@ class Source:
     allow_absolute_paths: bool = False
     select: Callable[[pa.Table], pa.Table] = lambda rows: rows  # those that the data set keeps
     one_caption: bool = False  # a list of captions is none to this data set
-    text: str | None = "caption"  # or question, or sentence, or None where there is none of them
+    text: str | None = "caption"  # or of ASKED, or None where there is none of them
     image_ending: str = ""  # which image paths are written without
 
     def __post_init__(self) -> None:
@@ -159,12 +165,15 @@ def source_of(name: str, config: Any, split: str, processors: dict[str, Process]
     text = TEXT_OF.get(name, "caption") if name in SPLITS else _text_of(files[0].path)
     one = name not in SPLITS and split == "train" and text == "caption"
     ending_of_images = ".jpg" if name == "snli_ve" else ""
-    return Source(files, processors[mode], found.allow_absolute_paths, found.select, one, text, ending_of_images)
+    select = _of_both(found.select) if text == "statement" else found.select
+    return Source(files, processors[mode], found.allow_absolute_paths, select, one, text, ending_of_images)
 
 
 def _text_of(path: Path) -> str | None:
     """What the rows of a data set of LAVIS's hold beside images."""
     first = next(read_records(path), {}) if path.is_file() else {"caption": ""}
+    if "images" in first:
+        return "statement"
     return next((text for text in ("caption", "question", "sentence") if text in first), "caption" if "image" not in first else None)
 
 
@@ -188,6 +197,7 @@ class Rows:
     text: Numbers  # [N], what kind of text the captions are
     lists: Numbers  # Bool [N], a list of captions where the data set takes none
     id_of_another: Numbers  # [N] the earlier row of the file that gives the image_id to another image, from 0; -1 for none
+    label: pa.ChunkedArray  # [N] as written; null where there is none, and where rows have no labels
     files: list[AnnotationFile]  # with the folder that their image paths start from
     file_of: Numbers  # [N] into `files`
     number: Numbers  # [N] of the row in its file, from 0
@@ -241,18 +251,37 @@ def read_sources(sources: Sequence[Source]) -> Rows:
         source_of=source_of[row_of],
         text=np.array([source.text for source in sources], dtype=object)[source_of],
         files=files,
-        **{name: table[name] for name in ("image", "image_id")},
+        **{name: table[name] for name in ("image", "image_id", "label")},
         **{name: table[name].to_numpy() for name in ("leaves", "lists", "id_of_another", "file_of", "number")},
     )
 
 
 def _read(source: Source, file: AnnotationFile) -> pa.Table:
     if source.text in ASKED:
-        return read_rows(file.path, ASKED[source.text], file.columns).rename_columns({source.text: "caption"})
+        columns = ASKED[source.text]
+        table = read_rows(file.path, columns, file.columns).rename_columns({columns.several: "caption"})
+        return table if columns.images != TWO else _an_image_each(table)
     if source.text is None:
         images = [image if isinstance(image := record.get("image"), str) else None for record in read_records(file.path)]
         return pa.table({"image": pa.chunked_array([images], pa.string()), "caption": pa.nulls(len(images), TEXTS)})
     return read_rows(file.path, PAIRS, file.columns)
+
+
+def _an_image_each(statements: pa.Table) -> pa.Table:
+    """Of each statement two rows, with an image each."""
+    images = [one for both in zip(*(statements[name].to_pylist() for name in TWO), strict=True) for one in both]
+    twice = statements.select(["caption", "label"]).take(np.repeat(np.arange(len(statements)), len(TWO)))
+    return twice.append_column("image", pa.array(images, pa.string()))
+
+
+def _of_both(select: Callable[[pa.Table], pa.Table]) -> Callable[[pa.Table], pa.Table]:
+    """What keeps so many statements, for tables of their images."""
+
+    def selected(rows: pa.Table) -> pa.Table:
+        chosen = select(pa.table({"row": np.arange(len(rows) // len(TWO))}))["row"].to_numpy()
+        return rows.take(np.stack([chosen * len(TWO) + image for image in range(len(TWO))], axis=1).ravel())
+
+    return selected
 
 
 def _rows_of(source: Source, file: AnnotationFile, table: pa.Table, number: int) -> pa.Table:
@@ -275,7 +304,8 @@ def _rows_of(source: Source, file: AnnotationFile, table: pa.Table, number: int)
         "lists": lists,
         "id_of_another": others,
         "file_of": np.full(count, number),
-        "number": np.arange(count),
+        "number": np.arange(count) // (len(TWO) if source.text == "statement" else 1),
+        "label": table["label"] if source.text in LABELS else pa.nulls(count, pa.string()),
     }
     if has_places(table):
         columns |= {"shard": _full_paths(root, table["shard"], outside), "offset": table["offset"], "size": table["size"]}
@@ -387,6 +417,9 @@ def find(rows: Rows) -> Problems:
     add("empty_caption", every[(rows.text != None) & (rows.captions == 0)])  # noqa: E711 - of an array
     add("list_of_captions", every[rows.lists])
     add("id_of_another", every[rows.id_of_another >= 0])
+    for text, labels in LABELS.items():
+        known = pc.is_in(rows.label, value_set=pa.array(labels)).to_numpy()
+        add("unknown_label", every[(rows.text == text) & ~known])
     for kind, of_kind in (("empty_caption", ~rows.printed), ("list_of_captions", rows.printed)):
         bad = np.flatnonzero(rows.bad_caption & of_kind)
         add(kind, rows.row_of[bad], bad)
@@ -437,6 +470,8 @@ def _reason(rows: Rows, kind: str, row: int, about: int, first: int) -> str:
         return rows.caption_reason[about]
     if kind in OF_ROW:
         return OF_ROW[kind]
+    if kind == "unknown_label":
+        return f"the label {rows.label[row].as_py()!r} is none of {', '.join(LABELS[rows.text[row]])}"
     if kind == "id_of_another":
         return f"{rows.image_id[row].as_py()!r} is the image_id of another image in row {rows.id_of_another[row] + 1}"
     if kind == "duplicate_image":

@@ -26,7 +26,7 @@ from transformers import BertConfig
 
 from lavis_mafa.config.schema import DOWNSTREAM, FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
-from lavis_mafa.models import blip2, qformer, transformer
+from lavis_mafa.models import albef_vqa, blip2, qformer, transformer
 from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
 from lavis_mafa.models.con_d import as_con_d, untrained
 from lavis_mafa.models.encoders import PRECISIONS
@@ -48,7 +48,8 @@ ATTENTION: dict[Any, Callable[..., int]] = {
 }
 COUNTED = flop_registry | {operation: shape_wrapper(count) for operation, count in ATTENTION.items()}
 WORDS = (torch.ops.aten._log_softmax.default, torch.ops.aten.log_softmax.int_out)  # masked, and one after another
-BY_MODULE = {"visual_encoder": IMAGE, "text_encoder": TEXT, "Qformer": QUERIES, "opt_proj": QUERIES, "opt_model": LM}
+BY_MODULE = {"visual_encoder": IMAGE, "text_encoder": TEXT, "text_decoder": LM}
+BY_MODULE |= {"Qformer": QUERIES, "opt_proj": QUERIES, "opt_model": LM}
 
 
 @dataclass(frozen=True)
@@ -349,7 +350,9 @@ class _Step:
             # what the host reads of an index: pairs that are spread evenly over texts and images; and no text is shorter than others
             for module in (transformer, qformer, blip2):
                 stack.enter_context(patch(f"{module.__name__}.numbers", self._numbers))
-            stack.enter_context(patch(f"{transformer.__name__}.lengths_of", lambda mask: [mask.shape[1]] * len(mask)))
+            for module in (transformer, albef_vqa):
+                stack.enter_context(patch(f"{module.__name__}.lengths_of", lambda mask: [mask.shape[1]] * len(mask)))
+            stack.enter_context(patch(f"{albef_vqa.__name__}.checked_answers", _an_answer_each))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(NoValues(self))
             for module in (self.model, *_modules_of(self.con_d), *_modules_of(getattr(self.model, "language_teacher", None))):
@@ -360,7 +363,9 @@ class _Step:
     def run(self, device: str, precision: str, backward: bool = True) -> None:
         """Forward and backward."""
         samples = samples_of(self.model.settings, self.size, device)
-        self._pack(samples["image"])
+        for name in ("image", "image0", "image1"):
+            if name in samples:
+                self._pack(samples[name])
         self.part = ITC
         half = torch.autocast(device, PRECISIONS[precision], enabled=precision != "fp32")  # what is recomputed in backward is so too
         with half, torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -441,6 +446,11 @@ def _fused_attention(
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal)[0]
 
 
+def _an_answer_each(samples: dict[str, Any]) -> tuple[list[str], Tensor, Tensor]:
+    count = len(samples["answer"])
+    return samples["answer"], torch.ones(count), torch.arange(count)
+
+
 def every_of(settings: Any) -> int:
     """In one of how many steps Con-D is asked."""
     return settings.ecm.every if hasattr(settings, "ecm") else 1
@@ -452,8 +462,11 @@ def samples_of(settings: Any, size: StepSize, device: Any) -> dict[str, Any]:
     captions = [f"{i} " + "a " * size.text_length for i in range(size.batch)]
     # not of the first epoch: Con-D has been looked at, and a momentum teacher counts in full; a step in which Con-D is asked
     views = ["image", "image_second_view"] if getattr(getattr(settings, "itc", None), "intra_modal", []) else ["image"]
+    of_task: dict[str, Any] = {}
+    if settings.arch in DOWNSTREAM:
+        of_task = {"label": torch.zeros(size.batch, dtype=torch.long, device=device), "answer": ["a a"] * size.batch}
+        views = ["image0", "image1"] if settings.arch == "albef_nlvr_mafa" else views
     images = {view: torch.randn(size.batch, 3, side, side, device=device) for view in views}
-    of_task = {"label": torch.zeros(size.batch, dtype=torch.long, device=device)} if settings.arch in DOWNSTREAM else {}
     return {**images, **of_task, "text_input": captions, "epoch": 2 * every_of(settings)}
 
 

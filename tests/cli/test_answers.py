@@ -81,7 +81,7 @@ def run(data) -> Callable[..., Path]:
         output = data / folder
         arguments = ["--cfg-path", str(data / yaml), "--options", f"run.output_dir={output}", *options]
         assert main([name, *arguments]) == 0
-        return max(output.iterdir())
+        return max(output.glob("2*"))
 
     return command
 

@@ -228,3 +228,11 @@ def test_what_other_commands_say(data, refused, tmp_path):
     assert main(["check-data", "--cfg-path", str(data / "run.yaml"), "--output", str(tmp_path)]) == 0
     checked = json.loads((next(tmp_path.rglob("check.json"))).read_text())
     assert checked["rows"] == 18, checked
+    (tmp_path / "val.jsonl").write_text(
+        "".join(json.dumps({**row, "label": label}) + "\n" for row, label in zip(rows(1), "abc", strict=False))
+    )
+    options = [f"datasets.grit_entailment.build_info.annotations.val.storage={tmp_path / 'val.jsonl'}"]
+    command = ["check-data", "--cfg-path", str(data / "run.yaml"), "--output", str(tmp_path / "wrong"), "--options", *options]
+    assert main(command) == 1
+    found = json.loads((tmp_path / "wrong/check.json").read_text())["kinds"]["unknown_label"]
+    assert found["rows"] == 3 and "'a' is none of contradiction, neutral, entailment" in found["examples"][0]["reason"]

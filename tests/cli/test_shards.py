@@ -55,7 +55,7 @@ def contents(root, table):
 
 
 def losses(folder):
-    lines = map(json.loads, (next(folder.iterdir()) / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (next(folder.glob("2*")) / "metrics.jsonl").read_text().splitlines())
     return [[line[name] for name in sorted(line) if "loss" in name] for line in lines]
 
 

@@ -93,7 +93,7 @@ def run(data) -> Callable[..., Path]:
         output = data / folder
         arguments = ["--cfg-path", str(data / f"{yaml}.yaml"), "--options", f"run.output_dir={output}", *options]
         assert main([name, *arguments]) == 0
-        return max(output.iterdir())
+        return max(output.glob("2*"))
 
     return command
 
@@ -251,3 +251,22 @@ def test_a_checkpoint_of_two_images_is_named_where_one_is_read(data, assigned, c
 def test_labels_are_for_their_model_alone(task, arch, datasets, message):
     said = list(_labels(task, arch, dict.fromkeys(datasets)))
     assert len(said) == bool(message) and all(message in one for one in said)
+
+
+def test_both_images_and_the_label_are_looked_at_before(data, tmp_path):
+    """By check-data, whatever the columns are called; rows keep their numbers, and `max_images` counts statements."""
+    wrong = [
+        {"links": ["red.png", "gone.png"], "sentence": "one", "label": True},
+        {"links": ["red.png"] * 2, "sentence": "b", "label": "no"},
+    ]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*wrong, wrong[0]]))
+    info = "datasets.grit_statements.build_info"
+    options = [f"{info}.annotations.val.storage={{annotations: {tmp_path / 'val.jsonl'}, columns: {{images: links}}}}"]
+    options += [f"{info}.max_images=2", "run.evaluate=true"]
+    command = ["check-data", "--cfg-path", str(data / "run.yaml"), "--output", str(tmp_path / "out"), "--options", *options]
+    assert main(command) == 1
+    found = json.loads((tmp_path / "out/check.json").read_text())
+    assert found["rows"] == 4, "two images of two statements"
+    lines = [json.loads(line) for line in (tmp_path / "out/problems.jsonl").read_text().splitlines()]
+    told = {(line["row"], line["kind"], line["image"]) for line in lines if line["kind"] in ("missing", "unknown_label")}
+    assert told == {(1, "missing", "gone.png"), (2, "unknown_label", "red.png")}

@@ -48,6 +48,7 @@ BLOCKS = {
         "mlm": {"weight": 0},
     },
     "visual entailment, taught": {"arch": "albef_ve_mafa", "momentum_distillation": {}},
+    "questions": {"arch": "albef_vqa_mafa"},
     "blip": {"arch": "blip_mafa"},
     "blip2 without words": {"arch": "blip2_mafa", "lm": {"weight": 0}},
     "blip2, frozen": {"arch": "blip2_mafa", "image_encoder": {"freeze": True}},
@@ -112,6 +113,17 @@ def test_parts_add_up_to_a_real_step(name):
     # which pairs are mined decides how the texts of an image lie side by side, and a pair that is found twice is judged once
     assert sum(part.total for part in cost.flops.values()) == pytest.approx(flops, rel=0.06)
     assert sum(cost.saved.values()) == pytest.approx(found, rel=0.05)
+
+
+def test_two_images_cost_twice_the_images_and_twice_the_fusion_layers():
+    """torch's counter of FLOPs cannot follow modules that are called with views of what others made."""
+    size = StepSize(BATCH, LENGTH)
+    one, two, assigned = (
+        cost_of(typed_block("model", {"arch": arch, "model_type": "tiny"}), size).flops
+        for arch in ("albef_ve_mafa", "albef_nlvr_mafa", "albef_ta_mafa")
+    )
+    assert two[IMAGE].forward == 2 * one[IMAGE].forward == 2 * assigned[IMAGE].forward
+    assert one[TEXT].forward < two[TEXT].forward < 2.2 * one[TEXT].forward and assigned[TEXT].forward > one[TEXT].forward
 
 
 def test_synthetic_texts_are_counted_where_they_are_made_and_judged():
