@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lavis_mafa.cli.options import add_columns, count, named_columns, positive
 from lavis_mafa.errors import UserError
 
-PAGE, YAML, CLEAN, RESULT = "audit.html", "data.yaml", "clean.jsonl", "audit.json"
+PAGE, YAML, CLEAN, RESULT = "audit.html", "data.yaml", Path("clean.jsonl"), "audit.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +67,10 @@ def _check(arguments: argparse.Namespace, columns: dict[str, str]) -> dict[str, 
 
     folder = arguments.output
     sources = check_data.from_files(arguments.data, arguments.images, columns=columns)
+    clean = folder / _clean(arguments)
+    if arguments.con_d is not None:  # which judges the good rows alone
+        with _of_clean():
+            check_data.check_sources(sources, clean)
     rows = check_data.read_sources(sources)
     folder.mkdir(parents=True, exist_ok=True)
     check_data.judge(rows, sources, MIN_SIDE, arguments.workers)
@@ -73,11 +79,27 @@ def _check(arguments: argparse.Namespace, columns: dict[str, str]) -> dict[str, 
     check_data.write_problems(folder / "problems.jsonl", rows, problems)
     write_text(folder / "check.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(check_data.format_results(results), flush=True)
-    if results["bad_rows"]:
-        check_data.check_sources(sources, folder / CLEAN)
-        check_data.check_ids(rows)
-        check_data.write_clean(folder / CLEAN, rows)
+    results["cleaned_rows"] = None
+    if results["bad_rows"] and arguments.con_d is not None:
+        with _of_clean():
+            check_data.check_ids(rows)
+        results["cleaned_rows"] = check_data.write_clean(clean, rows)
     return results
+
+
+def _clean(arguments: argparse.Namespace) -> str:
+    """What the good rows are called, where some are bad."""
+    return CLEAN.with_suffix(".arrow" if all(path.suffix == ".arrow" for path in arguments.data) else CLEAN.suffix).name
+
+
+@contextlib.contextmanager
+def _of_clean() -> Iterator[None]:
+    """audit has no `--clean`, of which the messages of check-data speak."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error).replace("--clean", "that file")
+        raise UserError(f"--con-d judges good rows, which audit writes as one file: {told}") from error
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +126,7 @@ def _judged(
     from lavis_mafa.config.schema import type_defaults
 
     folder, on_gpu = arguments.output, torch.cuda.is_available()
-    good = checked["rows"] - checked["bad_rows"]
+    good = checked["rows"] if checked["cleaned_rows"] is None else checked["cleaned_rows"]
     if good < 2:
         raise UserError(f"{good} rows are good, but a batch with negatives has at least 2; see {folder / 'problems.jsonl'}.")
     arch, size = block["arch"], block["model_type"]
@@ -113,7 +135,7 @@ def _judged(
     pairs = min(arguments.samples or good, good)
     batch = min(96, max(2, pairs // 4))  # the paper's sizes, as far as there are pairs
     space = max(batch, min(4_800, pairs // 2))
-    storage = [str(folder / CLEAN)] if checked["bad_rows"] else [str(path) for path in arguments.data]
+    storage = [str(folder / _clean(arguments))] if checked["bad_rows"] else [str(path) for path in arguments.data]
     info = {"annotations": {"train": {"storage": storage}}, "images": {"storage": str(arguments.images)}}
     processor = {"eval": {"name": "albef_image_eval", "image_size": sizes["image_size"]}}
     processor["train"] = {**processor["eval"], "name": "albef_image_train"}
@@ -154,6 +176,7 @@ def _page(arguments: argparse.Namespace, checked: dict[str, Any], counted: dict[
         bad=[KINDS[kind] for kind in BAD if of[kind]["rows"]],
         files=", ".join(map(str, arguments.data)),
         folder=arguments.output,
+        clean=_clean(arguments),
         con_d=arguments.con_d,
         version=__version__,
         **values,

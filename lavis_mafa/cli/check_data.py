@@ -89,7 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.images is None and any(file.suffix != ".arrow" for file in arguments.annotations or ()):
+    from lavis_mafa.config.data import files_of  # needs what --help need not wait for
+
+    files = [path for file in arguments.annotations or () for path in files_of(file, "--annotations")]
+    if arguments.images is None and any(path.suffix != ".arrow" for path in files):
         raise UserError("--annotations needs --images, the folder that the image paths start from.")
     if arguments.annotations is not None and arguments.options:
         raise UserError("--options belongs to --cfg-path; --annotations has no settings.")

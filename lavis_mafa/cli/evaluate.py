@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from lavis_mafa.cli.train import add_options
@@ -40,18 +41,19 @@ def _of_run(folder: Path) -> tuple[str, list[str]]:
 
     file = folder / "config.yaml"
     if not file.is_file():
-        runs = runs_with(folder, "config.yaml")
+        runs = runs_with(folder, "checkpoint_*.pth")
         hint = f" Did you mean {runs[-1]}?" if runs else ""
         raise UserError(f"{folder} is no folder of a run: it has no config.yaml, which a run writes.{hint}")
     settings, checkpoint = read_settings(file, []), run_checkpoint(folder, "RUN")
     if checkpoint.suffix != ".pth":
         raise UserError(f"the run {folder} has no checkpoint.")
+    checkpoint = checkpoint.absolute()
     arch = at(settings, "model.arch")
-    options = ["run.evaluate=true", "run.resume_ckpt_path=null", f"run.output_dir={checkpoint.parent.parent}"]
+    options = ["run.evaluate=true", "run.resume_ckpt_path=null", f"run.output_dir={json.dumps(str(checkpoint.parent.parent))}"]
     # what it was trained from and with need no longer be there
     options += [f"{key}=null" for key in ("model.stage_1", "model.discriminator") if at(settings, key) is not None]
     if arch in MODEL_BLOCKS:
-        options += [f"model.pretrained={checkpoint}", *(f"model.{part}.init=null" for part in COVERED.get(arch, ()))]
+        options += [f"model.pretrained={json.dumps(str(checkpoint))}", *(f"model.{part}.init=null" for part in COVERED.get(arch, ()))]
     else:
-        options += [f"model.finetuned={checkpoint}", "model.load_finetuned=true"]
+        options += [f"model.finetuned={json.dumps(str(checkpoint))}", "model.load_finetuned=true"]
     return str(file), [*options, *(["run.valid_splits=[]"] if at(settings, "run.test_splits") else [])]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ LEAST = 8  # rows of which a run can be made
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Without --con-d the YAML trains without MAFA: what comes of it can be Con-D."
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", required=True, metavar="FILE", help="pairs to train on: .csv, .tsv, .json, .jsonl, .parquet")
+    add("--data", type=Path, nargs="+", required=True, metavar="FILE", help="pairs: .csv, .tsv, .json, .jsonl, .parquet, .arrow")
     add("--images", type=Path, required=True, metavar="DIR", help="the folder that image paths start from")
     add_columns(parser)
     for split, what in (("val", "after each epoch"), ("test", "at the end")):
@@ -59,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{output}: {NAMES[arguments.model]}, {arguments.size}, {len(rows):,} rows: {of_steps}")
     if arguments.size == "base" and not gpu:
         print("No GPU is visible here, so it is for this CPU, on which this size takes very long; --size tiny is for trials.")
-    print(f"Next: lavis-mafa validate {output}; lavis-mafa train --cfg-path {output}")
+    name = shlex.quote(str(output))
+    print(f"Next: lavis-mafa validate {name}; lavis-mafa train --cfg-path {name}")
     if con_d is None:
         print(f"Then MAFA, with what comes of it as Con-D: lavis-mafa init ... --con-d {_folder(output)}/latest --output mafa.yaml")
     return 0
@@ -79,6 +81,7 @@ def _read(arguments: argparse.Namespace, columns: dict[str, str]) -> pa.Table:
     """The rows to train on; all files and every row of them are looked at, as training will; raises UserError."""
     from lavis_mafa.config.data import AnnotationFile, files_of
     from lavis_mafa.datasets.annotations import read_annotations
+    from lavis_mafa.datasets.stored import image_source
 
     if not arguments.images.is_dir():
         raise UserError(f"--images is {str(arguments.images)!r}, but there is no such folder.")
@@ -90,7 +93,7 @@ def _read(arguments: argparse.Namespace, columns: dict[str, str]) -> pa.Table:
     rows = tables["data"]
     if len(rows) < LEAST:
         raise UserError(f"--data has {len(rows)} rows; a run takes at least {LEAST}.")
-    if not any((arguments.images / image).is_file() for image in rows["image"][:10].to_pylist()):
+    if not any(image_source(arguments.images, rows, row).is_file() for row in range(min(10, len(rows)))):
         first = rows["image"][0].as_py()
         raise UserError(f"--images: {arguments.images} has none of the first ten rows' images, such as {first!r}; is it their folder?")
     return rows
@@ -217,7 +220,7 @@ def _yaml(arguments: argparse.Namespace, columns: dict[str, str], con_d: dict[st
         title=f"{NAMES[arguments.model]}{' with MAFA' if con_d else ''}",
         data=[" ".join(str(path).split()) for path in arguments.data],
         output=arguments.output,
-        folder=_folder(arguments.output),
+        folder=json.dumps(_folder(arguments.output), ensure_ascii=False),
         rows=rows,
         arch=arch,
         size=arguments.size,

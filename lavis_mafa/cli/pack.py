@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from lavis_mafa.errors import UserError
@@ -29,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lavis_mafa.config.data import AnnotationFile, files_of
     from lavis_mafa.datasets.annotations import read_annotations
+    from lavis_mafa.datasets.formats import PAIRS
     from lavis_mafa.tools import pack
     from lavis_mafa.tools.index_shards import LeftOut, check_output
 
@@ -50,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             schema, rows = pack.schema_of(files, names), pack.rows_of_tables(files, names, left_out, bar.update)
         else:
             given = [AnnotationFile(path, None) for path in files]
-            table = read_annotations(given, allow_absolute_paths=arguments.allow_absolute_paths)
+            table = read_annotations(given, replace(PAIRS, hint=""), allow_absolute_paths=arguments.allow_absolute_paths)
             bar.total = len(table)
             schema, rows = pack.schema_of_annotations(table), pack.rows_of_annotations(table, arguments.images, left_out, bar.update)
         pairs, images = pack.write_pack(rows, schema, arguments.output)

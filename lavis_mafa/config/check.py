@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -232,7 +233,7 @@ def fetch_named(config: Any, judges: bool = True) -> list[str]:
         if isinstance(name := at(config, key), str) and name.startswith(PREFIX):
             parent, _, last = key.rpartition(".")
             at(config, parent)[last] = fetched(name, key)
-            options.append(f"{key}={at(config, key)}")
+            options.append(f"{key}={json.dumps(at(config, key))}")
     return options
 
 

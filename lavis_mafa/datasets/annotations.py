@@ -73,11 +73,25 @@ def read_annotations(
             table = table.set_column(table.schema.get_field_index(SAME_IMAGE), SAME_IMAGE, groups)
         tables.append(in_folder(table, file.images))
     check_facts([(annotation_file(file).path, table) for file, table in zip(files, tables, strict=True)])
-    table = pa.concat_tables(tables, promote_options="default")
+    table = told_apart(pa.concat_tables(tables, promote_options="default"))
     numbers = [name for name in columns.optional if all(name in number_columns(t) for t in tables if name in t.column_names)]
     # Arrow would keep what the parsers no longer need for its next use, but the table is there for the whole run.
     pa.default_memory_pool().release_unused()
     return with_numbers(table, [name for name in numbers if name in table.column_names])
+
+
+def told_apart(table: pa.Table, column: str = "image") -> pa.Table:
+    """Images inside larger files that are called the same are called by their file, too."""
+    if "shard" not in table.column_names:
+        return table
+    names, shards = table[column], table["shard"].cast(table[column].type)
+    files = pa.table({"name": names, "shard": shards}).group_by("name").aggregate([("shard", "count_distinct")])
+    twice = files["name"].filter(pc.greater(files["shard_count_distinct"], 1))
+    if not len(twice):
+        return table
+    several = pc.and_(pc.is_in(names, value_set=twice.combine_chunks()), shards.is_valid())
+    named = pc.if_else(several, pc.binary_join_element_wise(shards, names, pa.scalar("/", names.type)), names)
+    return table.set_column(table.schema.get_field_index(column), column, named)
 
 
 def in_folder(table: pa.Table, images: Path | None) -> pa.Table:
@@ -154,7 +168,8 @@ def read_rows(path: Path, columns: Columns = PAIRS, names: Mapping[str, str] | N
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows.")
     if ours:
-        table = table.rename_columns(ours)
+        numbered = [ours.get(name, name) for name in number_columns(table)]
+        table = with_numbers(table.rename_columns(ours), numbered)
     found = {}
     for name in columns.single:
         if not is_text(_plain(table[name].type)):

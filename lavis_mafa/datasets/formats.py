@@ -84,7 +84,7 @@ def read_records(path: Path, columns: Columns = PAIRS, names: Mapping[str, str] 
             with open_text(path) as file:
                 yield from objects_in_lines(path, columns, file)
         elif kind == ".arrow":
-            for batch in read_mapped(path).to_batches(ROWS_AT_ONCE):
+            for batch in read_mapped(path, columns.single[0]).to_batches(ROWS_AT_ONCE):
                 yield from batch.to_pylist()
         elif kind == ".parquet":
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():

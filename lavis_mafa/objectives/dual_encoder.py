@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -95,7 +95,7 @@ class MafaItcLoss(nn.Module):
             raise ValueError("guide and scores are both given, but only one can say which pairs match")
         if scores is not None and scores.shape != (count, count):
             raise ValueError(f"scores are {list(scores.shape)}, but must be {[count, count]}")
-        keys = torch.full((count, 1), -1, device=image.device) if ids is None else ids.view(count, -1)
+        keys = torch.full((count, 1), -1, device=image.device) if ids is None else ids.to(image.device).view(count, -1)
         all_images, all_texts, all_keys = self._gathered(image), self._gathered(text), self._gathered(keys)
         known = known_positives(keys, all_keys)
         if guide is not None:
@@ -105,7 +105,8 @@ class MafaItcLoss(nn.Module):
             found_i2t = self._found(images @ self._gathered(texts).T, known)
             found_t2i = self._found(texts @ self._gathered(images).T, known)
         elif scores is not None:
-            found_i2t, found_t2i = self._found(scores.detach(), known), self._found(scores.detach().T, known)
+            scores = scores.detach().to(image.device)
+            found_i2t, found_t2i = self._found(scores, known), self._found(scores.T, known)
         else:
             found_i2t = found_t2i = torch.zeros_like(known)
         logits_i2t, targets_i2t = self._direction(image @ all_texts.T * scale, known, found_i2t)
@@ -122,8 +123,10 @@ class MafaItcLoss(nn.Module):
 
     def _found(self, scores: Tensor, known: Tensor) -> Tensor:
         """BoolTensor[B, C]: what scores [B, B or C] say of pairs that are not known to match."""
-        least = self.threshold if self.margin is None else scores.diagonal()[:, None] - self.margin
-        assert least is not None, "forward has seen to it"
+        least: Any = self.threshold
+        if self.margin is not None:
+            own = scores.diagonal()[:, None]
+            least = own.masked_fill(own.isneginf(), float("inf")) - self.margin  # nobody was asked: nothing to compare with
         found = torch.zeros_like(known)
         found[:, : scores.shape[1]] = scores > least
         return found & ~known

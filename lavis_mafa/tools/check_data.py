@@ -30,6 +30,7 @@ from lavis_mafa.datasets.annotations import (
     read_rows,
     shortened,
     shown,
+    told_apart,
 )
 from lavis_mafa.datasets.arrow_files import read_mapped
 from lavis_mafa.datasets.boxes import EXPRESSIONS
@@ -234,7 +235,7 @@ def read_sources(sources: Sequence[Source]) -> Rows:
         ]
         tables.append(source.select(pa.concat_tables(parts)))
         count += len(parts)
-    table = pa.concat_tables(tables)
+    table = told_apart(pa.concat_tables(tables), "path")
     source_of = np.repeat(np.arange(len(sources)), [len(part) for part in tables])  # of each row
     distinct = pc.drop_null(pc.unique(table["path"]))
     captions = pc.fill_null(pc.list_value_length(table["caption"]), 0).to_numpy()
@@ -591,11 +592,14 @@ def write_clean(path: Path, rows: Rows) -> int:
 
 def _write_arrow(path: Path, rows: Rows, records: Iterable[dict[str, Any]]) -> int:
     """Where images lie is written, not their bytes."""
-    found = [{**one, "caption": [one["caption"]] if isinstance(one["caption"], str) else one["caption"]} for one in records]
+    said = {file.columns.get("caption", "caption") for file in rows.files}
+    found = [{name: [one] if name in said and isinstance(one, str) else one for name, one in record.items()} for record in records]
     if not found:
         return 0
-    schemas = [read_mapped(file.path).schema for file in rows.files]
-    schemas = [schema.set(schema.get_field_index("caption"), pa.field("caption", TEXTS)) for schema in schemas]
+    schemas = []
+    for file in rows.files:
+        schema, caption = read_mapped(file.path, file.columns.get("image", "image")).schema, file.columns.get("caption", "caption")
+        schemas.append(schema.set(schema.get_field_index(caption), pa.field(caption, TEXTS)))
     try:
         table = pa.Table.from_pylist(found, pa.unify_schemas(schemas))
     except pa.ArrowTypeError as error:

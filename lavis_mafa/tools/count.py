@@ -287,20 +287,20 @@ def format_count(results: dict[str, Any]) -> str:
     ways = results["ways"]
     threshold = ways[0]["false_negatives"][0]["threshold"]
     corrected = f", times {results['correction']:g} (human correction)" if results["correction"] != 1.0 else ""
-    judge, margin = results["judge"], results["margin"]
+    judge, margin, kind = results["judge"], results["margin"], _kind(results)
     who = _capital(judge)
     rule = f"{judge} says p > {threshold:g}" if margin is None else f"{judge}'s cosine is above the own pair's{below(margin)}"
     lines = [f"False negatives among the hardest negatives of {results['samples']:,} pairs: {rule}{corrected}"]
     if results["meaningless"]:
         lines = [f"MEANINGLESS, since {results['meaningless']}: {judge} cannot judge these data.", *lines]
-    lines.append(f"  {'sampling':9s} {'B':>6s} {'M':>7s} {'FN w.r.t. image':>22s} {'FN w.r.t. text':>22s} {'median p':>9s}")
+    lines.append(f"  {'sampling':9s} {'B':>6s} {'M':>7s} {'FN w.r.t. image':>22s} {'FN w.r.t. text':>22s} {f'median {kind}':>9s}")
     for row in ways:
         first = row["false_negatives"][0]
         cells = [f"{first[f'wrt_{side}']:,.0f} ({_share(first[f'wrt_{side}_share'])})" for side in SIDES]
         line = f"{_name(row)} {cells[0]:>22s} {cells[1]:>22s} {_p(row['medians']['hardest']):>9s}"
         lines.append(f"{line}{'  meaningless' if row['meaningless'] else ''}")
     own, shuffled = (_p(results["medians"][name]) for name in ("own", "shuffled"))
-    lines.append(f"  {who}'s median p: own pairs {own}, shuffled pairs {shuffled}; of the hardest negatives in the last column.")
+    lines.append(f"  {who}'s median {kind}: own pairs {own}, shuffled pairs {shuffled}; of the hardest negatives in the last column.")
     doubtful = [row for row in ways if row["doubt"]]
     lines += [f"  {max(doubtful, key=lambda row: row['medians']['hardest'])['doubt']}"] if doubtful else []
     shares = [row["false_negatives"][0][f"wrt_{side}_share"] or 0.0 for row in ways for side in SIDES]
@@ -324,6 +324,11 @@ def format_count(results: dict[str, Any]) -> str:
             lines.append(f"{head} {at['threshold']:6g} {_share(at['precision']):>10s} {_share(at['recall']):>8s} {error:>18s}".rstrip())
             head, error = " " * len(head), ""
     return "\n".join(lines)
+
+
+def _kind(results: dict[str, Any]) -> str:
+    """What the judge's scores are."""
+    return "p" if results["margin"] is None else "cosine"
 
 
 def below(margin: float) -> str:
@@ -370,7 +375,7 @@ def count_plot(results: dict[str, Any]) -> bytes:
         axis.legend(fontsize=7)
     hardest = [row["medians"]["hardest"] for row in ways if row["medians"]["hardest"] is not None]
     own, shuffled = (_p(results["medians"][kind]) for kind in ("own", "shuffled"))
-    said = f"{_capital(results['judge'])}'s median p: own pairs {own}, shuffled {shuffled}"
+    said = f"{_capital(results['judge'])}'s median {_kind(results)}: own pairs {own}, shuffled {shuffled}"
     said += f", hardest negatives {min(hardest):.3f} to {max(hardest):.3f}" if hardest else ""
     meaningless = results["meaningless"]
     figure.suptitle(f"MEANINGLESS: {meaningless}" if meaningless else said, fontsize=7, color="red" if meaningless else "black")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
 from lavis_mafa.objectives.trust import is_sane
 
@@ -119,7 +120,13 @@ def _ending(path: Path, flag: str) -> str:
 def _joined(path: Path, flag: str) -> np.ndarray:
     if not path.is_dir():
         return _mapped(path, flag)
-    parts = [_mapped(part, flag) for part in sorted(path.glob("*.npy"))]
+    files = sorted(path.glob("*.npy"))
+    if len({len(file.name) for file in files}) > 1:
+        raise UserError(
+            f"{flag}: the .npy files in {path} have names of different lengths ({files[0].name}, ..., {files[-1].name}), which say no "
+            "order: is 10 before 2? Allowed: numbers of equally many digits."
+        )
+    parts = [_mapped(part, flag) for part in files]
     if not parts:
         raise UserError(f"{flag}: {path} holds no .npy file; allowed: {FORMS}.")
     shapes = {(part.dtype, *part.shape[1:]) for part in parts}
@@ -152,18 +159,17 @@ def _array(column: pa.ChunkedArray, where: str) -> np.ndarray:
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise UserError(f"{where} holds {kind}; allowed: lists of floating-point numbers.")
-    lists = column.combine_chunks()
-    lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists
-    numbers = lists.flatten()
-    if lists.null_count or numbers.null_count:
+    parts = [chunk.flatten() for chunk in column.chunks]  # of which one array could not have 2 ** 31 numbers
+    if column.null_count or any(part.null_count for part in parts):
         raise UserError(f"{where}: a row is null, or holds one; allowed: lists of floating-point numbers.")
     if not pa.types.is_fixed_size_list(kind):
-        length = np.diff(lists.offsets.to_numpy())
+        length = pc.list_value_length(column).to_numpy()
         if other := np.flatnonzero(length != length[:1]).tolist():
             raise UserError(
                 f"{where}: row {other[0] + 1} has {length[other[0]]} numbers, but row 1 has {length[0]}; allowed: equally many."
             )
-    return numbers.to_numpy(zero_copy_only=False).reshape(len(lists), len(numbers) // max(len(lists), 1))
+    numbers = np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts]) if parts else np.zeros(0, np.float32)
+    return numbers.reshape(len(column), len(numbers) // max(len(column), 1))
 
 
 def _check_rows(array: np.ndarray, where: str) -> None:

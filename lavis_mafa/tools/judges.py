@@ -6,6 +6,7 @@ The judge is a table of scores, whoever gave them, or a guide: a second dual enc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from lavis_mafa.config.data import files_of
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
 from lavis_mafa.datasets.facts import one_each
+from lavis_mafa.datasets.formats import PAIRS
 from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
@@ -49,7 +51,7 @@ class PicturelessPairs:
         if images is not None and not images.is_dir():
             raise UserError(f"--images is {str(images)!r}, but there is no such folder.")
         named = [file for entry in files for file in files_of(entry, "--annotations")]
-        self.table = caption_a_row(read_annotations(named, allow_absolute_paths=images is None))
+        self.table = caption_a_row(read_annotations(named, replace(PAIRS, hint=""), allow_absolute_paths=images is None))
         self.vis_root = images or Path()
         self.image_keys = image_keys(self.table)
         self.truth = GroundTruth.from_table(self.table)

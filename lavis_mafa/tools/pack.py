@@ -146,10 +146,12 @@ def write_pack(rows: Rows, schema: pa.Schema, output: Path) -> tuple[int, int]:
     Two images that are called the same get names of their own.
     """
     seen: dict[str, bytes | None] = {}  # digests by name
+    called: dict[tuple[str, Any], Any] = {}  # of a file's image, the name that it got
     pairs, waiting, weight = 0, list[dict[str, Any]](), 0
     with arrow_file(output, schema) as writer:
         for where, columns, content in rows:
-            name = columns["image"]
+            own = where.rpartition(", row ")[0], columns["image"]
+            name: Any = called.get(own, columns["image"]) if content is None else columns["image"]
             if content is not None:
                 digest = hashlib.blake2b(content, digest_size=16).digest()
                 if seen.get(name, digest) != digest:
@@ -157,6 +159,7 @@ def write_pack(rows: Rows, schema: pa.Schema, output: Path) -> tuple[int, int]:
                 if name in seen:
                     content = None
                 seen[name] = digest
+                called[own] = name
             waiting.append({**columns, "image": name, "bytes": content})
             weight, pairs = weight + len(content or b""), pairs + 1
             if weight >= BYTES_AT_ONCE or len(waiting) == ROWS_AT_ONCE * 64:
