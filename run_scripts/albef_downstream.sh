@@ -4,11 +4,17 @@
 #   bash run_scripts/albef_downstream.sh PRETRAINED.pth            NPROC GPUs (1, 2, 4, 8, 16; default 8), below output/downstream
 #   bash run_scripts/albef_downstream.sh scenes_start --scenes     the same tasks on scenes (lavis-mafa build-scenes data/scenes), on a CPU
 #
-# What is there already is not trained again: delete a folder below output/downstream to train it anew.
+# OUT=FOLDER: elsewhere. What is there already is not trained again; a folder is for one checkpoint.
 set -euo pipefail
 export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="${TORCH_ALLOW_TF32_CUBLAS_OVERRIDE:-1}" # TF32, as the authors' PyTorch multiplied fp32
-start=$1 out=output/downstream processes=${NPROC:-8}
-if [ "${2:-}" = --scenes ]; then out=output/downstream_scenes processes=1; fi
+start=$1 out=${OUT:-output/downstream} processes=${NPROC:-8}
+if [ "${2:-}" = --scenes ]; then out=${OUT:-output/downstream_scenes} processes=1; fi
+if [ -e "$out/of" ] && [ "$(cat "$out/of")" != "$start" ]; then
+    echo "$out is of $(cat "$out/of"), not of $start: name another folder, OUT=FOLDER." >&2
+    exit 2
+fi
+mkdir -p "$out"
+printf '%s' "$start" >"$out/of"
 
 run() { # NAME YAML START PAIRS_A_STEP
     local of_each=()

@@ -384,8 +384,9 @@ def check_combinations(model: Any, run: RunBlock | None, files: bool = True) -> 
             found.add("run.compile is true, but a model of LAVIS's has no part that is compiled; allowed: false.")
         found(check_device, model, run.device, run.precision)
         if model is not None:
-            found(_raise, _tasks(model, run))
-            if isinstance(run, VqaRun):
+            wrong = list(_tasks(model, run))
+            found(_raise, wrong)
+            if isinstance(run, VqaRun) and not wrong:
                 found(inference_of, model.arch, run)
             found(_raise, _grounding(model, run) if isinstance(run, GroundingRun) else ())
             found(_raise, _checkpoints(model, run.evaluate) if files else ())

@@ -269,7 +269,7 @@ def _check_classifier(arch: str, shapes: Shapes, source: str, evaluate: bool) ->
     labels = ", ".join(classes)
     last = shapes.get("cls_head.2.weight")
     if any(name.startswith("text_decoder.") for name in shapes):
-        raise UserError(f"{source} has a text decoder, which answers questions; give a checkpoint of pre-training, or of {labels}.")
+        raise UserError(f"{source} has a text decoder, which answers questions; give a checkpoint of pre-training, or of {what}.")
     if last is not None and last[0] != len(classes):
         raise UserError(f"{source} tells {last[0]} classes apart, not the {len(classes)} of {what} ({labels}).")
     if evaluate and last is None:
@@ -294,9 +294,20 @@ def _check_decoder(shapes: Shapes, source: str, evaluate: bool) -> None:
         )
 
 
+def _check_assignment(shapes: Shapes, source: str, evaluate: bool) -> None:
+    """An ALBEF checkpoint is of pre-training, whose image features choose other images, or of text assignment."""
+    task, _ = one_task(shapes, ALBEF)
+    if not any(name.startswith("ta_head.") for name in shapes):
+        if task:
+            raise UserError(f"{source} was trained for {task}; text assignment starts from a checkpoint of pre-training.")
+        if not any(name.startswith("vision_proj.") for name in shapes):
+            raise UserError(f"{source} has no vision_proj, by which text assignment chooses other images; give one of pre-training.")
+
+
 OF_TASK: dict[str, Callable[[Shapes, str, bool], None]] = {
     **{arch: partial(_check_classifier, arch) for arch in CLASSES},
     "albef_vqa_mafa": _check_decoder,
+    "albef_ta_mafa": _check_assignment,
 }
 
 

@@ -415,6 +415,11 @@ class AlbefVeBlock(AlbefDownstreamBlock):
     arch: str = as_in(MafaBlock, "arch", "albef_ve_mafa")
 
 
+@dataclass
+class RampedDistillation(DownstreamDistillation):
+    alpha: float = as_in(DownstreamDistillation, "alpha", 0.4, "weight of the teacher's targets, ramped up in the first epoch", "ALBEF")
+
+
 DOUBLED = "BERT, split into text and fusion layers, as in pre-training: each fusion layer becomes two, one for each image"
 
 
@@ -424,6 +429,7 @@ class AlbefNlvrBlock(AlbefDownstreamBlock):
 
     arch: str = as_in(MafaBlock, "arch", "albef_nlvr_mafa")
     text_encoder: TextEncoder = setting(..., DOUBLED, "ALBEF sec. 5")
+    momentum_distillation: RampedDistillation | None = as_in(AlbefDownstreamBlock, "momentum_distillation", None)
 
 
 @dataclass(kw_only=True)
@@ -433,11 +439,6 @@ class AlbefTaBlock(AlbefEncodersBlock):
     arch: str = as_in(MafaBlock, "arch", "albef_ta_mafa")
     text_encoder: TextEncoder = setting(..., DOUBLED, "ALBEF sec. 5")
     embed_dim: int = as_in(MafaBlock, "embed_dim", ..., "size of pre-training's image features, whose similarities choose other images")
-
-
-@dataclass
-class RampedDistillation(DownstreamDistillation):
-    alpha: float = as_in(DownstreamDistillation, "alpha", 0.4, "weight of the teacher's targets, ramped up in the first epoch", "ALBEF")
 
 
 @dataclass(kw_only=True)

@@ -110,7 +110,7 @@ class AlbefNlvrMafa(TwoImages[AlbefNlvrBlock], AlbefClassifier[AlbefNlvrBlock]):
     """Whether a sentence holds of two images (1) or not (0).
 
     Equal to LAVIS's ``albef_nlvr`` but for its teacher, which reads with the student's text encoder there and its own here, and whose
-    weight alpha LAVIS ramps up within two epochs.
+    weight alpha LAVIS ramps up within two epochs, ALBEF's authors and we within one.
 
     Example:
         >>> from lavis.models import load_model
@@ -120,6 +120,7 @@ class AlbefNlvrMafa(TwoImages[AlbefNlvrBlock], AlbefClassifier[AlbefNlvrBlock]):
     PRETRAINED_MODEL_CONFIG_DICT = {kind: str(CONFIGS / f"albef_nlvr_mafa_{kind}.yaml") for kind in ("base", "tiny")}
     images = ("image0", "image1")
     classes = len(STATEMENT)
+    ramped = True
     left_out = ", without the text assignment (albef_ta_mafa) that ALBEF trains between the two"
 
     def logits(self, samples: dict[str, Any], whose: str = "") -> Tensor:

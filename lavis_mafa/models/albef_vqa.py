@@ -14,7 +14,7 @@ from torch import Tensor
 from lavis_mafa.config.schema import AlbefVqaBlock
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.base import CONFIGS
-from lavis_mafa.models.downstream import AlbefDownstream
+from lavis_mafa.models.downstream import NOW, AlbefDownstream
 from lavis_mafa.models.encoders import tokenize
 from lavis_mafa.models.step import check_lengths, check_samples, checked_answers
 from lavis_mafa.models.transformer import POSITIONS, Bert, BertWithHead, Reading, lengths_of, on_device
@@ -80,8 +80,7 @@ class AlbefVqaMafa(AlbefDownstream[AlbefVqaBlock]):
         logits, words = self.logits(samples, ids, mask, question_of)
         teacher, alpha = None, 0.0
         if (distillation := self.settings.momentum_distillation) is not None:
-            now = (samples.get(name, default) for name, default in (("epoch", 0), ("iters", 0), ("num_iters_per_epoch", 1)))
-            alpha = ramp_up(distillation.alpha, *now)
+            alpha = ramp_up(distillation.alpha, *(samples.get(name, default) for name, default in NOW))
             with torch.no_grad():
                 self._move_teacher(samples)
                 teacher, _ = self.logits(samples, ids, mask, question_of, "_m")

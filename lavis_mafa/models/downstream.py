@@ -20,12 +20,13 @@ from lavis_mafa.models.momentum import TEACHERS
 from lavis_mafa.models.step import check_samples
 from lavis_mafa.models.transformer import Bert
 from lavis_mafa.models.vit import fit_position_embeddings
-from lavis_mafa.objectives import distilled_targets, update_teacher
+from lavis_mafa.objectives import distilled_targets, ramp_up, update_teacher
 from lavis_mafa.weights import load_exactly, read_weights
 
 logger = logging.getLogger(__name__)
 Block = TypeVar("Block", bound=AlbefEncodersBlock)
 Tuned = TypeVar("Tuned", bound=AlbefDownstreamBlock)
+NOW = (("epoch", 0), ("iters", 0), ("num_iters_per_epoch", 1))  # when a step is, by LAVIS's names
 # beginnings of what a model leaves out that has no such part itself
 OF_PRETRAINING = ("text_encoder.cls.", "vision_proj.", "text_proj.", "itm_head.", "ta_head.", "temp")
 
@@ -140,13 +141,14 @@ class AlbefClassifier(AlbefDownstream[Tuned]):
     """Tells which label a sentence about one image or two has, by an MLP on [CLS] of the last fusion layer.
 
     The loss is cross-entropy. With ``momentum_distillation`` its targets are ``(1 - alpha) * label + alpha * teacher`` (ALBEF
-    section 3.4), from the first step on.
+    section 3.4), where alpha is there from the first step on, or ``ramped`` up within the first epoch, as its authors set it.
 
     A subclass names its samples' ``images`` and how many ``classes`` there are, and gives :meth:`logits`.
     """
 
     images: tuple[str, ...] = ("image",)
     classes: int
+    ramped = False
 
     def __init__(self, settings: Tuned) -> None:
         super().__init__(settings)
@@ -172,7 +174,10 @@ class AlbefClassifier(AlbefDownstream[Tuned]):
             with torch.no_grad():
                 self._move_teacher(samples)
                 teacher = self.logits(samples, "_m")
-            targets = distilled_targets(F.one_hot(targets, self.classes).float(), teacher, self.distillation.alpha)
+            alpha = self.distillation.alpha
+            if self.ramped:
+                alpha = ramp_up(alpha, *(samples.get(name, default) for name, default in NOW))
+            targets = distilled_targets(F.one_hot(targets, self.classes).float(), teacher, alpha)
         return AlbefOutputWithLogits(loss=F.cross_entropy(logits.float(), targets), logits=logits, logits_m=teacher)
 
     @torch.no_grad()

@@ -218,6 +218,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.image)
 
+    @property
+    def again(self) -> Numbers:
+        """Bool [N]: the second image of a row of its file, whose text and label are those of the first."""
+        same = (self.file_of[1:] == self.file_of[:-1]) & (self.number[1:] == self.number[:-1])
+        return np.concatenate([[False], same])[: len(self)]
+
     def where(self, row: int) -> tuple[Path, int]:
         """The file of a row and its number there, from 1."""
         return self.files[self.file_of[row]].path, int(self.number[row]) + 1
@@ -428,6 +434,8 @@ def find(rows: Rows) -> Problems:
         again = np.flatnonzero(firsts != np.arange(len(firsts)))
         add(kind, rows.row_of[again], again, firsts[again])
     found = np.concatenate(parts, axis=1)
+    of_text = np.isin(found[0], [list(KINDS).index(kind) for kind in ("empty_caption", "list_of_captions", "unknown_label")])
+    found = found[:, ~(of_text & rows.again[found[1]])]
     kinds, row, about, _ = found
     return Problems(*found[:, np.lexsort((about, kinds, row))])
 
@@ -493,14 +501,17 @@ def write_problems(path: Path, rows: Rows, problems: Problems) -> None:
 
 def results(rows: Rows, problems: Problems) -> dict[str, Any]:
     """Counts and first examples of each kind; ``bad_rows`` are those that training would refuse or replace."""
-    kinds = {}
+    kinds, once = {}, ~rows.again
+    of_file = np.cumsum(once) - 1  # [N] the row of a file that each is of
+    count = int(once.sum())
     for number, kind in enumerate(KINDS):
         places = np.flatnonzero(problems.kind == number)
-        affected = len(np.unique(problems.row[places]))
+        affected = len(np.unique(of_file[problems.row[places]]))
         examples = [describe(rows, problems, int(place)) for place in places[:EXAMPLES]]
-        kinds[kind] = {"rows": affected, "share": affected / len(rows), "examples": examples}
-    bad = np.unique(problems.row[problems.kind < len(BAD)])
-    counts = {"rows": len(rows), "images": len(rows.path), "captions": len(rows.caption), "bad_rows": len(bad)}
+        kinds[kind] = {"rows": affected, "share": affected / count, "examples": examples}
+    bad = np.unique(of_file[problems.row[problems.kind < len(BAD)]])
+    captions = int(rows.captions[once].sum())
+    counts = {"rows": count, "images": len(rows.path), "captions": captions, "bad_rows": len(bad)}
     return {"files": [str(file) for file in rows.files], **counts, "kinds": kinds}
 
 

@@ -61,7 +61,7 @@ def test_evaluate_takes_a_runs_own_settings(work, capsys, refused):
     assert "batch_size_eval: 7" in (new / "config.yaml").read_text()
     assert (work / RUN).resolve() == trained[0], "an evaluation leaves no checkpoint"
     assert "has no checkpoint" in refused("evaluate", new)
-    assert f"Did you mean {new.relative_to(work)}" in refused("evaluate", "output")
+    assert f"Did you mean {trained[0].relative_to(work)}" in refused("evaluate", "output")
     assert "not allowed with argument" in refused("evaluate", RUN, "--cfg-path", "run.yaml")
     assert "one of the arguments RUN --cfg-path is required" in refused("evaluate")
 

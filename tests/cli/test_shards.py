@@ -122,6 +122,21 @@ def test_images_of_one_path_are_one_if_their_bytes_are(tmp_path):
     assert table["offset"][0] == table["offset"][2]  # written once
 
 
+def test_images_of_several_files_are_told_apart_whatever_they_are_called(tmp_path, capsys):
+    """Two packs, a pack of both, and check-data: each caption has the image of its own file, though all are called 1.jpg."""
+    for number, name in enumerate("ab"):
+        images = [{"bytes": jpeg(number), "path": "1.jpg"}] * 2
+        pq.write_table(pa.table({"image": images, "caption": [f"{name} one", f"{name} two"]}), tmp_path / f"{name}.parquet")
+        assert main(["pack", str(tmp_path / f"{name}.parquet"), "--output", str(tmp_path / f"{name}.arrow")]) == 0
+    both = [tmp_path / "a.arrow", tmp_path / "b.arrow"]
+    assert main(["pack", *map(str, both), "--output", str(tmp_path / "both.arrow")]) == 0
+    for files in (both, [tmp_path / "both.arrow"]):
+        table = read_annotations(files)
+        assert contents(tmp_path, table) == [jpeg(0), jpeg(0), jpeg(1), jpeg(1)] and image_keys(table).tolist() == [0, 0, 1, 1]
+    assert main(["check-data", "--annotations", *map(str, both), "--output", str(tmp_path / "check"), "--workers", "0"]) == 0
+    assert json.loads((tmp_path / "check/check.json").read_text())["images"] == 2
+
+
 def test_a_folder_that_hugging_face_saved_is_read_as_it_is(tmp_path):
     """Its streams have the same columns, uncompressed: nothing has to be packed."""
     (tmp_path / "saved").mkdir()

@@ -11,6 +11,7 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.config.data import COLUMNS, AnnotationFile, check_info, own_files
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.formats import PAIRS, QUESTIONS, SENTENCES
+from lavis_mafa.datasets.ids import number_columns
 from lavis_mafa.errors import UserError
 
 KINDS = {"grit_pairs": PAIRS, "grit_vqa": QUESTIONS, "grit_entailment": SENTENCES}
@@ -33,7 +34,8 @@ def test_renamed_columns_give_the_same_table(tmp_path, kind, suffix):
     renamed = [{names[name]: value for name, value in row.items()} | {"image": "of another kind"} for row in rows]
     theirs = AnnotationFile(write(tmp_path / f"theirs{suffix}", renamed), columns=names)
     wanted = read_annotations([write(tmp_path / f"ours{suffix}", rows)], KINDS[kind])
-    assert read_annotations([theirs], KINDS[kind]).equals(wanted)
+    found = read_annotations([theirs], KINDS[kind])
+    assert found.equals(wanted) and number_columns(found) == number_columns(wanted), "and ids are numbers or texts as they were"
     wrong = theirs._replace(columns={**names, "image": "filepth"})
     with pytest.raises(UserError, match="no column 'filepth', which columns names for image; its columns are filepath, .* 'filepath'"):
         read_annotations([wrong], KINDS[kind])

@@ -225,12 +225,13 @@ def other(arch: str, **changes: Any) -> Any:
             "tells 3 classes apart, not the 2 of",
         ),
         (block, lambda: reduced.ours(text_encoder={"layers": 4}).state_dict(), False, "a text encoder of 4 layers of width 32, but 3"),
+        (lambda **k: block("albef_ta_mafa", **k), lambda: ours().state_dict(), False, "trained for .*text assignment starts from"),
         *(
             (
                 partial(other, arch),
                 lambda of=of: ours(of).state_dict(),
                 False,
-                "5 text layers of a model of two images",
+                "5 text layers of a model of two images" if arch == "albef_ve_mafa" else "trained for",
             )
             for arch in OTHERS
             for of in CLASSES

@@ -80,6 +80,15 @@ def test_without_false_negatives_it_is_clips_loss(seed):
         torch.testing.assert_close(output.loss, clip)
 
 
+def test_where_nobody_was_asked_nothing_is_found():
+    (image, text), scores = features(0), torch.full((COUNT, COUNT), float("-inf"))
+    scores[0, 1] = 0.9
+    assert MafaItcLoss(margin=0.1)(image, text, SCALE, scores=scores).false_negative_share == 0
+    assert MafaItcLoss(threshold=0.8)(image, text, SCALE, scores=scores).false_negative_share == pytest.approx(
+        1 / (COUNT * (COUNT - 1))
+    )
+
+
 def test_what_does_not_fit_is_said():
     (image, text), scores = features(0), torch.eye(COUNT)
     for arguments in ({"threshold": 0.5, "margin": 0.1}, {"smoothing": 2.0}, {"false_negatives": "delete"}):
