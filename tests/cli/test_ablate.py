@@ -303,7 +303,8 @@ def started(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
     import torch
 
     calls: list[tuple[str, list[str]]] = []
-    torch.save({"text_encoder.cls.predictions.bias": torch.zeros(1)}, tmp_path / "con_d.pth")
+    names = ("text_encoder.cls.predictions.bias", *(f"{head}.weight" for head in ("vision_proj", "text_proj", "itm_head")))
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "con_d.pth")  # what tells one of pre-training
 
     def leaves_behind(yaml: str, options: list[str]) -> None:
         calls.append((Path(yaml).stem, options))
