@@ -76,6 +76,16 @@ def saved(state: State, folder: Path) -> str:
     return str(folder / "file.pth")
 
 
+def test_the_teachers_share_rises_within_the_first_epoch():
+    """From nothing, where the loss is that without a teacher, in a straight line to alpha."""
+    model, now = ours(momentum_distillation=TEACHER).eval(), {"num_iters_per_epoch": 4}
+    start, middle, end = (model(batch(epoch=0, iters=iters, **now)).loss for iters in (0, 2, 4))
+    torch.testing.assert_close(start, ours().eval()(batch()).loss)
+    assert abs(end - start) > 1e-4
+    torch.testing.assert_close(middle - start, end - middle)
+    torch.testing.assert_close(end, model(batch(epoch=1, iters=0, **now)).loss)
+
+
 @pytest.mark.parametrize("taught", [True, False])
 def test_a_step_is_that_of_lavis(taught, monkeypatch):
     """Its weights in both directions, logits, loss, gradients, and the teacher after it; where LAVIS's teacher reads with the
