@@ -75,7 +75,11 @@ setup(
     extras_require={
         "quickstart": QUICKSTART,
         "coco": ["eccv_caption"],
-        "dev": [*QUICKSTART, "eccv_caption", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+        # trackers, Hugging Face's data sets and notebooks are used where they are installed; the tests try them
+        "dev": [
+            *[*QUICKSTART, "eccv_caption", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+            *["wandb", "mlflow-skinny", "datasets>=3", "nbclient", "ipykernel", "argcomplete"],
+        ],
     },
     entry_points={
         "console_scripts": ["lavis-mafa = lavis_mafa.cli.main:main"],
