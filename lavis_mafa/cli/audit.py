@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lavis_mafa.cli.options import add_columns, count, named_columns, positive
 from lavis_mafa.errors import UserError
 
-PAGE, YAML, CLEAN, RESULT = "audit.html", "data.yaml", Path("clean.jsonl"), "audit.json"
+PAGE, CLEAN, RESULT = "audit.html", Path("clean.jsonl"), "audit.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output: {folder} is not empty; choose another folder.")
     columns = named_columns(arguments.columns)
-    block = None if arguments.con_d is None else _model(arguments)
+    if arguments.con_d is not None:
+        _check_judges(arguments)
     checked = _check(arguments, columns)
     counted = mined = None
-    if block is not None:
-        counted, mined = _judged(arguments, columns, block, checked)
+    if arguments.con_d is not None:
+        counted, mined = _judged(arguments, columns, checked)
     page = _page(arguments, checked, counted, mined)
     write_text(folder / PAGE, page)
     write_text(folder / RESULT, json.dumps({"check": checked, "count": counted, "mine": mined}, indent=2, ensure_ascii=False) + "\n")
@@ -102,57 +104,44 @@ def _of_clean() -> Iterator[None]:
         raise UserError(f"--con-d judges good rows, which audit writes as one file: {told}") from error
 
 
-def _model(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The ``model`` block of the pass: of the miner, with Con-D as its ``discriminator``, or of Con-D itself; raises UserError."""
-    from lavis_mafa.cli.count_false_negatives import find_weights
-    from lavis_mafa.cli.init import con_d_block
+def _check_judges(arguments: argparse.Namespace) -> None:
+    """That there are such checkpoints and what they are is known before the images are read; raises UserError."""
+    from lavis_mafa.named_weights import fetched
+    from lavis_mafa.tools.own_data import con_d_block
 
-    find_weights(arguments)
-    judge = con_d_block(arguments.con_d, "--con-d")
-    if arguments.miner is None:
-        return {**judge, "ecm": {"enabled": False}, "itc": {"smoothing": 0}}
-    discriminator = {"arch": judge["arch"], "model_type": judge["model_type"], "checkpoint": arguments.con_d}
-    return {**con_d_block(arguments.miner, "--miner"), "discriminator": discriminator}
+    for name, flag in (("con_d", "--con-d"), ("miner", "--miner")):
+        if (given := getattr(arguments, name)) is not None:
+            setattr(arguments, name, fetched(given, flag))
+            con_d_block(getattr(arguments, name), flag)
 
 
-def _judged(
-    arguments: argparse.Namespace, columns: dict[str, str], block: dict[str, Any], checked: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `count-false-negatives` and `mine` find in the good rows; both are run on a YAML that stays in the folder."""
-    import torch
-    import yaml
+def _judged(arguments: argparse.Namespace, columns: dict[str, str], checked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `count-false-negatives` and `mine` find in the good rows."""
+    from lavis_mafa.tools.counted import Counted, run_count
+    from lavis_mafa.tools.mined import Mined, run_mine
+    from lavis_mafa.tools.passes import Pass
 
-    from lavis_mafa.cli import count_false_negatives, mine
-    from lavis_mafa.config.schema import type_defaults
-
-    folder, on_gpu = arguments.output, torch.cuda.is_available()
+    folder = arguments.output
     good = checked["rows"] if checked["cleaned_rows"] is None else checked["cleaned_rows"]
     if good < 2:
         raise UserError(f"{good} rows are good, but a batch with negatives has at least 2; see {folder / 'problems.jsonl'}.")
-    arch, size = block["arch"], block["model_type"]
-    sizes = type_defaults(arch, size)["model"]["image_encoder"]
-    block |= {"image_encoder": {"precision": "fp32"}} if sizes.get("precision") == "fp16" and not on_gpu else {}
-    pairs = min(arguments.samples or good, good)
-    batch = min(96, max(2, pairs // 4))  # the paper's sizes, as far as there are pairs
-    space = max(batch, min(4_800, pairs // 2))
-    storage = [str(folder / _clean(arguments))] if checked["bad_rows"] else [str(path) for path in arguments.data]
-    info = {"annotations": {"train": {"storage": storage}}, "images": {"storage": str(arguments.images)}}
-    processor = {"eval": {"name": "albef_image_eval", "image_size": sizes["image_size"]}}
-    processor["train"] = {**processor["eval"], "name": "albef_image_train"}
-    run = {"task": "mafa_pretrain", "batch_size_train": batch, "grit": {"search_space": space, "queue_size": space}}
-    run |= {"num_workers": arguments.workers, "precision": "bf16" if on_gpu else "fp32", "device": "cuda" if on_gpu else "cpu"}
-    data = {"grit_pairs": {"build_info": {**info, **({"columns": columns} if columns else {})}, "vis_processor": processor}}
-    (folder / YAML).write_text(yaml.safe_dump({"model": block, "datasets": data, "run": run}, sort_keys=False, allow_unicode=True))
-    found = []
-    for command, name in ((count_false_negatives, "count"), (mine, "mine")):
-        parser, flags = argparse.ArgumentParser(), ["--cfg-path", str(folder / YAML), "--con-d", arguments.con_d, "--force"]
-        command.add_arguments(parser)
-        flags += ["--samples", str(arguments.samples)] if arguments.samples else []
-        flags += ["--miner", arguments.miner] if arguments.miner and name == "count" else []
-        print(flush=True)
-        command.run(parser.parse_args([*flags, "--output", str(folder / name)]))
-        found.append(json.loads((folder / name / command.RESULT).read_text(encoding="utf-8")))
-    return found[0], found[1]
+    files = [folder / _clean(arguments)] if checked["bad_rows"] else arguments.data
+    of = Pass(
+        annotations=files,
+        images=arguments.images,
+        columns=columns,
+        con_d=arguments.con_d,
+        samples=arguments.samples,
+        options=[f"run.num_workers={arguments.workers}"],
+        force=True,
+    )
+    print(flush=True)
+    counted = run_count(replace(of, miner=arguments.miner), folder / "count")
+    print(f"{counted}\n", flush=True)
+    mined = run_mine(of, folder / "mine")
+    print(mined)
+    assert isinstance(counted, Counted) and isinstance(mined, Mined), "of one rank, whose judge is a Con-D"
+    return counted.results, mined.results
 
 
 def _page(arguments: argparse.Namespace, checked: dict[str, Any], counted: dict[str, Any] | None, mined: dict[str, Any] | None) -> str:
@@ -184,31 +173,24 @@ def _page(arguments: argparse.Namespace, checked: dict[str, Any], counted: dict[
 
 
 def _connections(arguments: argparse.Namespace, counted: dict[str, Any], mined: dict[str, Any]) -> dict[str, Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from omegaconf import DictConfig, OmegaConf
-
     from lavis_mafa.datasets.ids import pc
     from lavis_mafa.objectives.pretraining import EcmSettings
     from lavis_mafa.tools.count import format_count
     from lavis_mafa.tools.curves import score_histogram
     from lavis_mafa.tools.gallery import distinct_candidates, gallery_data, rows_of_all
     from lavis_mafa.tools.mine import format_mined
-    from lavis_mafa.tools.run_files import Run
+    from lavis_mafa.tools.run_files import open_runs
 
     folder, ecm = arguments.output, EcmSettings()
-    table = pq.read_table(folder / "mine" / "connections.parquet")
-    table = table.filter(pc.and_(pc.greater_equal(table["image"], 0), pc.greater_equal(table["text"], 0)))
-    p = table["probability"]
+    looked = replace(open_runs([folder / "mine"])[0], name=folder.name)
+    connections = looked.connections
+    assert connections is not None, "of mine"
+    p = connections["probability"]
     verdict = pc.if_else(
         pc.greater(p, ecm.threshold), "positive", pc.if_else(pc.greater(p, ecm.ambiguous_from), "ambiguous", "negative")
     )
-    zeros = pa.array([0] * len(table), pa.int64())
-    parts = {name: table[name] for name in ("direction", "image", "text", "probability")}
-    connections = pa.table({**parts, "verdict": verdict, "epoch": zeros, "step": zeros})
-    config = OmegaConf.load(folder / YAML)
-    assert isinstance(config, DictConfig)
-    looked = Run(folder.name, folder, config, [], {}, connections)
+    connections = connections.set_column(connections.schema.get_field_index("verdict"), "verdict", verdict)
+    looked = replace(looked, connections=connections)
     data = rows_of_all([looked])
     candidates = [distinct_candidates(0, connections, data[0])]
     scores = [(c.probability, c.true) for c in candidates[0]]

@@ -148,48 +148,10 @@ def fitted(rows: int, model: str, size: str, gpu_memory: float | None, cores: in
     )
 
 
-def con_d_block(name: str, flag: str) -> dict[str, Any]:
-    """The ``model`` block of a checkpoint with a matching head: ``arch`` and ``model_type`` by its names and shapes, or where LAVIS's
-    is still to be downloaded by its name; and of a run with a vocabulary of its own that. Raises UserError."""
-    from lavis_mafa.config.checkpoints import OF_MODEL, kind_of, shapes_of, sizes_of
-    from lavis_mafa.config.schema import FAMILIES, WITH_MATCHING, model_types, type_defaults
-    from lavis_mafa.named_weights import PREFIX, by_name
-
-    path = by_name(name, flag)
-    if path.startswith(PREFIX):
-        lavis = path.removeprefix(PREFIX).split("/")[0]
-        if not FAMILIES.get(lavis):
-            allowed = ", ".join(f"{PREFIX}{arch}/..." for arch in FAMILIES if FAMILIES[arch] and arch not in WITH_MATCHING)
-            raise UserError(f"{flag}: {name} has no matching head; allowed: {allowed}.")
-        return {"arch": FAMILIES[lavis], "model_type": "base"}
-    shapes = shapes_of(path, flag)
-    kind, own = kind_of(shapes), sizes_of(shapes)
-    arch = next((arch for arch in WITH_MATCHING if OF_MODEL[arch] == kind), None)
-    if arch is None:
-        allowed = ", ".join(OF_MODEL[arch] for arch in WITH_MATCHING)
-        raise UserError(f"{flag}: {name} is {kind or 'something else'}; allowed: {allowed}.")
-    for model_type in model_types(arch):
-        sizes = type_defaults(arch, model_type)["model"]
-        if all(sizes.get(part, {}).get(key) == value for part, of_part in own.items() for key, value in of_part.items()):
-            return {"arch": arch, "model_type": model_type, **_vocabulary(Path(path), arch, sizes["tokenizer"])}
-    known = ", ".join(model_types(arch))
-    raise UserError(f"{flag}: {name} has other sizes than {arch}'s ({known}); name it in a YAML, with its sizes.")
-
-
-def _vocabulary(checkpoint: Path, arch: str, default: str) -> dict[str, Any]:
-    """The settings of a run that has another tokenizer than its type, whose word embeddings begin with no BERT's."""
-    from lavis_mafa.config.read import at, read_settings
-
-    config = checkpoint.with_name("config.yaml")
-    tokenizer = at(read_settings(config, []), "model.tokenizer") if config.is_file() else None
-    if tokenizer in (None, default):
-        return {}
-    return {"tokenizer": tokenizer, "qformer" if arch == "blip2_mafa" else "text_encoder": {"init": None}}
-
-
 def _con_d(name: str, model: str, size: str) -> dict[str, Any]:
     """The ``discriminator`` block of a Con-D by name: its family, and its sizes where they are not the model's; raises UserError."""
     from lavis_mafa.config.schema import type_defaults
+    from lavis_mafa.tools.own_data import con_d_block
 
     found = con_d_block(name, "--con-d")
     arch, kind, sizes = found["arch"], found["model_type"], {}

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from lavis_mafa.cli.count_false_negatives import add_pass_arguments, find_weights, refuse_meaningless, sizes
-from lavis_mafa.cli.given import check_ways, given_features, judge_flag, open_given, pairs_written, sources
+from lavis_mafa.cli.count_false_negatives import add_pass_arguments, pass_of
 from lavis_mafa.cli.options import positive, share
-from lavis_mafa.errors import UserError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from lavis_mafa.tools.candidates import Encoder, ReadableRows
-    from lavis_mafa.tools.judges import Given
-    from lavis_mafa.tools.mine import Rules, SourceRows
-    from lavis_mafa.tools.training_data import Opened
-
-RESULT = "mine.json"
+OWN = ("batch_size", "search_space", "threshold", "margin", "per_image", "at_most")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,145 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check_ways(arguments)
-    from lavis_mafa.files import check_unfinished
+    from lavis_mafa.tools.mined import run_mine
 
-    if arguments.write_pairs is None:
-        check_unfinished(arguments.output, RESULT)
-    if arguments.con_d is None:
-        _mine_given(arguments)
-        return 0
-    find_weights(arguments)
-    from lavis_mafa.tools.training_data import check_pass, opened_pass
-
-    config = check_pass(arguments.cfg_path, arguments.options, arguments.con_d)
-    (batch_size,), (search_space,) = sizes(arguments, config)
-    with opened_pass(config, arguments.cfg_path, arguments.options, arguments.con_d, features=arguments.features) as opened:
-        _mine(arguments, opened, batch_size, search_space)
+    mined = run_mine(pass_of(arguments), arguments.output, **{name: getattr(arguments, name) for name in OWN})
+    if mined is not None:
+        print(mined)
     return 0
-
-
-def _mine(arguments: argparse.Namespace, opened: Opened, batch_size: int, search_space: int) -> None:
-    """From the data to blocks of candidates, which a stopped pass goes on with, to the result."""
-    from lavis_mafa.distributed import barrier, rank, world_size
-    from lavis_mafa.files import file_digest
-    from lavis_mafa.tools import mine
-    from lavis_mafa.tools.candidates import Encoder, ReadableRows, blocks_of, progress_bar, shuffled
-    from lavis_mafa.weights import weight_files
-
-    run, dataset, folder = opened.run, opened.dataset, arguments.output
-    rows, source = ReadableRows(dataset, run.seed, run.batch_size_eval, run.num_workers), mine.SourceRows(dataset)
-    features = given_features(arguments, dataset)
-    seed = run.seed if arguments.seed is None else arguments.seed
-    blocks = blocks_of(shuffled(len(rows), seed, arguments.samples), search_space)
-    rules = _rules(arguments)
-    settings = {
-        "con_d": file_digest(weight_files(Path(arguments.con_d).expanduser(), "--con-d")),
-        "data": mine.fingerprint(dataset, rows.image_keys, opened.data_settings),
-        "model": opened.model_settings,
-        "features": None if features is None else features.digest(),
-        "precision": run.precision,
-        "samples": arguments.samples,
-        "seed": seed,
-        "batch_size": batch_size,
-        "search_space": search_space,
-        **vars(rules),
-        "layout": 2,  # of the blocks' files
-    }
-    parts = folder / "blocks"
-    if mine.begin(folder, settings, RESULT) and rank() == 0:
-        done = sum(mine.part_path(parts, number).exists() for number, _ in blocks)
-        print(f"going on in {folder}: {done} of {len(blocks)} blocks are done")
-    parts.mkdir(exist_ok=True)
-    waiting = sum(len(block) for number, block in blocks if not mine.part_path(parts, number).exists())
-    encoder = Encoder(opened.con_d, opened.device, run.precision, features)
-    with progress_bar(waiting) as bar:
-        # a block of each rank first: a hopeless Con-D is found before hours of work
-        for some in (blocks[: world_size()], blocks):
-            mine.mine_blocks(encoder, rows, source, some, parts, batch_size, seed, bar)
-            barrier()
-            candidates, bad = mine.read_parts(parts, len(some))
-            _refuse_meaningless(arguments, rows, candidates, rules)
-    if rank() == 0:
-        _write(arguments, encoder, rows, source, candidates, bad, rules, settings)
-        shutil.rmtree(parts)
-
-
-def _mine_given(arguments: argparse.Namespace) -> None:
-    """The same without a model: in one go, since no block takes more than seconds."""
-    import pyarrow as pa
-    from omegaconf import OmegaConf
-
-    from lavis_mafa.config.schema import RunBlock
-    from lavis_mafa.tools import mine
-    from lavis_mafa.tools.candidates import ReadableRows, blocks_of, progress_bar, shuffled
-
-    (batch_size,), (search_space,) = sizes(arguments, OmegaConf.create())
-    given = open_given(arguments)
-    rows, source = ReadableRows(given.dataset), mine.SourceRows(given.dataset)
-    seed = RunBlock().seed if arguments.seed is None else arguments.seed
-    order = shuffled(len(rows), seed, arguments.samples)
-    rules = _rules(arguments, given.margin)
-    with progress_bar(len(order)) as bar:
-        blocks = given.blocks(rows, blocks_of(order, search_space), bar)
-        candidates = pa.concat_tables([mine.judged(given, block, source, batch_size, seed) for block in blocks])
-    if pairs_written(arguments, given):
-        return
-    _refuse_meaningless(arguments, rows, candidates, rules)
-    settings = {"samples": arguments.samples, "seed": seed, "batch_size": batch_size, "search_space": search_space, **vars(rules)}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    _write(arguments, given, rows, source, candidates.replace_schema_metadata(None), [], rules, settings)
-
-
-def _rules(arguments: argparse.Namespace, guide_margin: float | None = None) -> Rules:
-    from lavis_mafa.tools.mine import Rules
-
-    threshold = Rules.threshold if arguments.threshold is None else arguments.threshold
-    return Rules(threshold, arguments.margin, arguments.per_image, arguments.at_most, guide_margin)
-
-
-def _truth(rows: ReadableRows) -> tuple[Any, Any]:
-    return getattr(rows.dataset, "truth", None), getattr(rows.dataset, "concepts", None)
-
-
-def _refuse_meaningless(arguments: argparse.Namespace, rows: ReadableRows, candidates: pa.Table, rules: Rules) -> None:
-    from lavis_mafa.tools.mine import medians_of
-
-    refuse_meaningless([medians_of(candidates, len(rows), rules, *_truth(rows))], arguments.force, judge_flag(arguments))
-
-
-def _write(
-    arguments: argparse.Namespace,
-    encoder: Encoder | Given,
-    rows: ReadableRows,
-    source: SourceRows,
-    candidates: pa.Table,
-    bad: list[dict[str, Any]],
-    rules: Rules,
-    settings: dict[str, Any],
-) -> None:
-    """The files of the result; ``mine.json``, written last, says that it is whole."""
-    import numpy as np
-    import pyarrow as pa
-
-    from lavis_mafa.files import write_text
-    from lavis_mafa.tools import mine
-
-    folder = arguments.output
-    if not candidates.num_rows:
-        raise UserError(f"none of {len(bad)} samples could be read, the first because of {bad[0]['reason']}.")
-    keys = rows.image_keys.numpy()
-    outcome = mine.choose(candidates, keys, source.table["caption"], rules)
-    about = {"judge": encoder.judge_name, **sources(arguments), "data": len(rows)}
-    about |= {"images": str(source.root) if source.root else None, "settings": settings}
-    results = about | mine.mine_results(candidates, outcome, keys, bad, *_truth(rows), rules)
-    words = pa.array(mine.OUTCOMES).take(pa.array(outcome))
-    mine.write_parquet(candidates.append_column("outcome", words), folder / "connections.parquet")
-    mine.write_parquet(mine.pairs_table(source, keys, candidates, np.flatnonzero(outcome == 0)), folder / "pairs.parquet")
-    if bad:
-        write_text(folder / "bad_samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in bad))
-    write_text(folder / RESULT, json.dumps(results, indent=2) + "\n")
-    print(mine.format_mined(results))
-    absolute = "" if source.root else " (with build_info.images.allow_absolute_paths: true, since the images lie in several folders)"
-    print(f"\nThe pairs, for datasets.grit_pairs: {folder / 'pairs.parquet'}{absolute}")
-    print(f"Every candidate and what became of it: {folder / 'connections.parquet'}; the metrics: {folder / RESULT}")

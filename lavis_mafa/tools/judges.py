@@ -5,7 +5,7 @@ The judge is a table of scores, whoever gave them, or a guide: a second dual enc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lavis_mafa.config.data import files_of
+from lavis_mafa.config.data import AnnotationFile, files_of
 from lavis_mafa.datasets.annotations import image_keys, read_annotations
 from lavis_mafa.datasets.facts import one_each
 from lavis_mafa.datasets.formats import PAIRS
@@ -41,16 +41,17 @@ class PicturelessPairs:
     Args:
         files: files, folders or patterns, joined in this order.
         images: the folder that image paths start from, and stay below; None: they are kept as they are.
+        columns: what the files call ours, where that differs.
 
     Attributes: as of :class:`lavis_mafa.datasets.pairs.ImageTextPairs`; ``text_keys`` [N], numbers of the captions by the truth.
     """
 
     text_processor = str
 
-    def __init__(self, files: Sequence[Path], images: Path | None = None) -> None:
+    def __init__(self, files: Sequence[Path], images: Path | None = None, columns: Mapping[str, str] | None = None) -> None:
         if images is not None and not images.is_dir():
             raise UserError(f"--images is {str(images)!r}, but there is no such folder.")
-        named = [file for entry in files for file in files_of(entry, "--annotations")]
+        named = [AnnotationFile(file, columns=columns or {}) for entry in files for file in files_of(entry, "--annotations")]
         self.table = caption_a_row(read_annotations(named, replace(PAIRS, hint=""), allow_absolute_paths=images is None))
         self.vis_root = images or Path()
         self.image_keys = image_keys(self.table)
