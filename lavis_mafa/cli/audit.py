@@ -117,8 +117,8 @@ def _check_judges(arguments: argparse.Namespace) -> None:
 
 def _judged(arguments: argparse.Namespace, columns: dict[str, str], checked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `count-false-negatives` and `mine` find in the good rows."""
-    from lavis_mafa.tools.counted import Counted, run_count
-    from lavis_mafa.tools.mined import Mined, run_mine
+    from lavis_mafa.tools.count_pass import CountResult, run_count
+    from lavis_mafa.tools.mine_pass import MineResult, run_mine
     from lavis_mafa.tools.passes import Pass
 
     folder = arguments.output
@@ -140,7 +140,7 @@ def _judged(arguments: argparse.Namespace, columns: dict[str, str], checked: dic
     print(f"{counted}\n", flush=True)
     mined = run_mine(of, folder / "mine")
     print(mined)
-    assert isinstance(counted, Counted) and isinstance(mined, Mined), "of one rank, whose judge is a Con-D"
+    assert isinstance(counted, CountResult) and isinstance(mined, MineResult), "of one rank, whose judge is a Con-D"
     return counted.results, mined.results
 
 

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.tools.counted import run_count
+    from lavis_mafa.tools.count_pass import run_count
 
     counted = run_count(pass_of(arguments), arguments.output, **{name: getattr(arguments, name) for name in OWN})
     if counted is not None:

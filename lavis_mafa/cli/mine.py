@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.tools.mined import run_mine
+    from lavis_mafa.tools.mine_pass import run_mine
 
     mined = run_mine(pass_of(arguments), arguments.output, **{name: getattr(arguments, name) for name in OWN})
     if mined is not None:

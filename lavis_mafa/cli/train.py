@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from lavis_mafa.errors import UserError
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_yaml_arguments(parser)
@@ -29,11 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.runners.job import run_job
+    from lavis_mafa.runners.job import train
 
-    resume = [] if arguments.resume is None else [f"run.resume_ckpt_path={arguments.resume}"]
-    for option in arguments.options:
-        if resume and option.startswith("run.resume_ckpt_path=") and option not in resume:
-            raise UserError(f"--resume is {arguments.resume}, but --options has {option}; give one of them.")
-    run_job(arguments.cfg_path, [*arguments.options, *resume])
+    train(arguments.cfg_path, arguments.options, arguments.resume)
     return 0

@@ -23,7 +23,7 @@ Same = Literal["count", "exclude"]
 
 
 @dataclass(frozen=True)
-class Counted:
+class CountResult:
     """False negatives among the hardest negatives; printed, the table of MAFA's Table 1; in a notebook, the plot of its Figure 2.
 
     Attributes:
@@ -62,7 +62,7 @@ def run_count(
     same_image: Same | None = None,
     same_text: Same | None = None,
     truth: bool = False,
-) -> Counted | Unjudged | None:
+) -> CountResult | Unjudged | None:
     """Count false negatives among the hardest negatives of random and of GRIT batches (MAFA section 3). See :mod:`lavis_mafa.api`.
 
     Args:
@@ -110,7 +110,7 @@ def run_count(
         look(counted)
         if rank() != 0:
             return None
-        result = Counted(count_results(counted, correction, about), folder)
+        result = CountResult(count_results(counted, correction, about), folder)
         if folder is not None:
             write_bytes(folder / "count.png", result._repr_png_())
             write_text(folder / COUNTED, json.dumps(result.results, indent=2) + "\n")

@@ -26,7 +26,7 @@ MINED = "mine.json"
 
 
 @dataclass(frozen=True)
-class Mined:
+class MineResult:
     """Connections that were missing. ``folder`` holds ``pairs.parquet`` (the original pairs, then the new ones: training data),
     ``connections.parquet`` (every candidate and what became of it) and ``mine.json``, which is ``results``; printed, its tables."""
 
@@ -57,7 +57,7 @@ def run_mine(
     margin: float = 0.0,
     per_image: int | None = None,
     at_most: int | None = None,
-) -> Mined | Unjudged | None:
+) -> MineResult | Unjudged | None:
     """Find missing image-text connections and write them as training data (MAFA section G.8). See :mod:`lavis_mafa.api`.
 
     A pass with a Con-D that was stopped goes on in its ``folder``.
@@ -152,7 +152,7 @@ def _write(
     rules: mine.Rules,
     settings: dict[str, Any],
     folder: Path,
-) -> Mined:
+) -> MineResult:
     """The files of the result; ``mine.json``, written last, says that it is whole."""
     if not candidates.num_rows:
         raise UserError(f"none of {len(bad)} samples could be read, the first because of {bad[0]['reason']}.")
@@ -161,7 +161,7 @@ def _write(
     about = {"judge": found.encoder.judge_name, **found.of.sources(), "data": len(found.rows)}
     about |= {"images": str(source.root) if source.root else None, "settings": settings}
     results = about | mine.mine_results(candidates, outcome, keys, bad, *_truth(found.rows), rules)
-    words, result = pa.array(mine.OUTCOMES).take(pa.array(outcome)), Mined(results, folder)
+    words, result = pa.array(mine.OUTCOMES).take(pa.array(outcome)), MineResult(results, folder)
     mine.write_parquet(candidates.append_column("outcome", words), folder / "connections.parquet")
     mine.write_parquet(mine.pairs_table(source, keys, candidates, np.flatnonzero(outcome == 0)), result.pairs)
     if bad:
