@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.runners.job import evaluate
+    from lavis_mafa.runners.train import evaluate
 
     evaluate(arguments.cfg_path if arguments.folder is None else arguments.folder, arguments.options)
     return 0

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.runners.job import train
+    from lavis_mafa.runners.train import train
 
     train(arguments.cfg_path, arguments.options, arguments.resume)
     return 0

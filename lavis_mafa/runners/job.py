@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
 import os
 import random
@@ -18,13 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
 from lavis_mafa.config.check import OURS, Checked, check_device, check_evaluates, check_splits, examine, fetch_named
-from lavis_mafa.config.checkpoints import COVERED
 from lavis_mafa.config.data import SETTINGS, SPLITS, check_lavis_info, check_processor, own_splits
-from lavis_mafa.config.read import at, find_yaml, plain, read_settings
+from lavis_mafa.config.read import at, find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, model_types
 from lavis_mafa.distributed import is_one_of_several
 from lavis_mafa.errors import Mistakes, RankLost, UserError, did_you_mean
-from lavis_mafa.files import run_checkpoint, runs_with
 from lavis_mafa.models.lavis_weights import build_model
 
 PROCESSORS = ("vis_processor.train", "vis_processor.eval", "text_processor.train", "text_processor.eval")
@@ -97,35 +94,6 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
     return of_yaml.messages + [message for message in found.messages if message not in of_yaml.messages]
 
 
-def train(name: str, options: list[str], resume: str | None = None) -> Any:
-    """Train as a YAML says. Returns the runner.
-
-    Args:
-        resume: ``auto``, a checkpoint or a run's folder, to go on from.
-
-    Raises: as :func:`run_job`.
-    """
-    resumed = [] if resume is None else [f"run.resume_ckpt_path={resume}"]
-    for option in options:
-        if resumed and option.startswith("run.resume_ckpt_path=") and option not in resumed:
-            raise UserError(f"--resume is {resume}, but --options has {option}; give one of them.")
-    return run_job(name, [*options, *resumed])
-
-
-def evaluate(what: str | Path, options: list[str]) -> Any:
-    """Evaluate without training: a run's folder (a ``Path``), or as a YAML (its name) says. Returns the runner.
-
-    Raises: as :func:`run_job`.
-    """
-    for option in options:
-        if option.startswith("run.evaluate=") and option != "run.evaluate=true":
-            raise UserError(f"--options has {option}, but this command evaluates; `lavis-mafa train` trains.")
-    if isinstance(what, Path):
-        name, of_run = _of_run(what)
-        return run_job(name, [*of_run, *options])
-    return run_job(what, [*options, "run.evaluate=true"])
-
-
 def run_job(name: str, options: list[str]) -> Any:
     """Check, then build task, data, model and runner, and run. Returns the runner.
 
@@ -165,28 +133,6 @@ def run_job(name: str, options: list[str]) -> Any:
         if torch.distributed.is_initialized() and not isinstance(sys.exc_info()[1], RankLost):
             torch.distributed.destroy_process_group()
     return runner
-
-
-def _of_run(folder: Path) -> tuple[str, list[str]]:
-    """The file of a run's settings, and what is set to evaluate it; raises UserError where it has none, or no checkpoint."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        runs = runs_with(folder, "checkpoint_*.pth")
-        hint = f" Did you mean {runs[-1]}?" if runs else ""
-        raise UserError(f"{folder} is no folder of a run: it has no config.yaml, which a run writes.{hint}")
-    settings, checkpoint = read_settings(file, []), run_checkpoint(folder, "RUN")
-    if checkpoint.suffix != ".pth":
-        raise UserError(f"the run {folder} has no checkpoint.")
-    checkpoint = checkpoint.absolute()
-    arch = at(settings, "model.arch")
-    options = ["run.evaluate=true", "run.resume_ckpt_path=null", f"run.output_dir={json.dumps(str(checkpoint.parent.parent))}"]
-    # what it was trained from and with need no longer be there
-    options += [f"{key}=null" for key in ("model.stage_1", "model.discriminator") if at(settings, key) is not None]
-    if arch in MODEL_BLOCKS:
-        options += [f"model.pretrained={json.dumps(str(checkpoint))}", *(f"model.{part}.init=null" for part in COVERED.get(arch, ()))]
-    else:
-        options += [f"model.finetuned={json.dumps(str(checkpoint))}", "model.load_finetuned=true"]
-    return str(file), [*options, *(["run.valid_splits=[]"] if at(settings, "run.test_splits") else [])]
 
 
 def _check_device(checked: Checked) -> None:
