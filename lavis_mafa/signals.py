@@ -84,6 +84,8 @@ def postponed() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked():
+        if not _own_process:  # a notebook goes on
+            raise KeyboardInterrupt
         _leave_soon()
 
 

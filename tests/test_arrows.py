@@ -13,6 +13,7 @@ PACKAGE = Path(lavis_mafa.__file__).parent
 FLOORS = (
     ("__main__",),
     ("cli",),
+    ("api",),
     ("tools",),
     ("runners", "plugin"),
     ("tasks",),
@@ -88,5 +89,5 @@ def test_there_is_no_circle():
 def test_a_newcomer_can_hold_it_in_mind():
     importers = Counter(target for targets in IMPORTS.values() for target in targets)
     alone = sorted(module for module, count in importers.items() if count == 1)
-    assert len(FILES) <= 179
+    assert len(FILES) <= 181
     assert len(alone) < 42, alone

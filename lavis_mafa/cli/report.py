@@ -21,20 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.errors import UserError
-    from lavis_mafa.tools.report import pictures_of, report_page
-    from lavis_mafa.tools.run_files import open_runs
+    from lavis_mafa.tools.report import write_report
 
     output: Path = arguments.output
-    if output.is_dir():
-        raise UserError(f"--output: {output} is a folder; give a file, such as {output / 'report.html'}.")
-    runs = open_runs(arguments.runs)
-    page, gallery = report_page(runs, arguments.gallery, pictures=pictures_of(runs, output))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output: cannot write {output}: {error.strerror}.") from error
+    runs, gallery = write_report(arguments.runs, output, arguments.gallery)
     for name, problem in gallery["problems"].items():
         print(f"{name}: {problem}")
     shown, size = len(gallery["lists"]["gallery"]), output.stat().st_size / 1e6

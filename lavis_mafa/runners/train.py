@@ -73,12 +73,12 @@ def _of_run(folder: Path) -> tuple[str, list[str]]:
 
 
 def _run(name: str, options: list[str]) -> Any:
-    with _as_before():
+    with as_before():
         return run_job(name, options)
 
 
 @contextlib.contextmanager
-def _as_before() -> Iterator[None]:
+def as_before() -> Iterator[None]:
     """At the end random numbers go on as if nothing had been drawn inside, and logging is as it was."""
     python, numpy = random.getstate(), np.random.get_state()
     loggers = logging.getLogger(), logging.getLogger("lavis_mafa")

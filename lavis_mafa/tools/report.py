@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools import curves
 from lavis_mafa.tools.gallery import VERDICTS, Candidate, distinct_candidates, gallery_data, rows_of_all
-from lavis_mafa.tools.run_files import Run, last_epoch
+from lavis_mafa.tools.run_files import Run, last_epoch, open_runs
 from lavis_mafa.tools.significance import ITC, METRICS, half_widths
 
 TEMPLATES = Path(__file__).with_name("page")
@@ -82,6 +83,20 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
         **values,
     )
     return page, gallery
+
+
+def write_report(folders: Sequence[Path], output: Path, at_most: int) -> tuple[list[Run], dict[str, Any]]:
+    """Write the page about runs to ``output``; returns them, and the data of its gallery. Raises UserError: it cannot be written."""
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; give a file, such as {output / 'report.html'}.")
+    runs = open_runs(list(folders))
+    page, gallery = report_page(runs, at_most, pictures=pictures_of(runs, output))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: cannot write {output}: {error.strerror}.") from error
+    return runs, gallery
 
 
 def render(template: str, **values: Any) -> str:

@@ -1,0 +1,360 @@
+"""The commands as functions, for scripts and notebooks: ``from lavis_mafa import api as mafa`` (docs/python.md).
+
+Each does what the command of its name does; a flag is an argument of its name, and messages name the flag. A mistake is a
+:class:`UserError`. Nothing is printed but progress; results are returned, and can be printed. Importing this module is cheap: LAVIS
+and PyTorch are imported by the function that needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lavis_mafa.errors import RankLost, UserError
+from lavis_mafa.signals import Stopped
+
+if TYPE_CHECKING:
+    from lavis_mafa.tools.count_pass import CountResult, Same
+    from lavis_mafa.tools.frames import Connections, Data
+    from lavis_mafa.tools.mine_pass import MineResult
+    from lavis_mafa.tools.passes import Pass
+    from lavis_mafa.tools.run_files import Run
+
+__all__ = [
+    "RankLost",
+    "UserError",
+    "connections",
+    "count_false_negatives",
+    "evaluate",
+    "mine",
+    "open_data",
+    "open_run",
+    "report",
+    "train",
+]
+
+Name = str | Path
+Options = Mapping[str, Any] | Sequence[str]  # {"run.max_epoch": 1}, or ["run.max_epoch=1"]
+
+# --- data ---------------------------------------------------------------------------------------------------------------
+
+
+def open_data(
+    data: Name | Sequence[Name], images: Name | None = None, columns: Mapping[str, str] | None = None, options: Options = ()
+) -> Data:
+    """Image-text pairs: their captions and paths are read and looked at, no image is opened yet.
+
+    Args:
+        data: annotation files (.csv, .tsv, .json, .jsonl, .parquet, .arrow), folders or patterns of them; or a YAML, of which the
+            training data are meant: a file, or a name that ``lavis-mafa ls`` shows.
+        images: of files, the folder that their image paths start from.
+        columns: of files, what they call ours, where that differs: ``{"image": "filepath", "caption": "title"}``.
+        options: of a YAML, overrides.
+
+    Returns:
+        ``len(data)``, ``data.frame`` (a DataFrame: ``image_path``, ``caption``) and ``data.image(row)`` (PIL).
+
+    Raises:
+        UserError: a file that is not there or cannot be read, or a row that cannot be trained on; it names file and row.
+
+    Example:
+        >>> data = mafa.open_data("pairs.csv", images="images")
+        >>> data.frame.head(), data.image(0, side=128)
+    """
+    from lavis_mafa.tools.frames import open_files, open_yaml
+
+    files = [Path(one) for one in ([data] if isinstance(data, str | Path) else data)]
+    if len(files) == 1 and files[0].suffix in (".yaml", ".yml"):
+        if images is not None or columns:
+            raise UserError("images and columns belong to files of pairs; a YAML names its own.")
+        return open_yaml(str(files[0]), _overrides(options))
+    if options:
+        raise UserError("options belong to a YAML; files of pairs have none.")
+    return open_files(files, None if images is None else Path(images), columns or {})
+
+
+def _pass(data: Data | Name, options: Options, **given: Any) -> Pass:
+    """The pass of one of the two functions below, as the commands would have it from their flags."""
+    from lavis_mafa.tools.passes import Pass
+
+    opened = open_data(data) if isinstance(data, str | Path) else data
+    for name in ("con_d", "miner"):
+        given[name] = None if given.get(name) is None else str(given[name])
+    for name in ("features", "scores", "guide_features"):
+        paths = given[name]
+        given[name] = None if paths is None else [Path(one) for one in ([paths] if isinstance(paths, str | Path) else paths)]
+    where = {**opened.where, "options": [*opened.where.get("options", ()), *_overrides(options)]}
+    return Pass(**where, **given)
+
+
+def count_false_negatives(
+    data: Data | Name,
+    *,
+    con_d: Name | None = None,
+    miner: Name | None = None,
+    features: Name | Sequence[Name] | None = None,
+    scores: Name | Sequence[Name] | None = None,
+    guide_features: Name | Sequence[Name] | None = None,
+    guide_margin: float | None = None,
+    batch_size: int | Sequence[int] | None = None,
+    search_space: int | Sequence[int] | None = None,
+    threshold: float | Sequence[float] | None = None,
+    correction: float = 1.0,
+    random_only: bool = False,
+    same_image: Same | None = None,
+    same_text: Same | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    output: Name | None = None,
+    options: Options = (),
+) -> CountResult:
+    """How many of the hardest negatives in random and in GRIT batches are false ones, before any training (MAFA Tables 1 and 9).
+
+    Someone judges: a Con-D; or, of pairs in files and without any model, ``scores`` or ``guide_features`` of those that ``features``
+    mine.
+
+    Args:
+        data: of :func:`open_data`, or a YAML.
+        con_d: a checkpoint, a run's folder, or a name such as ``lavis:albef_retrieval/coco``.
+        miner: another checkpoint, whose similarities find the hardest negatives (default: Con-D's own).
+        features: or features that do: ``[images.npy, texts.npy]`` or one .parquet, a row a pair.
+        scores: .parquet or .csv with ``image_row``, ``text_row`` and ``probability``, by any judge.
+        guide_features, guide_margin: of a second dual encoder, whose cosines judge; a match is above the own pair's less the margin.
+        batch_size, search_space: B and M, one or several (default: those of the YAML; 96 and 4800, as far as there are pairs).
+        threshold: Con-D calls a pair a match above it (default: 0.5); the first of several is for table and plot.
+        correction: human correction factor (0.83 in the paper).
+        random_only: no GRIT batches.
+        same_image, same_text: "count" or "exclude" samples of the same image or text as each other's negatives.
+        samples: only so many, a random part. seed: of it, and of GRIT's starts.
+        force: give a result even where the scores say that they cannot judge.
+        output: a new folder for ``count.json`` and ``count.png`` (default: nothing is written).
+        options: overrides of the YAML's settings, or of those made for files, such as ``{"run.num_workers": 8}``.
+
+    Returns:
+        ``print(counted)`` is the table, ``counted.frame()`` a DataFrame of it, ``counted.results`` everything; a notebook shows the
+        plot.
+
+    Raises:
+        UserError: something does not go together, is not there, or cannot judge these data.
+
+    Example:
+        >>> counted = mafa.count_false_negatives(data, con_d="output/con_d/latest", samples=20_000)
+    """
+    from lavis_mafa.tools.count_pass import CountResult, run_count
+
+    of = _pass(
+        data,
+        options,
+        con_d=con_d,
+        miner=miner,
+        features=features,
+        scores=scores,
+        guide_features=guide_features,
+        guide_margin=guide_margin,
+        samples=samples,
+        seed=seed,
+        force=force,
+    )
+    counted = run_count(
+        of,
+        None if output is None else Path(output),
+        batch_size=_several(batch_size),
+        search_space=_several(search_space),
+        threshold=_several(threshold),
+        correction=correction,
+        random_only=random_only,
+        same_image=same_image,
+        same_text=same_text,
+    )
+    assert isinstance(counted, CountResult), "no pairs were asked for"
+    return counted
+
+
+def mine(
+    data: Data | Name,
+    *,
+    output: Name,
+    con_d: Name | None = None,
+    features: Name | Sequence[Name] | None = None,
+    scores: Name | Sequence[Name] | None = None,
+    guide_features: Name | Sequence[Name] | None = None,
+    guide_margin: float | None = None,
+    batch_size: int | None = None,
+    search_space: int | None = None,
+    threshold: float | None = None,
+    margin: float = 0.0,
+    per_image: int | None = None,
+    at_most: int | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    force: bool = False,
+    options: Options = (),
+) -> MineResult:
+    """Find missing image-text connections and write them as training data (MAFA section G.8).
+
+    Args:
+        output: a folder, in which a pass that was stopped goes on.
+        threshold: keep pairs above this probability (default: 0.8).
+        margin: and of at least this share of the own pair's probability.
+        per_image, at_most: so many new pairs an image, and in all; the most probable ones.
+        others: as of :func:`count_false_negatives`.
+
+    Returns:
+        ``print(mined)`` shows what was found and what was skipped and why, ``mined.results`` is all of it, ``mined.pairs`` the file for
+        training; :func:`connections` shows the pairs.
+
+    Raises:
+        UserError: as of :func:`count_false_negatives`; or the folder holds something else.
+
+    Example:
+        >>> mined = mafa.mine(data, con_d="output/con_d/latest", output="output/mined", per_image=5)
+        >>> mafa.connections(mined).frame.head()
+    """
+    from lavis_mafa.tools.mine_pass import MineResult, run_mine
+
+    of = _pass(
+        data,
+        options,
+        con_d=con_d,
+        features=features,
+        scores=scores,
+        guide_features=guide_features,
+        guide_margin=guide_margin,
+        samples=samples,
+        seed=seed,
+        force=force,
+    )
+    mined = run_mine(
+        of,
+        Path(output),
+        batch_size=batch_size,
+        search_space=search_space,
+        threshold=threshold,
+        margin=margin,
+        per_image=per_image,
+        at_most=at_most,
+    )
+    assert isinstance(mined, MineResult), "no pairs were asked for"
+    return mined
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def train(name: Name, options: Options = (), resume: Name | None = None) -> Run:
+    """Pre-train or fine-tune as a YAML says, in this process.
+
+    The program's random numbers and logging are as before afterwards. A signal (a notebook's stop) ends the training when the step is
+    done and saved, and raises ``KeyboardInterrupt``.
+
+    Args:
+        name: a file, or a name that ``lavis-mafa ls`` shows.
+        options: overrides, ``{"run.max_epoch": 1, "model.pretrained": "output/con_d/latest"}``.
+        resume: "auto", a checkpoint or a run's folder, to go on from.
+
+    Returns:
+        the run, as :func:`open_run` opens it.
+
+    Raises:
+        UserError: a mistake in the YAML, the options, the data or the checkpoints. RankLost: a process of the job died.
+
+    Example:
+        >>> run = mafa.train("my.yaml", {"run.max_epoch": 1})
+        >>> pd.DataFrame(run.metrics).plot(x="samples_seen", y="loss")
+    """
+    from lavis_mafa.runners.train import train
+
+    return _finished(lambda: train(str(name), _overrides(options), None if resume is None else str(resume)))
+
+
+def evaluate(what: Run | Name, options: Options = ()) -> dict[str, dict[str, Any]]:
+    """Evaluate without training: the best checkpoint of a run, with its own settings, on its test splits; or as a YAML says.
+
+    Args:
+        what: a run, its folder, or a YAML.
+        options: overrides.
+
+    Returns:
+        the metrics of each split.
+
+    Raises:
+        UserError: as of :func:`train`; or the run has no checkpoint.
+
+    Example:
+        >>> mafa.evaluate(run)["test"]["tr_r1"]
+    """
+    from lavis_mafa.runners.train import evaluate
+
+    text = str(_folder(what))
+    is_yaml = text.endswith((".yaml", ".yml"))
+    return _finished(lambda: evaluate(text if is_yaml else Path(text), _overrides(options))).evaluations
+
+
+def _finished(job: Any) -> Run:
+    try:
+        runner = job()
+    except Stopped as stopped:  # which ends a command, and a program with it
+        raise KeyboardInterrupt(stopped.message) from None
+    return open_run(runner.output_dir)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def open_run(run: Name) -> Run:
+    """What a run wrote: ``run.folder``, ``run.config``, ``run.metrics`` (a record every ``run.log_freq`` steps, for ``pd.DataFrame``)
+    and ``run.evaluations`` (the metrics of each split); raises UserError where it is no folder of a run."""
+    from lavis_mafa.tools.run_files import open_runs
+
+    return open_runs([Path(run)])[0]
+
+
+def connections(run: Run | MineResult | Name) -> Connections:
+    """What the judge said of the pairs that a run was trained with, or that were mined.
+
+    Returns:
+        ``found.frame``, a DataFrame (:class:`lavis_mafa.tools.frames.Connections` names its columns), ``found.show(frame)`` with
+        images, and ``found.image(row)``.
+
+    Raises:
+        UserError: the run recorded none.
+
+    Example:
+        >>> found = mafa.connections("output/mafa/latest")
+        >>> found.show(found.frame.query("verdict == 'positive'"), most=10)
+    """
+    from lavis_mafa.tools.frames import read_connections
+
+    return read_connections(_folder(run))
+
+
+def report(
+    runs: Run | MineResult | Name | Sequence[Run | MineResult | Name], output: Name = "report.html", gallery: int = 5000
+) -> Path:
+    """One HTML page about runs: curves, retrieval, and the ``gallery`` surest connections. Returns where it is; raises UserError."""
+    from lavis_mafa.tools.report import write_report
+
+    several = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+    write_report([_folder(one) for one in several], Path(output), gallery)
+    return Path(output)
+
+
+# --- as the commands take it --------------------------------------------------------------------------------------------
+
+
+def _folder(run: Any) -> Path:
+    return Path(run) if isinstance(run, str | Path) else run.folder
+
+
+def _several(values: Any) -> list[Any] | None:
+    return None if values is None else [values] if isinstance(values, int | float) else list(values)
+
+
+def _overrides(options: Options) -> list[str]:
+    """``KEY=VALUE``, as ``--options`` takes them."""
+    if isinstance(options, Mapping):
+        return [f"{key}={json.dumps(str(value) if isinstance(value, Path) else value)}" for key, value in options.items()]
+    return list(options)
