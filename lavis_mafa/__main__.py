@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """``python -m lavis_mafa`` is the same as ``lavis-mafa``; torchrun needs this form."""
 
 import sys

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """``lavis-mafa``: one sub-command a file. A user's mistake is one message and exit code 2; ctrl-C is 130."""
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 from lavis_mafa import __version__
 from lavis_mafa import signals as interrupt
+from lavis_mafa.cli.complete import complete
 from lavis_mafa.errors import RankLost, UserError, WorkerLost, death_of_a_worker, did_you_mean, of_the_file_system
 
 COMMANDS = {
@@ -166,6 +168,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a caption in any script is no traceback on a terminal that has not its letters
             stream.reconfigure(errors="backslashreplace")
     own_process = argv is None
+    if own_process and "_ARGCOMPLETE" in os.environ:
+        complete(_parser)
     argv = sys.argv[1:] if argv is None else argv
     name = " ".join(["lavis-mafa", *(n for n in argv[:1] if n in COMMANDS)])
     goodbye = f"{name}: stopped; what was saved before is kept."
@@ -208,9 +212,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="lavis-mafa", description="MAFA for LAVIS: manage false negatives in pre-training.")
-    parser.add_argument("--version", action="version", version=f"lavis-mafa {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = argv[0] if argv else ""
     if asked not in COMMANDS and not asked.startswith("-"):
         wrong = f"{asked!r} is no command" if asked else "a command is missing"
@@ -220,14 +221,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError(
             f"LAVIS 1.0.2 needs Python 3.11 or older, and this is {here}; lavis_mafa.objectives and lavis_mafa.grit work here."
         )
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, formatter_class=_Help)
-        # only the asked command's module is imported: `lavis-mafa ls` must not wait for torch
-        if asked == name:
-            module = importlib.import_module(f"lavis_mafa.cli.{name.replace('-', '_')}")  # noqa: TID251 - of the table above
-            module.add_arguments(command)
-            command.epilog = "\n".join(filter(None, (f"examples:{EXAMPLES.get(name, '')}", command.epilog)))
-            command.set_defaults(run=module.run)
+    parser = _parser(asked)
     try:
         arguments = parser.parse_args(argv)
     finally:
@@ -236,6 +230,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
     expand_arguments(arguments, PATHS)
     return arguments
+
+
+def _parser(asked: str) -> argparse.ArgumentParser:
+    """Of all commands; only the asked one has its arguments, since only its module is imported: `lavis-mafa ls` must not wait for
+    torch."""
+    parser = _Parser(prog="lavis-mafa", description="MAFA for LAVIS: manage false negatives in pre-training.")
+    parser.add_argument("--version", action="version", version=f"lavis-mafa {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, formatter_class=_Help)
+        if asked == name:
+            module = importlib.import_module(f"lavis_mafa.cli.{name.replace('-', '_')}")  # noqa: TID251 - of the table above
+            module.add_arguments(command)
+            command.epilog = "\n".join(filter(None, (f"examples:{EXAMPLES.get(name, '')}", command.epilog)))
+            command.set_defaults(run=module.run)
+    return parser
 
 
 def _reader_left() -> bool:
