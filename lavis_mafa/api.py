@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lavis_mafa.errors import RankLost, UserError
 from lavis_mafa.signals import Stopped
@@ -28,6 +28,7 @@ __all__ = [
     "connections",
     "count_false_negatives",
     "evaluate",
+    "init",
     "mine",
     "open_data",
     "open_run",
@@ -65,7 +66,7 @@ def open_data(
     """
     from lavis_mafa.tools.frames import open_files, open_yaml
 
-    files = [Path(one) for one in ([data] if isinstance(data, str | Path) else data)]
+    files = _paths(data) or []
     if len(files) == 1 and files[0].suffix in (".yaml", ".yml"):
         if images is not None or columns:
             raise UserError("images and columns belong to files of pairs; a YAML names its own.")
@@ -83,8 +84,7 @@ def _pass(data: Data | Name, options: Options, **given: Any) -> Pass:
     for name in ("con_d", "miner"):
         given[name] = None if given.get(name) is None else str(given[name])
     for name in ("features", "scores", "guide_features"):
-        paths = given[name]
-        given[name] = None if paths is None else [Path(one) for one in ([paths] if isinstance(paths, str | Path) else paths)]
+        given[name] = _paths(given[name])
     where = {**opened.where, "options": [*opened.where.get("options", ()), *_overrides(options)]}
     return Pass(**where, **given)
 
@@ -244,6 +244,46 @@ def mine(
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
+def init(
+    data: Data,
+    output: Name,
+    *,
+    model: Literal["albef", "blip", "blip2"],
+    size: Literal["tiny", "base"],
+    con_d: Name | None = None,
+    val: Name | Sequence[Name] | None = None,
+    test: Name | Sequence[Name] | None = None,
+) -> Path:
+    """Write a YAML that trains on one's own pairs, with sizes that fit them and this machine; every line may be changed.
+
+    Args:
+        data: files of pairs, by :func:`open_data`.
+        output: a new .yaml file.
+        size: "tiny" for a CPU and from scratch, "base" the paper's, for a GPU.
+        con_d: with one, it trains with MAFA.
+        val, test: files with pairs on which retrieval is evaluated, after each epoch and at the end.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UserError: the file exists, or data or checkpoint cannot be trained with.
+
+    Example:
+        >>> mafa.init(data, "my.yaml", model="albef", size="tiny", con_d="output/con_d/latest")
+    """
+    from lavis_mafa.tools.own_yaml import write_yaml
+
+    where = data.where
+    if where.get("images") is None:
+        raise UserError("init writes a YAML for files of pairs with a folder of images; give mafa.open_data(files, images=FOLDER).")
+    files = {"val": _paths(val), "test": _paths(test)}
+    judge = None if con_d is None else str(con_d)
+    columns = where["columns"]
+    write_yaml(where["annotations"], where["images"], Path(output), model=model, size=size, con_d=judge, columns=columns, **files)
+    return Path(output)
+
+
 def train(name: Name, options: Options = (), resume: Name | None = None) -> Run:
     """Pre-train or fine-tune as a YAML says, in this process.
 
@@ -347,6 +387,10 @@ def report(
 
 def _folder(run: Any) -> Path:
     return Path(run) if isinstance(run, str | Path) else run.folder
+
+
+def _paths(names: Name | Sequence[Name] | None) -> list[Path] | None:
+    return None if names is None else [Path(one) for one in ([names] if isinstance(names, str | Path) else names)]
 
 
 def _several(values: Any) -> list[Any] | None:

@@ -55,6 +55,8 @@ def test_python_m_is_completed_too(tab, tmp_path):
     call = [sys.executable, "-m", "argcomplete._check_module", "lavis_mafa"]
     assert subprocess.run(call, timeout=60).returncode == 0
     line = "python -m lavis_mafa pla"
-    script = f"COMP_LINE='{line}' COMP_POINT={len(line)} _ARGCOMPLETE=3 _ARGCOMPLETE_SUPPRESS_SPACE=1 {sys.executable} -m lavis_mafa 8>&1"
+    script = (
+        f"COMP_LINE='{line}' COMP_POINT={len(line)} _ARGCOMPLETE=3 _ARGCOMPLETE_SUPPRESS_SPACE=1 {sys.executable} -m lavis_mafa 8>&1"
+    )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("plan", "")

@@ -1,0 +1,172 @@
+"""docs/python.md runs as it stands there, and leaves the program as it was; the notebook runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lavis_mafa import api as mafa
+from lavis_mafa import signals
+from lavis_mafa.cli.main import main
+from lavis_mafa.weights import shipped
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, scenes) -> Path:
+    """What the page takes for granted: pairs.csv, images, and a run whose model can judge them."""
+    folder = tmp_path_factory.mktemp("python")
+    (folder / "images").symlink_to(scenes / "images")
+    rows = pq.read_table(scenes / "train.parquet", columns=["image", "caption"]).to_pandas()
+    rows = rows.assign(image=rows["image"].str.removeprefix("images/"), caption=rows["caption"].str[0])
+    rows.to_csv(folder / "pairs.csv", index=False)
+    run = folder / "output/con_d/latest"
+    (run / "result").mkdir(parents=True)
+    torch.save({"model": load_file(shipped("scenes_con_d"))}, run / "checkpoint_best.pth")
+    (run / "config.yaml").write_text(f"model: {{arch: albef_mafa, model_type: tiny, tokenizer: {scenes}/vocab.txt}}\n")
+    return folder
+
+
+def state() -> dict:
+    """What a program has for itself, and a function must not take or change."""
+    root, ours = logging.getLogger(), logging.getLogger("lavis_mafa")
+    return {
+        # but for SIGCHLD, by which PyTorch's data loader watches its workers from then on
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals() - {signal.SIGCHLD}},
+        "logging": [root.level, ours.level, list(root.handlers), list(ours.handlers)],
+        "random": [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()],
+        "torch": [torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.distributed.is_initialized()],
+        "process": [os.getcwd(), dict(os.environ), sys.unraisablehook, list(sys.argv), list(sys.path)],
+        "threads": [thread.name for thread in threading.enumerate() if not thread.daemon],
+    }
+
+
+@pytest.fixture(scope="module")
+def page(work) -> dict:
+    """The names that the page's code leaves, with the state of the program before and after it."""
+    first, *blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        exec(first, names)
+        mafa.open_data("pairs.csv", images="images")  # imports LAVIS, which does as it likes
+        names["before"] = state()
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"python.md, block {number}", "exec"), names)
+        names["after"] = state()
+    return names
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_it_says(page, work, capsys):
+    counted, mined, found, run = (page[name] for name in ("counted", "mined", "found", "run"))
+    assert len(page["data"]) == 64 and page["data"].image(0, side=32).size == (32, 32)
+    assert counted.frame()["sampling"].tolist() == ["random", "random", "GRIT", "GRIT"]
+    assert str(counted).startswith("False negatives among") and counted._repr_png_().startswith(b"\x89PNG")
+    new = pq.read_table(work / mined.pairs).to_pandas().query("source == 'mined'")
+    assert len(new) == mined.results["mined"] > 0
+    assert {(i, t) for i, t in zip(new["image_sample"], new["text_sample"], strict=True)} <= set(
+        page["sure"][["image", "text"]].itertuples(index=False, name=None)
+    )
+    assert run.metrics[-1]["step"] == 16 and len(mafa.connections(run)) > 0
+    assert set(run.evaluations) == {"test"} and (work / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_connection_is_a_pair_of_rows(page):
+    """Captions, paths and images of the frame are those of the data that were opened."""
+    found, data = page["found"], page["data"].frame
+    for row in found.frame.to_dict("records"):
+        assert row["caption"] == data["caption"][row["text"]] and row["own_caption"] == data["caption"][row["image"]]
+        assert row["image_path"].endswith(f"images/{data['image_path'][row['image']]}")
+        assert row["own_image_path"].endswith(f"images/{data['image_path'][row['text']]}")
+    assert (found.frame["probability"].diff().dropna() <= 0).all() and set(found.frame["epoch"]) == {-1}
+    first = found.frame.iloc[0]
+    assert found.image(first["image"]) == Image.open(first["image_path"]).convert("RGB")
+    shown = found.show(most=3)
+    assert shown.count("<tr>") == 4 and shown.count("data:image/webp;base64,") == 6
+
+
+@pytest.mark.slow
+def test_the_program_goes_on_as_before(page):
+    assert page["after"] == page["before"]
+
+
+@pytest.mark.slow
+def test_the_command_line_gives_the_same_numbers(page, work, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    call = ["--annotations", "pairs.csv", "--images", "images", "--con-d", "output/con_d/latest"]
+    assert main(["count-false-negatives", *call, "--batch-size", "8", "16", "--search-space", "32", "--output", "counted"]) == 0
+    assert capsys.readouterr().out.startswith(str(page["counted"]))
+    assert main(["mine", *call, "--threshold", "0.5", "--output", "mined"]) == 0
+    names = ("connections.parquet", "pairs.parquet")
+    assert all(pq.read_table(work / "mined" / name) == pq.read_table(work / page["mined"].folder / name) for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda data: mafa.open_data("nothere.csv", images="images"), "nothere.csv"),
+        (lambda data: mafa.open_data("my.yaml", images="images"), "images and columns belong to files of pairs"),
+        (lambda data: mafa.open_data("pairs.csv", images="images", columns={"caption": "title"}), "no column 'title'"),
+        (lambda data: data.image(64), "there is no row 64; allowed: 0 to 63"),
+        (lambda data: mafa.count_false_negatives(data), "nobody judges"),
+        (lambda data: mafa.count_false_negatives(data, con_d="nothere.pth"), "--con-d is 'nothere.pth', but there is no such file"),
+        (lambda data: mafa.count_false_negatives(data, con_d="output/con_d/latest", batch_size=1), "--batch-size is 1"),
+        (lambda data: mafa.mine(data, con_d="output/con_d/latest", output="output/mined"), "holds a finished result (mine.json)"),
+        (lambda data: mafa.connections("output/con_d/latest"), "has no metrics.jsonl with records"),
+        (lambda data: mafa.init(data, "my.yaml", model="albef", size="tiny"), "my.yaml exists already"),
+        (lambda data: mafa.init(data, "new.yaml", model="clip", size="tiny"), "--model is 'clip'; allowed: albef, blip, blip2"),
+        (lambda data: mafa.evaluate("images"), "images is no folder of a run"),
+    ],
+)
+def test_a_mistake_is_a_user_error(page, work, monkeypatch, call, message):
+    monkeypatch.chdir(work)
+    with pytest.raises(mafa.UserError, match=re.escape(message)):
+        call(page["data"])
+
+
+def test_a_caption_is_text_and_an_image_may_be_gone(tmp_path):
+    (tmp_path / "pairs.csv").write_text('image,caption\na.png,"<script>alert(1)</script>"\nb.png,two\n')
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png")
+    from lavis_mafa.tools.frames import Connections
+
+    data = mafa.open_data(tmp_path / "pairs.csv", images=tmp_path)
+    row = {"probability": 0.5, "verdict": "positive", "image": 0, "text": 1, "caption": data.frame["caption"][0], "own_caption": "two"}
+    shown = Connections(data.frame.assign(**row), data.rows).show()
+    assert "&lt;script&gt;" in shown and "<script>" not in shown and "No such file" in shown
+    with pytest.raises(mafa.UserError, match="b.png"):
+        data.image(1)
+
+
+def test_a_notebook_goes_on_after_its_stop_button():
+    """A signal at the end of a training: the next one must not take it for its own."""
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), signals.postponed():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked() == signal.SIGINT
+    with signals.postponed():
+        assert signals.asked() == 0
+    assert sys.unraisablehook is hook
+
+
+def test_importing_costs_nothing():
+    code = "import sys; from lavis_mafa import api; print({'torch', 'numpy', 'pandas', 'omegaconf', 'lavis'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
