@@ -170,3 +170,29 @@ def test_importing_costs_nothing():
     code = "import sys; from lavis_mafa import api; print({'torch', 'numpy', 'pandas', 'omegaconf', 'lavis'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    """In a kernel of its own, as Jupyter would run it; the committed outputs are those of such a run."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(DOCS / "python.ipynb", as_version=4)
+    shown = [_kinds(cell) for cell in notebook.cells]
+    nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute(
+        env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    assert [_kinds(cell) for cell in notebook.cells] == shown
+    html = [
+        output.data["text/html"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "text/html" in output.get("data", {})
+    ]
+    assert sum(text.count("<img src='data:image/webp;base64,") for text in html) >= 2 * (3 + 3 + 3)
+
+
+def _kinds(cell) -> list[list[str]]:
+    """What a cell shows, but for what goes on."""
+    outputs = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
+    return [sorted(output.get("data", {"stdout": None})) for output in outputs]

@@ -1,1 +1,5 @@
-import lavis  # noqa: F401 - registers us before a module of ours is half imported
+import warnings
+
+with warnings.catch_warnings():  # of LAVIS's dependencies
+    warnings.simplefilter("ignore")
+    import lavis  # noqa: F401 - registers us before a module of ours is half imported

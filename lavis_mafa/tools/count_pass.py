@@ -22,7 +22,7 @@ COUNTED = "count.json"
 Same = Literal["count", "exclude"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CountResult:
     """False negatives among the hardest negatives; printed, the table of MAFA's Table 1; in a notebook, the plot of its Figure 2.
 
@@ -45,6 +45,8 @@ class CountResult:
         if self.folder is None:
             return text
         return f"{text}\n\nThe metrics: {self.folder / COUNTED}, the plot: {self.folder / 'count.png'}"
+
+    __repr__ = __str__
 
     def _repr_png_(self) -> bytes:
         return count_plot(self.results)

@@ -46,7 +46,7 @@ class Data:
         where: the fields of :class:`lavis_mafa.tools.passes.Pass` that name them.
     """
 
-    rows: TrainingRows
+    rows: TrainingRows = field(repr=False)
     where: Mapping[str, Any]
 
     def __len__(self) -> int:
@@ -143,10 +143,13 @@ def _text(value: Any) -> str:
 
 
 class Html(str):
-    """Text that a notebook shows as HTML."""
+    """A table that a notebook shows."""
 
     def _repr_html_(self) -> str:
         return str(self)
+
+    def __repr__(self) -> str:
+        return f"Html({len(self):,} characters)"
 
 
 def read_connections(folder: Path) -> Connections:

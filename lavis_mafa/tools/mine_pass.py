@@ -25,7 +25,7 @@ from lavis_mafa.weights import weight_files
 MINED = "mine.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MineResult:
     """Connections that were missing. ``folder`` holds ``pairs.parquet`` (the original pairs, then the new ones: training data),
     ``connections.parquet`` (every candidate and what became of it) and ``mine.json``, which is ``results``; printed, its tables."""
@@ -45,6 +45,8 @@ class MineResult:
             f"{mine.format_mined(self.results)}\n\nThe pairs, for datasets.grit_pairs: {self.pairs}{absolute}\n"
             f"Every candidate and what became of it: {self.folder / 'connections.parquet'}; the metrics: {self.folder / MINED}"
         )
+
+    __repr__ = __str__
 
 
 def run_mine(
