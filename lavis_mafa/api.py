@@ -272,7 +272,7 @@ def init(
     Example:
         >>> mafa.init(data, "my.yaml", model="albef", size="tiny", con_d="output/con_d/latest")
     """
-    from lavis_mafa.tools.own_yaml import write_yaml
+    from lavis_mafa.tools.own_data import write_yaml
 
     where = data.where
     if where.get("images") is None:

@@ -3,56 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lavis_mafa.cli.options import add_columns, named_columns, positive, share
-
-if TYPE_CHECKING:
-    from lavis_mafa.tools.passes import Pass
-
-# --- flags that `mine` has too ------------------------------------------------------------------------------------------
-
-
-def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """What is read, who mines, who judges, and the rest that a pass needs; sizes are left to the command."""
-    parser.add_argument("--cfg-path", metavar="YAML", help="whose model is Con-D and whose training data are read")
-    text = "Con-D's weights: a run's folder or a file of ours, or LAVIS's retrieval or ITM ones"
-    parser.add_argument("--con-d", metavar="CHECKPOINT", help=text)
-    text = "the pairs, in place of --cfg-path: files, folders or patterns"
-    parser.add_argument("--annotations", type=Path, nargs="+", metavar="FILE", help=text)
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="where their image paths start from")
-    add_columns(parser)
-    given = parser.add_argument_group("with embeddings you have already", "no model, no image and no LAVIS is needed")
-    add = given.add_argument
-    text = "whose similarities decide what is a hard negative, also with --con-d: IMAGES.npy TEXTS.npy, or one .parquet; a row a pair"
-    add("--features", type=Path, nargs="+", metavar="FILE", help=text)
-    text = "who judges: .parquet or .csv with image_row, text_row (from 0) and probability, by any model"
-    add("--scores", type=Path, nargs="+", metavar="FILE", help=text)
-    text = "write the pairs that --scores lacks (without it, all that are asked about), to be judged, and nothing else"
-    add("--write-pairs", type=Path, metavar="FILE", help=text)
-    text = "or a second dual encoder's features, as --features: its cosines judge"
-    add("--guide-features", type=Path, nargs="+", metavar="FILE", help=text)
-    text = "of a guide: a match is above the own pair's cosine less this (default: 0)"
-    add("--guide-margin", type=share, metavar="X", help=text)
-    parser.add_argument("--samples", type=positive, metavar="N", help="only so many samples, a random part (default: all)")
-    parser.add_argument("--seed", type=int, help="of the shuffle and of GRIT's starts (default: run.seed)")
-    parser.add_argument("--output", type=Path, default=Path(output), help=f"folder for the result (default: {output})")
-    parser.add_argument("--force", action="store_true", help="give a result even where the scores say that they cannot judge")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override settings, e.g. run.num_workers=8")
-
-
-def pass_of(arguments: argparse.Namespace) -> Pass:
-    """What these flags say; raises UserError for columns of another form."""
-    from dataclasses import fields
-
-    from lavis_mafa.tools.passes import Pass
-
-    given = vars(arguments) | {"columns": named_columns(arguments.columns)}
-    return Pass(**{field.name: given[field.name] for field in fields(Pass) if field.name in given})
-
-
-# --- the command --------------------------------------------------------------------------------------------------------
+from lavis_mafa.cli.options import add_pass_arguments, pass_of, positive, share
 
 OWN = ("batch_size", "search_space", "threshold", "correction", "random_only", "same_image", "same_text", "truth")
 

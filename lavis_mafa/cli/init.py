@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.tools.own_yaml import NAMES, write_yaml
+    from lavis_mafa.tools.own_data import NAMES, write_yaml
 
     output: Path = arguments.output
     written = write_yaml(

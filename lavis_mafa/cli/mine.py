@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lavis_mafa.cli.count_false_negatives import add_pass_arguments, pass_of
-from lavis_mafa.cli.options import positive, share
+from lavis_mafa.cli.options import add_pass_arguments, pass_of, positive, share
 
 OWN = ("batch_size", "search_space", "threshold", "margin", "per_image", "at_most")
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lavis_mafa.cli.main import main
-from lavis_mafa.tools.own_yaml import FIXED_GB, LEAST, fitted
+from lavis_mafa.tools.own_data import FIXED_GB, LEAST, fitted
 
 GIVEN = ["--data", "data/pairs.jsonl", "--images", "data/images"]
 
