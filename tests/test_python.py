@@ -142,6 +142,24 @@ def test_a_mistake_is_a_user_error(page, work, monkeypatch, call, message):
         call(page["data"])
 
 
+def test_features_and_a_guide_need_no_model(tmp_path):
+    """Pairs 2k and 2k + 1 are alike to those who mine and to the guide: each is the other's hardest negative, and a false one."""
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"{n}.png,number {n}\n" for n in range(16)))
+    alike = np.repeat(np.eye(8, 16), 2, axis=0) + np.eye(16) / 10
+    np.save(tmp_path / "features.npy", alike.astype(np.float32))
+    both = [tmp_path / "features.npy"] * 2
+    data = mafa.open_data(tmp_path / "pairs.csv")
+    call = {"features": both, "guide_features": both, "guide_margin": 0.1, "search_space": 16, "force": True}
+    counted = mafa.count_false_negatives(data, **call, batch_size=16, random_only=False)
+    assert set(counted.frame()["wrt_image"]) == set(counted.frame()["wrt_text"]) == {16.0} and counted.folder is None
+    mined = mafa.mine(data, **call, batch_size=16, output=tmp_path / "mined")
+    with pytest.warns(UserWarning, match="changed since then|could not be read"):
+        (tmp_path / "mined/pairs.parquet").unlink()
+        found = mafa.connections(mined)
+    assert set(zip(found.frame["image"], found.frame["text"], strict=True)) == {(n, n ^ 1) for n in range(16)}
+    assert mined.results["mined"] == 16 and found.frame["caption"].isna().all()
+
+
 def test_a_caption_is_text_and_an_image_may_be_gone(tmp_path):
     (tmp_path / "pairs.csv").write_text('image,caption\na.png,"<script>alert(1)</script>"\nb.png,two\n')
     Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png")
