@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from lavis_mafa import api as mafa
 from lavis_mafa import signals
 from lavis_mafa.cli.main import main
+from lavis_mafa.runners import job
 from lavis_mafa.weights import shipped
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -64,7 +65,7 @@ def page(work) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
         exec(first, names)
-        mafa.open_data("pairs.csv", images="images")  # imports LAVIS, which does as it likes
+        job._quiet_imports()  # of LAVIS, which does as it likes
         names["before"] = state()
         for number, block in enumerate(blocks):
             exec(compile(block, f"python.md, block {number}", "exec"), names)

@@ -20,7 +20,6 @@ from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.images import on_white
 from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import UserError
-from lavis_mafa.runners import job
 from lavis_mafa.tools.gallery import DIRECTIONS, VERDICTS, TrainingRows, distinct_candidates, rows_of_all, webp_url
 from lavis_mafa.tools.run_files import open_runs
 from lavis_mafa.tools.training_data import Annotated, read_annotated
@@ -84,6 +83,8 @@ def open_files(files: Sequence[Path], images: Path | None, columns: Mapping[str,
 
 def open_yaml(name: str, options: Sequence[str]) -> Data:
     """The training pairs of a YAML; raises UserError."""
+    from lavis_mafa.runners import job  # here: of LAVIS, which files of pairs do not need
+
     _, cfg = job.prepare(name, list(options), files=False, device=False)
     read = (read_annotated(str(key), block) for key, block in cfg.datasets_cfg.items())
     return Data(TrainingRows([part for part in read if part is not None]), {"cfg_path": name, "options": options})

@@ -18,7 +18,6 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.files import check_unfinished
 from lavis_mafa.named_weights import fetched
 from lavis_mafa.objectives.trust import Medians
-from lavis_mafa.runners.train import as_before
 from lavis_mafa.tools.candidates import Encoder, ReadableRows, shuffled
 from lavis_mafa.tools.features import Features, check_own_pairs, read_features
 from lavis_mafa.tools.judges import Given, Guide, PicturelessPairs, ScoreTable, check_caption_a_row, write_pairs
@@ -171,6 +170,8 @@ def judging(of: Pass, batch_size: Sequence[int] | None, search_space: Sequence[i
         return
     of = replace(of, con_d=fetched(of.con_d, "--con-d"), miner=None if of.miner is None else fetched(of.miner, "--miner"))
     assert of.con_d is not None
+    from lavis_mafa.runners.train import as_before  # here: of LAVIS, which a pass without a model does not need
+
     with as_before(), _yaml(of) as name:
         options = list(of.options)
         config = check_pass(name, options, of.con_d, of.miner)
