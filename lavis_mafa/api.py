@@ -7,6 +7,7 @@ and PyTorch are imported by the function that needs them.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -335,10 +336,11 @@ def evaluate(what: Run | Name, options: Options = ()) -> dict[str, dict[str, Any
 
 def _finished(job: Any) -> Run:
     try:
-        runner = job()
+        folder = job().output_dir
     except Stopped as stopped:  # which ends a command, and a program with it
         raise KeyboardInterrupt(stopped.message) from None
-    return open_run(runner.output_dir)
+    gc.collect()  # a runner refers to itself: its model would stay in memory, and its threads would go on
+    return open_run(folder)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------

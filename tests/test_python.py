@@ -69,6 +69,9 @@ def page(work) -> dict:
         names["before"] = state()
         for number, block in enumerate(blocks):
             exec(compile(block, f"python.md, block {number}", "exec"), names)
+        for thread in threading.enumerate():  # of what was collected: they are told to end
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join(10)
         names["after"] = state()
     return names
 
