@@ -10,11 +10,10 @@ import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from lavis_mafa.config.data import AnnotationFile, annotation_file, ending
 from lavis_mafa.datasets.facts import TEXTS, check_facts, fact_columns, one_each
@@ -23,6 +22,9 @@ from lavis_mafa.datasets.ids import id_texts, is_blank, is_missing, is_text, num
 from lavis_mafa.datasets.statements import read_statements
 from lavis_mafa.datasets.stored import PLACE, Source, places_of
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 # how Python and numpy print a list of texts: what a table of lists holds after it went through CSV
 PRINTED_LIST = r"""(?s)^\s*\[\s*(['"].*['"])?\s*\]\s*$"""
@@ -115,6 +117,8 @@ def absolute(table: pa.Table, images: Path) -> pa.Table:
 
 def image_keys(table: pa.Table) -> torch.LongTensor:
     """[N] keys from 0, in the order of first appearance: one a path, or one for all paths of the same ``same_image``."""
+    import torch
+
     images = _numbered(table["image"])
     if SAME_IMAGE not in table.column_names:
         return torch.from_numpy(images)  # type: ignore[return-value]

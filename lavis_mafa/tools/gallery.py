@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageFile
@@ -75,6 +74,8 @@ class TrainingRows:
         asked = [(p, i, key) for p, (i, t) in enumerate(zip(images, texts, strict=True)) if i < len(self) for key in keys[t]]
         found: list[set[bool]] = [set() for _ in images]
         if asked:
+            import torch
+
             place, image, key = torch.tensor(asked).T
             known, match = part.truth.knows(concepts[image], key), part.truth.matches(concepts[image], key)
             for p, true in zip(place[known].tolist(), match[known].tolist(), strict=True):
