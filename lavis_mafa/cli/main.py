@@ -27,6 +27,7 @@ COMMANDS = {
     "analyse": "look into a trained model, without training it",
     "ablate": "run the rows of a paper's ablation table, several seeds, and print it",
     "report": "one HTML page about one or more runs: curves, connections, retrieval",
+    "explore": "look at a run's connections in a browser and mark which are right",
     "compare": "is one run better than another: retrieval query by query, with intervals and p",
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
     "check-data": "find images and captions that training could not use, and write annotations without them",
@@ -82,6 +83,9 @@ EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
     "report": """
   lavis-mafa report output/mafa/latest
   lavis-mafa report output/grit/latest output/mafa/latest --output both.html""",
+    "explore": """
+  lavis-mafa explore output/mine
+  lavis-mafa explore output/mafa/latest --port 0 --open""",
     "compare": """
   lavis-mafa compare output/grit/latest output/mafa/latest""",
     "plan": """

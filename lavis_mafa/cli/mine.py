@@ -16,8 +16,7 @@ from lavis_mafa.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from lavis_mafa.tools.candidates import Encoder, ReadableRows
-    from lavis_mafa.tools.judges import Given
+    from lavis_mafa.tools.candidates import ReadableRows
     from lavis_mafa.tools.mine import Rules, SourceRows
     from lavis_mafa.tools.training_data import Opened
 
@@ -33,18 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threshold", type=share, metavar="P", help="keep pairs above this probability (default: 0.8)")
     text = "and of at least this share of the own pair's probability, e.g. 0.95 (default: 0)"
-    add("--margin", type=share, default=0.0, help=text)
+    add("--margin", type=share, help=text)
     add("--per-image", type=positive, metavar="K", help="at most so many new captions an image (default: all)")
     text = "at most so many new pairs, the most probable ones; 2000000 in the paper (default: all)"
     add("--at-most", type=positive, metavar="N", help=text)
+    add("--reviewed", type=Path, metavar="MARKS", help="what people accepted and rejected: a file of `explore`, or a page's export")
+    text = "choose anew from a finished result, with --reviewed or other limits, and ask no model; what is not given stays as it was"
+    add("--again", type=Path, metavar="MINED", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    check_ways(arguments)
+    if arguments.again is None:
+        check_ways(arguments)
     from lavis_mafa.files import check_unfinished
 
     if arguments.write_pairs is None:
         check_unfinished(arguments.output, RESULT)
+    if arguments.again is not None:
+        _choose_again(arguments)
+        return 0
     if arguments.con_d is None:
         _mine_given(arguments)
         return 0
@@ -68,6 +74,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, batch_size: int, search
 
     run, dataset, folder = opened.run, opened.dataset, arguments.output
     rows, source = ReadableRows(dataset, run.seed, run.batch_size_eval, run.num_workers), mine.SourceRows(dataset)
+    marks = _marks(arguments, source)
     features = given_features(arguments, dataset)
     seed = run.seed if arguments.seed is None else arguments.seed
     blocks = blocks_of(shuffled(len(rows), seed, arguments.samples), search_space)
@@ -100,7 +107,7 @@ def _mine(arguments: argparse.Namespace, opened: Opened, batch_size: int, search
             candidates, bad = mine.read_parts(parts, len(some))
             _refuse_meaningless(arguments, rows, candidates, rules)
     if rank() == 0:
-        _write(arguments, encoder, rows, source, candidates, bad, rules, settings)
+        _write(arguments, encoder.judge_name, sources(arguments), rows, source, candidates, bad, rules, settings, marks)
         shutil.rmtree(parts)
 
 
@@ -116,9 +123,10 @@ def _mine_given(arguments: argparse.Namespace) -> None:
     (batch_size,), (search_space,) = sizes(arguments, OmegaConf.create())
     given = open_given(arguments)
     rows, source = ReadableRows(given.dataset), mine.SourceRows(given.dataset)
+    marks = _marks(arguments, source)
     seed = RunBlock().seed if arguments.seed is None else arguments.seed
     order = shuffled(len(rows), seed, arguments.samples)
-    rules = _rules(arguments, given.margin)
+    rules = _rules(arguments, mine.Rules(guide_margin=given.margin))
     with progress_bar(len(order)) as bar:
         blocks = given.blocks(rows, blocks_of(order, search_space), bar)
         candidates = pa.concat_tables([mine.judged(given, block, source, batch_size, seed) for block in blocks])
@@ -127,14 +135,50 @@ def _mine_given(arguments: argparse.Namespace) -> None:
     _refuse_meaningless(arguments, rows, candidates, rules)
     settings = {"samples": arguments.samples, "seed": seed, "batch_size": batch_size, "search_space": search_space, **vars(rules)}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    _write(arguments, given, rows, source, candidates.replace_schema_metadata(None), [], rules, settings)
+    candidates = candidates.replace_schema_metadata(None)
+    _write(arguments, given.judge_name, sources(arguments), rows, source, candidates, [], rules, settings, marks)
 
 
-def _rules(arguments: argparse.Namespace, guide_margin: float | None = None) -> Rules:
+OF_A_PASS = "cfg_path con_d options annotations images features scores write_pairs guide_features guide_margin samples seed".split()
+OF_A_PASS += ["batch_size", "search_space", "force"]
+
+
+def _choose_again(arguments: argparse.Namespace) -> None:
+    """The same result by other rules or with marks, from the candidates of a finished one."""
+    if given := [name for name in OF_A_PASS if getattr(arguments, name) not in (None, [], False)]:
+        raise UserError(f"--again and --{given[0].replace('_', '-')} exclude each other: nothing is searched or judged anew.")
+    from lavis_mafa.tools.candidates import ReadableRows
+    from lavis_mafa.tools.mine import SourceRows
+    from lavis_mafa.tools.mined import Mined
+
+    mined = Mined(arguments.again)
+    if arguments.threshold is not None and mined.rules.guide_margin is not None:
+        raise UserError(f"--threshold is given, but in {arguments.again} a guide judged, whose margin is {mined.rules.guide_margin:g}.")
+    source = SourceRows(mined)
+    source.root = mined.root
+    rules, marks = _rules(arguments, mined.rules), _marks(arguments, source)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    settings = {**mined.settings, **vars(rules)}
+    _write(arguments, mined.judge_name, mined.origin, ReadableRows(mined), source, mined.candidates, mined.bad, rules, settings, marks)
+
+
+def _rules(arguments: argparse.Namespace, otherwise: Rules | None = None) -> Rules:
+    """Those that are given, else as they are ``otherwise``."""
+    from dataclasses import replace
+
     from lavis_mafa.tools.mine import Rules
 
-    threshold = Rules.threshold if arguments.threshold is None else arguments.threshold
-    return Rules(threshold, arguments.margin, arguments.per_image, arguments.at_most, guide_margin)
+    given = {name: getattr(arguments, name) for name in ("threshold", "margin", "per_image", "at_most")}
+    return replace(otherwise or Rules(), **{name: value for name, value in given.items() if value is not None})
+
+
+def _marks(arguments: argparse.Namespace, source: SourceRows) -> pa.Table | None:
+    """``--reviewed``, looked at."""
+    from lavis_mafa.tools.marks import fitted, read_marks
+
+    if arguments.reviewed is None:
+        return None
+    return fitted(read_marks(arguments.reviewed), source.table["image"], source.table["caption"], f"--reviewed: {arguments.reviewed}")
 
 
 def _truth(rows: ReadableRows) -> tuple[Any, Any]:
@@ -149,13 +193,15 @@ def _refuse_meaningless(arguments: argparse.Namespace, rows: ReadableRows, candi
 
 def _write(
     arguments: argparse.Namespace,
-    encoder: Encoder | Given,
+    judge: str,
+    origin: dict[str, Any],
     rows: ReadableRows,
     source: SourceRows,
     candidates: pa.Table,
     bad: list[dict[str, Any]],
     rules: Rules,
     settings: dict[str, Any],
+    marks: pa.Table | None,
 ) -> None:
     """The files of the result; ``mine.json``, written last, says that it is whole."""
     import numpy as np
@@ -168,10 +214,11 @@ def _write(
     if not candidates.num_rows:
         raise UserError(f"none of {len(bad)} samples could be read, the first because of {bad[0]['reason']}.")
     keys = rows.image_keys.numpy()
-    outcome = mine.choose(candidates, keys, source.table["caption"], rules)
-    about = {"judge": encoder.judge_name, **sources(arguments), "data": len(rows)}
+    outcome = mine.choose(candidates, keys, source.table["caption"], rules, marks)
+    reviewed = None if marks is None else mine.review(candidates, marks, arguments.reviewed)
+    about = {"judge": judge, **origin, "data": len(rows)}
     about |= {"images": str(source.root) if source.root else None, "settings": settings}
-    results = about | mine.mine_results(candidates, outcome, keys, bad, *_truth(rows), rules)
+    results = about | mine.mine_results(candidates, outcome, keys, bad, *_truth(rows), rules, reviewed)
     words = pa.array(mine.OUTCOMES).take(pa.array(outcome))
     mine.write_parquet(candidates.append_column("outcome", words), folder / "connections.parquet")
     mine.write_parquet(mine.pairs_table(source, keys, candidates, np.flatnonzero(outcome == 0)), folder / "pairs.parquet")

@@ -45,6 +45,7 @@ from lavis_mafa.tools.candidates import (
 )
 from lavis_mafa.tools.count import below, ratio
 from lavis_mafa.tools.judges import Given
+from lavis_mafa.tools.marks import ACCEPT, MARKS, REJECT, SCHEMA, confirmed
 from lavis_mafa.tools.training_data import annotated
 
 DIRECTIONS = ("text for image", "image for text")
@@ -217,7 +218,8 @@ KNOWN = "the image has this caption already"
 TWICE = "found twice"
 OVER = "over the limit per image"
 OVER_ALL = "over the limit in all"
-OUTCOMES = (MINED, NO_CANDIDATE, BELOW, MARGIN, KNOWN, TWICE, OVER, OVER_ALL)
+REJECTED = "rejected by a person"
+OUTCOMES = (MINED, NO_CANDIDATE, BELOW, MARGIN, KNOWN, TWICE, OVER, OVER_ALL, REJECTED)
 
 
 @dataclass(frozen=True)
@@ -236,15 +238,19 @@ class Rules:
         return np.asarray(probability > limit)
 
 
-def choose(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, rules: Rules) -> np.ndarray:
+def choose(
+    candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, rules: Rules, marks: pa.Table | None = None
+) -> np.ndarray:
     """The outcome of each candidate, a number that names one of ``OUTCOMES``.
 
     The same caption (but for case, punctuation and spaces) is written once an image, with its highest probability, and never where
-    the image has it already. All rows of an image (``image_keys``) count as one. Ties go to the lowest rows.
+    the image has it already. All rows of an image (``image_keys``) count as one. Ties go to the lowest rows. What a person rejected is
+    dropped; what one accepted needs no threshold and no margin, and goes first where there is a limit.
 
     Args:
         candidates: as :func:`judged` writes it, R rows.
         image_keys: [N] of the data. captions: [N] list<string> of the data.
+        marks: of these data (:func:`lavis_mafa.tools.marks.fitted`); they hold for all rows of the same image and caption.
 
     Returns:
         int8 [R].
@@ -259,12 +265,18 @@ def choose(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArr
         outcome[rows & (outcome == 0)] = OUTCOMES.index(why)
 
     drop((image < 0) | (text < 0), NO_CANDIDATE)
-    drop(~rules.above(probability, own_probability), BELOW)
+    marks = SCHEMA.empty_table() if marks is None else marks
+    keys = np.concatenate([key, image_keys[marks["image"].to_numpy()]])
+    texts = pa.chunked_array([*candidates["caption"].cast(pa.string()).chunks, *marks["caption"].chunks], pa.string())
+    codes, known = _pair_codes(keys, texts, image_keys, captions)
+    pair, marked = np.split(codes, [len(key)])
+    accepted, rejected = (np.isin(pair, marked[pc.equal(marks["mark"], mark).to_numpy()]) for mark in MARKS)
+    drop(rejected, REJECTED)
+    drop(~rules.above(probability, own_probability) & ~accepted, BELOW)
     if rules.margin:
-        drop(probability < rules.margin * own_probability, MARGIN)
-    pair, known = _pair_codes(key, candidates["caption"], image_keys, captions)
+        drop((probability < rules.margin * own_probability) & ~accepted, MARGIN)
     drop(np.isin(pair, known), KNOWN)
-    best_first = np.lexsort((text, image, -probability))
+    best_first = np.lexsort((text, image, -probability, ~accepted))
     drop(~_is_among_first(pair, best_first[outcome[best_first] == 0], 1), TWICE)
     if rules.per_image is not None:
         drop(~_is_among_first(key, best_first[outcome[best_first] == 0], rules.per_image), OVER)
@@ -272,6 +284,12 @@ def choose(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArr
         kept = best_first[outcome[best_first] == 0]
         outcome[kept[rules.at_most :]] = OUTCOMES.index(OVER_ALL)
     return outcome
+
+
+def not_found(candidates: pa.Table, marks: pa.Table) -> int:
+    """How many marks are of pairs that are no candidates, so that nothing becomes of them."""
+    pairs = [list(zip(table["image"].to_pylist(), table["text"].to_pylist(), strict=True)) for table in (marks, candidates)]
+    return len(set(pairs[0]).difference(pairs[1]))
 
 
 def _is_among_first(group: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
@@ -295,7 +313,7 @@ def _pair_codes(
         return pc.fill_null(pc.index_in(of, value_set=distinct), 0).to_numpy().astype(np.int64)
 
     key_of_caption = np.repeat(image_keys, pc.list_value_length(captions).to_numpy())
-    return key * len(distinct) + number(plain(texts.cast(pa.string()))), key_of_caption * len(distinct) + number(own)
+    return key * len(distinct) + number(plain(texts)), key_of_caption * len(distinct) + number(own)
 
 
 def plain(texts: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -401,6 +419,7 @@ def mine_results(
     truth: Any,
     concepts: Tensor | None,
     rules: Rules,
+    reviewed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that the tables show, ready for JSON: of R candidates, their outcome [R], and what could not be read.
 
@@ -417,6 +436,7 @@ def mine_results(
         "images_with_new_captions": len(np.unique(image_keys[new["image"].to_numpy()])),
         "samples": candidates.num_rows // 2,
         "unreadable": dict(Counter(map(reason_of, bad))),
+        "reviewed": reviewed,
         "outcomes": {name: int((outcome == number).sum()) for number, name in enumerate(OUTCOMES)},
         "scores": {name: _quartiles(of) for name, of in scores.items()},
         "medians": medians.as_json(),
@@ -427,6 +447,19 @@ def mine_results(
         pairs = concepts[new["image"].to_numpy().copy()], truth.texts.find_all(new["caption"])
         results["mined_truly_match"] = ratio(int(truth.matches(*pairs).sum()), int(truth.knows(*pairs).sum()))
     return results
+
+
+def review(candidates: pa.Table, marks: pa.Table, path: Path) -> dict[str, Any]:
+    """What marks came to, ready for JSON."""
+    said = {mark: pc.sum(pc.equal(marks["mark"], mark)).as_py() or 0 for mark in MARKS}
+    return {"marks": str(path), **said, "not_found": not_found(candidates, marks), "factor": str(confirmed(marks))}
+
+
+def review_lines(reviewed: dict[str, Any]) -> list[str]:
+    lines = [f"People accepted {reviewed[ACCEPT]:,} pairs and rejected {reviewed[REJECT]:,} ({reviewed['marks']})."]
+    if reviewed["not_found"]:
+        lines.append(f"{reviewed['not_found']:,} of these pairs are no candidates of this pass, so that nothing becomes of them.")
+    return [*lines, reviewed["factor"]]
 
 
 def _quartiles(scores: np.ndarray) -> dict[str, float | int | None]:
@@ -450,6 +483,8 @@ def format_mined(results: dict[str, Any]) -> str:
         lines = [f"MEANINGLESS, since {results['meaningless']}: {judge} cannot judge these data.", *lines]
     if results["doubt"]:
         lines.append(results["doubt"])
+    if results.get("reviewed") is not None:
+        lines += review_lines(results["reviewed"])
     if not results["mined"]:
         lines.append("Nothing was mined: pairs.parquet holds the original pairs alone.")
     if results.get("mined_truly_match") is not None:
