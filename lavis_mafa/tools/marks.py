@@ -179,3 +179,13 @@ def confirmed(marks: pa.Table, above: float | None = None) -> Confirmed:
         marks = marks.filter(pc.equal(verdict, "positive"))
     accepted = int(np.sum(pc.equal(marks["mark"], ACCEPT).to_numpy()))
     return Confirmed(accepted, len(marks) - accepted)
+
+
+def factor_of(path: Path, above: float | None) -> float:
+    """The factor that a file of marks tells, which is printed with its interval; raises UserError where it tells none."""
+    found = confirmed(read_marks(path, "--correction"), above)
+    if found.factor is None:
+        what = "of Con-D's positives" if above is None else f"with a probability above {above:g}"
+        raise UserError(f"--correction: {path} has no mark of a pair {what}, so that it tells no factor.")
+    print(found)
+    return found.factor

@@ -108,9 +108,11 @@ def test_the_quickstart_page_shows_text(bite):
         gallery = {
             "lists": {"gallery": [0], "doubted": [], "missed": []},
             "connections": [[0, 0, 0, 0.9, 2, None, 0, 1, 0]],
-            "rows": [[0, text, 0, 0]],
+            "rows": [[0, text, 0, 0, text]],
             "images": [{"name": text, "problem": text}],
             "runs": [text],
+            "sets": [0],
+            "key": text,
             "problems": {text: text},
             "candidates": 1,
         }
