@@ -17,6 +17,7 @@ from lavis_mafa.datasets.facts import TEXTS
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools.marks import FORMULA, SCHEMA, confirmed, fitted, read_marks, write_marks
 from lavis_mafa.tools.mine import KNOWN, MINED, OUTCOMES, OVER_ALL, REJECTED, Rules, choose
+from lavis_mafa.tools.render import TEMPLATES
 
 BITES = [
     "=1+1",
@@ -61,6 +62,7 @@ def test_no_text_in_a_csv_is_a_formula(tmp_path):
     with open(tmp_path / "marks.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert not [row for row in rows for name in ("image_path", "caption") if re.match(r"[=+\-@\t\r]", row[name])]
+    assert f"/^{FORMULA.pattern}/" in (TEMPLATES / "gallery_script.html").read_text(), "a page's export escapes the same"
     assert FORMULA.match(BITES[0]) and [row["caption"] for row in rows if not FORMULA.match(row["caption"])] == BITES[8:11] + BITES[12:]
 
 
