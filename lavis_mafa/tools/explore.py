@@ -12,6 +12,7 @@ import io
 import json
 import re
 import secrets
+import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -175,6 +176,11 @@ class Explorer(ThreadingHTTPServer):
         except (OSError, UserError) as error:
             return Reply.refusal(500, str(error))
         return Reply.of_json({"saved": True})
+
+    def handle_error(self, *request: Any) -> None:
+        """A browser that does not wait for an answer is no error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*request)
 
     def _image(self, row: int) -> Reply:
         source = self.connections.rows.image_path(row)
