@@ -148,15 +148,16 @@ def _choose_again(arguments: argparse.Namespace) -> None:
     if given := [name for name in OF_A_PASS if getattr(arguments, name) not in (None, [], False)]:
         raise UserError(f"--again and --{given[0].replace('_', '-')} exclude each other: nothing is searched or judged anew.")
     from lavis_mafa.tools.candidates import ReadableRows
-    from lavis_mafa.tools.mine import SourceRows
-    from lavis_mafa.tools.mined import Mined
+    from lavis_mafa.tools.judges import Mined
+    from lavis_mafa.tools.mine import Rules, SourceRows
 
     mined = Mined(arguments.again)
-    if arguments.threshold is not None and mined.rules.guide_margin is not None:
-        raise UserError(f"--threshold is given, but in {arguments.again} a guide judged, whose margin is {mined.rules.guide_margin:g}.")
+    before = Rules(**{name: value for name, value in mined.settings.items() if name in vars(Rules())})
+    if arguments.threshold is not None and before.guide_margin is not None:
+        raise UserError(f"--threshold is given, but in {arguments.again} a guide judged, whose margin is {before.guide_margin:g}.")
     source = SourceRows(mined)
     source.root = mined.root
-    rules, marks = _rules(arguments, mined.rules), _marks(arguments, source)
+    rules, marks = _rules(arguments, before), _marks(arguments, source)
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {**mined.settings, **vars(rules)}
     _write(arguments, mined.judge_name, mined.origin, ReadableRows(mined), source, mined.candidates, mined.bad, rules, settings, marks)

@@ -193,6 +193,8 @@ def test_nonsense_is_refused(explorer):
         "//etc/passwd",
     ):
         assert ask(explorer, path)[0].status == 404
+    explorer.shown.remove(7)  # a row that no connection has
+    assert [ask(explorer, f"/image/{explorer.key}/{row}")[0].status for row in (6, 7)] == [200, 404]
     origin = {"Origin": explorer.url.rstrip("/")}
     bodies = ["", "[", "[]", "{}", '{"connection": 0}', '{"connection": "0", "mark": "accept"}', "[" * 9000]
     bodies += [
