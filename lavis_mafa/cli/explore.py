@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The marks are for `lavis-mafa mine --reviewed` and `count-false-negatives --correction`."
     )
     add = parser.add_argument
-    add("run_folder", type=Path, metavar="RUN", help="folder of a run, or of `mine`")
+    add("run_folder", type=Path, metavar="RUN", help="folder of a run, of `mine` or of `audit`")
     add("--port", type=_port, default=8765, metavar="N", help="of the address 127.0.0.1 (default: 8765; 0: any that is free)")
     add("--marks", type=Path, metavar="FILE", help="where marks are kept, .parquet or .csv (default: RUN/marks.parquet)")
     add("--open", action="store_true", help="open a browser too")
@@ -23,9 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.tools.explore import Explorer
-    from lavis_mafa.tools.run_files import open_runs
+    from lavis_mafa.tools.run_files import MINED, open_runs
 
     folder: Path = arguments.run_folder
+    if (folder / "mine" / MINED).is_file():  # of an audit
+        folder = folder / "mine"
     if (folder / "count.json").is_file():
         raise UserError(f"{folder} is a result of count-false-negatives, which keeps no pairs; `lavis-mafa mine` does.")
     marks: Path = arguments.marks or folder / "marks.parquet"

@@ -206,6 +206,8 @@ def test_nonsense_is_refused(explorer):
         and ask(explorer, "/", "POST", "", **origin)[0].status == 404
     )
     assert find(explorer, way="x", kind="y", after="z", order="sideways", marked="perhaps", **{"from": "nan?"})["total"] == 400
+    for query in ({"after": "9" * 40}, {"way": "9" * 40}, {"kind": "-" + "9" * 40}):
+        assert find(explorer, **query)["items"] == []
 
 
 def test_images_are_read_on_demand(explorer):
@@ -252,6 +254,16 @@ def test_what_the_command_refuses(folder, tmp_path, capsys, monkeypatch):
     assert "not of these data" in says(folder, "--marks", tmp_path / "other.csv")
     empty = run_folder.write_run(tmp_path / "empty", None, metrics=False)
     assert "no connections to look at" in says(empty)
+
+
+def test_without_the_data_there_are_row_numbers(tmp_path):
+    run = run_folder.write_run(tmp_path / "output" / "20250101000000", run_folder.many(4), metrics=False)
+    with served(run, tmp_path / "m.csv") as explorer:
+        assert "could not be read again" in ask(explorer, "/")[1].decode()
+        (c, *others) = find(explorer)["items"]
+        assert len(others) == 3 and c["own"][1] is None and find(explorer, find="dog")["items"] == []
+        assert ask(explorer, f"/image/{explorer.key}/{c['own'][3]}")[1] == b"image not known" and mark(explorer, 0, "accept")[0] == 200
+    assert read_marks(tmp_path / "m.csv")["caption"].to_pylist() == [None]
 
 
 def test_ctrl_c_says_where_the_marks_are(folder, tmp_path, capsys, monkeypatch):
