@@ -288,7 +288,8 @@ class Mined:
         self.root = None if images is None else Path(images)
         self.vis_root = self.root or folder  # absolute paths start from nowhere
         self.image_keys = image_keys(self.table)
-        self.truth = GroundTruth.from_table(self.table)
+        told = "mined_truly_match" in results and ("facts" in self.table.column_names or self.origin["given"]["annotations"])
+        self.truth = GroundTruth.from_table(self.table) if told else None  # concepts of a YAML's data may have a truth of their own
         self.concepts = None if self.truth is None else self.truth.images(self.table)
 
     def __len__(self) -> int:
