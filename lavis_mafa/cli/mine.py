@@ -215,8 +215,9 @@ def _write(
     if not candidates.num_rows:
         raise UserError(f"none of {len(bad)} samples could be read, the first because of {bad[0]['reason']}.")
     keys = rows.image_keys.numpy()
-    outcome = mine.choose(candidates, keys, source.table["caption"], rules, marks)
-    reviewed = None if marks is None else mine.review(candidates, marks, arguments.reviewed)
+    captions = source.table["caption"]
+    outcome = mine.choose(candidates, keys, captions, rules, marks)
+    reviewed = None if marks is None else mine.review(candidates, keys, captions, marks, arguments.reviewed)
     about = {"judge": judge, **origin, "data": len(rows)}
     about |= {"images": str(source.root) if source.root else None, "settings": settings}
     results = about | mine.mine_results(candidates, outcome, keys, bad, *_truth(rows), rules, reviewed)

@@ -266,10 +266,7 @@ def choose(
 
     drop((image < 0) | (text < 0), NO_CANDIDATE)
     marks = SCHEMA.empty_table() if marks is None else marks
-    keys = np.concatenate([key, image_keys[marks["image"].to_numpy()]])
-    texts = pa.chunked_array([*candidates["caption"].cast(pa.string()).chunks, *marks["caption"].chunks], pa.string())
-    codes, known = _pair_codes(keys, texts, image_keys, captions)
-    pair, marked = np.split(codes, [len(key)])
+    pair, marked, known = _pair_codes(candidates, marks, image_keys, captions)
     accepted, rejected = (np.isin(pair, marked[pc.equal(marks["mark"], mark).to_numpy()]) for mark in MARKS)
     drop(rejected, REJECTED)
     drop(~rules.above(probability, own_probability) & ~accepted, BELOW)
@@ -286,12 +283,6 @@ def choose(
     return outcome
 
 
-def not_found(candidates: pa.Table, marks: pa.Table) -> int:
-    """How many marks are of pairs that are no candidates, so that nothing becomes of them."""
-    pairs = [list(zip(table["image"].to_pylist(), table["text"].to_pylist(), strict=True)) for table in (marks, candidates)]
-    return len(set(pairs[0]).difference(pairs[1]))
-
-
 def _is_among_first(group: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
     """Bool [R]: is a row of ``order`` among the first ``count`` of its group there."""
     by_group = order[np.argsort(group[order], kind="stable")]
@@ -303,9 +294,9 @@ def _is_among_first(group: np.ndarray, order: np.ndarray, count: int) -> np.ndar
 
 
 def _pair_codes(
-    key: np.ndarray, texts: pa.ChunkedArray, image_keys: np.ndarray, captions: pa.ChunkedArray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(image, caption) as one number, of the candidates and of the data."""
+    candidates: pa.Table, marks: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(image, caption) as one number, of the candidates, of the marks and of the data."""
     own = plain(pc.list_flatten(captions))
     distinct = pc.unique(own)
 
@@ -313,7 +304,12 @@ def _pair_codes(
         return pc.fill_null(pc.index_in(of, value_set=distinct), 0).to_numpy().astype(np.int64)
 
     key_of_caption = np.repeat(image_keys, pc.list_value_length(captions).to_numpy())
-    return key * len(distinct) + number(plain(texts)), key_of_caption * len(distinct) + number(own)
+    of_data = key_of_caption * len(distinct) + number(own)
+    of_both = []
+    for table in (candidates, marks):
+        image, texts = table["image"].to_numpy(), table["caption"].cast(pa.string())
+        of_both.append(np.where(image >= 0, image_keys[np.maximum(image, 0)], -1) * len(distinct) + number(plain(texts)))
+    return of_both[0], of_both[1], of_data
 
 
 def plain(texts: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -449,10 +445,12 @@ def mine_results(
     return results
 
 
-def review(candidates: pa.Table, marks: pa.Table, path: Path) -> dict[str, Any]:
-    """What marks came to, ready for JSON."""
+def review(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, marks: pa.Table, path: Path) -> dict[str, Any]:
+    """What marks came to, ready for JSON; of those that are ``not_found`` among the candidates nothing becomes."""
     said = {mark: pc.sum(pc.equal(marks["mark"], mark)).as_py() or 0 for mark in MARKS}
-    return {"marks": str(path), **said, "not_found": not_found(candidates, marks), "factor": str(confirmed(marks))}
+    pair, marked, _ = _pair_codes(candidates, marks, image_keys, captions)
+    not_found = int((~np.isin(marked, pair)).sum())
+    return {"marks": str(path), **said, "not_found": not_found, "factor": str(confirmed(marks))}
 
 
 def review_lines(reviewed: dict[str, Any]) -> list[str]:
