@@ -71,6 +71,7 @@ EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
     "mine": """
   lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest
   lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest --margin 0.95 --per-image 5 --output output/mined
+  lavis-mafa mine --again output/mine --reviewed output/mine/marks.parquet --output output/reviewed
   lavis-mafa mine --annotations pairs.csv --features images.npy texts.npy --guide-features guide_images.npy guide_texts.npy""",
     "train-teacher": """
   lavis-mafa train-teacher --cfg-path my.yaml --output output/teacher""",
