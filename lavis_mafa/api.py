@@ -102,7 +102,7 @@ def count_false_negatives(
     batch_size: int | Sequence[int] | None = None,
     search_space: int | Sequence[int] | None = None,
     threshold: float | Sequence[float] | None = None,
-    correction: float = 1.0,
+    correction: float | Name = 1.0,
     random_only: bool = False,
     same_image: Same | None = None,
     same_text: Same | None = None,
@@ -126,7 +126,7 @@ def count_false_negatives(
         guide_features, guide_margin: of a second dual encoder, whose cosines judge; a match is above the own pair's less the margin.
         batch_size, search_space: B and M, one or several (default: those of the YAML; 96 and 4800, as far as there are pairs).
         threshold: Con-D calls a pair a match above it (default: 0.5); the first of several is for table and plot.
-        correction: human correction factor (0.83 in the paper).
+        correction: human correction factor (0.83 in the paper), or a file of marks of ``lavis-mafa explore`` that tells it.
         random_only: no GRIT batches.
         same_image, same_text: "count" or "exclude" samples of the same image or text as each other's negatives.
         samples: only so many, a random part. seed: of it, and of GRIT's starts.
@@ -165,7 +165,7 @@ def count_false_negatives(
         batch_size=_several(batch_size),
         search_space=_several(search_space),
         threshold=_several(threshold),
-        correction=correction,
+        correction=correction if isinstance(correction, float | int) else Path(correction),
         random_only=random_only,
         same_image=same_image,
         same_text=same_text,
@@ -186,9 +186,10 @@ def mine(
     batch_size: int | None = None,
     search_space: int | None = None,
     threshold: float | None = None,
-    margin: float = 0.0,
+    margin: float | None = None,
     per_image: int | None = None,
     at_most: int | None = None,
+    reviewed: Name | None = None,
     samples: int | None = None,
     seed: int | None = None,
     force: bool = False,
@@ -201,6 +202,7 @@ def mine(
         threshold: keep pairs above this probability (default: 0.8).
         margin: and of at least this share of the own pair's probability.
         per_image, at_most: so many new pairs an image, and in all; the most probable ones.
+        reviewed: a file of marks of ``lavis-mafa explore``: what people accepted and rejected.
         others: as of :func:`count_false_negatives`.
 
     Returns:
@@ -237,6 +239,7 @@ def mine(
         margin=margin,
         per_image=per_image,
         at_most=at_most,
+        reviewed=None if reviewed is None else Path(reviewed),
     )
     assert isinstance(mined, MineResult), "no pairs were asked for"
     return mined

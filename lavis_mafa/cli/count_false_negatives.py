@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lavis_mafa.cli.options import add_pass_arguments, pass_of, positive, share
 
@@ -16,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--search-space", type=positive, nargs="+", metavar="M", help="GRIT's search spaces (default: run.grit.search_space, or 4800)")
     text = "Con-D calls a pair a match above it (default: 0.5, as in the paper's count); the first is for table and plot"
     add("--threshold", type=share, nargs="+", metavar="P", help=text)
-    add("--correction", type=share, default=1.0, help="human correction factor; the paper's Table 1 has 0.83 (default: 1)")
+    text = "human correction factor, or a file of marks of `explore` that tells it; the paper's Table 1 has 0.83 (default: 1)"
+    add("--correction", type=_share_or_file, default=1.0, metavar="SHARE|MARKS", help=text)
     text = "whose similarities mine, while --con-d judges: the paper's count (default: Con-D's own)"
     add("--miner", metavar="CHECKPOINT", help=text)
     add("--random-only", action="store_true", help="random batches alone, of any size (MAFA Figure 5)")
@@ -24,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"may samples of the same {what} be each other's negatives (default: as model.ecm.same_{what}; the paper counts them)"
         add(f"--same-{what}", choices=("count", "exclude"), help=text)
     add("--truth", action="store_true", help="insist on a comparison with the known truth, made where there is one")
+
+
+def _share_or_file(text: str) -> float | Path:
+    return Path(text) if Path(text).suffix.lower() in (".parquet", ".csv") else share(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ COMMANDS = {
     "analyse": "look into a trained model, without training it",
     "ablate": "run the rows of a paper's ablation table, several seeds, and print it",
     "report": "one HTML page about one or more runs: curves, connections, retrieval",
+    "explore": "look at a run's connections in a browser and mark which are right",
     "compare": "is one run better than another: retrieval query by query, with intervals and p",
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
     "check-data": "find images and captions that training could not use, and write annotations without them",
@@ -72,6 +73,7 @@ EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
     "mine": """
   lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest
   lavis-mafa mine --cfg-path my.yaml --con-d output/con_d/latest --margin 0.95 --per-image 5 --output output/mined
+  lavis-mafa mine --again output/mine --reviewed output/mine/marks.parquet --output output/reviewed
   lavis-mafa mine --annotations pairs.csv --features images.npy texts.npy --guide-features guide_images.npy guide_texts.npy""",
     "train-teacher": """
   lavis-mafa train-teacher --cfg-path my.yaml --output output/teacher""",
@@ -84,6 +86,9 @@ EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
     "report": """
   lavis-mafa report output/mafa/latest
   lavis-mafa report output/grit/latest output/mafa/latest --output both.html""",
+    "explore": """
+  lavis-mafa explore output/mine
+  lavis-mafa explore output/mafa/latest --port 0 --open""",
     "compare": """
   lavis-mafa compare output/grit/latest output/mafa/latest""",
     "plan": """

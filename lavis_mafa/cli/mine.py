@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lavis_mafa.cli.options import add_pass_arguments, pass_of, positive, share
+from lavis_mafa.errors import UserError
 
-OWN = ("batch_size", "search_space", "threshold", "margin", "per_image", "at_most")
+OF_CHOOSING = ("threshold", "margin", "per_image", "at_most", "reviewed")
+OWN = ("batch_size", "search_space", *OF_CHOOSING)
+OF_A_PASS = "cfg_path con_d miner options annotations images columns features scores write_pairs guide_features guide_margin".split()
+OF_A_PASS += ["samples", "seed", "batch_size", "search_space", "force"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,15 +23,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--threshold", type=share, metavar="P", help="keep pairs above this probability (default: 0.8)")
     text = "and of at least this share of the own pair's probability, e.g. 0.95 (default: 0)"
-    add("--margin", type=share, default=0.0, help=text)
+    add("--margin", type=share, help=text)
     add("--per-image", type=positive, metavar="K", help="at most so many new captions an image (default: all)")
     text = "at most so many new pairs, the most probable ones; 2000000 in the paper (default: all)"
     add("--at-most", type=positive, metavar="N", help=text)
+    add("--reviewed", type=Path, metavar="MARKS", help="what people accepted and rejected: a file of `explore`, or a page's export")
+    text = "choose anew from a finished result, with --reviewed or other limits, and ask no model; what is not given stays as it was"
+    add("--again", type=Path, metavar="MINED", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.tools.mine_pass import run_mine
+    from lavis_mafa.tools.mine_pass import choose_again, run_mine
 
+    if arguments.again is not None:
+        chosen = {name: getattr(arguments, name) for name in OF_CHOOSING}
+        nothing = [name for name, value in vars(arguments).items() if name in OF_A_PASS and value not in (None, [], False)]
+        if nothing:
+            raise UserError(f"--again and --{nothing[0].replace('_', '-')} exclude each other: nothing is searched or judged anew.")
+        print(choose_again(arguments.again, arguments.output, **chosen))
+        return 0
     mined = run_mine(pass_of(arguments), arguments.output, **{name: getattr(arguments, name) for name in OWN})
     if mined is not None:
         print(mined)

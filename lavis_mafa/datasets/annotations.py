@@ -10,11 +10,10 @@ import os
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from lavis_mafa.config.data import AnnotationFile, annotation_file, ending
 from lavis_mafa.datasets.facts import TEXTS, check_facts, fact_columns, one_each
@@ -23,6 +22,9 @@ from lavis_mafa.datasets.ids import id_texts, is_blank, is_missing, is_text, num
 from lavis_mafa.datasets.statements import read_statements
 from lavis_mafa.datasets.stored import PLACE, Source, places_of
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 # how Python and numpy print a list of texts: what a table of lists holds after it went through CSV
 PRINTED_LIST = r"""(?s)^\s*\[\s*(['"].*['"])?\s*\]\s*$"""
@@ -115,21 +117,27 @@ def absolute(table: pa.Table, images: Path) -> pa.Table:
 
 def image_keys(table: pa.Table) -> torch.LongTensor:
     """[N] keys from 0, in the order of first appearance: one a path, or one for all paths of the same ``same_image``."""
+    import torch
+
+    return torch.from_numpy(_image_keys(table))  # type: ignore[return-value]
+
+
+def _image_keys(table: pa.Table) -> np.ndarray:
     images = _numbered(table["image"])
     if SAME_IMAGE not in table.column_names:
-        return torch.from_numpy(images)  # type: ignore[return-value]
+        return images
     groups, grouped = _numbered(table[SAME_IMAGE]), np.flatnonzero(table[SAME_IMAGE].is_valid().to_numpy())
     group_of = -1 - np.arange(images.max(initial=0) + 1)  # of each path: itself, or its first group
     group_of[images[grouped[::-1]]] = groups[grouped[::-1]]
     _, first, which = np.unique(group_of[images], return_index=True, return_inverse=True)
-    return torch.from_numpy(np.argsort(np.argsort(first))[which])  # type: ignore[return-value]
+    return np.asarray(np.argsort(np.argsort(first))[which])
 
 
 def ids_of_other_images(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """[K] rows of one file, ascending, whose ``image_id`` an earlier row gives to another image; and [K] the first row of that id."""
     if "image_id" not in table.column_names:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    ids, images = _numbered(table["image_id"]), image_keys(table).numpy()
+    ids, images = _numbered(table["image_id"]), _image_keys(table)
     with_id = np.flatnonzero(table["image_id"].is_valid().to_numpy())
     first = np.zeros(ids.max(initial=0) + 1, dtype=np.int64)
     first[ids[with_id[::-1]]] = with_id[::-1]  # the first row of each id is written last

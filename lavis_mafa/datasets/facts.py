@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lavis_mafa.datasets.ground_truth import contradiction
 from lavis_mafa.datasets.ids import is_blank, is_missing_text, is_text, pc, shown_json
 from lavis_mafa.errors import UserError
 
@@ -128,6 +127,8 @@ def check_facts(parts: Sequence[tuple[Any, pa.Table]]) -> None:
         *map(pc.list_flatten, reversed(captions.columns)),
         np.repeat(rows, wanted.take(rows).to_numpy()),
     )
+    from lavis_mafa.datasets.ground_truth import contradiction  # needs torch, which annotations without facts do not
+
     for name, what, lists, owners, row_of in (of_image, of_text):
         if (at := pc.index(is_blank(pc.list_flatten(lists)), True).as_py()) >= 0:
             owner = np.repeat(np.arange(len(lists)), pc.fill_null(pc.list_value_length(lists), 0).to_numpy())[at]

@@ -13,8 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
-import torch
-from torch.utils.data import default_collate
 
 from lavis_mafa.errors import UserError
 
@@ -126,6 +124,9 @@ def typed_ids(table: pa.Table, name: str) -> list[Id | None]:
 
 def collate_with_ids(samples: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """A batch whose ids are an int64 tensor where they fit into one, else a list: a text stays a text, and none overflows."""
+    import torch  # here, as in annotations.py: who reads annotations without training on them need not wait for it
+    from torch.utils.data import default_collate
+
     ids = [sample[name] for sample in samples]
     fit = all(isinstance(one, int) and -(1 << 63) <= one < 1 << 63 for one in ids)
     batch = default_collate([{key: value for key, value in sample.items() if key != name} for sample in samples])

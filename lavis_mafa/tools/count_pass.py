@@ -16,6 +16,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.files import write_bytes, write_text
 from lavis_mafa.tools.candidates import Known, progress_bar
 from lavis_mafa.tools.count import Count, count_false_negatives, count_plot, count_results, format_count, samplings
+from lavis_mafa.tools.marks import factor_of
 from lavis_mafa.tools.passes import Pass, Unjudged, judging
 
 COUNTED = "count.json"
@@ -42,6 +43,8 @@ class CountResult:
 
     def __str__(self) -> str:
         text = format_count(self.results)
+        if self.results["corrected_by"] is not None:
+            text = f"{self.results['corrected_by']}\n\n{text}"
         if self.folder is None:
             return text
         return f"{text}\n\nThe metrics: {self.folder / COUNTED}, the plot: {self.folder / 'count.png'}"
@@ -59,7 +62,7 @@ def run_count(
     batch_size: Sequence[int] | None = None,
     search_space: Sequence[int] | None = None,
     threshold: Sequence[float] | None = None,
-    correction: float = 1.0,
+    correction: float | Path = 1.0,
     random_only: bool = False,
     same_image: Same | None = None,
     same_text: Same | None = None,
@@ -69,6 +72,7 @@ def run_count(
 
     Args:
         folder: of ``count.json`` and ``count.png``; None: nothing is written.
+        correction: a factor, or a file of marks that tells it (:func:`lavis_mafa.tools.marks.factor_of`).
         truth: insist on a comparison with the known truth, made where there is one.
 
     Returns:
@@ -77,6 +81,11 @@ def run_count(
     Raises:
         UserError: settings that do not go together, files, checkpoints or features that are wrong, or a judge that cannot judge.
     """
+    confirmed = None
+    if isinstance(correction, Path):
+        # a guide's cosines have no threshold
+        confirmed = factor_of(correction, None if of.guide_features is not None else (threshold or [0.5])[0])
+        correction = confirmed.factor or 0.0
     if not correction:
         raise UserError("--correction is 0, which leaves no false negatives; allowed: above 0, up to 1.")
     if random_only and search_space:
@@ -93,6 +102,7 @@ def run_count(
         known = Known(*(of_yaml if flag is None else flag == "exclude" for flag, of_yaml in asked))
         about = {"judge": encoder.judge_name, "margin": encoder.margin, **of.sources(), "miner": of.miner}
         about |= {"data": len(found.rows), "seed": found.seed, "same_image": known.same_image, "same_text": known.same_text}
+        about |= {"corrected_by": None if confirmed is None else str(confirmed)}
         thresholds = threshold or [0.5] if encoder.margin is None else [encoder.margin]
 
         def look(counted: Count) -> None:

@@ -77,7 +77,8 @@ def open_files(files: Sequence[Path], images: Path | None, columns: Mapping[str,
     """Pairs of annotation files; without ``images`` their image paths must be absolute. Raises UserError."""
     named = [AnnotationFile(file, columns=columns) for path in files for file in files_of(path, "data")]
     table = read_annotations(named, allow_absolute_paths=images is None)
-    rows = TrainingRows([Annotated((images or Path()).absolute(), table, GroundTruth.from_table(table))])
+    truth = GroundTruth.from_table(table)  # now: what is wrong with it is told here
+    rows = TrainingRows([Annotated((images or Path()).absolute(), table, lambda: truth)])
     return Data(rows, {"annotations": files, "images": images, "columns": columns})
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageFile
@@ -25,6 +24,7 @@ from PIL import Image, ImageFile
 from lavis_mafa.datasets.images import on_white
 from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import UserError
+from lavis_mafa.files import digest
 from lavis_mafa.tools.run_files import Run
 from lavis_mafa.tools.training_data import Annotated, read_annotated
 
@@ -62,6 +62,11 @@ class TrainingRows:
         place = self._find(index)
         return place[0].image(place[1]) if place else None
 
+    def image_name(self, index: int) -> str | None:
+        """The path as it was written."""
+        place = self._find(index)
+        return place[0].table["image"][place[1]].as_py() if place else None
+
     def matches(self, images: list[int], texts: list[int]) -> list[bool | None]:
         """[P] rows of images and of texts -> whether they truly match; None where that is not known.
 
@@ -75,6 +80,8 @@ class TrainingRows:
         asked = [(p, i, key) for p, (i, t) in enumerate(zip(images, texts, strict=True)) if i < len(self) for key in keys[t]]
         found: list[set[bool]] = [set() for _ in images]
         if asked:
+            import torch
+
             place, image, key = torch.tensor(asked).T
             known, match = part.truth.knows(concepts[image], key), part.truth.matches(concepts[image], key)
             for p, true in zip(place[known].tolist(), match[known].tolist(), strict=True):
@@ -172,13 +179,14 @@ def gallery_data(runs: list[Run], data: list[TrainingRows], candidates: list[lis
     doubted = [c for c in everyone if c.verdict == 2 and c.true is False][:DISAGREEMENTS]
     missed = [c for c in reversed(everyone) if c.verdict == 0 and c.true][:DISAGREEMENTS]
     lists = {"gallery": list(islice(_alternating(everyone), at_most)), "doubted": doubted, "missed": missed}
-    connections, rows, images = _Once(), _Once(), Thumbnails()
+    connections, rows, images, sets = _Once(), _Once(), Thumbnails(), _Once()
 
     def row(run: int, index: int) -> int:
         captions, path = data[run].captions(index), data[run].image_path(index)
         image = images.add(path, f"row {index} of the training data")
         # runs on the same data share their rows
-        return rows.number((id(data[run]), index), [image, captions[0] if captions else None, max(0, len(captions) - 1), index])
+        entry = [image, captions[0] if captions else None, max(0, len(captions) - 1), index, data[run].image_name(index)]
+        return rows.number((id(data[run]), index), entry)
 
     def add(c: Candidate) -> int:
         places = [row(c.run, index) for index in ((c.image, c.text) if c.direction == 0 else (c.text, c.image))]  # the anchor first
@@ -194,6 +202,8 @@ def gallery_data(runs: list[Run], data: list[TrainingRows], candidates: list[lis
         "rows": rows.entries,
         "images": images.entries,
         "runs": [run.name for run in runs],
+        "sets": [sets.number(id(rows), None) for rows in data],  # runs on the same data have the same number
+        "key": digest([str(run.folder.resolve()) for run in runs]),  # of marks that a browser keeps
         "problems": {run.name: of.problem for run, of in zip(runs, data, strict=True) if of.problem},
         "candidates": len(everyone),
     }

@@ -1,10 +1,12 @@
 """A pass without a model: features that are there already mine, and a judge whose word is given as well says what matches.
 
 The judge is a table of scores, whoever gave them, or a guide: a second dual encoder's features (GISTEmbed's). No image is opened.
+Neither needs a model who chooses again from what ``mine`` found before.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.files import replacing
 from lavis_mafa.tools.candidates import Block, Blocks, Progress, ReadableRows
 from lavis_mafa.tools.features import Features, unit_rows
+from lavis_mafa.tools.run_files import MINED
 from lavis_mafa.tools.training_data import annotated
 
 PAIRS_AT_ONCE = 1 << 16
@@ -251,3 +254,44 @@ class Given:
     def probabilities(self, block: Block, image: Tensor, text: Tensor) -> Tensor:
         """[P] rows of the block each -> [P] fp32."""
         return self.judge(block.index[image], block.index[text])
+
+
+# --- what was found before -----------------------------------------------------------------------------------------------
+
+ORIGIN = ("cfg_path", "options", "con_d", "given")
+
+
+class Mined:
+    """A finished result of ``mine``, opened to choose from again: the data that were searched, as a data set without images, and what
+    was found in them. Its candidates are judged, so that no model is asked.
+
+    Raises:
+        UserError: ``folder`` holds no whole result.
+
+    Attributes:
+        candidates: as :func:`lavis_mafa.tools.mine.judged` writes them. bad: samples that could not be read.
+        settings, origin: what ``mine.json`` says of the pass, and of where its data and judge are from.
+    """
+
+    text_processor = str
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            results = json.loads((folder / MINED).read_text(encoding="utf-8"))
+            self.settings, self.judge_name, count, images = (results[name] for name in ("settings", "judge", "data", "images"))
+            self.origin = {name: results[name] for name in ORIGIN}
+            self.candidates = pq.read_table(folder / "connections.parquet").drop_columns(["outcome"])
+            bad = folder / "bad_samples.jsonl"
+            self.bad = [json.loads(line) for line in bad.read_text(encoding="utf-8").splitlines()] if bad.is_file() else []
+        except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--again: {folder} holds no whole result of mine: {' '.join(str(error).split())}") from error
+        self.table = read_annotations([folder / "pairs.parquet"], allow_absolute_paths=True).slice(0, count)
+        self.root = None if images is None else Path(images)
+        self.vis_root = self.root or folder  # absolute paths start from nowhere
+        self.image_keys = image_keys(self.table)
+        told = "mined_truly_match" in results and ("facts" in self.table.column_names or self.origin["given"]["annotations"])
+        self.truth = GroundTruth.from_table(self.table) if told else None  # concepts of a YAML's data may have a truth of their own
+        self.concepts = None if self.truth is None else self.truth.images(self.table)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)

@@ -45,6 +45,7 @@ from lavis_mafa.tools.candidates import (
 )
 from lavis_mafa.tools.count import below, ratio
 from lavis_mafa.tools.judges import Given
+from lavis_mafa.tools.marks import ACCEPT, MARKS, REJECT, SCHEMA, confirmed
 from lavis_mafa.tools.training_data import annotated
 
 DIRECTIONS = ("text for image", "image for text")
@@ -217,7 +218,8 @@ KNOWN = "the image has this caption already"
 TWICE = "found twice"
 OVER = "over the limit per image"
 OVER_ALL = "over the limit in all"
-OUTCOMES = (MINED, NO_CANDIDATE, BELOW, MARGIN, KNOWN, TWICE, OVER, OVER_ALL)
+REJECTED = "rejected by a person"
+OUTCOMES = (MINED, NO_CANDIDATE, BELOW, MARGIN, KNOWN, TWICE, OVER, OVER_ALL, REJECTED)
 
 
 @dataclass(frozen=True)
@@ -236,15 +238,19 @@ class Rules:
         return np.asarray(probability > limit)
 
 
-def choose(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, rules: Rules) -> np.ndarray:
+def choose(
+    candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, rules: Rules, marks: pa.Table | None = None
+) -> np.ndarray:
     """The outcome of each candidate, a number that names one of ``OUTCOMES``.
 
     The same caption (but for case, punctuation and spaces) is written once an image, with its highest probability, and never where
-    the image has it already. All rows of an image (``image_keys``) count as one. Ties go to the lowest rows.
+    the image has it already. All rows of an image (``image_keys``) count as one. Ties go to the lowest rows. What a person rejected is
+    dropped; what one accepted needs no threshold and no margin, and goes first where there is a limit.
 
     Args:
         candidates: as :func:`judged` writes it, R rows.
         image_keys: [N] of the data. captions: [N] list<string> of the data.
+        marks: of these data (:func:`lavis_mafa.tools.marks.fitted`); they hold for all rows of the same image and caption.
 
     Returns:
         int8 [R].
@@ -259,12 +265,15 @@ def choose(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArr
         outcome[rows & (outcome == 0)] = OUTCOMES.index(why)
 
     drop((image < 0) | (text < 0), NO_CANDIDATE)
-    drop(~rules.above(probability, own_probability), BELOW)
+    marks = SCHEMA.empty_table() if marks is None else marks
+    pair, marked, known = _pair_codes(candidates, marks, image_keys, captions)
+    accepted, rejected = (np.isin(pair, marked[pc.equal(marks["mark"], mark).to_numpy()]) for mark in MARKS)
+    drop(rejected, REJECTED)
+    drop(~rules.above(probability, own_probability) & ~accepted, BELOW)
     if rules.margin:
-        drop(probability < rules.margin * own_probability, MARGIN)
-    pair, known = _pair_codes(key, candidates["caption"], image_keys, captions)
+        drop((probability < rules.margin * own_probability) & ~accepted, MARGIN)
     drop(np.isin(pair, known), KNOWN)
-    best_first = np.lexsort((text, image, -probability))
+    best_first = np.lexsort((text, image, -probability, ~accepted))
     drop(~_is_among_first(pair, best_first[outcome[best_first] == 0], 1), TWICE)
     if rules.per_image is not None:
         drop(~_is_among_first(key, best_first[outcome[best_first] == 0], rules.per_image), OVER)
@@ -285,9 +294,9 @@ def _is_among_first(group: np.ndarray, order: np.ndarray, count: int) -> np.ndar
 
 
 def _pair_codes(
-    key: np.ndarray, texts: pa.ChunkedArray, image_keys: np.ndarray, captions: pa.ChunkedArray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(image, caption) as one number, of the candidates and of the data."""
+    candidates: pa.Table, marks: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(image, caption) as one number, of the candidates, of the marks and of the data."""
     own = plain(pc.list_flatten(captions))
     distinct = pc.unique(own)
 
@@ -295,7 +304,12 @@ def _pair_codes(
         return pc.fill_null(pc.index_in(of, value_set=distinct), 0).to_numpy().astype(np.int64)
 
     key_of_caption = np.repeat(image_keys, pc.list_value_length(captions).to_numpy())
-    return key * len(distinct) + number(plain(texts.cast(pa.string()))), key_of_caption * len(distinct) + number(own)
+    of_data = key_of_caption * len(distinct) + number(own)
+    of_both = []
+    for table in (candidates, marks):
+        image, texts = table["image"].to_numpy(), table["caption"].cast(pa.string())
+        of_both.append(np.where(image >= 0, image_keys[np.maximum(image, 0)], -1) * len(distinct) + number(plain(texts)))
+    return of_both[0], of_both[1], of_data
 
 
 def plain(texts: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -401,6 +415,7 @@ def mine_results(
     truth: Any,
     concepts: Tensor | None,
     rules: Rules,
+    reviewed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that the tables show, ready for JSON: of R candidates, their outcome [R], and what could not be read.
 
@@ -417,6 +432,7 @@ def mine_results(
         "images_with_new_captions": len(np.unique(image_keys[new["image"].to_numpy()])),
         "samples": candidates.num_rows // 2,
         "unreadable": dict(Counter(map(reason_of, bad))),
+        "reviewed": reviewed,
         "outcomes": {name: int((outcome == number).sum()) for number, name in enumerate(OUTCOMES)},
         "scores": {name: _quartiles(of) for name, of in scores.items()},
         "medians": medians.as_json(),
@@ -427,6 +443,21 @@ def mine_results(
         pairs = concepts[new["image"].to_numpy().copy()], truth.texts.find_all(new["caption"])
         results["mined_truly_match"] = ratio(int(truth.matches(*pairs).sum()), int(truth.knows(*pairs).sum()))
     return results
+
+
+def review(candidates: pa.Table, image_keys: np.ndarray, captions: pa.ChunkedArray, marks: pa.Table, path: Path) -> dict[str, Any]:
+    """What marks came to, ready for JSON; of those that are ``not_found`` among the candidates nothing becomes."""
+    said = {mark: pc.sum(pc.equal(marks["mark"], mark)).as_py() or 0 for mark in MARKS}
+    pair, marked, _ = _pair_codes(candidates, marks, image_keys, captions)
+    not_found = int((~np.isin(marked, pair)).sum())
+    return {"marks": str(path), **said, "not_found": not_found, "factor": str(confirmed(marks))}
+
+
+def review_lines(reviewed: dict[str, Any]) -> list[str]:
+    lines = [f"People accepted {reviewed[ACCEPT]:,} pairs and rejected {reviewed[REJECT]:,} ({reviewed['marks']})."]
+    if reviewed["not_found"]:
+        lines.append(f"{reviewed['not_found']:,} of these pairs are no candidates of this pass, so that nothing becomes of them.")
+    return [*lines, reviewed["factor"]]
 
 
 def _quartiles(scores: np.ndarray) -> dict[str, float | int | None]:
@@ -450,6 +481,8 @@ def format_mined(results: dict[str, Any]) -> str:
         lines = [f"MEANINGLESS, since {results['meaningless']}: {judge} cannot judge these data.", *lines]
     if results["doubt"]:
         lines.append(results["doubt"])
+    if results.get("reviewed") is not None:
+        lines += review_lines(results["reviewed"])
     if not results["mined"]:
         lines.append("Nothing was mined: pairs.parquet holds the original pairs alone.")
     if results.get("mined_truly_match") is not None:

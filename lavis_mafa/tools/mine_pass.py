@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ import pyarrow as pa
 
 from lavis_mafa.distributed import barrier, rank, world_size
 from lavis_mafa.errors import UserError
-from lavis_mafa.files import file_digest, write_text
+from lavis_mafa.files import check_unfinished, file_digest, write_text
 from lavis_mafa.tools import mine
 from lavis_mafa.tools.candidates import Encoder, ReadableRows, blocks_of, progress_bar
 from lavis_mafa.tools.features import Features
-from lavis_mafa.tools.judges import Given
+from lavis_mafa.tools.judges import Given, Mined
+from lavis_mafa.tools.marks import fitted, read_marks
 from lavis_mafa.tools.passes import Judging, Pass, Unjudged, judging
+from lavis_mafa.tools.run_files import MINED
 from lavis_mafa.tools.training_data import Opened
 from lavis_mafa.weights import weight_files
-
-MINED = "mine.json"
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,9 +56,10 @@ def run_mine(
     batch_size: int | None = None,
     search_space: int | None = None,
     threshold: float | None = None,
-    margin: float = 0.0,
+    margin: float | None = None,
     per_image: int | None = None,
     at_most: int | None = None,
+    reviewed: Path | None = None,
 ) -> MineResult | Unjudged | None:
     """Find missing image-text connections and write them as training data (MAFA section G.8). See :mod:`lavis_mafa.api`.
 
@@ -74,9 +75,9 @@ def run_mine(
     one = [None if size is None else [size] for size in (batch_size, search_space)]
     bad: list[dict[str, Any]] = []
     with judging(of, *one) as found:
-        source, guide_margin = mine.SourceRows(found.rows.dataset), found.encoder.margin
-        threshold = mine.Rules.threshold if threshold is None else threshold
-        rules = mine.Rules(threshold, margin, per_image, at_most, guide_margin)
+        source = mine.SourceRows(found.rows.dataset)
+        marks = _marks(reviewed, source)
+        rules = _rules(mine.Rules(guide_margin=found.encoder.margin), threshold, margin, per_image, at_most)
         settings: dict[str, Any] = {} if found.opened is None else _settings_of_model(found, found.opened)
         settings |= {"samples": of.samples, "seed": found.seed, "batch_size": found.batch_sizes[0]}
         settings |= {"search_space": found.search_spaces[0], **vars(rules)}
@@ -95,9 +96,51 @@ def run_mine(
             candidates, bad = _by_blocks(found, source, blocks, rules, settings, folder)
         if rank() != 0:
             return None
-        result = _write(found, source, candidates, bad, rules, settings, folder)
+        origin = {"judge": found.encoder.judge_name, **found.of.sources()}
+        result = _write(origin, found.rows, source, candidates, bad, rules, settings, marks, folder)
         shutil.rmtree(_parts(folder), ignore_errors=True)
     return result
+
+
+def choose_again(
+    before: Path,
+    folder: Path,
+    *,
+    threshold: float | None = None,
+    margin: float | None = None,
+    per_image: int | None = None,
+    at_most: int | None = None,
+    reviewed: Path | None = None,
+) -> MineResult:
+    """The result in ``before`` by other rules, or with marks, from the same candidates; no model is asked, and what is not given stays.
+
+    Raises:
+        UserError: ``before`` holds no whole result; or a threshold is given where a guide judged; or the marks are of other data.
+    """
+    check_unfinished(folder, MINED)
+    mined = Mined(before)
+    rules = mine.Rules(**{name: value for name, value in mined.settings.items() if name in vars(mine.Rules())})
+    if threshold is not None and rules.guide_margin is not None:
+        raise UserError(f"--threshold is given, but in {before} a guide judged, whose margin is {rules.guide_margin:g}.")
+    source = mine.SourceRows(mined)
+    source.root = mined.root
+    rules, marks = _rules(rules, threshold, margin, per_image, at_most), _marks(reviewed, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**mined.settings, **vars(rules)}
+    origin = {"judge": mined.judge_name, **mined.origin}
+    return _write(origin, ReadableRows(mined), source, mined.candidates, mined.bad, rules, settings, marks, folder)
+
+
+def _rules(before: mine.Rules, threshold: float | None, margin: float | None, per_image: int | None, at_most: int | None) -> mine.Rules:
+    given: dict[str, Any] = {"threshold": threshold, "margin": margin, "per_image": per_image, "at_most": at_most}
+    return replace(before, **{name: value for name, value in given.items() if value is not None})
+
+
+def _marks(reviewed: Path | None, source: mine.SourceRows) -> tuple[Path, pa.Table] | None:
+    """The marks of these data, and their file."""
+    if reviewed is None:
+        return None
+    return reviewed, fitted(read_marks(reviewed), source.table["image"], source.table["caption"], f"--reviewed: {reviewed}")
 
 
 def _settings_of_model(found: Judging, opened: Opened) -> dict[str, Any]:
@@ -147,22 +190,24 @@ def _look(found: Judging, candidates: pa.Table, rules: mine.Rules) -> None:
 
 
 def _write(
-    found: Judging,
+    origin: dict[str, Any],
+    rows: ReadableRows,
     source: mine.SourceRows,
     candidates: pa.Table,
     bad: list[dict[str, Any]],
     rules: mine.Rules,
     settings: dict[str, Any],
+    marks: tuple[Path, pa.Table] | None,
     folder: Path,
 ) -> MineResult:
     """The files of the result; ``mine.json``, written last, says that it is whole."""
     if not candidates.num_rows:
         raise UserError(f"none of {len(bad)} samples could be read, the first because of {bad[0]['reason']}.")
-    keys = found.rows.image_keys.numpy()
-    outcome = mine.choose(candidates, keys, source.table["caption"], rules)
-    about = {"judge": found.encoder.judge_name, **found.of.sources(), "data": len(found.rows)}
-    about |= {"images": str(source.root) if source.root else None, "settings": settings}
-    results = about | mine.mine_results(candidates, outcome, keys, bad, *_truth(found.rows), rules)
+    keys, captions = rows.image_keys.numpy(), source.table["caption"]
+    outcome = mine.choose(candidates, keys, captions, rules, None if marks is None else marks[1])
+    reviewed = None if marks is None else mine.review(candidates, keys, captions, marks[1], marks[0])
+    about = origin | {"data": len(rows), "images": str(source.root) if source.root else None, "settings": settings}
+    results = about | mine.mine_results(candidates, outcome, keys, bad, *_truth(rows), rules, reviewed)
     words, result = pa.array(mine.OUTCOMES).take(pa.array(outcome)), MineResult(results, folder)
     mine.write_parquet(candidates.append_column("outcome", words), folder / "connections.parquet")
     mine.write_parquet(mine.pairs_table(source, keys, candidates, np.flatnonzero(outcome == 0)), result.pairs)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from omegaconf import DictConfig, OmegaConf
 
 from lavis_mafa import __version__
@@ -19,10 +18,10 @@ from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools import curves
 from lavis_mafa.tools.gallery import VERDICTS, Candidate, distinct_candidates, gallery_data, rows_of_all
+from lavis_mafa.tools.render import render
 from lavis_mafa.tools.run_files import Run, last_epoch, open_runs
 from lavis_mafa.tools.significance import ITC, METRICS, half_widths
 
-TEMPLATES = Path(__file__).with_name("page")
 SHOWN = """
     model.arch model.model_type model.ecm.enabled model.ecm.threshold model.ecm.ambiguous_from model.ecm.use_in
     model.discriminator.arch model.discriminator.checkpoint model.itc.smoothing model.itm.negatives
@@ -97,13 +96,6 @@ def write_report(folders: Sequence[Path], output: Path, at_most: int) -> tuple[l
     except OSError as error:
         raise UserError(f"--output: cannot write {output}: {error.strerror}.") from error
     return runs, gallery
-
-
-def render(template: str, **values: Any) -> str:
-    """A template of the folder ``page``; everything in it is escaped."""
-    loader = jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(**values)
 
 
 def pictures_of(runs: list[Run], page: Path) -> dict[str, str]:

@@ -18,7 +18,6 @@ from lavis_mafa.files import runs_with
 
 QUERIES = "_queries.parquet"
 MINED = "mine.json"
-REFUSED = ("not above the threshold", "below the margin of the own pair")  # outcomes of `mine` that say no
 
 
 @dataclass(frozen=True)
@@ -136,20 +135,26 @@ def _open_run(folder: Path, name: str) -> Run:
 
 
 def _open_mined(folder: Path, name: str) -> Run:
-    """What ``lavis-mafa mine`` left, as a run that trained on the data it searched: the first rows of its ``pairs.parquet``."""
+    """What ``lavis-mafa mine`` left, as a run that trained on the data it searched: the first rows of its ``pairs.parquet``.
+
+    Its connections have two further columns: ``outcome``, and the ``caption`` that was judged, of a row that may have several.
+    """
     try:
         results = json.loads((folder / MINED).read_text(encoding="utf-8"))
         rules, rows, images = results["settings"], results["data"], results["images"]
         table = pq.read_table(folder / "connections.parquet")
-        outcome = table["outcome"]
+        limit = rules["threshold"] if rules.get("guide_margin") is None else None  # of a guide it is another one for each anchor
+        own = table["own_probability"]
+        above = pc.greater(table["probability"], pc.subtract(own, rules["guide_margin"]) if limit is None else limit)
+        above = pc.and_(above, pc.greater_equal(table["probability"], pc.multiply(own, rules["margin"])))
+        further = {column: table[column] for column in ("outcome", "caption")}
     except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no whole result of mine: {' '.join(str(error).split())}") from error
-    verdict = pc.if_else(pc.is_in(outcome, value_set=pa.array(REFUSED)), "negative", "positive")
+    verdict = pc.if_else(above, "positive", "negative")  # Con-D's, whatever became of the pair
     no_epoch = pa.array([-1] * len(table), pa.int64())
     parts = {column: table[column] for column in ("direction", "image", "text", "probability")}
-    connections = pa.table({**parts, "verdict": verdict, "epoch": no_epoch, "step": no_epoch})
+    connections = pa.table({**parts, "verdict": verdict, "epoch": no_epoch, "step": no_epoch, **further})
     connections = connections.filter(pc.and_(pc.greater_equal(table["image"], 0), pc.greater_equal(table["text"], 0)))
-    limit = None if rules.get("guide_margin") is not None else rules["threshold"]  # of a guide it is another one for each anchor
     info = {"annotations": {"train": {"storage": str(folder.resolve() / "pairs.parquet")}}, "max_images": rows}
     info["images"] = {"storage": images or str(folder.resolve()), "allow_absolute_paths": True}
     config = {"model": {"ecm": {"threshold": limit, "ambiguous_from": limit}}, "datasets": {"grit_pairs": {"build_info": info}}}

@@ -1,7 +1,8 @@
 """The data of a YAML, opened for tools that look at them without training: as files, as annotations, as samples, with a Con-D.
 
 ``split_files`` names the annotation files of a split, ``read_annotated`` reads those of training (no processor, no image, nothing
-downloaded), ``training_set`` builds samples, ``open_pass`` adds what a pass over them needs: settings, device, Con-D.
+downloaded), ``training_set`` builds samples, ``opened_pass`` adds what a pass over them needs: settings, device, Con-D. Who only reads
+annotations waits for no torch.
 """
 
 from __future__ import annotations
@@ -11,16 +12,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import IterableDataset
 
-from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.data import (
     SCENE_FILES,
     SPLITS,
@@ -32,16 +30,18 @@ from lavis_mafa.config.data import (
     own_files,
 )
 from lavis_mafa.config.read import find_yaml, plain
-from lavis_mafa.config.schema import RUN_BLOCKS, WITH_MATCHING, RunBlock, con_d_block, typed_block
 from lavis_mafa.datasets.annotations import read_annotations
-from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
 from lavis_mafa.datasets.facts import TEXTS
-from lavis_mafa.datasets.ground_truth import GroundTruth
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.datasets.stored import Source, image_source
-from lavis_mafa.distributed import init_process_group
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from lavis_mafa.config.schema import RunBlock
+    from lavis_mafa.datasets.ground_truth import GroundTruth
 
 # --- as files -----------------------------------------------------------------------------------------------------------
 
@@ -129,13 +129,17 @@ class Annotated:
 
     root: Path  # where image paths start from
     table: pa.Table  # ``image`` string, ``caption`` list<string> and, where known, ``concept`` or ``facts``
-    truth: GroundTruth | None = None
+    find_truth: Callable[[], GroundTruth | None] = lambda: None
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def image(self, row: int) -> Source:
         return image_source(self.root, self.table, row)
+
+    @cached_property
+    def truth(self) -> GroundTruth | None:
+        return self.find_truth()
 
 
 def annotated(dataset: Any) -> Annotated:
@@ -152,7 +156,7 @@ def annotated(dataset: Any) -> Annotated:
             raise UserError(f"the data set {kind} keeps no list of images and captions; give the data as grit_pairs.")
         captions = [row["caption"] if isinstance(row["caption"], list) else [row["caption"]] for row in rows]
         table = pa.table({"image": pa.array([row["image"] for row in rows], pa.string()), "caption": pa.array(captions, TEXTS)})
-    return Annotated(Path(dataset.vis_root), table, getattr(dataset, "truth", None))
+    return Annotated(Path(dataset.vis_root), table, lambda: getattr(dataset, "truth", None))
 
 
 def read_annotated(name: str, block: Any, base: Path = Path()) -> Annotated | None:
@@ -167,10 +171,12 @@ def read_annotated(name: str, block: Any, base: Path = Path()) -> Annotated | No
             return None
         table = found.select(read_annotations(found.files, allow_absolute_paths=found.allow_absolute_paths))
         if name != "grit_emoji":
-            return Annotated(found.root, table, GroundTruth.from_table(table))
+            return Annotated(found.root, table, partial(_truth_of, table))
+        from lavis_mafa.datasets.emoji.truth import first_concepts, load_emoji_truth, read_truth
+
         first = block.build_info.get("max_concepts")
         table = table.filter(pc.is_in(table["concept"], value_set=first_concepts(read_truth(found.root), first)))
-        return Annotated(found.root, table, load_emoji_truth(found.root, first))
+        return Annotated(found.root, table, partial(load_emoji_truth, found.root, first))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import lavis.tasks  # noqa: F401 - fills the registry
@@ -184,6 +190,12 @@ def read_annotated(name: str, block: Any, base: Path = Path()) -> Annotated | No
         config.build_info.annotations = {"train": files} if (files := block.build_info.annotations.get("train")) else {}
         dataset = builder(config).build().get("train")  # not build_datasets, which downloads
     return None if dataset is None else annotated(dataset)
+
+
+def _truth_of(table: pa.Table) -> GroundTruth | None:
+    from lavis_mafa.datasets.ground_truth import GroundTruth
+
+    return GroundTruth.from_table(table)
 
 
 # --- as samples ---------------------------------------------------------------------------------------------------------
@@ -200,6 +212,7 @@ def training_set(datasets: Any) -> Any:
     """
     from lavis.common.registry import registry
     from lavis.datasets.datasets.base_dataset import ConcatDataset
+    from torch.utils.data import IterableDataset
 
     from lavis_mafa.datasets.lavis_rows import check_rows, explained
 
@@ -242,6 +255,9 @@ def check_pass(name: str, options: list[str], con_d: str, miner: str | None = No
     Raises:
         UserError: a mistake in it, an architecture without a matching head, or no such checkpoint.
     """
+    from lavis_mafa.config.check import check_yaml
+    from lavis_mafa.config.schema import WITH_MATCHING
+
     config = check_yaml(name, options, files=False)
     if config.model.arch not in WITH_MATCHING:
         allowed = ", ".join(WITH_MATCHING)
@@ -264,6 +280,9 @@ def opened_pass(
     Raises:
         UserError: from the data, the names in the YAML or the checkpoint.
     """
+    import torch
+
+    from lavis_mafa.distributed import init_process_group
     from lavis_mafa.runners import job
 
     _, cfg = job.prepare(name, options, files=False, joins=True)
@@ -276,6 +295,9 @@ def opened_pass(
 
 
 def _open(cfg: Any, config: DictConfig, con_d: str, miner: str | None, projects: bool) -> Opened:
+    import torch
+
+    from lavis_mafa.config.schema import RUN_BLOCKS, con_d_block, typed_block
     from lavis_mafa.models.con_d import load_con_d
     from lavis_mafa.runners.run_block import run_settings
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 import run_folder
 from lavis_mafa.cli.main import main
-from lavis_mafa.tools.report import TEMPLATES, Table, render
+from lavis_mafa.tools.render import TEMPLATES, render
+from lavis_mafa.tools.report import Table
 
 BITES = [
     "<script>window.bitten = 1</script>",
@@ -107,9 +108,11 @@ def test_the_quickstart_page_shows_text(bite):
         gallery = {
             "lists": {"gallery": [0], "doubted": [], "missed": []},
             "connections": [[0, 0, 0, 0.9, 2, None, 0, 1, 0]],
-            "rows": [[0, text, 0, 0]],
+            "rows": [[0, text, 0, 0, text]],
             "images": [{"name": text, "problem": text}],
             "runs": [text],
+            "sets": [0],
+            "key": text,
             "problems": {text: text},
             "candidates": 1,
         }

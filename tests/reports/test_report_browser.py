@@ -12,6 +12,8 @@ import pytest
 
 import run_folder
 from lavis_mafa.cli.main import main
+from lavis_mafa.tools.gallery import DIRECTIONS, VERDICTS
+from lavis_mafa.tools.marks import read_marks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -26,7 +28,8 @@ CATCH = """<script>
   addEventListener("unhandledrejection", (e) => wrong.push(String(e.reason)));
   for (const name of ["error", "warn"]) console[name] = (...said) => wrong.push(said.join(" "));
 </script>"""
-DRIVE = """<script>addEventListener("load", () => {
+DRIVE = """<script>addEventListener("load", async () => {
+  localStorage.clear();
   const at = (id) => document.getElementById(id), seen = {};
   const look = (name) => seen[name] = {
     count: at("count").textContent,
@@ -60,6 +63,16 @@ DRIVE = """<script>addEventListener("load", () => {
   seen.colours = [1, 2, 3].map(() => { at("theme").click(); return [at("theme").textContent, paper()]; });
   seen.width = [innerWidth, document.documentElement.scrollWidth];
   seen.bitten = window.bitten === true;
+  at("reset").click(); set("verdict", ""); set("find", "a");
+  const press = (n, word) => document.querySelectorAll("#gallery-cards > li")[n].querySelector("button." + word).click();
+  seen.disabled = at("export").disabled;
+  press(0, "accept"); press(1, "reject"); press(2, "accept"); press(2, "accept"); set("find", "onerror"); press(0, "reject");
+  seen.marked = at("marked").textContent;
+  URL.createObjectURL = (blob) => { window.blob = blob; return "#"; };
+  HTMLAnchorElement.prototype.click = function () { seen.download = this.download; };
+  at("export").click();
+  seen.csv = await blob.text();
+  seen.stored = Object.entries(localStorage).filter(([name]) => name.startsWith("lavis-mafa-marks:"));
   seen.disagreements = ["doubted", "missed"].map((name) => at(name + "-cards").children.length);
   setTimeout(() => parent.postMessage({ start, seen, wrong }, "*"), 50);
 });</script>"""
@@ -151,3 +164,15 @@ def test_a_phone_a_keyboard_and_both_colours(driven):
     assert seen["unlabelled"] == seen["unfocusable"] == 0 and seen["live"] == "polite"
     (light, paper), (dark, night), (auto, _) = seen["colours"]
     assert (light, dark, auto) == ("Light", "Dark", "Auto") and paper != night
+
+
+def test_marks_are_exported_as_mine_reads_them(driven, tmp_path):
+    seen = driven[0]["seen"]
+    assert seen["disabled"] and seen["marked"] == "3 pairs marked" and seen["download"] == "marks.csv"
+    (tmp_path / "marks.csv").write_text("\ufeff" + seen["csv"], newline="")  # Blob.text() takes the sign away
+    rows = read_marks(tmp_path / "marks.csv").to_pylist()
+    assert sorted(row["mark"] for row in rows) == ["accept", "reject", "reject"] and len(json.loads(seen["stored"][0][1])) == 3
+    assert run_folder.BITES in {row["caption"] for row in rows} | {run_folder.caption(row["image"]) for row in rows}
+    for row in rows:
+        assert row["caption"] == run_folder.caption(row["text"]) and row["image_path"] == f"{row['image']}.jpg"
+        assert row["direction"] in DIRECTIONS and 0 <= row["probability"] <= 1 and row["verdict"] in VERDICTS
