@@ -148,7 +148,8 @@ def _count(
     from lavis_mafa.distributed import rank
     from lavis_mafa.files import write_bytes, write_text
     from lavis_mafa.tools.candidates import Known, progress_bar, shuffled
-    from lavis_mafa.tools.count import Count, count_false_negatives, count_plot, count_results, format_count, samplings
+    from lavis_mafa.tools.count import Count, count_false_negatives, count_results, format_count, samplings
+    from lavis_mafa.tools.count_plots import count_plot
     from lavis_mafa.tools.judges import Given
 
     if arguments.truth and getattr(rows.dataset, "truth", None) is None:
