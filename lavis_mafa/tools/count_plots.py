@@ -27,9 +27,8 @@ def count_plot(results: dict[str, Any]) -> bytes:
     truth = "truth" in ways[0]
     figure = Figure(figsize=(4.8 * (len(panels) + truth), 3.9), layout="constrained", dpi=110)
     with PRINT.style():
-        names = [*panels, *(["calibration"] if truth else [])]
-        below = [*panels, *(["pairs"] if truth else [])]
-        axes = figure.subplot_mosaic([names, below], height_ratios=(3, 1))
+        rows: Any = [[*panels, *([last] if truth else [])] for last in ("calibration", "pairs")]
+        axes = figure.subplot_mosaic(rows, height_ratios=(3, 1))
         for name, draw in panels.items():
             draw(axes[name], ways, PRINT)
         if truth:
@@ -47,7 +46,7 @@ def count_plots(results: dict[str, Any], number: int) -> list[Plot]:
         f"{_way(row)}, B = {row['batch_size']:,}: " + ", ".join(f"{_percent(row, side):.1f} % {WORDS[side]}" for side in SIDES)
         for row in ways
     )
-    plots = []
+    plots: list[Plot] = []
     for title, draw in _panels(ways).items():
         figure = Figure(figsize=(4.8, 3.4), layout="constrained")
         with PAGE.style():
@@ -56,7 +55,8 @@ def count_plots(results: dict[str, Any], number: int) -> list[Plot]:
     if "truth" in ways[0]:
         figure = Figure(figsize=(4.8, 3.4), layout="constrained")
         with PAGE.style():
-            _calibration(*figure.subplots(2, height_ratios=(3, 1)), results, PAGE)
+            above, below = figure.subplots(2, height_ratios=(3, 1))
+            _calibration(above, below, results, PAGE)
         title, errors = "Does it match as often as the judge says?", "; ".join(_error(row) for row in ways)
         note = f"On the grey line the judge is right. Hollow: fewer than {FEW} pairs, which say little."
         plots.append(Plot(title, f"Calibration error: {errors}.", as_svg(figure, f"calibration-{number}"), note))
@@ -78,7 +78,7 @@ def _bars(axis: Axes, ways: Ways, palette: Palette) -> None:
         for side, shift, alpha in zip(SIDES, (-0.2, 0.2), (0.9, 0.45), strict=True):
             percent = _percent(row, side)
             axis.bar(place + shift, percent, width=0.37, color=colours[row["search_space"]], alpha=alpha, linewidth=0)
-            at = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
+            at: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
             axis.annotate(f"{percent:.1f} %", (place + shift, percent), **at)
     for side, alpha in zip(SIDES, (0.9, 0.45), strict=True):
         axis.bar(0, 0, color=palette.ink, alpha=alpha, label=WORDS[side])
@@ -118,7 +118,7 @@ def _lines(axis: Axes, rows: Ways, over: str, colour: str, label: str) -> None:
     for side, style, filled in zip(SIDES, ("-", "--"), (True, False), strict=True):
         points = [(row[over], _percent(row, side)) for row in rows]
         face = colour if filled else "none"
-        line = {"marker": "o", "markersize": 5, "color": colour, "markerfacecolor": face, "linewidth": 1.6}
+        line: dict[str, Any] = {"marker": "o", "markersize": 5, "color": colour, "markerfacecolor": face, "linewidth": 1.6}
         axis.plot(*zip(*points, strict=True), style, label=label if filled else None, **line)
 
 
@@ -140,7 +140,7 @@ def _finish_over(axis: Axes, ways: Ways, over: str, label: str, palette: Palette
 def _finish(axis: Axes, label: str, top: float, palette: Palette) -> None:
     finish(axis, label, palette.grid)
     axis.set_ylabel("hardest negatives that are false")
-    axis.set_ylim(0, 1.12 * top)
+    axis.set_ylim(0, max(1.0, 1.12 * top))
     percentages(axis, 100)
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=2.4)
 

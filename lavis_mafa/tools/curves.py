@@ -58,8 +58,8 @@ class Palette:
 
     def style(self) -> Any:
         """The settings of matplotlib to draw with it."""
-        colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), self.ink)
-        sizes = {"font.size": 9.0, "axes.labelsize": 9.0, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5}
+        colours: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), self.ink)
+        sizes: Any = {"font.size": 9.0, "axes.labelsize": 9.0, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5}
         return matplotlib.rc_context({**colours, **sizes, "axes.edgecolor": self.grid, "legend.frameon": False})
 
 
@@ -137,8 +137,8 @@ def draw_histogram(axis: Axes, values: Any, known: Any, bins: Any, marks: list[t
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for line, (place, words, to_the_right) in enumerate(marks):
         axis.axvline(place, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
-        where = {"xy": (place, 0.99 - 0.11 * line), "xytext": (4 if to_the_right else -4, 0)}
-        coordinates = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        where: dict[str, Any] = {"xy": (place, 0.99 - 0.11 * line), "xytext": (4 if to_the_right else -4, 0)}
+        coordinates: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         axis.annotate(words, **where, **coordinates, va="top", ha="left" if to_the_right else "right", color=INK)
 
 
@@ -230,9 +230,9 @@ def as_png(figure: Figure) -> bytes:
 
 def percentages(axis: Axes, whole: float) -> None:
     """The y axis from 0, in per cent of ``whole``."""
-    top = axis.get_ylim()[1]
-    axis.set_ylim(0, max(0.01 * whole, top))
-    axis.yaxis.set_major_formatter(PercentFormatter(whole, decimals=0 if top > 0.05 * whole else None, symbol=" %"))
+    axis.set_ylim(0, max(0.01 * whole, axis.get_ylim()[1]))
+    ticks = 100 / whole * np.asarray(axis.get_yticks())
+    axis.yaxis.set_major_formatter(PercentFormatter(whole, decimals=0 if np.allclose(ticks, ticks.round()) else 1, symbol=" %"))
 
 
 def finish(axis: Axes, x: str, grid: str = GRID) -> None:
@@ -242,7 +242,7 @@ def finish(axis: Axes, x: str, grid: str = GRID) -> None:
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 4, 5, 10]))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.tick_params(length=0)
 
 

@@ -30,6 +30,12 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
 
 
+def _meaningless(results: dict[str, Any]) -> str | None:
+    why, judge = results["meaningless"], results["judge"]
+    other = "another one that was trained on such images and texts"
+    return f"Meaningless, since {why}: {judge} cannot judge these data. Try {other}." if why else None
+
+
 # --- of count-false-negatives -------------------------------------------------------------------------------------------
 
 
@@ -37,7 +43,7 @@ def count_section(name: str, results: dict[str, Any], place: int) -> Section:
     """A ``count.json``; ``place`` tells its plots from those of another count on the page."""
     ways, meaningless = results["ways"], results["meaningless"]
     doubt = next((row["doubt"] for row in reversed(ways) if row["doubt"]), None)
-    problem = f"Meaningless, since {meaningless}: {results['judge']} cannot judge these data." if meaningless else doubt
+    problem = _meaningless(results) or doubt
     words = [_who_says(results), *([] if meaningless else _count_words(results)), f"{median_words(results)}."]
     lonely = max(max(row["without_negative"].values()) for row in ways)
     if lonely:
@@ -48,7 +54,7 @@ def count_section(name: str, results: dict[str, Any], place: int) -> Section:
 
 def _who_says(results: dict[str, Any]) -> str:
     threshold, margin, judge = results["ways"][0]["false_negatives"][0]["threshold"], results["margin"], results["judge"]
-    rule = f"p > {threshold:g} by {judge}" if margin is None else f"a cosine by {judge} above the own pair's{below(margin)}"
+    rule = f"p\u00a0>\u00a0{threshold:g} by {judge}" if margin is None else f"a cosine by {judge} above the own pair's{below(margin)}"
     corrected = f"; counts are times {results['correction']:g} (human correction)" if results["correction"] != 1.0 else ""
     who = f"the hardest negative of each of {results['samples']:,} images and texts in its batch"
     return f"Asked about: {who}; called false: {rule}{corrected}."
@@ -133,7 +139,7 @@ def mine_section(name: str, results: dict[str, Any]) -> Section:
     """A ``mine.json``: what came out of it, the scores, and what became of all candidates."""
     mined, judge, meaningless = results["mined"], results["judge"], results["meaningless"]
     images = results["images_with_new_captions"]
-    problem = f"Meaningless, since {meaningless}: {judge} cannot judge these data." if meaningless else results["doubt"]
+    problem = _meaningless(results) or results["doubt"]
     words = [f"{mined:,} new pairs for {images:,} images, from {results['samples']:,} pairs ({rules_words(results)})."]
     if not mined:
         words.append("Nothing was mined: pairs.parquet holds the original pairs alone.")
@@ -176,8 +182,9 @@ def own_plot(name: str, results: dict[str, Any], connections: pa.Table, true: An
         reach = max(float(np.nanmax(np.abs(values), initial=0.0)), 0.05)
         limit = 0.0 if guide is None else -guide
         bins, label = np.linspace(-reach, reach, 51), f"found - own pair's {'probability' if guide is None else 'cosine'}"
-        marks = [(limit, "as the own pair" if guide is None else f"match above {limit:g}", limit < 0)]
-        words = f"{(values > limit).mean():.1%} are above {'the own pair' if limit == 0 else f'{limit:g}'}"
+        line = f"own pair's{below(guide or 0.0)}"
+        marks = [(limit, line, limit < 0)]
+        words = f"{(values > limit).mean():.1%} are above the {line}"
     there = np.isfinite(values)
     values, known = np.clip(values[there], bins[0], bins[-1]), np.asarray(true, dtype=bool)[there]
     figure = Figure(figsize=(4.8, 2.5), layout="constrained")

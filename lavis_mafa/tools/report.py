@@ -41,8 +41,8 @@ SHARES = {
     "new_positive_share": "new positives",
     "ambiguous_share": "ambiguous",
     "false_negative_share": "false negatives",
-    "con_d_precision": "Con-D precision, every sighting",
-    "con_d_recall": "Con-D recall, every sighting",
+    "con_d_precision": "Con-D precision",
+    "con_d_recall": "Con-D recall",
 }
 SIDES = {"tr": "TR", "txt": "TR", "ir": "IR", "img": "IR"}
 ENDINGS = {**METRICS, "r_mean": "mean"}
@@ -178,7 +178,7 @@ def summary_table(runs: list[Run]) -> Table:
         model = str(OmegaConf.select(run.config, "model.arch") or "–")
         rows.append([run.name, model, *size, *(number(end.get(n), n in SHARES) for n in shown)])
     head = ["run", "model", "epochs", "samples", *((LOSSES | SHARES)[name] for name in shown)]
-    return Table(head, rows, "Averages over the last epoch; shares are of the hardest negatives")
+    return Table(head, rows, "Averages over the last epoch; shares are of the hardest negatives, Con-D's over every sighting of a pair")
 
 
 def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
@@ -262,7 +262,7 @@ def truth_table(runs: list[Run], candidates: list[list[Candidate]]) -> Table | N
     caption = "A precision equal to “truly match” is what guessing would reach"
     if any(run.connections is not None and run.mined is None for run in runs):
         caption = (
-            "Recorded verdicts of all epochs; the summary has every verdict of the last epoch. A pair that matches is often seen again, "
+            "Recorded verdicts of all epochs; the summary has every verdict of the last one. A pair that matches is often seen again, "
             f"so that sightings and pairs differ. {caption}"
         )
     return Table(head, rows, caption) if rows else None

@@ -13,7 +13,8 @@ from PIL import Image
 
 import run_folder
 from lavis_mafa.cli.main import main
-from lavis_mafa.tools.report import TEMPLATES, Table, render
+from lavis_mafa.tools.report import TEMPLATES, render
+from lavis_mafa.tools.tables import Table
 
 BITES = [
     "<script>window.bitten = 1</script>",
