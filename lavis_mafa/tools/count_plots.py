@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from lavis_mafa.tools.count import SIDES, capital, median_words
 from lavis_mafa.tools.curves import PAGE, PRINT, Palette, Plot, as_png, as_svg, finish, percentages
@@ -154,9 +155,9 @@ def _calibration(axis: Axes, below: Axes, results: dict[str, Any], palette: Pale
         colour, marker = colours[row["search_space"]], MARKERS[sizes.index(row["batch_size"]) % len(MARKERS)]
         bins = [b for b in row["truth"]["calibration"] if b["pairs"]]
         label = _way(row) + (f", B = {row['batch_size']:,}" if len(sizes) > 1 else "")
-        for kept, style, face, name in (([b for b in bins if b["pairs"] >= FEW], "-", colour, label), (bins, "", "none", None)):
+        for kept, style, face, name in (([b for b in bins if b["pairs"] >= FEW], "-", colour, label), (bins, "none", "none", None)):
             xs, ys = [b["mean_probability"] for b in kept], [b["true_share"] for b in kept]
-            axis.plot(xs, ys, style, marker=marker, markersize=4.5, color=colour, markerfacecolor=face, label=name, linewidth=1.5)
+            axis.plot(xs, ys, ls=style, marker=marker, markersize=4.5, color=colour, markerfacecolor=face, label=name, linewidth=1.5)
         every = row["truth"]["calibration"]
         width = 1 / len(every)
         places = [b["from"] + width * (0.1 + 0.8 * number / len(ways)) for b in every]
@@ -170,6 +171,7 @@ def _calibration(axis: Axes, below: Axes, results: dict[str, Any], palette: Pale
     finish(below, f"{capital(results['judge'])}'s {kind}", palette.grid)
     below.set(yscale="log", xlim=(-0.02, 1.02), ylabel="pairs")
     below.set_ylim(bottom=0.8)
+    below.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     below.minorticks_off()
 
 

@@ -60,7 +60,9 @@ class Palette:
         """The settings of matplotlib to draw with it."""
         colours: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), self.ink)
         sizes: Any = {"font.size": 9.0, "axes.labelsize": 9.0, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5}
-        return matplotlib.rc_context({**colours, **sizes, "axes.edgecolor": self.grid, "legend.frameon": False})
+        return matplotlib.rc_context(
+            {**colours, **sizes, "axes.edgecolor": self.grid, "legend.frameon": False, "text.parse_math": False}
+        )
 
 
 PAGE, PRINT = Palette(INK, GRID, LINES), Palette("#333333", "#dddddd", COLOURS)
