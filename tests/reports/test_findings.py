@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -145,6 +146,27 @@ def test_what_is_not_to_be_trusted_is_said_first(tmp_path, change, said):
     problem = re.search(r'<p class="problem"><strong>(.*?)</strong>', text)
     assert problem is not None and said in problem[1]
     assert "times as many" not in text
+
+
+def test_what_a_guide_found_bears_its_name(tmp_path):
+    """`count-false-negatives` and `mine` with features, and one page about both."""
+    torch.manual_seed(0)
+    things, of = torch.randn(12, 8), torch.randint(12, (48,))
+    files = {name: tmp_path / f"{name}.npy" for name in ("image", "text", "guide_image", "guide_text")}
+    for number, file in enumerate(files.values()):
+        np.save(file, (things[of] + (0.6, 0.6, 0.3, 0.3)[number] * torch.randn(48, 8)).numpy())
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "".join(f"{n}.png,thing {of[n]} of {n}\n" for n in range(48)))
+    image, text, guide_image, guide_text = map(str, files.values())
+    given = ["--annotations", str(tmp_path / "pairs.csv"), "--features", image, text, "--guide-features", guide_image, guide_text]
+    given += ["--guide-margin", "0.1", "--batch-size", "8", "--search-space", "24", "--force"]
+    assert main(["count-false-negatives", *given, "--output", str(tmp_path / "count")]) == 0
+    assert main(["mine", *given, "--output", str(tmp_path / "mine")]) == 0
+    page = page_of(tmp_path, json.loads((tmp_path / "count/count.json").read_text()), tmp_path / "mine")
+    mined = json.loads((tmp_path / "mine/mine.json").read_text())
+    assert "The guide's scores" in page and "Con-D's scores" not in page and "what the guide said" in page
+    assert f"{mined['mined']} new pairs for {mined['images_with_new_captions']} images" in page and mined["mined"] > 5
+    assert "mine: found against own pairs" in page and "above the own pair's less 0.1" in page
+    assert "mine.guide_margin" in page and "count.margin" in page and "mine.json" in page and "model.ecm.threshold" not in page
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3", "{}", '{"ways": []}'])
