@@ -212,11 +212,9 @@ def _connections(arguments: argparse.Namespace, counted: dict[str, Any], mined: 
     data = rows_of_all([looked])
     candidates = [distinct_candidates(0, connections, data[0])]
     scores = [(c.probability, c.true) for c in candidates[0]]
-    true = {(c.image, c.text): c.true is True for c in candidates[0]}
-    matches = [true[pair] for pair in zip(table["image"].to_pylist(), table["text"].to_pylist(), strict=True)]
     histograms = [
         score_histogram("Con-D", 0, scores, ecm.threshold, ecm.ambiguous_from),
-        own_plot("Con-D", mined, table, matches, 0),
+        own_plot("Con-D", mined, table, candidates[0], 0),
     ]
     return {
         "counted": count_section("count", counted, 0),

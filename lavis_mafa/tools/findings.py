@@ -13,6 +13,7 @@ from lavis_mafa.objectives.trust import UNHEARD_OF
 from lavis_mafa.tools.count import SIDES, below, capital, median_words
 from lavis_mafa.tools.count_plots import count_plots
 from lavis_mafa.tools.curves import PAGE, Plot, as_svg, draw_histogram, finish
+from lavis_mafa.tools.gallery import Candidate
 from lavis_mafa.tools.mine import MINED, QUARTILES, rules_words
 from lavis_mafa.tools.tables import Table, number
 
@@ -163,14 +164,16 @@ def mine_section(name: str, results: dict[str, Any]) -> Section:
     return Section(name, problem, words, tables)
 
 
-def own_plot(name: str, results: dict[str, Any], connections: pa.Table, true: Any, place: int) -> Plot:
+def own_plot(name: str, results: dict[str, Any], connections: pa.Table, candidates: list[Candidate], place: int) -> Plot:
     """Found against own: the score of each candidate less that of its anchor's own pair, or its share of it where a margin is one.
 
     Args:
-        connections: rows with ``probability`` and ``own_probability``. true: bool of each, does it match by a known truth.
+        connections: of a run of ``mine``. candidates: the same pairs, with what is known of them.
         place: tells the plot from others of the page.
     """
     settings, judge = results["settings"], capital(results["judge"])
+    true = {(c.image, c.text) for c in candidates if c.true}
+    pairs = zip(connections["image"].to_pylist(), connections["text"].to_pylist(), strict=True)
     found, own = (connections[column].to_numpy().astype(np.float64) for column in ("probability", "own_probability"))
     guide, margin = settings["guide_margin"], settings["margin"]
     if guide is None and margin:
@@ -186,7 +189,7 @@ def own_plot(name: str, results: dict[str, Any], connections: pa.Table, true: An
         marks = [(limit, line, limit < 0)]
         words = f"{(values > limit).mean():.1%} are above the {line}"
     there = np.isfinite(values)
-    values, known = np.clip(values[there], bins[0], bins[-1]), np.asarray(true, dtype=bool)[there]
+    values, known = np.clip(values[there], bins[0], bins[-1]), np.array([pair in true for pair in pairs], dtype=bool)[there]
     figure = Figure(figsize=(4.8, 2.5), layout="constrained")
     with PAGE.style():
         axis = figure.subplots()

@@ -111,9 +111,7 @@ def score_plots(run: Run, place: int, candidates: list[Candidate]) -> list[curve
         scores = [(c.probability, c.true) for c in candidates]
         plots.append(curves.score_histogram(run.name, place, scores, *limits, judge=capital(run.judge)))
     if run.mined is not None and run.connections is not None:
-        true = {(c.image, c.text): c.true is True for c in candidates}
-        pairs = zip(run.connections["image"].to_pylist(), run.connections["text"].to_pylist(), strict=True)
-        plots.append(own_plot(run.name, run.mined, run.connections, [true[pair] for pair in pairs], place))
+        plots.append(own_plot(run.name, run.mined, run.connections, candidates, place))
     return plots
 
 

@@ -165,7 +165,7 @@ def _open_mined(folder: Path, name: str) -> Run:
     info = {"annotations": {"train": {"storage": str(folder.resolve() / "pairs.parquet")}}, "max_images": rows}
     info["images"] = {"storage": images or str(folder.resolve()), "allow_absolute_paths": True}
     config = {"model": {"ecm": {"threshold": limit, "ambiguous_from": limit}}, "datasets": {"grit_pairs": {"build_info": info}}}
-    return Run(name, folder, OmegaConf.create({**config, "mine": results}), [], {}, connections, mined=results)
+    return Run(name, folder, OmegaConf.create(config), [], {}, connections, mined=results)
 
 
 def _open_counted(folder: Path, name: str) -> Run:

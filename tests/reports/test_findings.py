@@ -103,9 +103,10 @@ def test_bins_of_few_pairs_are_hollow_and_not_joined():
 def test_what_was_found_is_compared_with_the_own_pair(guide, margin):
     torch.manual_seed(0)
     found, own = torch.rand(300), torch.rand(300)
-    table = pa.table({"probability": found.numpy(), "own_probability": own.numpy()})
+    rows = range(300)
+    table = pa.table({"image": rows, "text": rows, "probability": found.numpy(), "own_probability": own.numpy()})
     results = {"settings": {"guide_margin": guide, "margin": margin}, "judge": "the guide"}
-    plot = own_plot("a", results, table, [False] * 300, 0)
+    plot = own_plot("a", results, table, [], 0)
     above = found >= margin * own if margin else found > own - (guide or 0.0)
     assert f"{above.double().mean():.1%} are" in plot.note and plot.note.startswith("The guide: ")
 
