@@ -133,6 +133,7 @@ def test_a_count_beside_a_run(tmp_path):
     assert "False negatives, counted" in text and "Summary" in text and '<th scope="col">count</th>' in text
     summary = text[text.index('id="summary"') : text.index('id="counted"')]
     assert ">run</th>" in summary and ">count</th>" not in summary
+    assert '<th scope="row">count</th>' not in text, "a count has no losses and no retrieval"
 
 
 @pytest.mark.parametrize(
