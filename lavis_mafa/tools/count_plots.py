@@ -119,7 +119,14 @@ def _lines(axis: Axes, rows: Ways, over: str, colour: str, label: str) -> None:
     for side, style, filled in zip(SIDES, ("-", "--"), (True, False), strict=True):
         points = [(row[over], _percent(row, side)) for row in rows]
         face = colour if filled else "none"
-        line: dict[str, Any] = {"marker": "o", "markersize": 5, "color": colour, "markerfacecolor": face, "linewidth": 1.6}
+        line: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 5,
+            "color": colour,
+            "markerfacecolor": face,
+            "linewidth": 1.6,
+            "clip_on": False,
+        }
         axis.plot(*zip(*points, strict=True), style, label=label if filled else None, **line)
 
 
@@ -157,7 +164,8 @@ def _calibration(axis: Axes, below: Axes, results: dict[str, Any], palette: Pale
         label = _way(row) + (f", B = {row['batch_size']:,}" if len(sizes) > 1 else "")
         for kept, style, face, name in (([b for b in bins if b["pairs"] >= FEW], "-", colour, label), (bins, "none", "none", None)):
             xs, ys = [b["mean_probability"] for b in kept], [b["true_share"] for b in kept]
-            axis.plot(xs, ys, ls=style, marker=marker, markersize=4.5, color=colour, markerfacecolor=face, label=name, linewidth=1.5)
+            line: dict[str, Any] = {"ls": style, "linewidth": 1.5, "color": colour, "label": name, "clip_on": False}
+            axis.plot(xs, ys, marker=marker, markersize=4.5, markerfacecolor=face, **line)
         every = row["truth"]["calibration"]
         width = 1 / len(every)
         places = [b["from"] + width * (0.1 + 0.8 * number / len(ways)) for b in every]

@@ -234,7 +234,8 @@ def percentages(axis: Axes, whole: float) -> None:
     """The y axis from 0, in per cent of ``whole``."""
     axis.set_ylim(0, max(0.01 * whole, axis.get_ylim()[1]))
     ticks = 100 / whole * np.asarray(axis.get_yticks())
-    axis.yaxis.set_major_formatter(PercentFormatter(whole, decimals=0 if np.allclose(ticks, ticks.round()) else 1, symbol=" %"))
+    decimals = next((d for d in (0, 1) if np.allclose(ticks, ticks.round(d))), 2)
+    axis.yaxis.set_major_formatter(PercentFormatter(whole, decimals=decimals, symbol=" %"))
 
 
 def finish(axis: Axes, x: str, grid: str = GRID) -> None:
