@@ -148,7 +148,8 @@ def _page(arguments: argparse.Namespace, checked: dict[str, Any], counted: dict[
     """One file that needs no other: what was checked and, with a Con-D, what was counted and mined, with a gallery."""
     from lavis_mafa import __version__
     from lavis_mafa.tools.check_data import BAD, KINDS
-    from lavis_mafa.tools.report import Table, render
+    from lavis_mafa.tools.render import render
+    from lavis_mafa.tools.tables import Table
 
     of = checked["kinds"]
     kinds = [[text, f"{of[kind]['rows']:,}", f"{of[kind]['share']:.2%}"] for kind, text in KINDS.items()]
@@ -175,10 +176,9 @@ def _page(arguments: argparse.Namespace, checked: dict[str, Any], counted: dict[
 def _connections(arguments: argparse.Namespace, counted: dict[str, Any], mined: dict[str, Any]) -> dict[str, Any]:
     from lavis_mafa.datasets.ids import pc
     from lavis_mafa.objectives.pretraining import EcmSettings
-    from lavis_mafa.tools.count import format_count
     from lavis_mafa.tools.curves import score_histogram
+    from lavis_mafa.tools.findings import count_section, mine_section, own_plot
     from lavis_mafa.tools.gallery import distinct_candidates, gallery_data, rows_of_all
-    from lavis_mafa.tools.mine import format_mined
     from lavis_mafa.tools.run_files import open_runs
 
     folder, ecm = arguments.output, EcmSettings()
@@ -194,12 +194,14 @@ def _connections(arguments: argparse.Namespace, counted: dict[str, Any], mined: 
     data = rows_of_all([looked])
     candidates = [distinct_candidates(0, connections, data[0])]
     scores = [(c.probability, c.true) for c in candidates[0]]
+    histograms = [
+        score_histogram("Con-D", 0, scores, ecm.threshold, ecm.ambiguous_from),
+        own_plot("Con-D", mined, connections, candidates[0], 0),
+    ]
     return {
-        "counted": counted,
-        "count_text": format_count(counted),
-        "mined": mined,
-        "mine_text": format_mined(mined),
-        "histograms": [score_histogram(str(arguments.con_d), 0, scores, ecm.threshold, ecm.ambiguous_from)] if scores else [],
+        "counted": count_section("count", counted, 0),
+        "mined": mine_section("mine", mined),
+        "histograms": histograms if scores else [],
         "gallery": gallery_data([looked], data, candidates, arguments.gallery),
         "truth": any(true is not None for _, true in scores),
     }

@@ -85,7 +85,8 @@ EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
   lavis-mafa ablate --table mafa-4 --scenes --seeds 42""",
     "report": """
   lavis-mafa report output/mafa/latest
-  lavis-mafa report output/grit/latest output/mafa/latest --output both.html""",
+  lavis-mafa report output/grit/latest output/mafa/latest --output both.html
+  lavis-mafa report output/count output/mine --output found.html""",
     "explore": """
   lavis-mafa explore output/mine
   lavis-mafa explore output/mafa/latest --port 0 --open""",

@@ -9,7 +9,13 @@ from lavis_mafa.cli.options import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (with metrics.jsonl), or of `mine`")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run (with metrics.jsonl), of `mine`, or of `count-false-negatives`",
+    )
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="where the page goes (default: report.html)")
     parser.add_argument(
         "--gallery",
@@ -27,7 +33,6 @@ def run(arguments: argparse.Namespace) -> int:
     runs, gallery = write_report(arguments.runs, output, arguments.gallery)
     for name, problem in gallery["problems"].items():
         print(f"{name}: {problem}")
-    shown, size = len(gallery["lists"]["gallery"]), output.stat().st_size / 1e6
-    several = "s" * (len(runs) > 1)
-    print(f"{output}: {len(runs)} run{several}, {shown:,} of {gallery['candidates']:,} recorded connections, {size:.1f} MB")
+    shown = f", {len(gallery['lists']['gallery']):,} of {gallery['candidates']:,} recorded connections" if gallery["candidates"] else ""
+    print(f"{output}: {', '.join(run.name for run in runs)}{shown}, {output.stat().st_size / 1e6:.1f} MB")
     return 0

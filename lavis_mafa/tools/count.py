@@ -1,4 +1,4 @@
-"""How many hardest negatives are false ones (MAFA section 3, Tables 1 and 9, Figures 2 and 5): counted, as JSON, table and plot."""
+"""How many hardest negatives are false ones (MAFA section 3, Tables 1 and 9, Figures 2 and 5): counted, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from lavis_mafa.distributed import gather_objects, rank, world_size
@@ -27,7 +26,6 @@ from lavis_mafa.tools.candidates import (
     reason_of,
     shuffled_pairs,
 )
-from lavis_mafa.tools.curves import as_png
 from lavis_mafa.tools.judges import Given
 
 SIDES = ("image", "text")  # whose negatives: with respect to images, with respect to texts
@@ -288,7 +286,7 @@ def format_count(results: dict[str, Any]) -> str:
     threshold = ways[0]["false_negatives"][0]["threshold"]
     corrected = f", times {results['correction']:g} (human correction)" if results["correction"] != 1.0 else ""
     judge, margin, kind = results["judge"], results["margin"], _kind(results)
-    who = _capital(judge)
+    who = capital(judge)
     rule = f"{judge} says p > {threshold:g}" if margin is None else f"{judge}'s cosine is above the own pair's{below(margin)}"
     lines = [f"False negatives among the hardest negatives of {results['samples']:,} pairs: {rule}{corrected}"]
     if results["meaningless"]:
@@ -326,6 +324,17 @@ def format_count(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def median_words(results: dict[str, Any]) -> str:
+    """The medians that tell whether the judge can be trusted, in a line."""
+    hardest = [row["medians"]["hardest"] for row in results["ways"] if row["medians"]["hardest"] is not None]
+    own, shuffled = (_p(results["medians"][name]) for name in ("own", "shuffled"))
+    said = f"{capital(results['judge'])}'s median {_kind(results)}: own pairs {own}, shuffled {shuffled}"
+    if not hardest:
+        return said
+    low, high = _p(min(hardest)), _p(max(hardest))
+    return f"{said}, hardest negatives {low}{'' if low == high else f' to {high}'}"
+
+
 def _kind(results: dict[str, Any]) -> str:
     """What the judge's scores are."""
     return "p" if results["margin"] is None else "cosine"
@@ -336,7 +345,8 @@ def below(margin: float) -> str:
     return f" less {margin:g}" if margin else ""
 
 
-def _capital(words: str) -> str:
+def capital(words: str) -> str:
+    """The first letter in upper case, the others as they are."""
     return words[:1].upper() + words[1:]
 
 
@@ -351,67 +361,3 @@ def _p(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-# --- as a plot ----------------------------------------------------------------------------------------------------------
-
-
-def count_plot(results: dict[str, Any]) -> bytes:
-    """PNG: shares of false negatives over B and over M (MAFA Figures 2 and 5), and Con-D's calibration.
-
-    A panel for each of B and M that has several values (B alone if neither has), one more where the truth is known.
-    """
-    ways = results["ways"]
-    panels = [name for name in ("batch_size", "search_space") if len({row[name] for row in ways} - {None}) > 1] or ["batch_size"]
-    panels += ["truth"] if "truth" in ways[0] else []
-    figure = Figure(figsize=(4.4 * len(panels), 3.4), layout="constrained", dpi=110)
-    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        if panel == "truth":
-            _plot_calibration(axis, ways)
-        else:
-            _plot_shares(axis, ways, panel)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    hardest = [row["medians"]["hardest"] for row in ways if row["medians"]["hardest"] is not None]
-    own, shuffled = (_p(results["medians"][kind]) for kind in ("own", "shuffled"))
-    said = f"{_capital(results['judge'])}'s median {_kind(results)}: own pairs {own}, shuffled {shuffled}"
-    said += f", hardest negatives {min(hardest):.3f} to {max(hardest):.3f}" if hardest else ""
-    meaningless = results["meaningless"]
-    figure.suptitle(f"MEANINGLESS: {meaningless}" if meaningless else said, fontsize=7, color="red" if meaningless else "black")
-    return as_png(figure)
-
-
-def _plot_shares(axis: Any, ways: list[dict[str, Any]], over: str) -> None:
-    """One colour a line of settings; solid with respect to images, dashed to texts. Over M, random batches are level lines."""
-    other = "search_space" if over == "batch_size" else "batch_size"
-    ticks = sorted({row[over] for row in ways} - {None})
-    for colour, (sampling, fixed) in enumerate(sorted({(row["sampling"], row[other]) for row in ways}, key=str)):
-        rows = [row for row in ways if (row["sampling"], row[other]) == (sampling, fixed)]
-        level = over == "search_space" and sampling == "random"
-        for side, style in zip(SIDES, ("-", "--"), strict=True):
-            points = sorted((row[over] or 0, 100 * (row["false_negatives"][0][f"wrt_{side}_share"] or 0.0)) for row in rows)
-            xs, ys = (ticks, points[:1] * len(ticks)) if level else ([x for x, _ in points], points)
-            label = _label(sampling, other, fixed) if style == "-" else None
-            marker = "" if level else "o"
-            axis.plot(xs, [y for _, y in ys], style, marker=marker, markersize=3.5, color=f"C{colour}", label=label, linewidth=1.6)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axis.minorticks_off()
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("batch size B" if over == "batch_size" else "search space M", fontsize=8)
-    axis.set_title("false negatives, % (dashed: w.r.t. text)", fontsize=10)
-
-
-def _label(sampling: str, other: str, fixed: int | None) -> str:
-    return sampling if fixed is None else f"{sampling}, {'M' if other == 'search_space' else 'B'} = {fixed:,}"
-
-
-def _plot_calibration(axis: Any, ways: list[dict[str, Any]]) -> None:
-    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    for row in ways:
-        points = [(b["mean_probability"], b["true_share"]) for b in row["truth"]["calibration"] if b["pairs"]]
-        label = _label(row["sampling"], "search_space", row["search_space"]) + f", B = {row['batch_size']:,}"
-        axis.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3.5, label=label, linewidth=1.6)
-    axis.set_xlabel("probability, by who judges", fontsize=8)
-    axis.set_title("share that truly matches", fontsize=10)

@@ -15,11 +15,12 @@ from lavis_mafa.distributed import rank
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import write_bytes, write_text
 from lavis_mafa.tools.candidates import Known, progress_bar
-from lavis_mafa.tools.count import Count, count_false_negatives, count_plot, count_results, format_count, samplings
+from lavis_mafa.tools.count import Count, count_false_negatives, count_results, format_count, samplings
+from lavis_mafa.tools.count_plots import count_plot
 from lavis_mafa.tools.marks import factor_of
 from lavis_mafa.tools.passes import Pass, Unjudged, judging
+from lavis_mafa.tools.run_files import COUNTED
 
-COUNTED = "count.json"
 Same = Literal["count", "exclude"]
 
 

@@ -14,23 +14,23 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
 TITLES = {
     "loss": "Total loss",
     "loss_itc": "ITC loss",
-    "loss_imc": "Within images, within texts (TCL's IMC)",
-    "loss_lmi": "Wholes and their parts (TCL's LMI)",
+    "loss_imc": "IMC loss: within images, within texts (TCL)",
+    "loss_lmi": "LMI loss: wholes and their parts (TCL)",
     "loss_itm": "ITM loss",
     "loss_mlm": "MLM loss",
     "loss_lm": "LM loss",
     "false_negative_share": "False share of the hardest negatives",
-    "new_positive_share": "New positives, share of candidates",
-    "ambiguous_share": "Ambiguous, share of candidates",
-    "con_d_precision": "Con-D's precision",
-    "con_d_recall": "Con-D's recall",
-    "itm_accuracy_positive": "ITM accuracy on positive pairs",
-    "itm_accuracy_negative": "ITM accuracy on negative pairs",
+    "new_positive_share": "New positives, share of the hardest negatives",
+    "ambiguous_share": "Ambiguous, share of the hardest negatives",
+    "con_d_precision": "Con-D's precision, every sighting",
+    "con_d_recall": "Con-D's recall, every sighting",
+    "itm_accuracy_positive": "Matching head, right on positives",
+    "itm_accuracy_negative": "Matching head, right on negatives",
     "temperature": "Temperature",
     "learning_rate": "Learning rate",
     "samples_per_second": "Samples a second",
@@ -49,16 +49,37 @@ Records = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Palette:
+    """What a plot is drawn with: text, grid, and a colour for each series."""
+
+    ink: str
+    grid: str
+    lines: list[str]
+
+    def style(self) -> Any:
+        """The settings of matplotlib to draw with it."""
+        colours: Any = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), self.ink)
+        sizes: Any = {"font.size": 9.0, "axes.labelsize": 9.0, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.fontsize": 8.5}
+        return matplotlib.rc_context(
+            {**colours, **sizes, "axes.edgecolor": self.grid, "legend.frameon": False, "text.parse_math": False}
+        )
+
+
+PAGE, PRINT = Palette(INK, GRID, LINES), Palette("#333333", "#dddddd", COLOURS)
+
+
+@dataclass(frozen=True)
 class Plot:
-    """One plot of the page; ``summary`` says in words what a reader who does not see it has to know."""
+    """One plot of the page; ``summary`` says in words what a reader who does not see it has to know; ``note`` stands below it."""
 
     title: str
     summary: str
     svg: Markup
+    note: str = ""
 
 
-def curves(runs: dict[str, Records]) -> tuple[list[Plot], list[Plot]]:
-    """One plot for each loss and share that some run logged; and those of the less asked metrics."""
+def curves(runs: dict[str, Records], notes: dict[str, str] | None = None) -> tuple[list[Plot], list[Plot]]:
+    """One plot for each loss and share that some run logged; and those of the less asked metrics. ``notes`` of some metrics."""
     logged = {n for records in runs.values() for r in records for n, v in r.items() if isinstance(v, int | float)}
     names = [*(n for n in TITLES if n in logged), *sorted(n for n in logged - set(TITLES) if n.startswith("loss"))]
     first: list[Plot] = []
@@ -66,67 +87,73 @@ def curves(runs: dict[str, Records]) -> tuple[list[Plot], list[Plot]]:
     for number, name in enumerate(names):
         lines = {run: _line(records, name) for run, records in runs.items()}
         figure = Figure(figsize=(4.0, 2.5), layout="constrained")
-        with matplotlib.rc_context(_style()):
-            axis = figure.subplots()
-            _draw(axis, lines, LINES)
-            if name.endswith(SHARES):
-                axis.set_ylim(0, max(0.01, axis.get_ylim()[1]))
-                axis.yaxis.set_major_formatter(PercentFormatter(1))
+        with PAGE.style():
+            _draw(figure.subplots(), name, lines, PAGE)
         ends = (f"{run} from {y[0]:.3g} to {y[-1]:.3g}" for run, (_, y) in lines.items() if len(y))
         summary = f"{_title(name)} over samples seen: {'; '.join(ends)}."
-        (less if name in LESS_ASKED else first).append(Plot(_title(name), summary, as_svg(figure, f"curve-{number}")))
+        plot = Plot(_title(name), summary, as_svg(figure, f"curve-{number}"), (notes or {}).get(name, ""))
+        (less if name in LESS_ASKED else first).append(plot)
     return first, less
 
 
-def score_histogram(run: str, number: int, scores: list[tuple[float, bool | None]], threshold: float, ambiguous: float) -> Plot:
-    """How Con-D's scores are spread, with the thresholds of ``model.ecm``; stacked by truth where it is known.
+def score_histogram(
+    run: str, number: int, scores: list[tuple[float, bool | None]], threshold: float, ambiguous: float, judge: str = "Con-D"
+) -> Plot:
+    """How a judge's scores are spread, with the thresholds of ``model.ecm``; stacked by truth where it is known.
 
     Args:
         run: its name. number: tells its plot from other runs' in the page.
         scores: of each pair the match probability and whether it truly matches.
     """
-    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
     values, known = np.array([p for p, _ in scores]), np.array([true is True for _, true in scores])
-    parts = [(values[known], GOOD, 0.9), (values[~known], LINES[0], 0.55)] if known.any() else [(values, LINES[0], 0.75)]
-    marks = [(threshold, 0.99, f"positive above {threshold:g}", threshold <= 0.7)]
+    marks = [(threshold, f"positive above {threshold:g}", threshold <= 0.7)]
     if ambiguous < threshold:
-        marks.append((ambiguous, 0.88, f"negative up to {ambiguous:g}", ambiguous < 0.3))
-    with matplotlib.rc_context(_style()):
+        marks.append((ambiguous, f"negative up to {ambiguous:g}", ambiguous < 0.3))
+    figure = Figure(figsize=(4.8, 2.5), layout="constrained")
+    with PAGE.style():
         axis = figure.subplots()
-        bins, below = np.linspace(0, 1, 51), np.zeros(50)
-        for part, colour, alpha in parts:
-            count, _ = np.histogram(part, bins)
-            axis.bar(bins[:-1], count, width=0.0185, align="edge", bottom=below, color=colour, alpha=alpha, linewidth=0)
-            below += count
-        axis.set_ylim(0, max(float(below.max()), 1.0) * 1.22)
-        for place, height, words, to_the_right in marks:
-            axis.axvline(place, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
-            axis.annotate(
-                words,
-                (place, height),
-                (4 if to_the_right else -4, 0),
-                xycoords=("data", "axes fraction"),
-                textcoords="offset points",
-                va="top",
-                ha="left" if to_the_right else "right",
-                color=INK,
-            )
-        _finish(axis, "Con-D's match probability")
+        if ambiguous < threshold:
+            axis.axvspan(ambiguous, threshold, color=INK, alpha=0.1, linewidth=0)
+        draw_histogram(axis, values, known, np.linspace(0, 1, 51), marks)
+        finish(axis, f"{judge}'s match probability")
         axis.set_xlim(0, 1)
     shares = f"{(values > threshold).mean():.1%} are above {threshold:g}, {(values <= ambiguous).mean():.1%} not above {ambiguous:g}"
-    return Plot(run, f"{len(values)} scores: {shares}.", as_svg(figure, f"scores-{number}"))
+    between = float(((values > ambiguous) & (values <= threshold)).mean())
+    note = f"{between:.1%} of {len(values):,} pairs are ambiguous, in the shaded zone." if ambiguous < threshold else ""
+    return Plot(run, f"{len(values)} scores: {shares}.", as_svg(figure, f"scores-{number}"), note)
+
+
+def draw_histogram(axis: Axes, values: Any, known: Any, bins: Any, marks: list[tuple[float, str, bool]]) -> None:
+    """[n] values in ``bins``, those that are ``known`` (bool [n]) to match apart, with dashed lines.
+
+    Each mark has a place, what it means, and whether that stands to the right of it.
+    """
+    below, width = np.zeros(len(bins) - 1), 0.925 * (bins[1] - bins[0])
+    parts = [(values[known], GOOD, 0.9), (values[~known], LINES[0], 0.55)] if known.any() else [(values, LINES[0], 0.75)]
+    for part, colour, alpha in parts:
+        count, _ = np.histogram(part, bins)
+        axis.bar(bins[:-1], count, width=width, align="edge", bottom=below, color=colour, alpha=alpha, linewidth=0)
+        below += count
+    axis.set_ylim(0, max(float(below.max()), 1.0) * 1.22)
+    axis.set_ylabel("pairs")
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    for line, (place, words, to_the_right) in enumerate(marks):
+        axis.axvline(place, color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        where: dict[str, Any] = {"xy": (place, 0.99 - 0.11 * line), "xytext": (4 if to_the_right else -4, 0)}
+        coordinates: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axis.annotate(words, **where, **coordinates, va="top", ha="left" if to_the_right else "right", color=INK)
 
 
 def training_curves(runs: dict[str, Records]) -> bytes:
     """The main curves side by side, as PNG: one panel a metric, one line a run, over samples seen."""
     names = ("loss_itc", "loss_itm", "loss_mlm", "false_negative_share")
     figure = Figure(figsize=(12, 2.8), layout="constrained", dpi=110)
-    with matplotlib.rc_context(_style("#333333", "#dddddd")):
+    with PRINT.style():
         axes = figure.subplots(1, len(names))
         for axis, name in zip(axes, names, strict=True):
-            _draw(axis, {run: _line(records, name) for run, records in runs.items()}, COLOURS, "#dddddd")
+            _draw(axis, name, {run: _line(records, name) for run, records in runs.items()}, PRINT)
             axis.set_title(_title(name), fontsize=10)
-        axes[0].legend(list(runs), fontsize=8)
+        axes[0].legend(list(runs))
         return as_png(figure)
 
 
@@ -203,23 +230,34 @@ def as_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw(axis: Axes, lines: dict[str, tuple[Any, Any]], colours: list[str], grid: str = GRID) -> None:
-    for number, (run, (x, y)) in enumerate(lines.items()):
-        dots: dict[str, Any] = {"marker": "o", "markersize": 3} if len(x) == 1 else {}
-        dash = DASHES[number % len(DASHES)] if len(lines) > 1 else "solid"
-        axis.plot(x, y, label=run, color=colours[number % SERIES], linestyle=dash, linewidth=1.6, **dots)
-    _finish(axis, "samples seen", grid)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+def percentages(axis: Axes, whole: float) -> None:
+    """The y axis from 0, in per cent of ``whole``."""
+    axis.set_ylim(0, max(0.01 * whole, axis.get_ylim()[1]))
+    ticks = 100 / whole * np.asarray(axis.get_yticks())
+    decimals = next((d for d in (0, 1) if np.allclose(ticks, ticks.round(d))), 2)
+    axis.yaxis.set_major_formatter(PercentFormatter(whole, decimals=decimals, symbol=" %"))
 
 
-def _finish(axis: Axes, label: str, grid: str = GRID) -> None:
-    axis.set_xlabel(label)
+def finish(axis: Axes, x: str, grid: str = GRID) -> None:
+    """A label, level grid lines and no frame."""
+    axis.set_xlabel(x)
     axis.grid(axis="y", color=grid, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.tick_params(length=0)
+
+
+def _draw(axis: Axes, name: str, lines: dict[str, tuple[Any, Any]], palette: Palette) -> None:
+    for number, (run, (x, y)) in enumerate(lines.items()):
+        dots: dict[str, Any] = {"marker": "o", "markersize": 3} if len(x) == 1 else {}
+        dash = DASHES[number % len(DASHES)] if len(lines) > 1 else "solid"
+        axis.plot(x, y, label=run, color=palette.lines[number % SERIES], linestyle=dash, linewidth=1.6, **dots)
+    finish(axis, "samples seen", grid=palette.grid)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if name.endswith(SHARES):
+        percentages(axis, 1)
 
 
 def _line(records: Records, name: str) -> tuple[Any, Any]:
@@ -230,12 +268,6 @@ def _line(records: Records, name: str) -> tuple[Any, Any]:
         parts = np.array_split(np.array(points, dtype=np.float64), POINTS)
         points = [tuple(part.mean(axis=0)) for part in parts]
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
-
-
-def _style(ink: str = INK, grid: str = GRID) -> Any:
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    sizes = {"font.size": 9.0, "axes.labelsize": 9.0, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5}
-    return {**colours, **sizes, "axes.edgecolor": grid}
 
 
 def _title(name: str) -> str:

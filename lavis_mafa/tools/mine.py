@@ -467,16 +467,21 @@ def _quartiles(scores: np.ndarray) -> dict[str, float | int | None]:
     return {"pairs": len(scores), **dict(zip(QUARTILES, values, strict=True))}
 
 
-def format_mined(results: dict[str, Any]) -> str:
-    """The tables for a terminal of 100 columns: quartiles of scores, and what was skipped and why."""
-    settings = results["settings"]
-    judge, guide_margin = results["judge"], settings["guide_margin"]
+def rules_words(results: dict[str, Any]) -> str:
+    """When a candidate became a pair."""
+    settings, guide_margin = results["settings"], results["settings"]["guide_margin"]
     rules = f"p > {settings['threshold']:g}" if guide_margin is None else f"above the own pair's cosine{below(guide_margin)}"
     rules += f", at least {settings['margin']:g} of the own pair's" if settings["margin"] else ""
     rules += f", at most {settings['per_image']} an image" if settings["per_image"] is not None else ""
     rules += f", at most {settings['at_most']:,}" if settings.get("at_most") is not None else ""
+    return rules
+
+
+def format_mined(results: dict[str, Any]) -> str:
+    """The tables for a terminal of 100 columns: quartiles of scores, and what was skipped and why."""
+    judge = results["judge"]
     images = f"{results['images_with_new_captions']:,} images"
-    lines = [f"{results['mined']:,} new pairs for {images}, from {results['samples']:,} pairs ({rules})"]
+    lines = [f"{results['mined']:,} new pairs for {images}, from {results['samples']:,} pairs ({rules_words(results)})"]
     if results["meaningless"]:
         lines = [f"MEANINGLESS, since {results['meaningless']}: {judge} cannot judge these data.", *lines]
     if results["doubt"]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,10 +18,13 @@ from lavis_mafa.config.read import flat, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools import curves
+from lavis_mafa.tools.count import capital
+from lavis_mafa.tools.findings import count_section, mine_section, own_plot
 from lavis_mafa.tools.gallery import VERDICTS, Candidate, distinct_candidates, gallery_data, rows_of_all
 from lavis_mafa.tools.render import render
-from lavis_mafa.tools.run_files import Run, last_epoch, open_runs
+from lavis_mafa.tools.run_files import COUNTED, MINED, Run, last_epoch, open_runs
 from lavis_mafa.tools.significance import ITC, METRICS, half_widths
+from lavis_mafa.tools.tables import Table, number
 
 SHOWN = """
     model.arch model.model_type model.ecm.enabled model.ecm.threshold model.ecm.ambiguous_from model.ecm.use_in
@@ -28,14 +32,17 @@ SHOWN = """
     run.grit.enabled run.grit.queue_size run.grit.search_space
     run.batch_size_train run.max_epoch run.init_lr run.precision run.seed
 """.split()
+ABOUT = """
+    judge margin cfg_path options con_d given miner images data samples seed same_image same_text correction settings
+""".split()  # of what count-false-negatives and mine tell, what was asked for
 NOISE = ("run.output_dir", "run.dist_url", "run.rank", "run.gpu", "run.dist_backend")  # differ without meaning anything
 LOSSES = {"loss": "loss", "loss_itc": "ITC", "loss_itm": "ITM", "loss_mlm": "MLM", "loss_lm": "LM"}
 SHARES = {
     "new_positive_share": "new positives",
     "ambiguous_share": "ambiguous",
     "false_negative_share": "false negatives",
-    "con_d_precision": "Con-D precision, all sightings",
-    "con_d_recall": "Con-D recall, all sightings",
+    "con_d_precision": "Con-D precision",
+    "con_d_recall": "Con-D recall",
 }
 SIDES = {"tr": "TR", "txt": "TR", "ir": "IR", "img": "IR"}
 ENDINGS = {**METRICS, "r_mean": "mean"}
@@ -56,26 +63,23 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
         for number, (run, rows) in enumerate(zip(runs, data, strict=True))
     ]
     gallery = gallery_data(runs, data, candidates, at_most)
-    main, less = curves.curves({run.name: run.metrics for run in runs if run.metrics})
-    histograms = []
-    for number, (run, found) in enumerate(zip(runs, candidates, strict=True)):
-        if found:
-            settings = _all_settings(run.config)
-            limits = settings.get("model.ecm.threshold", 0.8), settings.get("model.ecm.ambiguous_from", 0.5)
-            if limits[0] is None:
-                continue
-            histograms.append(curves.score_histogram(run.name, number, [(c.probability, c.true) for c in found], *limits))
+    trained = [run for run in runs if run.mined is None and run.counted is None]
+    main, less = curves.curves({run.name: run.metrics for run in runs if run.metrics}, smoothing_notes(runs))
+    judges = {run.judge for run, found in zip(runs, candidates, strict=True) if found}
     page = render(
         template,
         runs=runs,
-        summary=summary_table([run for run in runs if "mine" not in run.config]),  # which trained nothing
+        summary=summary_table(trained),
+        counted=[count_section(run.name, run.counted, place) for place, run in enumerate(runs) if run.counted is not None],
+        mined=[mine_section(run.name, run.mined) for run in runs if run.mined is not None],
+        judge=judges.pop() if len(judges) == 1 else None,
         settings=settings_table(runs),
-        yamls={run.name: OmegaConf.to_yaml(run.config) for run in runs},
+        files=dict(map(_file, runs)),
         legend=curves.legend([run.name for run in runs if run.metrics]),
         curves=main,
         more_curves=less,
-        histograms=histograms,
-        evaluations=evaluation_tables(runs),
+        histograms=[plot for place, run in enumerate(runs) if candidates[place] for plot in score_plots(run, place, candidates[place])],
+        evaluations=evaluation_tables(trained),
         truth=truth_table(runs, candidates),
         gallery=gallery,
         version=__version__,
@@ -104,29 +108,69 @@ def pictures_of(runs: list[Run], page: Path) -> dict[str, str]:
     return {name: quote(os.path.relpath(path.resolve(), page.parent.resolve())) for name, path in found.items()}
 
 
+def score_plots(run: Run, place: int, candidates: list[Candidate]) -> list[curves.Plot]:
+    """A judge's scores with the thresholds; of what was mined also against the own pairs' scores. ``place``: of the run on the page."""
+    settings, plots = _all_settings(run), []
+    limits = settings.get("model.ecm.threshold", 0.8), settings.get("model.ecm.ambiguous_from", 0.5)
+    if run.mined is not None:
+        limits = (settings["mine.threshold"],) * 2
+    if "mine.guide_margin" not in settings:  # a guide has a limit of its own for each anchor
+        scores = [(c.probability, c.true) for c in candidates]
+        plots.append(curves.score_histogram(run.name, place, scores, *limits, judge=capital(run.judge)))
+    if run.mined is not None and run.connections is not None:
+        plots.append(own_plot(run.name, run.mined, run.connections, candidates, place))
+    return plots
+
+
+def smoothing_notes(runs: list[Run]) -> dict[str, str]:
+    """Why the losses of runs with smoothed targets are higher (MAFA eq. 5): a floor that no model can get below."""
+    floors: dict[str, list[str]] = {}
+    for run in runs:
+        settings = _all_settings(run)
+        alpha, batch = settings.get("model.itc.smoothing"), settings.get("run.batch_size_train")
+        if alpha and batch and any("loss_itc" in record for record in run.metrics):
+            floor = smoothed_floor(alpha, batch)
+            floors.setdefault(f"smoothed by {alpha:g} over {batch:,} pairs: about {floor:.2f}", []).append(run.name)
+    if not floors:
+        return {}
+    found = "; ".join(f"{', '.join(names)}: {words}" if len(runs) > 1 else words for words, names in floors.items())
+    note = f"Smoothed targets have a floor that a perfect model reaches ({found}), so losses under other smoothing do not compare."
+    return {"loss_itc": note, "loss": "Smoothed targets lift the ITC loss, which is part of this: see there."}
+
+
+def smoothed_floor(alpha: float, candidates: int) -> float:
+    """The least ITC loss against one match among K ``candidates``, smoothed by ``alpha``: the entropy of the target.
+
+    Example:
+        >>> smoothed_floor(0.0, 64), round(smoothed_floor(1.0, 64), 4) == round(math.log(64), 4)
+        (0.0, True)
+    """
+    of_other = alpha / candidates
+    of_own = 1 - alpha + of_other
+    return -sum(count * p * math.log(p) for count, p in ((1, of_own), (candidates - 1, of_other)) if p) or 0.0
+
+
+def _file(run: Run) -> tuple[str, str]:
+    """What a run was told, as it is in its folder: a title and the text."""
+    for name, results in ((MINED, run.mined), (COUNTED, run.counted)):
+        if results is not None:
+            return f"{run.name}: {name}", json.dumps(results, indent=2, ensure_ascii=False)
+    return f"{run.name}: config.yaml", OmegaConf.to_yaml(run.config)
+
+
 # --- tables -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Table:
-    """``best`` holds the (row, column) of every column's largest value, where several rows have one."""
-
-    head: list[str]
-    rows: list[list[str]]
-    caption: str
-    best: set[tuple[int, int]] = field(default_factory=set)
 
 
 def settings_table(runs: list[Run]) -> Table:
     """The settings that tell what was done, and all in which the runs differ."""
-    of_runs = [_all_settings(run.config) for run in runs]
+    of_runs = [_all_settings(run) for run in runs]
     keys = list(dict.fromkeys(key for settings in of_runs for key in settings))
     differ = [k for k in keys if len({repr(s.get(k)) for s in of_runs}) > 1 and k not in NOISE]
-    data = [k for k in keys if k.startswith("datasets.") and ".build_info." in k]
+    data = [k for k in keys if (k.startswith("datasets.") and ".build_info." in k) or k.startswith(("mine.", "count."))]
     shown = list(dict.fromkeys([*(k for k in SHOWN if k in keys), *data, *differ]))
     rows = [[key, *(_setting(s.get(key)) for s in of_runs)] for key in shown]
     best = {(shown.index(key), column) for key in differ for column in range(len(runs) + 1)}
-    return Table(["setting", *(run.name for run in runs)], rows, "Settings, defaults included", best)
+    return Table(["setting", *(run.name for run in runs)], rows, "Settings, defaults included", best if len(runs) > 1 else set())
 
 
 def summary_table(runs: list[Run]) -> Table:
@@ -139,7 +183,7 @@ def summary_table(runs: list[Run]) -> Table:
         model = str(OmegaConf.select(run.config, "model.arch") or "–")
         rows.append([run.name, model, *size, *(number(end.get(n), n in SHARES) for n in shown)])
     head = ["run", "model", "epochs", "samples", *((LOSSES | SHARES)[name] for name in shown)]
-    return Table(head, rows, "Averages over the last epoch; shares are of the hardest negatives")
+    return Table(head, rows, "Averages over the last epoch; shares are of the hardest negatives, Con-D's over every sighting of a pair")
 
 
 def evaluation_tables(runs: list[Run]) -> dict[str, list[Table]]:
@@ -197,28 +241,35 @@ def by_score(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def truth_table(runs: list[Run], candidates: list[list[Candidate]]) -> Table | None:
-    """Con-D's verdicts against the truth: over the distinct recorded pairs, and over all their sightings; None where none is known.
+    """Con-D's verdicts against the truth: of distinct recorded pairs, of all their sightings, and as the summary has it; None of none.
 
-    The two differ, since GRIT brings the same pairs together again, and most often those that do match.
+    They differ, since GRIT brings the same pairs together again, and most often those that do match.
     """
     rows = []
     for run, found in zip(runs, candidates, strict=True):
         truth = {(c.image, c.text): c.true for c in found if c.true is not None}
         if not truth or run.connections is None:
             continue
-        once = [(c.true is True, c.verdict == 2) for c in found if c.true is not None]
-        columns = (run.connections[name].to_pylist() for name in ("image", "text", "verdict"))
-        sightings = [(truth[i, t], verdict == VERDICTS[2]) for i, t, verdict in zip(*columns, strict=True) if (i, t) in truth]
-        for name, judged in (("each pair once", once), ("every sighting", sightings)):
+        judgements = {"each pair once": [(c.true is True, c.verdict == 2) for c in found if c.true is not None]}
+        if run.mined is None:  # which sees each pair once
+            columns = (run.connections[name].to_pylist() for name in ("image", "text", "verdict"))
+            sightings = [(truth[i, t], verdict == VERDICTS[2]) for i, t, verdict in zip(*columns, strict=True) if (i, t) in truth]
+            judgements["every sighting"] = sightings
+        for name, judged in judgements.items():
             score = con_d_score(judged)
             shares = {key: number(score[key], share=True) for key in ("true_share", "precision", "recall")}
             counts = [f"{score['pairs']:,}", shares["true_share"], f"{score['positive']:,}"]
             rows.append([run.name, name, *counts, shares["precision"], shares["recall"]])
+        if run.metrics and "con_d_precision" in (end := last_epoch(run.metrics)):
+            of_last = (number(end.get(name), share=True) for name in ("con_d_precision", "con_d_recall"))
+            rows.append([run.name, "every sighting, last epoch", "–", "–", "–", *of_last])
     head = ["run", "counted", "pairs", "truly match", "judged positive", "precision", "recall"]
-    caption = (
-        "Recorded verdicts of all epochs; the summary has every verdict of the last epoch, by sighting. "
-        "A precision equal to “truly match” is what guessing would reach"
-    )
+    caption = "A precision equal to “truly match” is what guessing would reach"
+    if any(run.connections is not None and run.mined is None for run in runs):
+        caption = (
+            "Recorded verdicts of all epochs; the summary has every verdict of the last one. A pair that matches is often seen again, "
+            f"so that sightings and pairs differ. {caption}"
+        )
     return Table(head, rows, caption) if rows else None
 
 
@@ -234,16 +285,14 @@ def con_d_score(judged: list[tuple[bool, bool]]) -> dict[str, Any]:
     return counts | {name: part / whole if whole else math.nan for name, (part, whole) in shares.items()}
 
 
-def number(value: float | None, share: bool = False, digits: int = 3) -> str:
-    """A number for a cell; a dash where there is none."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.1%}" if share else f"{value:.{digits}f}"
-
-
-def _all_settings(config: DictConfig) -> dict[str, Any]:
-    """Dotted key -> value of the model, run and data blocks; our own blocks with their defaults."""
+def _all_settings(run: Run) -> dict[str, Any]:
+    """Dotted key -> value of the model, run and data blocks, our own with their defaults; of a result what was asked for."""
+    for block, results in (("mine", run.mined), ("count", run.counted)):
+        if results is not None:
+            asked = flat({key: results[key] for key in ABOUT if key in results}, block)
+            return {key.replace(".settings", ""): value for key, value in asked.items() if value not in (None, [])}
     found: dict[str, Any] = {}
+    config = run.config
     for block, known in (("model", MODEL_BLOCKS), ("run", RUN_BLOCKS), ("datasets", {})):
         values = config.get(block)
         if not isinstance(values, DictConfig):

@@ -17,12 +17,15 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.files import runs_with
 
 QUERIES = "_queries.parquet"
-MINED = "mine.json"
+MINED, COUNTED = "mine.json", "count.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder, read whole. What a run did not write is empty, or None for the connections."""
+    """One run folder, read whole. What a run did not write is empty, or None for the connections.
+
+    A folder of ``mine`` or ``count-false-negatives`` is one too; what these found is in ``mined`` and ``counted``.
+    """
 
     name: str
     folder: Path
@@ -30,6 +33,13 @@ class Run:
     metrics: list[dict[str, Any]]
     evaluations: dict[str, dict[str, Any]]
     connections: pa.Table | None
+    mined: dict[str, Any] | None = None
+    counted: dict[str, Any] | None = None
+
+    @property
+    def judge(self) -> str:
+        """Who judged its connections."""
+        return "Con-D" if self.mined is None else str(self.mined["judge"])
 
 
 def open_runs(folders: list[Path]) -> list[Run]:
@@ -118,11 +128,13 @@ def _open_run(folder: Path, name: str) -> Run:
         raise UserError(f"{folder} is no folder; give the folder of a run, such as output/20250131120000.")
     if (folder / MINED).is_file():
         return _open_mined(folder, name)
+    if (folder / COUNTED).is_file():
+        return _open_counted(folder, name)
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     if not metrics and not evaluations:
-        inside = sorted({*runs_with(folder, "metrics.jsonl"), *runs_with(folder, "evaluation.jsonl")})
+        inside = sorted({run for file in ("metrics.jsonl", "evaluation.jsonl", MINED, COUNTED) for run in runs_with(folder, file)})
         hint = f" Did you mean {inside[-1]}?" if inside else " A run writes its first record after run.log_freq steps."
-        raise UserError(f"{folder} has no metrics.jsonl with records, and no evaluation either.{hint}")
+        raise UserError(f"{folder} has no metrics.jsonl with records, no evaluation, and no {MINED} or {COUNTED}.{hint}")
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     return Run(
         name=name,
@@ -152,13 +164,24 @@ def _open_mined(folder: Path, name: str) -> Run:
         raise UserError(f"{folder} holds no whole result of mine: {' '.join(str(error).split())}") from error
     verdict = pc.if_else(above, "positive", "negative")  # Con-D's, whatever became of the pair
     no_epoch = pa.array([-1] * len(table), pa.int64())
-    parts = {column: table[column] for column in ("direction", "image", "text", "probability")}
+    parts = {column: table[column] for column in ("direction", "image", "text", "probability", "own_probability")}
     connections = pa.table({**parts, "verdict": verdict, "epoch": no_epoch, "step": no_epoch, **further})
     connections = connections.filter(pc.and_(pc.greater_equal(table["image"], 0), pc.greater_equal(table["text"], 0)))
     info = {"annotations": {"train": {"storage": str(folder.resolve() / "pairs.parquet")}}, "max_images": rows}
     info["images"] = {"storage": images or str(folder.resolve()), "allow_absolute_paths": True}
     config = {"model": {"ecm": {"threshold": limit, "ambiguous_from": limit}}, "datasets": {"grit_pairs": {"build_info": info}}}
-    return Run(name, folder, OmegaConf.create({**config, "mine": results}), [], {}, connections)
+    return Run(name, folder, OmegaConf.create(config), [], {}, connections, mined=results)
+
+
+def _open_counted(folder: Path, name: str) -> Run:
+    try:
+        results = json.loads((folder / COUNTED).read_text(encoding="utf-8"))
+        missing = [key for key in ("judge", "margin", "meaningless", "medians", "samples", "ways") if key not in results]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / COUNTED} is not readable as JSON: {' '.join(str(error).split())}") from error
+    if missing or not results["ways"]:
+        raise UserError(f"{folder / COUNTED} holds no whole result of count-false-negatives: no {', '.join(missing) or 'ways'}.")
+    return Run(name, folder, OmegaConf.create({}), [], {}, None, counted=results)
 
 
 def _connection_files(run: Path) -> list[Path]:

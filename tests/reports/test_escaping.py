@@ -8,13 +8,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 from omegaconf import OmegaConf
 from PIL import Image
 
 import run_folder
 from lavis_mafa.cli.main import main
+from lavis_mafa.tools.curves import Plot
+from lavis_mafa.tools.findings import Section
 from lavis_mafa.tools.render import TEMPLATES, render
-from lavis_mafa.tools.report import Table
+from lavis_mafa.tools.tables import Table
 
 BITES = [
     "<script>window.bitten = 1</script>",
@@ -118,7 +121,16 @@ def test_the_quickstart_page_shows_text(bite):
         }
         values = {"tables": {"batches": table, "con_d": table, "matching": table}, "about": {text: text}, "gallery": gallery}
         values |= {"runs": [{"name": text, "folder": text}], "summary": table, "settings": table, "evaluations": {text: [table]}}
-        values |= {"yamls": {text: text}, "queries": {text: [1, 2]}, "meaning": {text: text}, "words": {text: [text]}}
+        section = Section(text, text, [text], [table], [Plot(text, text, Markup("<svg></svg>"), text)])
+        values |= {
+            "files": {text: text},
+            "counted": [section],
+            "mined": [section],
+            "judge": text,
+            "queries": {text: [1, 2]},
+            "meaning": {text: text},
+            "words": {text: [text]},
+        }
         return Outline(render("quickstart.html", **values, legend=[{"name": text, "colour": "red", "dashes": ""}] * 2))
 
     found = page(bite)

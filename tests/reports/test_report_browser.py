@@ -60,6 +60,12 @@ DRIVE = """<script>addEventListener("load", async () => {
   seen.unfocusable = controls.filter((e) => e.tabIndex < 0).length;
   seen.live = at("count").getAttribute("aria-live");
   const paper = () => getComputedStyle(document.body).backgroundColor;
+  seen.tables = [...document.querySelectorAll(".scroll")].filter((e) => e.scrollWidth > e.clientWidth).map((e) => {
+    const name = e.querySelector("tbody th"), before = name.getBoundingClientRect();
+    e.scrollLeft = 60;
+    const after = name.getBoundingClientRect(), words = name.scrollWidth <= name.clientWidth;
+    return { shade: getComputedStyle(e).backgroundImage.split("linear-gradient").length - 1, moved: after.left - before.left, words };
+  });
   seen.colours = [1, 2, 3].map(() => { at("theme").click(); return [at("theme").textContent, paper()]; });
   seen.width = [innerWidth, document.documentElement.scrollWidth];
   seen.bitten = window.bitten === true;
@@ -163,7 +169,12 @@ def test_a_phone_a_keyboard_and_both_colours(driven):
     assert seen["width"][1] <= seen["width"][0] == 400
     assert seen["unlabelled"] == seen["unfocusable"] == 0 and seen["live"] == "polite"
     (light, paper), (dark, night), (auto, _) = seen["colours"]
-    assert (light, dark, auto) == ("Light", "Dark", "Auto") and paper != night
+    assert (light, dark, auto) == ("Colours: light", "Colours: dark", "Colours: auto") and paper != night
+
+
+def test_a_table_wider_than_a_phone_says_so_and_keeps_its_first_column(driven):
+    tables = driven[0]["seen"]["tables"]
+    assert tables and all(table == {"shade": 4, "moved": 0, "words": True} for table in tables)
 
 
 def test_marks_are_exported_as_mine_reads_them(driven, tmp_path):

@@ -80,7 +80,10 @@ def test_the_page_counts_each_pair_once_and_by_sighting():
     last = {(direction, i, t): verdict for _, direction, i, t, verdict in sightings}
     columns = dict(zip(("epoch", "direction", "image", "text", "verdict"), map(list, zip(*sightings, strict=True)), strict=True))
     table = pa.table({**columns, "step": [0] * 60, "probability": [0.5] * 60})
-    run, rows = SimpleNamespace(name="mafa", connections=table), SimpleNamespace(matches=lambda i, t: list(map(matches, i, t)))
+    run, rows = (
+        SimpleNamespace(name="mafa", connections=table, metrics=[], mined=None),
+        SimpleNamespace(matches=lambda i, t: list(map(matches, i, t))),
+    )
     found = truth_table([run], [distinct_candidates(0, table, rows)])
     expected = {
         "each pair once": [(matches(i, t), verdict == "positive") for (_, i, t), verdict in last.items()],
