@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lavis_mafa.errors import UserError
 
@@ -35,5 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     for option in arguments.options:
         if resume and option.startswith("run.resume_ckpt_path=") and option not in resume:
             raise UserError(f"--resume is {arguments.resume}, but --options has {option}; give one of them.")
-    run_job(arguments.cfg_path, [*arguments.options, *resume])
+    run_job(arguments.cfg_path, [*arguments.options, *resume], _page)
     return 0
+
+
+def _page(run: Path) -> Path:
+    from lavis_mafa.tools.report import write_run_page  # here: it needs matplotlib and scipy, and not every run has a page
+
+    return write_run_page(run)

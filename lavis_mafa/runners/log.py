@@ -1,4 +1,4 @@
-"""What a run tells while it trains: ``metrics.jsonl``, TensorBoard curves, a bar or plain lines, and a sample of Con-D's verdicts."""
+"""What a run tells while it trains: ``metrics.jsonl``, its trackers, a bar or plain lines, and a sample of Con-D's verdicts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lavis_mafa.distributed import gather_objects
+from lavis_mafa.runners.trackers import Trackers, tag
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 5.0  # short epochs would fill the terminal; metrics.jsonl has every record
@@ -32,15 +33,14 @@ class MetricsLog:
     ``folder`` is None on all ranks but the first; ``samples_per_step`` are those of all ranks, ``total_steps`` those of the run.
     """
 
-    def __init__(self, folder: Path | None, steps_per_epoch: int, samples_per_step: int, total_steps: int) -> None:
-        self.folder, self.steps_per_epoch = folder, steps_per_epoch
+    def __init__(self, folder: Path | None, steps_per_epoch: int, samples_per_step: int, total_steps: int, trackers: Trackers) -> None:
+        self.folder, self.steps_per_epoch, self.trackers = folder, steps_per_epoch, trackers
         self.samples_per_step, self.total_steps = samples_per_step, total_steps
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.pending = self.skipped = self.timed = 0
         self.last_time = time.perf_counter()
         self.last_line = float("-inf")
-        self.writer: Any = None
         self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if folder is not None and sys.stderr.isatty() else None
 
     def add(self, metrics: dict[str, Tensor], skipped: bool = False) -> None:
@@ -98,20 +98,13 @@ class MetricsLog:
         self.last_time, self.timed = time.perf_counter(), 0
 
     def close(self) -> None:
-        for open_one in (self.writer, self.bar):
-            if open_one is not None:
-                open_one.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def _write(self, folder: Path, record: dict[str, Any], done: int, rate: float) -> None:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
-        for name, value in record.items():
-            if name not in ("epoch", "step", "samples_seen"):
-                self.writer.add_scalar(name, value, done)
+        self.trackers.scalars({tag(k): v for k, v in record.items() if k not in ("epoch", "step", "samples_seen")}, done)
         short = " ".join(f"{name} {record[key]:.3f}" for key, name in SHORT.items() if key in record)
         if self.bar is not None:
             self.bar.n = done

@@ -16,11 +16,13 @@ from lavis_mafa import __version__
 from lavis_mafa.config.read import flat, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError
+from lavis_mafa.files import write_text
 from lavis_mafa.tools import curves
 from lavis_mafa.tools.gallery import VERDICTS, Candidate, distinct_candidates, gallery_data, rows_of_all
-from lavis_mafa.tools.run_files import Run, last_epoch
+from lavis_mafa.tools.run_files import Run, last_epoch, open_runs
 from lavis_mafa.tools.significance import ITC, METRICS, half_widths
 
+AT_MOST = 5000  # connections in the gallery
 TEMPLATES = Path(__file__).with_name("page")
 SHOWN = """
     model.arch model.model_type model.ecm.enabled model.ecm.threshold model.ecm.ambiguous_from model.ecm.use_in
@@ -82,6 +84,13 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
         **values,
     )
     return page, gallery
+
+
+def write_run_page(folder: Path) -> Path:
+    """``report.html`` in a run's own folder."""
+    runs, page = open_runs([folder]), folder / "report.html"
+    write_text(page, report_page(runs, AT_MOST, pictures=pictures_of(runs, page))[0])
+    return page
 
 
 def render(template: str, **values: Any) -> str:
