@@ -36,14 +36,14 @@ def surest_connections(recorded: Path, dataset: Any) -> list[Picture]:
 
 
 def _distinct(rows: list[dict[str, Any]], dataset: Any) -> Iterator[Picture]:
-    known: set[tuple[int, int]] = set()
+    """Each caption is shown once."""
+    known: set[str] = set()
     for row in rows:
-        pair = row["image"], row["text"]
+        own, found = (" / ".join(captions_of(dataset, row[side])) for side in ("image", "text"))
         source = image_source_of(dataset, row["image"])
-        if pair in known or len(known) == AT_MOST or source is None:
+        if found in known or len(known) == AT_MOST or source is None:
             continue
-        known.add(pair)
-        own, found = (" / ".join(captions_of(dataset, index)) for index in pair)
+        known.add(found)
         image = load_rgb(source)
         image.thumbnail((SIDE, SIDE))
         yield Picture(image, f"{own} | found: {found} ({row['probability']:.3f})")

@@ -93,6 +93,14 @@ class MetricsLog:
             self._write(self.folder, record, done, rate)
         return record
 
+    def tell_missed(self) -> None:
+        """Of a run that goes on in its folder: what its files have, for trackers that lack it."""
+        for record in _read(self.folder, "metrics.jsonl"):
+            self.trackers.missed(_figures(record), record["epoch"] * self.steps_per_epoch + record["step"])
+        for record in _read(self.folder, "evaluation.jsonl"):
+            done = min((record.pop("epoch") + 1) * self.steps_per_epoch, self.total_steps)
+            self.trackers.missed(evaluation_figures(record.pop("split"), record), done)
+
     def restart_clock(self) -> None:
         """Do not count what happened since the last record (evaluation, building) into the rate."""
         self.last_time, self.timed = time.perf_counter(), 0
@@ -104,7 +112,7 @@ class MetricsLog:
     def _write(self, folder: Path, record: dict[str, Any], done: int, rate: float) -> None:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-        self.trackers.scalars({tag(k): v for k, v in record.items() if k not in ("epoch", "step", "samples_seen")}, done)
+        self.trackers.scalars(_figures(record), done)
         short = " ".join(f"{name} {record[key]:.3f}" for key, name in SHORT.items() if key in record)
         if self.bar is not None:
             self.bar.n = done
@@ -116,6 +124,20 @@ class MetricsLog:
                 *(record["epoch"], record["step"], self.steps_per_epoch, short, record["samples_per_second"]),
                 datetime.timedelta(seconds=int((self.total_steps - done) / max(rate, 1e-9))),
             )
+
+
+def evaluation_figures(split: str, stats: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation, by their tags."""
+    return {f"{split}/{name}": float(v) for name, v in stats.items() if isinstance(v, int | float) or hasattr(v, "item")}
+
+
+def _figures(record: dict[str, Any]) -> dict[str, float]:
+    return {tag(name): value for name, value in record.items() if name not in ("epoch", "step", "samples_seen")}
+
+
+def _read(folder: Path | None, name: str) -> list[dict[str, Any]]:
+    file = None if folder is None else folder / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file is not None and file.is_file() else []
 
 
 class ConnectionRecord:

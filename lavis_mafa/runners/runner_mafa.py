@@ -35,7 +35,7 @@ from lavis_mafa.runners.agreement import check_ranks_agree
 from lavis_mafa.runners.checkpoint import CheckpointFolder, RunState, load_model
 from lavis_mafa.runners.glimpses import samples_given, surest_connections
 from lavis_mafa.runners.loading import BadSamples, GritFeed, check_evaluation_images, eval_loader, patient, train_loader
-from lavis_mafa.runners.log import ConnectionRecord, MetricsLog
+from lavis_mafa.runners.log import ConnectionRecord, MetricsLog, evaluation_figures
 from lavis_mafa.runners.resume import open_run, say_what_differs, unlock
 from lavis_mafa.runners.run_block import run_settings
 from lavis_mafa.runners.step import NonFinite, Stepper, Vote, autocast, losses_of
@@ -285,6 +285,8 @@ class RunnerMafa(RunnerBase):
         if not broadcast_object(found):
             self.state.best_metric, self.state.best_epoch = float("-inf"), None
         logger.info("resuming %s at epoch %d, step %d", path, epoch, step)
+        if self.trackers.names:
+            self.log.tell_missed()
         say_what_differs(settings, self.state.config)
         # it was saved before it was evaluated, which may draw random numbers
         if step == 0:
@@ -311,7 +313,7 @@ class RunnerMafa(RunnerBase):
         for step, samples in enumerate(marked(batches, epoch, first_step), start=first_step):
             samples = self._prepare(samples, epoch, step)
             if step == 0 and self.trackers.names:
-                self.trackers.pictures("samples", samples_given(samples), epoch * steps)
+                self.trackers.pictures("samples", samples_given(samples), epoch * steps + 1)
             self.lr_scheduler.step(cur_epoch=epoch, cur_step=step)
             result = self.stepper(samples, step, steps)
             output, stop = result.output, result.stop
@@ -414,10 +416,7 @@ class RunnerMafa(RunnerBase):
         # LAVIS's tasks and models bring their own
         with autocast(self.settings.precision if isinstance(self.task, MafaTask) else "fp32", self.device):
             stats = evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
-        figures = {
-            name: float(value) for name, value in (stats or {}).items() if isinstance(value, int | float) or hasattr(value, "item")
-        }
-        self.trackers.scalars({f"{split}/{name}": value for name, value in figures.items()}, self.trained)
+        self.trackers.scalars(evaluation_figures(split, stats or {}), self.trained)
         return stats
 
     def _loader(self, split: str) -> Any:

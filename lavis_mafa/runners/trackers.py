@@ -58,6 +58,7 @@ class Tracker(Protocol):
     @staticmethod
     def failures() -> tuple[type[Exception], ...]: ...  # what it raises where it, its server or its disk is gone
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
+    def missed(self, values: Mapping[str, float], step: int) -> None: ...  # of a resumed run: what is before its checkpoint
     def pictures(self, name: str, pictures: list[Picture], step: int) -> None: ...
     def files(self, paths: list[Path]) -> None: ...
     def close(self, code: int) -> None: ...
@@ -84,6 +85,10 @@ class Trackers:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """``values`` by their tags, after ``step`` steps of the run."""
         self._tell("scalars", values, step)
+
+    def missed(self, values: Mapping[str, float], step: int) -> None:
+        """The same from before the checkpoint that a run goes on from, for those that lack it: they are new, or were killed."""
+        self._tell("missed", values, step)
 
     def pictures(self, name: str, pictures: list[Picture], step: int) -> None:
         if pictures:
@@ -163,6 +168,10 @@ class TensorBoard:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # so that a run that is killed loses none
+
+    def missed(self, values: Mapping[str, float], step: int) -> None:
+        """It lacks nothing."""
 
     def pictures(self, name: str, pictures: list[Picture], step: int) -> None:
         for number, picture in enumerate(pictures, start=1):
@@ -181,29 +190,40 @@ class TensorBoard:
 
 
 class _Kept:
-    """A tracker whose own run goes on with ours: ``<run>/<name>.json`` has the id, and of each group of tags the last step it was told.
+    """A tracker whose own run goes on with ours: ``<run>/<name>.json`` has the id, and of each group of tags the last step that it has.
 
-    Neither takes back what it was told after the checkpoint; a resumed run, which makes the same figures again, leaves those out.
+    It takes back nothing that came after the checkpoint; a resumed run, which makes the same figures again, leaves those out.
     """
 
     name: str
+    id: str | None
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / f"{self.name}.json"
         kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.id: str | None = kept.get("id")
-        self.steps: dict[str, int] = kept.get("steps", {})
+        self.id, self.steps = kept.get("id"), kept.get("steps", {})
+
+    def missed(self, values: Mapping[str, float], step: int) -> None:
+        self.scalars(values, step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        raise NotImplementedError
 
     def unknown(self, values: Mapping[str, Any], step: int) -> dict[str, Any]:
         return {name: value for name, value in values.items() if step > self.steps.get(name.split("/")[0], -1)}
 
     def told(self, values: Mapping[str, Any], step: int) -> None:
         self.steps |= {name.split("/")[0]: step for name in values}
+
+    def save(self) -> None:
         write_text(self.path, json.dumps({"id": self.id, "steps": self.steps}))
 
 
 class Wandb(_Kept):
-    """Weights & Biases, below ``<run>/wandb``; login, mode, project, entity, ... are those of its environment (``WANDB_*``)."""
+    """Weights & Biases, below ``<run>/wandb``; login, mode, project, entity, ... are those of its environment (``WANDB_*``).
+
+    Its process writes late: if ours is killed, it has what it had at the last regular end, and a resumed run tells it the rest again.
+    """
 
     name = "wandb"
 
@@ -227,7 +247,7 @@ class Wandb(_Kept):
             config=config,
         )
         self.id = self.run.id
-        self.told({}, first_step)
+        self.save()
         self.run.define_metric("step", hidden=True)  # W&B's own only grows, and a resumed run may have to fill in an evaluation
         self.run.define_metric("*", step_metric="step")
 
@@ -252,6 +272,7 @@ class Wandb(_Kept):
 
     def close(self, code: int) -> None:
         self.run.finish(exit_code=code)
+        self.save()
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         if values := self.unknown(values, step):
@@ -280,7 +301,7 @@ class Mlflow(_Kept):
         experiment = self.client.get_experiment_by_name(name)
         number = self.client.create_experiment(name) if experiment is None else experiment.experiment_id
         self.id = self.client.create_run(number, run_name=folder.name).info.run_id
-        self.told({}, first_step)
+        self.save()
         settings = [Param(key, str(value)[:500]) for key, value in flat(config).items()]  # longer ones are refused by older servers
         for first in range(0, len(settings), 100):  # as many as it takes
             self.client.log_batch(self.id, params=settings[first : first + 100])
@@ -298,6 +319,7 @@ class Mlflow(_Kept):
             now = int(time.time() * 1000)
             self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
             self.told(values, step)
+            self.save()
 
     def pictures(self, name: str, pictures: list[Picture], step: int) -> None:
         if self.unknown({name: pictures}, step):
@@ -305,6 +327,7 @@ class Mlflow(_Kept):
                 self.client.log_image(self.id, picture.image, key=f"{name}/{number}", step=step)
             self.client.log_text(self.id, _captions(pictures), f"captions/{name}_{step}.txt")
             self.told({name: pictures}, step)
+            self.save()
 
     def files(self, paths: list[Path]) -> None:
         for path in paths:
