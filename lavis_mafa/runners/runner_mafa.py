@@ -33,9 +33,8 @@ from lavis_mafa.files import replacing
 from lavis_mafa.models.sanity import ShareWatch
 from lavis_mafa.runners.agreement import check_ranks_agree
 from lavis_mafa.runners.checkpoint import CheckpointFolder, RunState, load_model
-from lavis_mafa.runners.glimpses import samples_given, surest_connections
 from lavis_mafa.runners.loading import BadSamples, GritFeed, check_evaluation_images, eval_loader, patient, train_loader
-from lavis_mafa.runners.log import ConnectionRecord, MetricsLog, evaluation_figures
+from lavis_mafa.runners.log import ConnectionRecord, MetricsLog, evaluation_figures, samples_given, surest_connections
 from lavis_mafa.runners.resume import open_run, say_what_differs, unlock
 from lavis_mafa.runners.run_block import run_settings
 from lavis_mafa.runners.step import NonFinite, Stepper, Vote, autocast, losses_of
