@@ -223,7 +223,10 @@ def _distinct(rows: list[dict[str, Any]], dataset: Any) -> Iterator[Picture]:
         if found in known or len(known) == SHOWN or source is None:
             continue
         known.add(found)
-        image = load_rgb(source)
+        try:
+            image = load_rgb(source)
+        except OSError:  # it was read a while ago; a picture less is no reason to stop
+            continue
         image.thumbnail((SIDE, SIDE))
         yield Picture(image, f"{own} | found: {found} ({row['probability']:.3f})")
 

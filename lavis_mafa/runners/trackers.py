@@ -203,12 +203,6 @@ class _Kept:
         kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
         self.id, self.steps = kept.get("id"), kept.get("steps", {})
 
-    def missed(self, values: Mapping[str, float], step: int) -> None:
-        self.scalars(values, step)
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        raise NotImplementedError
-
     def unknown(self, values: Mapping[str, Any], step: int) -> dict[str, Any]:
         return {name: value for name, value in values.items() if step > self.steps.get(name.split("/")[0], -1)}
 
@@ -260,6 +254,8 @@ class Wandb(_Kept):
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._log(values, step)
+
+    missed = scalars
 
     def pictures(self, name: str, pictures: list[Picture], step: int) -> None:
         self._log({name: [self.wandb.Image(picture.image, caption=picture.caption) for picture in pictures]}, step)
@@ -320,6 +316,8 @@ class Mlflow(_Kept):
             self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
             self.told(values, step)
             self.save()
+
+    missed = scalars
 
     def pictures(self, name: str, pictures: list[Picture], step: int) -> None:
         if self.unknown({name: pictures}, step):
