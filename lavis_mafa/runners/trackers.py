@@ -224,10 +224,9 @@ class Wandb(_Kept):
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int) -> None:
         super().__init__(folder)
         # it would write into the home folder, wait for ever, report its errors to its makers, and print beside our progress bar
-        own = {"CACHE_DIR": f"{folder}/wandb/cache", "DATA_DIR": f"{folder}/wandb/data", "ERROR_REPORTING": "false"}
-        _set_defaults(
-            {f"WANDB_{key}": value for key, value in (own | {"FINISH_TIMEOUT": "60", "LOGIN_TIMEOUT": "60", "CONSOLE": "off"}).items()}
-        )
+        own = {"CACHE_DIR": f"{folder}/wandb/cache", "DATA_DIR": f"{folder}/wandb/data", "ERROR_REPORTING": "false", "CONSOLE": "off"}
+        own |= {"FINISH_TIMEOUT": "60", "LOGIN_TIMEOUT": "60"}
+        _set_defaults("WANDB", own)
         import wandb
 
         self.wandb: Any = wandb
@@ -285,7 +284,7 @@ class Mlflow(_Kept):
         super().__init__(folder)
         # it would not write into a folder, wait four minutes for a server that is gone, and tell its makers about its use
         own = {"ALLOW_FILE_STORE": "true", "HTTP_REQUEST_MAX_RETRIES": "2", "HTTP_REQUEST_TIMEOUT": "20", "DISABLE_TELEMETRY": "true"}
-        _set_defaults({f"MLFLOW_{key}": value for key, value in own.items()})
+        _set_defaults("MLFLOW", own)
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
@@ -342,6 +341,7 @@ def _captions(pictures: list[Picture]) -> str:
     return "".join(f"{number}. {picture.caption}\n" for number, picture in enumerate(pictures, start=1))
 
 
-def _set_defaults(variables: dict[str, str]) -> None:
+def _set_defaults(prefix: str, variables: dict[str, str]) -> None:
+    """Of the environment, by which both libraries take settings whatever their version; the user's own stay."""
     for name, value in variables.items():
-        os.environ.setdefault(name, value)
+        os.environ.setdefault(f"{prefix}_{name}", value)
