@@ -28,7 +28,7 @@ SIGNALLING = Path(__file__).parents[1] / "runs" / "signalling.py"
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """And what our trackers leave in the environment goes with the test."""
+    """No network, and nothing of what trackers of an earlier test have set in the environment."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
