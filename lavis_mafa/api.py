@@ -311,7 +311,7 @@ def train(name: Name, options: Options = (), resume: Name | None = None) -> Run:
     """
     from lavis_mafa.runners.train import train
 
-    return _finished(lambda: train(str(name), _overrides(options), None if resume is None else str(resume)))
+    return _finished(lambda: train(str(name), _overrides(options), None if resume is None else str(resume), _page))
 
 
 def evaluate(what: Run | Name, options: Options = ()) -> dict[str, dict[str, Any]]:
@@ -335,6 +335,12 @@ def evaluate(what: Run | Name, options: Options = ()) -> dict[str, dict[str, Any
     text = str(_folder(what))
     is_yaml = text.endswith((".yaml", ".yml"))
     return _finished(lambda: evaluate(text if is_yaml else Path(text), _overrides(options))).evaluations
+
+
+def _page(run: Path) -> Path:
+    from lavis_mafa.tools.report import write_run_page  # here: it needs matplotlib and scipy
+
+    return write_run_page(run)
 
 
 def _finished(job: Any) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +30,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from lavis_mafa.runners.train import train
 
-    train(arguments.cfg_path, arguments.options, arguments.resume)
+    train(arguments.cfg_path, arguments.options, arguments.resume, _page)
     return 0
+
+
+def _page(run: Path) -> Path:
+    from lavis_mafa.tools.report import write_run_page  # here: it needs matplotlib and scipy, and not every run has a page
+
+    return write_run_page(run)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from lavis_mafa.config.schema import (
     MODEL_DEFAULTS,
     PATHS,
     RUN_BLOCKS,
+    TRACKERS,
     TRUE_OR_FALSE,
     AlbefBlock,
     AlbefTaBlock,
@@ -150,6 +152,7 @@ def check_lavis(config: DictConfig) -> Checked:
     own |= _without_judge_and_teacher(own) if run.evaluate else {}
     model = typed_block("model", own) if own["arch"] in MODEL_BLOCKS else None
     check_combinations(model, run)
+    _raise(_trackers(config.run))
     _raise(_labels(run.task, own["arch"], config.get("datasets") or {}))
     _raise(_questions(run.task, config.get("datasets") or {}))
     _raise(_boxes(run.task, own["arch"], config.get("datasets") or {}))
@@ -310,6 +313,7 @@ def _check_files(settings: dict[str, Any], model: Any, found: Mistakes) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         reason = "that is not a folder" if not nearest.is_dir() else "the right to write there is missing"
         found.add(f"run.output_dir: cannot write in {folder}: {nearest}: {reason}.")
+    found(_raise, _trackers(run))
     absent = {key for key, kind in PATHS.items() if not _is_there(key, kind, at(settings, key), lavis, found)}
     if model is not None:
         found(check_words, model)
@@ -329,6 +333,14 @@ def _check_files(settings: dict[str, Any], model: Any, found: Mistakes) -> None:
     for name, block in settings["datasets"].items():
         if name in SPLITS and isinstance(block, dict) and isinstance(block.get("build_info", {}), dict):
             found(_check_data_files, name, block.get("build_info", {}))
+
+
+def _trackers(run: Any) -> Iterator[str]:
+    """Those of a training that are not installed. A folder of the same name, as W&B makes them, is no package."""
+    for name in () if run.get("evaluate") is True else run.get("trackers") or ():
+        spec = importlib.util.find_spec(name) if name in TRACKERS else None
+        if name in TRACKERS and (spec is None or spec.origin is None):
+            yield f"run.trackers has {name}, which is not installed; pip install {TRACKERS[name]}, or leave it out."
 
 
 def _is_there(key: str, kind: str, value: Any, lavis: bool, found: Mistakes) -> bool:

@@ -25,6 +25,7 @@ MODEL_DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "models"
 LARGEST = 2**31 - 1  # what a 32-bit integer takes
 LARGEST_SEED = 2**32 - 1  # what numpy's takes
 LARGEST_FLOAT = 1e9  # of rates, weights and minutes: far from what a sum in fp32 overflows at
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}  # module -> what pip calls it
 FAMILIES: dict[str, str] = {}  # what a Con-D may be -> whose sizes and parameter names it has; filled below MODEL_BLOCKS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -535,6 +536,9 @@ class RunBlock:
     max_bad_share: float = setting(0.01, "stop when more of the samples cannot be read (checked from 100 samples on)", low=0, high=1)
     # what is written
     output_dir: str = setting("output", "below the working directory unless absolute; each run gets a new folder in it", path="folder")
+    trackers: list[str] = setting(
+        ["tensorboard"], "who else gets figures, pictures and the report ([tracking.md](tracking.md)); []: nobody", choices=TRACKERS
+    )
     log_freq: int = setting(50, "steps between two records of `metrics.jsonl`", low=1)
     save_every_epochs: int = setting(1, "save at the end of every n-th epoch, and of the last", low=1)
     save_every_steps: int | None = setting(None, "also save within an epoch; null: at its end alone", low=1)

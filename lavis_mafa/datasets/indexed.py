@@ -193,6 +193,16 @@ def image_source_of(dataset: Any, index: int) -> Source | None:
     return Path(" and ".join(os.path.join(getattr(dataset, "vis_root", None) or "", name) for name in names))
 
 
+def captions_of(dataset: Any, index: int) -> list[str]:
+    """Those of sample ``index``, as they were written; none where the data set does not tell."""
+    dataset, index = _innermost(dataset, index)
+    if hasattr(dataset, "captions"):
+        return dataset.captions(index)
+    annotation = getattr(dataset, "annotation", None)
+    row = annotation[index] if isinstance(annotation, list) else None
+    return [row["caption"]] if isinstance(row, dict) and isinstance(row.get("caption"), str) else []
+
+
 def _innermost(dataset: Any, index: int) -> tuple[Any, int]:
     """Of concatenated data sets the one that holds sample ``index``, and the sample's number there."""
     while hasattr(dataset, "datasets"):

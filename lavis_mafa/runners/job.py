@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,10 @@ def all_mistakes(name: str, options: list[str], files: bool = True) -> list[str]
     return of_yaml.messages + [message for message in found.messages if message not in of_yaml.messages]
 
 
-def run_job(name: str, options: list[str]) -> Any:
+def run_job(name: str, options: list[str], make_page: Callable[[Path], Path] | None = None) -> Any:
     """Check, then build task, data, model and runner, and run. Returns the runner.
+
+    ``make_page`` writes a page about a finished run's folder, for trackers that keep files.
 
     Raises:
         UserError: a mistake, or ranks that differ. RankLost: another rank died or hangs.
@@ -127,6 +130,7 @@ def run_job(name: str, options: list[str]) -> Any:
             runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_mafa"))
             job_id = datetime.datetime.now().strftime("%Y%m%d%H%M%S")
             runner = runner_class(cfg=cfg, job_id=job_id, task=task, model=model, datasets=datasets)
+            runner.make_page = make_page
             runner.train()
     finally:
         # a group that has lost a rank may wait for it forever

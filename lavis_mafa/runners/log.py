@@ -1,4 +1,4 @@
-"""What a run tells while it trains: ``metrics.jsonl``, TensorBoard curves, a bar or plain lines, and a sample of Con-D's verdicts."""
+"""What a run tells while it trains: ``metrics.jsonl``, its trackers, a bar or plain lines, and a sample of Con-D's verdicts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from lavis.processors.blip_processors import BlipImageBaseProcessor
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from lavis_mafa.datasets.images import load_rgb
+from lavis_mafa.datasets.indexed import captions_of, image_source_of
 from lavis_mafa.distributed import gather_objects
+from lavis_mafa.runners.trackers import Picture, Trackers, tag
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 5.0  # short epochs would fill the terminal; metrics.jsonl has every record
+SHOWN, SIDE = 4, 256  # pictures of an epoch, and their pixels
 # shown in a line, and how they are called there
 SHORT = {"loss": "loss", "loss_itc": "itc", "loss_itm": "itm", "loss_mlm": "mlm", "loss_lm": "lm"}
 SHORT |= {"itm_accuracy_positive": "acc+", "itm_accuracy_negative": "acc-", "new_positive_share": "new+", "false_negative_share": "fn"}
@@ -32,15 +39,14 @@ class MetricsLog:
     ``folder`` is None on all ranks but the first; ``samples_per_step`` are those of all ranks, ``total_steps`` those of the run.
     """
 
-    def __init__(self, folder: Path | None, steps_per_epoch: int, samples_per_step: int, total_steps: int) -> None:
-        self.folder, self.steps_per_epoch = folder, steps_per_epoch
+    def __init__(self, folder: Path | None, steps_per_epoch: int, samples_per_step: int, total_steps: int, trackers: Trackers) -> None:
+        self.folder, self.steps_per_epoch, self.trackers = folder, steps_per_epoch, trackers
         self.samples_per_step, self.total_steps = samples_per_step, total_steps
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.pending = self.skipped = self.timed = 0
         self.last_time = time.perf_counter()
         self.last_line = float("-inf")
-        self.writer: Any = None
         self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if folder is not None and sys.stderr.isatty() else None
 
     def add(self, metrics: dict[str, Tensor], skipped: bool = False) -> None:
@@ -93,25 +99,26 @@ class MetricsLog:
             self._write(self.folder, record, done, rate)
         return record
 
+    def tell_missed(self) -> None:
+        """Of a run that goes on in its folder: what its files have, for trackers that lack it."""
+        for record in _read(self.folder, "metrics.jsonl"):
+            self.trackers.missed(_figures(record), record["epoch"] * self.steps_per_epoch + record["step"])
+        for record in _read(self.folder, "evaluation.jsonl"):
+            done = min((record.pop("epoch") + 1) * self.steps_per_epoch, self.total_steps)
+            self.trackers.missed(evaluation_figures(record.pop("split"), record), done)
+
     def restart_clock(self) -> None:
         """Do not count what happened since the last record (evaluation, building) into the rate."""
         self.last_time, self.timed = time.perf_counter(), 0
 
     def close(self) -> None:
-        for open_one in (self.writer, self.bar):
-            if open_one is not None:
-                open_one.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def _write(self, folder: Path, record: dict[str, Any], done: int, rate: float) -> None:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
-        for name, value in record.items():
-            if name not in ("epoch", "step", "samples_seen"):
-                self.writer.add_scalar(name, value, done)
+        self.trackers.scalars(_figures(record), done)
         short = " ".join(f"{name} {record[key]:.3f}" for key, name in SHORT.items() if key in record)
         if self.bar is not None:
             self.bar.n = done
@@ -123,6 +130,20 @@ class MetricsLog:
                 *(record["epoch"], record["step"], self.steps_per_epoch, short, record["samples_per_second"]),
                 datetime.timedelta(seconds=int((self.total_steps - done) / max(rate, 1e-9))),
             )
+
+
+def evaluation_figures(split: str, stats: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation, by their tags."""
+    return {f"{split}/{name}": float(v) for name, v in stats.items() if isinstance(v, int | float) or hasattr(v, "item")}
+
+
+def _figures(record: dict[str, Any]) -> dict[str, float]:
+    return {tag(name): value for name, value in record.items() if name not in ("epoch", "step", "samples_seen")}
+
+
+def _read(folder: Path | None, name: str) -> list[dict[str, Any]]:
+    file = None if folder is None else folder / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file is not None and file.is_file() else []
 
 
 class ConnectionRecord:
@@ -176,6 +197,49 @@ class ConnectionRecord:
         path = self.folder / f"epoch_{epoch}{part}_rank_{self.rank}.parquet"
         pq.write_table(table, path)
         return path
+
+
+def samples_given(samples: dict[str, Any]) -> list[Picture]:
+    """The first images of a batch as the model gets them, and their captions; none where a sample has another form."""
+    images, texts = samples.get("image"), samples.get("text_input")
+    if not isinstance(images, Tensor) or images.dim() != 4 or texts is None:
+        return []
+    given = zip(images[:SHOWN].cpu(), texts, strict=False)
+    return [Picture(_image(image), str(text)) for image, text in given]
+
+
+def surest_connections(recorded: Path, dataset: Any) -> list[Picture]:
+    """Of an epoch's record the new positives that Con-D is surest of: the image, its own captions, and the one that was found."""
+    table = pq.read_table(recorded, filters=[("verdict", "=", "positive")]).sort_by([("probability", "descending")])
+    return list(_distinct(table.select(["image", "text", "probability"]).to_pylist(), dataset))
+
+
+def _distinct(rows: list[dict[str, Any]], dataset: Any) -> Iterator[Picture]:
+    """Each caption is shown once."""
+    known: set[str] = set()
+    for row in rows:
+        own, found = (" / ".join(captions_of(dataset, row[side])) for side in ("image", "text"))
+        source = image_source_of(dataset, row["image"])
+        if found in known or len(known) == SHOWN or source is None:
+            continue
+        known.add(found)
+        try:
+            image = load_rgb(source)
+        except OSError:  # it was read a while ago; a picture less is no reason to stop
+            continue
+        image.thumbnail((SIDE, SIDE))
+        yield Picture(image, f"{own} | found: {found} ({row['probability']:.3f})")
+
+
+def _image(image: Tensor) -> Image.Image:
+    """[3, H, W], bytes or normalised as LAVIS's processors do without settings of their own."""
+    if image.dtype != torch.uint8:
+        usual = BlipImageBaseProcessor().normalize
+        mean, std = (torch.tensor(values)[:, None, None] for values in (usual.mean, usual.std))
+        image = ((image.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture.thumbnail((SIDE, SIDE))
+    return picture
 
 
 def _words(names: list[str], codes: Tensor) -> pa.Array:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 MAY_DIFFER = {
     *("resume_ckpt_path", "rank", "gpu", "world_size", "distributed", "dist_backend", "dist_url", "device", "find_unused_parameters"),
     *("num_workers", "max_steps", "log_freq", "save_every_epochs", "save_every_steps", "keep_checkpoints", "record_connections"),
-    *("max_bad_share", "max_nonfinite_steps", "rank_timeout_minutes", "test_splits", "output_dir"),
+    *("max_bad_share", "max_nonfinite_steps", "rank_timeout_minutes", "test_splits", "output_dir", "trackers"),
 }
 # what a checkpoint's weights stand in for
 ONLY_AT_THE_START = ("model.temperature", "model.pretrained", "model.stage_1", "model.finetuned", "model.load_*", "model.*.init")

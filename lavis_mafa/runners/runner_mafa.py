@@ -10,7 +10,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from lavis_mafa.models.sanity import ShareWatch
 from lavis_mafa.runners.agreement import check_ranks_agree
 from lavis_mafa.runners.checkpoint import CheckpointFolder, RunState, load_model
 from lavis_mafa.runners.loading import BadSamples, GritFeed, check_evaluation_images, eval_loader, patient, train_loader
-from lavis_mafa.runners.log import ConnectionRecord, MetricsLog
+from lavis_mafa.runners.log import ConnectionRecord, MetricsLog, evaluation_figures, samples_given, surest_connections
 from lavis_mafa.runners.resume import open_run, say_what_differs, unlock
 from lavis_mafa.runners.run_block import run_settings
 from lavis_mafa.runners.step import NonFinite, Stepper, Vote, autocast, losses_of
+from lavis_mafa.runners.trackers import Trackers
 from lavis_mafa.runners.watchdog import mark, marked, rank_watch
 from lavis_mafa.tasks.task import MafaTask
 from lavis_mafa.weights import read_weights
@@ -56,6 +57,7 @@ class RunnerMafa(RunnerBase):
     feed: GritFeed  # made with the training loader
     state: RunState
     log: MetricsLog
+    make_page: Callable[[Path], Path] | None = None  # about the run's folder, for trackers that keep files
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: Any, job_id: str) -> None:
         self.settings = task.run if isinstance(task, MafaTask) else run_settings(cfg.run_cfg, ours=False)
@@ -66,6 +68,9 @@ class RunnerMafa(RunnerBase):
         super().__init__(cfg, task, model, datasets, job_id)
         self.checkpoints = CheckpointFolder(self.output_dir, self.settings.keep_checkpoints)
         self.bad_samples = BadSamples(self.output_dir / "bad_samples.jsonl", self.settings.max_bad_share)
+        trackers = self.settings.trackers if rank() == 0 and not self.evaluate_only else []
+        self.trackers = Trackers(trackers, self.output_dir, self.config.to_dict())
+        self.trained = 0  # steps of the run that are done
         self.lost_workers: list[str] = []  # what is known of data loader workers that were killed
 
     # --- what RunnerBase builds differently ------------------------------------------------------------------------
@@ -177,7 +182,7 @@ class RunnerMafa(RunnerBase):
     def train(self) -> None:
         of_lavis = self.config.model_cfg.arch not in MODEL_BLOCKS
         watch = rank_watch(self.settings.rank_timeout_minutes, self.output_dir, self.settings.dist_url)
-        with group_of_one(of_lavis and not self.evaluate_only), watch:
+        with group_of_one(of_lavis and not self.evaluate_only), watch, self.trackers:
             check_ranks_agree(self.config, self.datasets, self._model)
             try:
                 self._train_and_test()
@@ -206,7 +211,15 @@ class RunnerMafa(RunnerBase):
             load_model(self.unwrap_dist_model(self.model), read_weights(path), path)
         for split in self.test_splits:
             self._evaluate_split(split, "last" if best_epoch is None else "best")
+        self._hand_in_files()
         logger.info("finished in %s; files in %s", datetime.timedelta(seconds=int(time.time() - started)), self.output_dir)
+
+    def _hand_in_files(self) -> None:
+        """What the finished run is, and the page about it, for trackers that keep files."""
+        if self.trackers.keep_files:
+            mark("writing the report")
+            pages = [] if self.make_page is None else [self.make_page(self.output_dir)]
+            self.trackers.files([*(self.output_dir / f for f in ("config.yaml", "metrics.jsonl", "evaluation.jsonl")), *pages])
 
     def log_config(self) -> None:
         path = self.output_dir / "config.yaml"
@@ -220,7 +233,7 @@ class RunnerMafa(RunnerBase):
         model, steps = self.model, self.steps_per_epoch  # the model before the optimizer, which looks at its parameters
         total = min(self.max_epoch * steps, self.settings.max_steps or self.max_epoch * steps)
         samples_per_step = self.settings.batch_size_train * world_size()
-        self.log = MetricsLog(self.output_dir if rank() == 0 else None, steps, samples_per_step, total)
+        self.log = MetricsLog(self.output_dir if rank() == 0 else None, steps, samples_per_step, total, self.trackers)
         self.state = RunState(
             model=self.unwrap_dist_model(model),
             optimizer=self.optimizer,
@@ -249,8 +262,11 @@ class RunnerMafa(RunnerBase):
                 model.train()
                 with interrupt.postponed():
                     stopped_step, stop_signal = self._train_epoch(epoch, first_step, total)
-                    self.record.write(epoch, first_step)
+                    recorded = self.record.write(epoch, first_step)
                     self._save_epoch(epoch, stopped_step, stop_signal, total)
+                self.trained = epoch * steps + (stopped_step or steps)
+                if recorded is not None and self.trackers.names:
+                    self.trackers.pictures("connections", surest_connections(recorded, self.state.dataset), self.trained)
                 self._validate(epoch, whole=stopped_step is None)
                 if stopped_step is not None:
                     break
@@ -263,10 +279,13 @@ class RunnerMafa(RunnerBase):
         if path is None:
             return 0, 0
         epoch, step, settings = self.state.restore(path)
+        self.trained = self.trackers.first_step = epoch * self.steps_per_epoch + step
         found = rank() == 0 and self.checkpoints.take_best_along(path, self.state.best_epoch, self.state.best_metric)
         if not broadcast_object(found):
             self.state.best_metric, self.state.best_epoch = float("-inf"), None
         logger.info("resuming %s at epoch %d, step %d", path, epoch, step)
+        if self.trackers.names:
+            self.log.tell_missed()
         say_what_differs(settings, self.state.config)
         # it was saved before it was evaluated, which may draw random numbers
         if step == 0:
@@ -292,6 +311,8 @@ class RunnerMafa(RunnerBase):
         batches = patient(self.train_loader, first_step, lost=self.lost_workers.append)
         for step, samples in enumerate(marked(batches, epoch, first_step), start=first_step):
             samples = self._prepare(samples, epoch, step)
+            if step == 0 and self.trackers.names:
+                self.trackers.pictures("samples", samples_given(samples), epoch * steps + 1)
             self.lr_scheduler.step(cur_epoch=epoch, cur_step=step)
             result = self.stepper(samples, step, steps)
             output, stop = result.output, result.stop
@@ -393,7 +414,9 @@ class RunnerMafa(RunnerBase):
         model = self.unwrap_dist_model(self.model)
         # LAVIS's tasks and models bring their own
         with autocast(self.settings.precision if isinstance(self.task, MafaTask) else "fp32", self.device):
-            return evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
+            stats = evaluate_split(self.task, model, loader, self.datasets[split], split, epoch, self.output_dir, self.cuda_enabled)
+        self.trackers.scalars(evaluation_figures(split, stats or {}), self.trained)
+        return stats
 
     def _loader(self, split: str) -> Any:
         if split == "train":

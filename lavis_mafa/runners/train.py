@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from lavis_mafa.files import run_checkpoint, runs_with
 from lavis_mafa.runners.job import run_job
 
 
-def train(name: str, options: Sequence[str], resume: str | None = None) -> Any:
+def train(name: str, options: Sequence[str], resume: str | None = None, make_page: Callable[[Path], Path] | None = None) -> Any:
     """Train as a YAML says. Returns the runner.
 
     Args:
         resume: ``auto``, a checkpoint or a run's folder, to go on from.
+        make_page: writes a page about the finished run, for trackers that keep files.
 
     Raises: as :func:`lavis_mafa.runners.job.run_job`.
     """
@@ -33,7 +34,7 @@ def train(name: str, options: Sequence[str], resume: str | None = None) -> Any:
     for option in options:
         if resumed and option.startswith("run.resume_ckpt_path=") and option not in resumed:
             raise UserError(f"--resume is {resume}, but --options has {option}; give one of them.")
-    return _run(name, [*options, *resumed])
+    return _run(name, [*options, *resumed], make_page)
 
 
 def evaluate(what: str | Path, options: Sequence[str]) -> Any:
@@ -72,9 +73,9 @@ def _of_run(folder: Path) -> tuple[str, list[str]]:
     return str(file), [*options, *(["run.valid_splits=[]"] if at(settings, "run.test_splits") else [])]
 
 
-def _run(name: str, options: list[str]) -> Any:
+def _run(name: str, options: list[str], make_page: Callable[[Path], Path] | None = None) -> Any:
     with as_before():
-        return run_job(name, options)
+        return run_job(name, options, make_page)
 
 
 @contextlib.contextmanager

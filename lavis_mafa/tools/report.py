@@ -17,6 +17,7 @@ from lavis_mafa import __version__
 from lavis_mafa.config.read import flat, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError
+from lavis_mafa.files import write_text
 from lavis_mafa.tools import curves
 from lavis_mafa.tools.count import capital
 from lavis_mafa.tools.findings import count_section, mine_section, own_plot
@@ -26,6 +27,7 @@ from lavis_mafa.tools.run_files import COUNTED, MINED, Run, last_epoch, open_run
 from lavis_mafa.tools.significance import ITC, METRICS, half_widths
 from lavis_mafa.tools.tables import Table, number
 
+AT_MOST = 5000  # connections in the gallery
 SHOWN = """
     model.arch model.model_type model.ecm.enabled model.ecm.threshold model.ecm.ambiguous_from model.ecm.use_in
     model.discriminator.arch model.discriminator.checkpoint model.itc.smoothing model.itm.negatives
@@ -88,7 +90,7 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
     return page, gallery
 
 
-def write_report(folders: Sequence[Path], output: Path, at_most: int) -> tuple[list[Run], dict[str, Any]]:
+def write_report(folders: Sequence[Path], output: Path, at_most: int = AT_MOST) -> tuple[list[Run], dict[str, Any]]:
     """Write the page about runs to ``output``; returns them, and the data of its gallery. Raises UserError: it cannot be written."""
     if output.is_dir():
         raise UserError(f"--output: {output} is a folder; give a file, such as {output / 'report.html'}.")
@@ -96,10 +98,17 @@ def write_report(folders: Sequence[Path], output: Path, at_most: int) -> tuple[l
     page, gallery = report_page(runs, at_most, pictures=pictures_of(runs, output))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
+        write_text(output, page)
     except OSError as error:
         raise UserError(f"--output: cannot write {output}: {error.strerror}.") from error
     return runs, gallery
+
+
+def write_run_page(folder: Path) -> Path:
+    """``report.html`` in a run's own folder."""
+    page = folder / "report.html"
+    write_report([folder], page)
+    return page
 
 
 def pictures_of(runs: list[Run], page: Path) -> dict[str, str]:

@@ -112,7 +112,7 @@ def test_a_resume_without_changes_says_nothing_of_settings(trained, tmp_path, ca
 
 SEEN_OTHERWISE = "resume_ckpt_path rank gpu world_size distributed dist_backend dist_url device find_unused_parameters output_dir"
 SEEN_OTHERWISE += " num_workers max_steps log_freq save_every_epochs save_every_steps keep_checkpoints record_connections"
-SEEN_OTHERWISE += " max_bad_share max_nonfinite_steps rank_timeout_minutes test_splits"
+SEEN_OTHERWISE += " max_bad_share max_nonfinite_steps rank_timeout_minutes test_splits trackers"
 
 
 def saved_run(parent: Path, name: str, config: dict, when: int) -> Path:

@@ -106,6 +106,10 @@ def _begin(arguments: list[str], cwd: str, environment: dict[str, str], said: li
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # of data loaders; a child of the server has the server's
+    if "wandb" in sys.modules:  # timm imports it; the folder that it makes for that goes with the first child that ends
+        from wandb.sdk.data_types._private import MEDIA_TMP
+
+        os.makedirs(MEDIA_TMP.name, exist_ok=True)
     code: Any = 0
     try:
         if arguments[0] == "-m":
