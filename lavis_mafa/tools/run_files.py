@@ -50,6 +50,12 @@ def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
     return {record["split"]: record for record in _json_lines(run / "evaluation.jsonl")}
 
 
+def run_evaluations(run: Path, epochs: set[Any]) -> dict[str, dict[str, float]]:
+    """The metrics of each split's last evaluation at one of the ``epochs``: its number, or a word such as "best"."""
+    records = [record for record in _json_lines(run / "evaluation.jsonl") if record["epoch"] in epochs]
+    return {record["split"]: {key: value for key, value in record.items() if isinstance(value, float)} for record in records}
+
+
 def read_connections(run: Path) -> pa.Table:
     """All recorded verdicts of all epochs and ranks; raises UserError where there are none, or a file is damaged."""
     tables = []
