@@ -1,4 +1,4 @@
-"""``lavis-mafa export CHECKPOINT --for albef_vqa --output X.pth``: a checkpoint for LAVIS's own classes, for transformers, or to share."""
+"""``lavis-mafa export CHECKPOINT --for albef_vqa --output X.pth``: for LAVIS's own classes, transformers, or sharing."""
 
 from __future__ import annotations
 

@@ -42,10 +42,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     where, shared = f"{folder / CONFIG}: {OURS}", (config_of(folder) or {}).get(OURS)
     if not isinstance(shared, dict):
         raise UserError(f"{folder} has no {CONFIG} with a block {OURS}; allowed: a folder that `lavis-mafa export --for hub` wrote.")
-    model, processors = shared.get("model"), shared.get("processors")
-    if not isinstance(model, dict) or not isinstance(processors, dict) or model.get("arch") not in MODEL_BLOCKS:
+    model, processors = shared_model(folder), shared.get("processors")
+    if model is None or not isinstance(processors, dict) or model.get("arch") not in MODEL_BLOCKS:
         raise UserError(f"{where} must have processors, and a model with an arch; allowed: {', '.join(MODEL_BLOCKS)}.")
-    model = _placed(model, folder, f"{where}.model")
     for part in model.values() if torch.device(device).type == "cpu" else ():
         if isinstance(part, dict) and part.get("precision") == "fp16":
             part["precision"] = "fp32"
@@ -53,6 +52,13 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     network = registry.get_model_class(settings.arch).from_config(settings)
     image, text = (build_processor(processors.get(part), f"{where}.processors.{part}") for part in ("image", "text"))
     return network.eval().to(device), image, text
+
+
+def shared_model(folder: Path) -> dict[str, Any] | None:
+    """The ``model:`` block of a shared folder, whose weights and words are in it; None for any other. Raises UserError."""
+    shared = (config_of(folder) or {}).get(OURS)
+    model = shared.get("model") if isinstance(shared, dict) else None
+    return _placed(model, folder, f"{folder / CONFIG}: {OURS}.model") if isinstance(model, dict) else None
 
 
 def config_of(folder: Path) -> dict[str, Any] | None:

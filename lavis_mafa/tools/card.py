@@ -18,7 +18,7 @@ from lavis_mafa.files import digest, numbered_checkpoints
 from lavis_mafa.tools.run_files import last_epoch, read_metrics, run_evaluations
 
 TEMPLATE = "card.md.jinja"
-MARKS = re.compile(r"([\\`*_{}\[\]<>()#|!~$&])")  # what Markdown, or a table of it, might take for its own
+MARKS = re.compile(r"([\\`*_\[\]<>#|~$&])")  # what Markdown, or a table of it, might take for its own
 WHAT = {  # arch -> what it is, which family it belongs to, and Hugging Face's name of its task
     "albef_mafa": ("ALBEF, pre-trained or fine-tuned for image-text retrieval", "albef", "feature-extraction"),
     "blip_mafa": ("BLIP, pre-trained or fine-tuned for image-text retrieval", "blip", "feature-extraction"),
@@ -29,11 +29,11 @@ WHAT = {  # arch -> what it is, which family it belongs to, and Hugging Face's n
     "albef_ta_mafa": ("ALBEF after text assignment, from which models of two images start", "albef", None),
     "albef_vqa_mafa": ("ALBEF that answers questions about images", "albef", "visual-question-answering"),
 }
-SETTINGS = {  # what is told of a training, where it is set -> how it is called
+SETTINGS = {  # what is told of a training -> how it is called
     "model.ecm.enabled": "mined connections (ECM)",
-    "model.ecm.threshold": "a hard negative becomes a positive above a match probability of",
-    "model.ecm.ambiguous_from": "and is no negative any more above",
-    "model.discriminator.arch": "Con-D",
+    "model.ecm.threshold": "match probability above which a hard negative becomes a positive",
+    "model.ecm.ambiguous_from": "match probability above which it is no negative",
+    "model.discriminator.arch": "model of Con-D",
     "model.itc.smoothing": "S-ITC's smoothing",
     "model.itc.smooth_when": "which epochs are smoothed",
     "model.itm.negatives": "negatives of ITM",
@@ -53,13 +53,14 @@ SETTINGS = {  # what is told of a training, where it is set -> how it is called
 }
 ONLY_WITH = {"model.ecm": "model.ecm.enabled", "model.discriminator": "model.ecm.enabled", "run.grit": "run.grit.enabled"}
 CURVE = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_lm", "temperature", "itm_accuracy_positive", "itm_accuracy_negative")
-FOUND = {  # of the last epoch, shares -> what they are
+FOUND = {  # shares of the last epoch -> what they are of
     "false_negative_share": "of the chosen hard negatives are false, by the truth of the data",
-    "new_positive_share": "of them Con-D made positives",
-    "ambiguous_share": "of them it found ambiguous",
-    "con_d_precision": "of what it made positives is right, by the truth of the data",
-    "con_d_recall": "of the false ones it found",
+    "new_positive_share": "of the chosen hard negatives became positives, since Con-D says that they match",
+    "ambiguous_share": "of the chosen hard negatives were ambiguous to Con-D",
+    "con_d_precision": "of the new positives do match, by the truth of the data",
+    "con_d_recall": "of the false negatives became positives, by the truth of the data",
 }
+NOT_IN_FRONT = ("itc_", "agg_")  # metrics that the table has and a leader board need not have
 
 
 def model_card(name: str, trained: Any, content: dict[str, Any], checkpoint: Path, weights: int, licence: str | None) -> str:
@@ -72,18 +73,18 @@ def model_card(name: str, trained: Any, content: dict[str, Any], checkpoint: Pat
         weights: how many numbers the model has.
         licence: by Hugging Face's name; null: the card asks for one.
     """
-    config, run = content["config"], checkpoint.parent
+    config, run, epoch = content["config"], checkpoint.parent, content.get("epoch")
     what, family, task = WHAT[trained.arch]
-    last = checkpoint in numbered_checkpoints(run)[:1]
-    scores = run_evaluations(run, {content.get("epoch"), "last" if last else "", "best" if "best" in checkpoint.stem else ""})
-    metrics = [record for record in read_metrics(run) if record["epoch"] <= content.get("epoch", -1)]
+    last, best = checkpoint in numbered_checkpoints(run)[:1], checkpoint.stem == "checkpoint_best"
+    scores = run_evaluations(run, {epoch, *(["last"] if last else []), *(["best"] if best else [])})
+    metrics = [record for record in read_metrics(run) if epoch is not None and record["epoch"] <= epoch]
     data = _data(config.get("datasets") or {}, content.get("data") or [])
+    of = ", ".join(row["name"] for row in data) or "unknown"
     results = [
-        EvalResult(
-            task or "image-text-retrieval", data[0]["name"] if data else "unknown", f"{split}", metric, value, dataset_split=split
-        )
+        EvalResult(task or "image-text-matching", of, split, metric, round(value, 4), dataset_split=split)
         for split, record in scores.items()
         for metric, value in record.items()
+        if not metric.startswith(NOT_IN_FRONT)
     ]
     front = ModelCardData(
         license=licence or "unknown",
@@ -91,10 +92,11 @@ def model_card(name: str, trained: Any, content: dict[str, Any], checkpoint: Pat
         tags=["mafa", "vision-language", "image-text", family],
         pipeline_tag=task,
         datasets=[row["name"] for row in data] or None,
-        metrics=sorted({result.metric_type for result in results}) or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
+    mined = getattr(getattr(trained, "ecm", None), "enabled", False)
     end = last_epoch(metrics) if metrics else {}
     return _template().render(
         front=Markup(front.to_yaml()),
@@ -108,14 +110,17 @@ def model_card(name: str, trained: Any, content: dict[str, Any], checkpoint: Pat
         words=trained.max_text_length,
         matches=hasattr(trained, "ecm"),
         queries=hasattr(trained, "qformer"),
-        epoch=content.get("epoch"),
+        mined=mined,
+        epoch=epoch,
+        step=content.get("step"),
         start=_named(trained.pretrained),
         data=data,
         settings=_settings(dataclasses.asdict(trained), config.get("run") or {}, content.get("world_size")),
-        con_d=_named(getattr(getattr(trained, "discriminator", None), "checkpoint", None)),
+        con_d=_named(trained.discriminator.checkpoint) if mined and trained.discriminator else None,
         curve={key: end[key] for key in CURVE if key in end},
         found={text: end[key] for key, text in FOUND.items() if key in end},
         scores=scores,
+        measured=list(dict.fromkeys(metric for record in scores.values() for metric in record)),
     )
 
 

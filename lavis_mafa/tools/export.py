@@ -24,6 +24,7 @@ from lavis_mafa.files import built_folder
 from lavis_mafa.models.albef_nlvr import doubled_weights
 from lavis_mafa.models.albef_vqa import decoder_of
 from lavis_mafa.models.encoders import build_blip_tokenizer, fold_token_type, with_bert
+from lavis_mafa.models.hub import shared_model
 from lavis_mafa.models.momentum import MOMENTUM_PARTS, TEACHERS
 from lavis_mafa.models.vit import EPSILON, resize_positions
 from lavis_mafa.weights import VISION, load_exactly, read_checkpoint, weight_files
@@ -285,7 +286,9 @@ def hf_config(state: State, trained: dict[str, Any], words: Any, source: str) ->
 
 
 def trained_by(path: Path, key: str) -> dict[str, Any]:
-    """The ``model:`` block that a checkpoint of a run keeps beside its weights; empty where there is none."""
+    """The ``model:`` block that a checkpoint of a run, or a shared folder, keeps beside its weights; empty where there is none."""
+    if (shared := shared_model(path)) is not None:
+        return shared
     config = read_checkpoint(weight_files(path, key)[0], key, names_only=True).get("config")
     block = config.get("model") if isinstance(config, dict) else None
     return block if isinstance(block, dict) else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lavis_mafa.files import built_folder, write_text
 from lavis_mafa.models.hub import CONFIG, HERE, OURS, build_processor
 from lavis_mafa.tools.card import model_card
 from lavis_mafa.tools.export import hf_config, hf_names, plain
+from lavis_mafa.tools.hf_blip2 import blip2_config, blip2_names
 from lavis_mafa.weights import read_checkpoint, read_weights, weight_files
 
 HUB = "hub"
@@ -26,6 +28,7 @@ SHARD = "5GB"  # of a larger model's files
 # what rebuilds a model; all else is how it was trained, of which the card tells
 KEPT = ("arch", "model_type", "max_text_length", "embed_dim", "temperature", "prompt")
 PARTS = ("image_encoder", "text_encoder", "qformer", "language_model")
+BLIP2 = ("blip2_mafa", "blip2_opt_mafa")
 SQUEEZING = ("albef_image_eval", "blip_image_eval")  # whole images into a square, as transformers' BlipImageProcessor
 NAMES_ITS_PLACE = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "merges_file", "auto_map")
 
@@ -57,15 +60,17 @@ def share(checkpoint: Path, folder: Path, key: str, licence: str | None = None) 
     words = getattr(model, "opt_tokenizer", None) or model.tokenizer
     processors = _processors(config, trained.image_encoder.image_size)
     image = build_processor(processors["image"], "vis_processor.eval")
-    state, settings = _untied(model.state_dict()), _layout(model, words)
-    named = hf_names(state) if arch == "blip_mafa" else state
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("position_ids")}
+    named = hf_names(state) if arch == "blip_mafa" else blip2_names(state) if arch in BLIP2 else state
     shared = {"version": __version__, "epoch": content.get("epoch"), "model": _block(trained), "processors": processors}
     with built_folder(folder) as partial:
-        save_torch_state_dict(named, partial, max_shard_size=SHARD)
-        write_text(partial / CONFIG, json.dumps({**settings, OURS: shared}, indent=2) + "\n")
+        save_torch_state_dict(named, partial, max_shard_size=SHARD, shared_tensors_to_discard=_second_names(named))
+        write_text(partial / CONFIG, json.dumps({**_layout(model, words), OURS: shared}, indent=2) + "\n")
         _save_words(words, image, processors["image"], partial, with_blip=arch == "blip_mafa")
-        card = model_card(folder.resolve().name, trained, content, checkpoint, sum(v.numel() for v in state.values()), licence)
-        write_text(partial / "README.md", card)
+        weights = sum(value.numel() for value in model.parameters())
+        write_text(partial / "README.md", model_card(folder.resolve().name, trained, content, checkpoint, weights, licence))
+        for file in partial.glob("*.safetensors"):  # which are written for their owner alone
+            shutil.copymode(partial / CONFIG, file)
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -102,12 +107,10 @@ def _block(trained: Any) -> dict[str, Any]:
     return block
 
 
-def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the second names of weights that have two, which a file of safetensors cannot hold."""
-    found: dict[Any, str] = {}
-    for name, value in state.items():
-        found.setdefault((value.data_ptr(), value.shape), name)
-    return {name: state[name] for name in found.values()}
+def _second_names(state: dict[str, Tensor]) -> list[str]:
+    """Of weights that have two names the later ones: safetensors hold a weight once."""
+    first: dict[Any, str] = {}
+    return [name for name, value in state.items() if first.setdefault((value.data_ptr(), value.shape), name) != name]
 
 
 def _processors(config: dict[str, Any], size: int) -> dict[str, Any]:
@@ -125,6 +128,8 @@ def _processors(config: dict[str, Any], size: int) -> dict[str, Any]:
 
 def _layout(model: Any, words: Any) -> dict[str, Any]:
     """``config.json`` as transformers' class of such a model reads it; nothing where there is none."""
+    if model.settings.arch in BLIP2:
+        return blip2_config(model)
     if model.settings.arch != "blip_mafa":
         return {}
     config = hf_config(plain(model.state_dict()), dataclasses.asdict(model.settings), words, "the model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
 def run_evaluations(run: Path, epochs: set[Any]) -> dict[str, dict[str, float]]:
     """The metrics of each split's last evaluation at one of the ``epochs``: its number, or a word such as "best"."""
     records = [record for record in _json_lines(run / "evaluation.jsonl") if record["epoch"] in epochs]
-    return {record["split"]: {key: value for key, value in record.items() if isinstance(value, float)} for record in records}
+    return {
+        record["split"]: {key: value for key, value in record.items() if isinstance(value, float) and math.isfinite(value)}
+        for record in records
+    }
 
 
 def read_connections(run: Path) -> pa.Table:
