@@ -19,8 +19,7 @@ from lavis_mafa.errors import UserError
 from lavis_mafa.files import built_folder, write_text
 from lavis_mafa.models.hub import CONFIG, HERE, OURS, build_processor
 from lavis_mafa.tools.card import model_card
-from lavis_mafa.tools.export import hf_config, hf_names, plain
-from lavis_mafa.tools.hf_blip2 import blip2_config, blip2_names
+from lavis_mafa.tools.export import blip2_config, blip2_names, hf_config, hf_names, plain
 from lavis_mafa.weights import read_checkpoint, read_weights, weight_files
 
 HUB = "hub"
@@ -119,7 +118,7 @@ def _processors(config: dict[str, Any], size: int) -> dict[str, Any]:
     for block in (*datasets.values(), config.get("preprocess") or {}):
         image, text = ((block.get(f"{part}_processor") or {}).get("eval") or {} for part in ("vis", "text"))
         if image.get("name") and text.get("name") and image.get("image_size", size) == size:
-            return {"image": image, "text": text}
+            return {"image": {**image, "image_size": size}, "text": text}
     return {"image": {"name": SQUEEZING[0], "image_size": size}, "text": {"name": "albef_caption"}}
 
 

@@ -201,11 +201,14 @@ def test_figures_are_of_the_shared_weights(tmp_path):
     records = [("val", 0, 1.5), ("val", 1, 2.5), ("val", 2, 3.5), ("test", "best", 4.5)]
     lines = [json.dumps({"split": split, "epoch": epoch, "accuracy": value}) for split, epoch, value in records]
     (tmp_path / "run/evaluation.jsonl").write_text("\n".join(lines))
+    later = json.dumps({"epoch": 2, "step": 9, "samples_seen": 144, "loss": 123.5})
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text("\n".join([*metrics.read_text().splitlines()[:-1], later]))
     assert main(["export", str(path), "--for", "hub", "--output", str(tmp_path / "one")]) == 0
     path = path.rename(path.with_name("checkpoint_best.pth"))
     assert main(["export", str(tmp_path / "run"), "--for", "hub", "--output", str(tmp_path / "best")]) == 0
     one, best = ((tmp_path / name / "README.md").read_text() for name in ("one", "best"))
-    assert "| accuracy | 2.5 |" in one and "| accuracy | 2.5 | 4.5 |" in best and "3.5" not in one + best
+    assert "| accuracy | 2.5 |" in one and "| accuracy | 2.5 | 4.5 |" in best and "3.5" not in one + best  # nor 123.5
 
 
 def test_large_models_come_in_parts(shared, tmp_path, monkeypatch):
@@ -253,7 +256,7 @@ def test_a_folder_is_exported_as_its_checkpoint_is(arch, target, shared, tmp_pat
 def test_an_opt_of_its_own_comes_along(tmp_path):
     """One whose sizes no setting tells; and `language_model.init` finds it in the folder."""
     own = reduced_opt.ours(4, language_model={"init": None, "precision": "fp32", "width": 16, "layers": 1, "heads": 2})
-    own.opt_model.save_pretrained(tmp_path / "opt")
+    own.opt_model.save_pretrained(tmp_path / "opt", safe_serialization=False)
     own.opt_tokenizer.save_pretrained(tmp_path / "opt")
     language_model = {"init": str(tmp_path / "opt"), "freeze": True, "precision": "fp32"}
     model = reduced_opt.ours(5, language_model=language_model)
@@ -324,7 +327,9 @@ def test_transformers_writes_what_ours_writes(shared):
     model, folder = shared("blip2_opt_mafa")
     theirs, side = of_transformers("Blip2ForConditionalGeneration", folder), model.settings.image_encoder.image_size
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    places = [theirs.config.image_token_index] * theirs.config.num_query_tokens if "image_token" in str(type(theirs).generate) else []
+    places = [theirs.config.image_token_index] * theirs.config.num_query_tokens
+    if not hasattr(transformers, "Blip2ForImageTextRetrieval"):
+        places = []  # older versions put the queries before the text themselves
     ids = torch.tensor([[*places, model.opt_tokenizer.bos_token_id]] * 2)
     lines = theirs.generate(pixel_values=images, input_ids=ids, max_new_tokens=6, min_new_tokens=6)[:, -6:]
     wanted = model.generate({"image": images}, num_beams=1, max_length=6, min_length=6)
