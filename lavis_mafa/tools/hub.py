@@ -29,7 +29,8 @@ KEPT = ("arch", "model_type", "max_text_length", "embed_dim", "temperature", "pr
 PARTS = ("image_encoder", "text_encoder", "qformer", "language_model")
 BLIP2 = ("blip2_mafa", "blip2_opt_mafa")
 SQUEEZING = ("albef_image_eval", "blip_image_eval")  # whole images into a square, as transformers' BlipImageProcessor
-NAMES_ITS_PLACE = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "merges_file", "auto_map")
+PROCESSING = ("name", "image_size", "mean", "std", "prompt", "max_words")  # settings of a processor that a folder tells
+OF_A_PLACE = ("name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file", "merges_file", "auto_map")
 
 
 def share(checkpoint: Path, folder: Path, key: str, licence: str | None = None) -> list[str]:
@@ -57,7 +58,7 @@ def share(checkpoint: Path, folder: Path, key: str, licence: str | None = None) 
     trained = typed_block("model", config["model"])
     model = _built(trained, checkpoint, key)
     words = getattr(model, "opt_tokenizer", None) or model.tokenizer
-    processors = _processors(config, trained.image_encoder.image_size)
+    processors = _processors(config, trained.image_encoder.image_size, source)
     image = build_processor(processors["image"], "vis_processor.eval")
     state = {name: value for name, value in model.state_dict().items() if not name.endswith("position_ids")}
     named = hf_names(state) if arch == "blip_mafa" else blip2_names(state) if arch in BLIP2 else state
@@ -112,13 +113,16 @@ def _second_names(state: dict[str, Tensor]) -> list[str]:
     return [name for name, value in state.items() if first.setdefault((value.data_ptr(), value.shape), name) != name]
 
 
-def _processors(config: dict[str, Any], size: int) -> dict[str, Any]:
-    """How images and texts are processed in evaluation, as the run's data or else its model's type have it."""
+def _processors(config: dict[str, Any], size: int, source: str) -> dict[str, Any]:
+    """How images and texts are processed in evaluation, as the run's data or else its model's type have it; raises UserError."""
     datasets = config.get("datasets") or {}
     for block in (*datasets.values(), config.get("preprocess") or {}):
         image, text = ((block.get(f"{part}_processor") or {}).get("eval") or {} for part in ("vis", "text"))
-        if image.get("name") and text.get("name") and image.get("image_size", size) == size:
-            return {"image": {**image, "image_size": size}, "text": text}
+        if not (image.get("name") and text.get("name") and image.get("image_size", size) == size):
+            continue
+        if others := [key for key in (*image, *text) if key not in PROCESSING]:
+            raise UserError(f"{source} was trained with processors that set {others[0]}; allowed for {HUB}: {', '.join(PROCESSING)}.")
+        return {"image": {**image, "image_size": size}, "text": text}
     return {"image": {"name": SQUEEZING[0], "image_size": size}, "text": {"name": "albef_caption"}}
 
 
@@ -151,5 +155,5 @@ def _save_words(words: Any, image: Any, settings: dict[str, Any], folder: Path, 
             images.save_pretrained(folder)
     for file in folder.glob("*_config.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        content = {key: value for key, value in content.items() if key not in NAMES_ITS_PLACE}
+        content = {key: value for key, value in content.items() if key not in OF_A_PLACE}
         write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

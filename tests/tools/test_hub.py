@@ -32,6 +32,7 @@ from lavis_mafa.models.albef_ta import AlbefTaMafa
 from lavis_mafa.models.albef_ve import AlbefVeMafa
 from lavis_mafa.models.albef_vqa import AlbefVqaMafa
 from lavis_mafa.models.con_d import as_con_d, load_con_d
+from lavis_mafa.models.encoders import build_tokenizer
 from lavis_mafa.models.hub import load_model
 from lavis_mafa.tools import hub
 from lavis_mafa.tools.run_files import last_epoch, read_metrics
@@ -94,7 +95,14 @@ def shared(tmp_path_factory) -> Callable[[str], tuple[Any, Path]]:
     def of(arch: str) -> tuple[Any, Path]:
         if arch not in made:
             model, folder = MODELS[arch](), tmp_path_factory.mktemp("shared")
-            checkpoint(model, folder / "run")
+            of_model = {}
+            if hasattr(model, "tokenizer"):  # whose files tell where they lay
+                build_tokenizer(VOCABULARY).save_pretrained(folder / "words")
+                of_model["tokenizer"] = str(folder / "words")
+            generator = torch.Generator().manual_seed(0)
+            for parameter in (one for one in model.parameters() if one.dim() == 1):  # which all start as 0 or 1
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            checkpoint(model, folder / "run", **of_model)
             assert main(["export", str(folder / "run"), "--for", "hub", "--output", str(folder / arch)]) == 0
             made[arch] = model, folder / arch
         return made[arch]
@@ -344,11 +352,14 @@ def test_what_cannot_be_shared_is_one_message(shared, tmp_path, capsys):
     bare, lavis = tmp_path / "bare.pth", tmp_path / "lavis.pth"
     torch.save({"model": model.state_dict()}, bare)
     torch.save({"model": model.state_dict(), "config": {"model": {"arch": "albef_classification"}}}, lavis)
-    new = str(tmp_path / "new")
+    content, new = torch.load(folder.parent / "run/checkpoint_1.pth", weights_only=True), str(tmp_path / "new")
+    content["config"]["datasets"]["own: {pairs"]["text_processor"]["eval"]["words_from"] = "/home/alice/words.txt"
+    torch.save(content, tmp_path / "words.pth")
     for arguments, message in (
         ([bare, "--for", "hub", "--output", new], "does not say how its model was built; give a checkpoint of a run"),
         ([folder, "--for", "hub", "--output", new], "does not say how its model was built"),
         ([lavis, "--for", "hub", "--output", new], "is of model.arch 'albef_classification'; allowed for hub: albef_mafa, "),
+        ([tmp_path / "words.pth", "--for", "hub", "--output", new], "with processors that set words_from; allowed for hub: name, "),
         ([bare, "--for", "hub", "--output", folder], "exists already and is not overwritten"),
         ([bare, "--for", "hub", "--output", new, "--license", "My Own"], "--license is 'My Own'; allowed: a name of Hugging Face's"),
         ([bare, "--for", "hub", "--output", new, "--image-size", "64"], "--image-size is given, but hub writes"),
