@@ -41,7 +41,7 @@ SETTINGS = {  # what is told of a training -> how it is called
     "run.grit.enabled": "GRIT batches",
     "run.grit.queue_size": "GRIT's M, samples that are grouped together",
     "run.grit.search_space": "GRIT's L, samples that the next one is looked for in",
-    "run.batch_size_train": "pairs a process and step",
+    "run.batch_size_train": "samples a process and step",
     "world_size": "processes",
     "run.accum_grad_iters": "steps accumulated",
     "run.max_epoch": "epochs",
@@ -51,7 +51,12 @@ SETTINGS = {  # what is told of a training -> how it is called
     "run.weight_decay": "weight decay",
     "run.seed": "seed",
 }
-ONLY_WITH = {"model.ecm": "model.ecm.enabled", "model.discriminator": "model.ecm.enabled", "run.grit": "run.grit.enabled"}
+ONLY_WITH = {
+    "model.itc.smooth_when": "model.itc.smoothing",
+    "model.ecm": "model.ecm.enabled",
+    "model.discriminator": "model.ecm.enabled",
+    "run.grit": "run.grit.enabled",
+}
 CURVE = ("loss", "loss_itc", "loss_itm", "loss_mlm", "loss_lm", "temperature", "itm_accuracy_positive", "itm_accuracy_negative")
 FOUND = {  # shares of the last epoch -> what they are of
     "false_negative_share": "of the chosen hard negatives are false, by the truth of the data",

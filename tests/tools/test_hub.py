@@ -185,7 +185,7 @@ def test_a_card_is_read_by_hugging_face_and_shows_names_as_they_are(shared):
     for line in (
         "| own: {pairs | \\<b\\>\\| a\\_b\\](x) - \\`no\\`.jsonl, b.csv | 12,345 | ",
         "Started from start.pth; Con-D, which judges the hard negatives, is checkpoint\\_best.pth. These are the weights of epoch 1",
-        "| pairs a process and step | 64 |\n| processes | 2 |",
+        "| samples a process and step | 64 |\n| processes | 2 |",
         f"loss {end['loss']:.4g}, loss\\_itc {end['loss_itc']:.4g}, ",
         f"- {end['false_negative_share']:.1%} of the chosen hard negatives are false",
         "| tr\\_r1 | 40.5 |",
