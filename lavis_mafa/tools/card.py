@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from lavis_mafa import __version__
-from lavis_mafa.config.checkpoints import is_path
 from lavis_mafa.config.schema import MODEL_DEFAULTS
 from lavis_mafa.files import digest, numbered_checkpoints
 from lavis_mafa.tools.run_files import last_epoch, read_metrics, run_evaluations
@@ -171,8 +170,8 @@ def _data(datasets: dict[str, Any], record: list[dict[str, Any]]) -> list[dict[s
 
 
 def _named(place: str | None) -> str | None:
-    """The last name of a path, which tells nothing of the machine or its user; a hub name as it is."""
-    return Path(place).name if place is not None and (is_path(place) or Path(place).suffix) else place
+    """The last name of a path, which tells nothing of the machine or its user."""
+    return None if place is None else Path(place).name
 
 
 def _settings(model: dict[str, Any], run: dict[str, Any], world_size: int | None) -> dict[str, Any]:

@@ -340,7 +340,7 @@ def blip2_config(model: Any) -> dict[str, Any]:
     # newer versions want a token in whose places an image's queries are put: one that no text has
     words = model.opt_tokenizer
     place = len(words) if len(words) < text.vocab_size else words.convert_tokens_to_ids("<unk>")
-    of_text = {**text.to_diff_dict(), "model_type": "opt"}
+    of_text = {key: value for key, value in text.to_diff_dict().items() if key != "_name_or_path"} | {"model_type": "opt"}
     return {**config, "architectures": ["Blip2ForConditionalGeneration"], "text_config": of_text, "image_token_index": place}
 
 

@@ -274,6 +274,7 @@ def test_an_opt_of_its_own_comes_along(tmp_path):
     torch.save(content, path)
     model.opt_model.load_state_dict(own.opt_model.state_dict())  # reduced_opt makes them larger
     assert main(["export", str(path), "--for", "hub", "--output", str(tmp_path / "shared")]) == 0
+    assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "shared").glob("*.json"))
     shutil.rmtree(tmp_path / "opt")
     found, _, _ = load_model(tmp_path / "shared")
     assert all(torch.equal(one, other) for one, other in zip(said(found, "blip2_opt_mafa"), said(model, "blip2_opt_mafa"), strict=True))
