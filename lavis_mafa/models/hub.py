@@ -19,7 +19,7 @@ from lavis_mafa.errors import UserError, did_you_mean
 
 CONFIG, OURS = "config.json", "lavis_mafa"
 HERE = "."  # in a shared block: in the folder itself
-PLACES = ("pretrained", "tokenizer", "init")  # its settings that say where something is
+PLACES = ("pretrained", "stage_1", "tokenizer", "init", "checkpoint")  # settings that say where something is
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Any, Any, Any]:
@@ -43,7 +43,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     if not isinstance(shared, dict):
         raise UserError(f"{folder} has no {CONFIG} with a block {OURS}; allowed: a folder that `lavis-mafa export --for hub` wrote.")
     model, processors = shared_model(folder), shared.get("processors")
-    if model is None or not isinstance(processors, dict) or model.get("arch") not in MODEL_BLOCKS:
+    if model is None or not isinstance(processors, dict) or str(model.get("arch")) not in MODEL_BLOCKS:
         raise UserError(f"{where} must have processors, and a model with an arch; allowed: {', '.join(MODEL_BLOCKS)}.")
     for part in model.values() if torch.device(device).type == "cpu" else ():
         if isinstance(part, dict) and part.get("precision") == "fp16":
@@ -55,10 +55,21 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
 
 
 def shared_model(folder: Path) -> dict[str, Any] | None:
-    """The ``model:`` block of a shared folder, whose weights and words are in it; None for any other. Raises UserError."""
+    """The ``model:`` block of a shared folder, whose weights and words are in it; None for any other. Raises UserError.
+
+    What it does not say of places is not left to its model type, whose defaults are downloaded.
+    """
     shared = (config_of(folder) or {}).get(OURS)
     model = shared.get("model") if isinstance(shared, dict) else None
-    return _placed(model, folder, f"{folder / CONFIG}: {OURS}.model") if isinstance(model, dict) else None
+    if not isinstance(model, dict):
+        return None
+    model = _placed(model, folder, f"{folder / CONFIG}: {OURS}.model")
+    fields = getattr(MODEL_BLOCKS.get(str(model.get("arch"))), "__dataclass_fields__", {})
+    model |= {key: str(folder) for key in ("pretrained", "tokenizer") if key in fields}
+    for part in ("image_encoder", "text_encoder", "qformer", "language_model"):
+        if part in fields and isinstance(model.get(part, {}), dict):
+            model[part] = {"init": None, **model.get(part, {})}
+    return model
 
 
 def config_of(folder: Path) -> dict[str, Any] | None:

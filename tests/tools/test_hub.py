@@ -375,6 +375,21 @@ def test_what_cannot_be_shared_is_one_message(shared, tmp_path, capsys):
     assert not Path(new).exists()
 
 
+def test_what_a_folder_does_not_say_is_not_fetched(shared, tmp_path):
+    """The defaults of `base` are DeiT and a hub's BERT."""
+    model, folder = shared("albef_mafa")
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    block = config["lavis_mafa"]["model"]
+    block["model_type"] = "base"
+    for key in ("pretrained", "tokenizer", "ecm"):
+        del block[key]
+    del block["image_encoder"]["init"], block["text_encoder"]["init"]
+    (tmp_path / "copy/config.json").write_text(json.dumps(config))
+    found, _, _ = load_model(tmp_path / "copy")
+    assert torch.equal(said(found, "albef_mafa")[2], said(model, "albef_mafa")[2])
+
+
 def test_a_folder_that_is_none_or_points_elsewhere_is_one_message(shared, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(shared("albef_ve_mafa")[1], folder)
@@ -391,8 +406,9 @@ def test_a_folder_that_is_none_or_points_elsewhere_is_one_message(shared, tmp_pa
     ours = ("lavis_mafa", "model")
     for text, message in (
         (changed(*ours, "pretrained", value="/etc/passwd"), r"model.pretrained is '/etc/passwd'; allowed: '.'"),
+        (changed(*ours, "discriminator", value={"checkpoint": "x.pth"}), r"discriminator.checkpoint is 'x.pth'; allowed: '.'"),
         (changed(*ours, "image_encoder", "init", value="deit"), r"image_encoder.init is 'deit'; allowed: '.'"),
-        (changed(*ours, "arch", value="os"), "a model with an arch; allowed: albef_mafa"),
+        (changed(*ours, "arch", value=["os"]), "a model with an arch; allowed: albef_mafa"),
         (changed(*ours, "depht", value=3), r"config.json: lavis_mafa.model.depht is not a setting"),
         (changed("lavis_mafa", "processors", "image", value={"name": "x"}), r"processors.image.name is 'x', which is not registered"),
         ("{}", "a folder that `lavis-mafa export --for hub` wrote"),
