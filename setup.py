@@ -33,6 +33,7 @@ WITH_LAVIS = [
     "pyarrow<26",  # 26 wants numpy 2
     "scipy>=1.15",  # from there on `rng`
     "safetensors",
+    "huggingface_hub>=0.27",  # from there on shared weights are written under a name of our choice
     "tensorboard",
     "matplotlib",
     "jinja2",

@@ -267,10 +267,11 @@ def _read_safetensors(path: Path, key: str, names_only: bool) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        if names_only:
-            with safe_open(path, framework="pt") as file:
-                return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-        return dict(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()} if names_only else load_file(path)
+        return _with_second_names(state, metadata)
     except SafetensorError as error:
         raise UserError(f"{key}: {path} is not a readable safetensors file ({error}).") from error
 
@@ -312,13 +313,23 @@ def read_weights(path: str | Path, key: str = "checkpoint", names_only: bool = F
         UserError: it cannot be read, or holds no weights.
     """
     weights: dict[str, Tensor] = {}
-    for file in weight_files(Path(path).expanduser(), key):
+    path = Path(path).expanduser()
+    for file in weight_files(path, key):
         source = f"{key}: {file}"
         state = state_dict_in(read_checkpoint(file, key, names_only), source)
         part = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         _check_weights(part, source, names_only)
         weights |= part
+    index = next((file for file in (path, path / IN_FOLDER[0]) if file.name == IN_FOLDER[0] and file.is_file()), None)
+    if index is not None:
+        weights = _with_second_names(weights, json.loads(index.read_text(encoding="utf-8")).get("metadata"))
     return lavis_names(unwrapped(weights))
+
+
+def _with_second_names(state: dict[str, Any], metadata: Any) -> dict[str, Any]:
+    """Tied weights by all of their names: safetensors hold them once, and in their metadata ``{second name: the one it is under}``."""
+    names = metadata.items() if isinstance(metadata, dict) else ()
+    return {**{second: state[name] for second, name in names if isinstance(name, str) and name in state}, **state}
 
 
 def _check_weights(state: dict[str, Tensor], source: str, names_only: bool = False) -> None:

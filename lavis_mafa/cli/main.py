@@ -34,7 +34,7 @@ COMMANDS = {
     "plan": "parameters, memory, FLOPs and hours that a YAML will take",
     "check-data": "find images and captions that training could not use, and write annotations without them",
     "audit": "check, count and mine one's pairs before any training, on one page",
-    "export": "write a checkpoint as LAVIS's own classes, or transformers, load it",
+    "export": "write a checkpoint as LAVIS's own classes, or transformers, load it, or as a folder to share",
     "index-shards": "index tar shards, so that they are trained on without unpacking them",
     "pack": "put images and captions into one Arrow file, from Parquet with image bytes or from folders",
     "regroup": "write tar shards whose runs of a batch are GRIT groups, for readers of streams",
@@ -101,7 +101,8 @@ EXAMPLES = {  # shown by `lavis-mafa COMMAND --help`
     "export": """
   lavis-mafa export output/albef/latest --for albef_retrieval --output albef_retrieval.pth
   lavis-mafa export ALBEF.pth --for albef_vqa --image-size 384 --output albef_vqa.pth
-  lavis-mafa export output/blip/latest --for hf-blip --output blip-itm""",
+  lavis-mafa export output/blip/latest --for hf-blip --output blip-itm
+  lavis-mafa export output/mafa/latest --for hub --license apache-2.0 --output my-albef""",
     "index-shards": """
   lavis-mafa index-shards 'data/{00000..00099}.tar' --output pairs.arrow
   lavis-mafa index-shards 'data/*.tar' --caption-key caption --output pairs.arrow""",

@@ -37,6 +37,7 @@ from lavis_mafa.models.encoders import (
     without_vit,
 )
 from lavis_mafa.models.generation import GeneratedLengths
+from lavis_mafa.models.hub import config_of
 from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples, checked_answers
 from lavis_mafa.models.vit import fit_position_embeddings
 from lavis_mafa.objectives import value_range
@@ -50,7 +51,8 @@ KEY, WHAT = "model.language_model.init", "a folder with OPT's weights and tokeni
 WORDS = ("Qformer.bert.embeddings.word_embeddings.", "Qformer.bert.embeddings.position_embeddings.")
 OF_STAGE_1 = ("vision_proj.", "text_proj.", "itm_head.", "temp", "Qformer.cls.", *WORDS)
 TEXT_BRANCH = ("intermediate.", "output.")
-OF_STAGE_2 = ("opt_proj.", "opt_model.")
+OPT = "opt_model."
+OF_STAGE_2 = ("opt_proj.", OPT)
 
 
 class Opt(GeneratedLengths, OPTForCausalLM):
@@ -60,17 +62,29 @@ class Opt(GeneratedLengths, OPTForCausalLM):
 def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
     """LAVIS's OPT (which takes query embeddings) and its tokenizer; raises UserError.
 
-    ``init``: a hub name or a local folder as OPT is published; null builds one of the given sizes from scratch.
+    ``init``: a hub name or a local folder as OPT is published, or a folder of a whole BLIP-2 with OPT; null builds one of the given
+    sizes from scratch.
     """
     dtype = PRECISIONS[settings.precision]
     if settings.init is None:
         tokenizer = byte_tokenizer()
         return _norms_in_fp32(Opt(_config(settings, len(tokenizer))).to(dtype)), tokenizer
     tokenizer = from_hub(lambda name: AutoTokenizer.from_pretrained(name, use_fast=False), settings.init, KEY, WHAT)
-    model = model_from_hub(Opt, settings.init, KEY, WHAT, "opt", may_miss=("lm_head.",), torch_dtype=dtype)
+    if (sizes := opt_in_blip2(settings.init)) is not None:
+        model = _norms_in_fp32(Opt(OPTConfig(**sizes)).to(dtype))
+        state = {n: value for n, value in read_weights(settings.init, KEY).items() if n.startswith(OPT)}
+        load_exactly(model, {n.removeprefix(OPT): value for n, value in state.items()}, f"{KEY}: {settings.init}")
+    else:
+        model = model_from_hub(Opt, settings.init, KEY, WHAT, "opt", may_miss=("lm_head.",), torch_dtype=dtype)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"{KEY} is {settings.init!r}, whose tokenizer has {len(tokenizer)} words, its model {model.config.vocab_size}.")
     return _norms_in_fp32(model), tokenizer
+
+
+def opt_in_blip2(init: str) -> dict[str, Any] | None:
+    """The sizes of OPT in a folder of a BLIP-2, which transformers calls its ``text_config``; None for anything else."""
+    sizes = (config_of(Path(init)) or {}).get("text_config")
+    return sizes if isinstance(sizes, dict) and sizes.get("model_type") == "opt" else None
 
 
 def byte_tokenizer() -> GPT2Tokenizer:
@@ -146,8 +160,9 @@ class Blip2OptMafa(Blip2OPT):
     def __init__(self, settings: Blip2OptBlock) -> None:
         BaseModel.__init__(self)  # Blip2OPT's own would download
         self.settings = settings
-        if settings.language_model.init is not None:  # its 5 GB come last, a wrong name is found first
-            check_kind_on_hub(settings.language_model.init, KEY, WHAT, "opt")
+        opt = settings.language_model.init
+        if opt is not None and opt_in_blip2(opt) is None:  # its 5 GB come last, a wrong name is found first
+            check_kind_on_hub(opt, KEY, WHAT, "opt")
         self.visual_encoder = build_eva(settings.image_encoder)
         self.ln_vision = Fp32LayerNorm(settings.image_encoder.width)
         self.Qformer, self.query_tokens = build_qformer(settings.qformer, settings.image_encoder.width)

@@ -24,9 +24,11 @@ from lavis_mafa.files import built_folder
 from lavis_mafa.models.albef_nlvr import doubled_weights
 from lavis_mafa.models.albef_vqa import decoder_of
 from lavis_mafa.models.encoders import build_blip_tokenizer, fold_token_type, with_bert
+from lavis_mafa.models.hub import shared_model
 from lavis_mafa.models.momentum import MOMENTUM_PARTS, TEACHERS
+from lavis_mafa.models.transformer import POSITIONS
 from lavis_mafa.models.vit import EPSILON, resize_positions
-from lavis_mafa.weights import VISION, load_exactly, read_checkpoint, weight_files
+from lavis_mafa.weights import QFORMER, VISION, load_exactly, read_checkpoint, weight_files
 
 State = dict[str, Tensor]
 LAYER = re.compile(r"^text_encoder\.encoder\.layer\.(\d+)\.")
@@ -62,6 +64,8 @@ TARGETS = {
     "blip2": Target(STAGE_1, ("ln_vision", "Qformer", "Qformer.cls", "query_tokens", *HEADS, "temp"), (), ("visual_encoder",)),
 }
 HF_BLIP = "hf-blip"
+OF_OPT = {"opt_proj.": "language_projection.", "opt_model.": "language_model."}
+OF_QFORMER = {ours: theirs for theirs, ours in QFORMER.items()} | {"Qformer.bert.": "qformer."}
 
 
 def fitting(state: State) -> list[str]:
@@ -284,8 +288,66 @@ def hf_config(state: State, trained: dict[str, Any], words: Any, source: str) ->
     return BlipConfig(text_config=text, vision_config=vision, projection_dim=dim, image_text_hidden_size=dim)
 
 
+def blip2_names(state: State) -> State:
+    """A BLIP-2 of ours by the names of transformers: :func:`lavis_mafa.weights.lavis_names` read backwards.
+
+    Keys of EVA's attention have no bias; there it is a part of one, of zeros. What transformers lacks (the head that writes captions
+    in stage 1, the temperature) keeps its name.
+    """
+    found: State = {}
+    for name, value in state.items():
+        if name.endswith(".attn.v_bias"):
+            continue
+        if name.endswith(".attn.q_bias"):
+            of_value = state[name.replace("q_bias", "v_bias")]
+            name, value = name.replace("q_bias", "qkv.bias"), torch.cat([value, torch.zeros_like(value), of_value])
+        for ours, theirs in (OF_QFORMER | OF_OPT).items():
+            if name.startswith(ours):
+                name = name.replace(ours, theirs, 1)
+                break
+        if name.startswith("qformer."):
+            name = name.replace("attention.self.", "attention.attention.")
+        found[name] = value
+    return hf_names(found)
+
+
+def blip2_config(model: Any) -> dict[str, Any]:
+    """Its ``config.json`` there: of ``Blip2ForConditionalGeneration``, or of a stage 1 of ``Blip2ForImageTextRetrieval``."""
+    settings, vit = model.settings, model.settings.image_encoder
+    vision = {
+        "hidden_size": vit.width,
+        "intermediate_size": len(model.visual_encoder.blocks[0].mlp.fc1.weight),
+        "num_hidden_layers": vit.depth,
+        "num_attention_heads": vit.heads,
+        "image_size": vit.image_size,
+        "patch_size": vit.patch_size,
+        "layer_norm_eps": EPSILON,
+    }
+    qformer = {
+        "hidden_size": settings.qformer.width,
+        "intermediate_size": len(model.Qformer.bert.encoder.layer[0].intermediate_query.dense.weight),
+        "num_hidden_layers": settings.qformer.layers,
+        "num_attention_heads": settings.qformer.heads,
+        "max_position_embeddings": POSITIONS,
+        "cross_attention_frequency": settings.qformer.cross_attention_every,
+        "encoder_hidden_size": vit.width,
+    }
+    config = {"model_type": "blip-2", "vision_config": vision, "qformer_config": qformer, "num_query_tokens": settings.qformer.queries}
+    if settings.arch == "blip2_mafa":
+        qformer |= {"vocab_size": len(model.tokenizer), "use_qformer_text_input": True}
+        return {**config, "architectures": ["Blip2ForImageTextRetrieval"], "image_text_hidden_size": settings.embed_dim}
+    text = model.opt_model.config
+    # newer versions want a token in whose places an image's queries are put: one that no text has
+    words = model.opt_tokenizer
+    place = len(words) if len(words) < text.vocab_size else words.convert_tokens_to_ids("<unk>")
+    of_text = {key: value for key, value in text.to_diff_dict().items() if key != "_name_or_path"} | {"model_type": "opt"}
+    return {**config, "architectures": ["Blip2ForConditionalGeneration"], "text_config": of_text, "image_token_index": place}
+
+
 def trained_by(path: Path, key: str) -> dict[str, Any]:
-    """The ``model:`` block that a checkpoint of a run keeps beside its weights; empty where there is none."""
+    """The ``model:`` block that a checkpoint of a run, or a shared folder, keeps beside its weights; empty where there is none."""
+    if (shared := shared_model(path)) is not None:
+        return shared
     config = read_checkpoint(weight_files(path, key)[0], key, names_only=True).get("config")
     block = config.get("model") if isinstance(config, dict) else None
     return block if isinstance(block, dict) else {}

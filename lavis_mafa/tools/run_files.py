@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def read_evaluations(run: Path) -> dict[str, dict[str, Any]]:
     """The last evaluation of each split; none where nothing was evaluated."""
     return {record["split"]: record for record in _json_lines(run / "evaluation.jsonl")}
+
+
+def run_evaluations(run: Path, epochs: set[Any]) -> dict[str, dict[str, float]]:
+    """The metrics of each split's last evaluation at one of the ``epochs``: its number, or a word such as "best"."""
+    records = [record for record in _json_lines(run / "evaluation.jsonl") if record["epoch"] in epochs]
+    return {
+        record["split"]: {key: value for key, value in record.items() if isinstance(value, float) and math.isfinite(value)}
+        for record in records
+    }
 
 
 def read_connections(run: Path) -> pa.Table:
