@@ -26,11 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from lavis_mafa.config.data import AnnotationFile, files_of
     from lavis_mafa.datasets.annotations import read_annotations
     from lavis_mafa.datasets.formats import PAIRS
+    from lavis_mafa.progress import Bar
     from lavis_mafa.tools import pack
     from lavis_mafa.tools.index_shards import LeftOut, check_output
 
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{path} has no column {names.image!r} of image bytes (--image names it), and --images, the folder that the image paths of "
             "annotations start from, is not given."
         )
-    with tqdm(desc="pack", unit="pair", disable=None, total=sum(one.rows for one in tables) if tables else None) as bar:
+    with Bar(desc="pack", unit="pair", total=sum(one.rows for one in tables) if tables else None) as bar:
         if tables:
             schema, rows = pack.schema_of(files, names), pack.rows_of_tables(files, names, left_out, bar.update)
         else:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from lavis_mafa.config.data import SPLITS, AnnotationFile, ending, files_of
 from lavis_mafa.datasets.annotations import (
@@ -51,6 +49,7 @@ from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, l
 from lavis_mafa.datasets.stored import StoredImage, has_places, image_source, places_from
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 from lavis_mafa.files import replacing
+from lavis_mafa.progress import Bar
 from lavis_mafa.tools.index_shards import arrow_file
 from lavis_mafa.tools.training_data import split_files
 
@@ -339,7 +338,7 @@ def judge(rows: Rows, sources: Sequence[Source], min_side: int, workers: int) ->
         _judge_captions(rows, number, source.process)
     # its workers die with the command, read ahead no further than needed, and share the Arrow column
     loader = DataLoader(_Images(rows, min_side), batch_size=AT_ONCE, num_workers=workers, collate_fn=list)
-    looked_at = tqdm(itertools.chain.from_iterable(loader), total=len(rows.path), desc="images", unit="image", file=sys.stderr)
+    looked_at = Bar(itertools.chain.from_iterable(loader), total=len(rows.path), desc="images", unit="image")
     for number, (kind, reason, content) in enumerate(looked_at):
         rows.bad_image[number], rows.content[number] = IMAGE_KINDS.index(kind), content
         if reason:
@@ -375,7 +374,7 @@ def _judge_captions(rows: Rows, source: int, process: Process) -> None:
     captions = rows.caption[first:end]
     distinct = pc.unique(captions)
     reasons: dict[int, str] = {}
-    for index in tqdm(range(len(distinct)), desc="captions", unit="caption", file=sys.stderr):
+    for index in Bar(range(len(distinct)), desc="captions", unit="caption"):
         try:
             clean_caption(process, distinct[index].as_py())
         except EmptyCaption as error:
@@ -585,7 +584,7 @@ def write_clean(path: Path, rows: Rows) -> int:
     Raises:
         UserError: an annotation file was changed since it was checked, or a column that training ignores cannot be read.
     """
-    records = tqdm(_good_records(rows), desc="clean", unit="row", file=sys.stderr)
+    records = Bar(_good_records(rows), desc="clean", unit="row")
     if path.suffix == ".arrow":
         return _write_arrow(path, rows, records)
     good = map(_as_json, records)

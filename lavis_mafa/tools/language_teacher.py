@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import trange
 from transformers import BertConfig, BertForMaskedLM
 
 from lavis_mafa.datasets.annotations import clean_caption
@@ -22,6 +21,7 @@ from lavis_mafa.errors import EmptyCaption, UserError
 from lavis_mafa.files import built_folder
 from lavis_mafa.models.encoders import build_tokenizer, tokenize
 from lavis_mafa.objectives.lm import IGNORED, mask_tokens, masked_lm_loss
+from lavis_mafa.progress import Bar
 from lavis_mafa.tools.training_data import read_annotated
 
 MASKED = 0.15  # share of words that BERT masks
@@ -71,7 +71,7 @@ def train_teacher(captions: Sequence[str], tokenizer: Any, max_length: int, reci
     model = BertForMaskedLM(BertConfig(**sizes, pad_token_id=tokenizer.pad_token_id)).train()
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
-    for _ in trange(recipe.steps, unit="step", disable=None):
+    for _ in Bar(range(recipe.steps), desc="teacher", unit="step"):
         some = torch.randint(len(trained), (recipe.batch_size,)).tolist()
         logits, labels = _guess(model, [captions[trained[number]] for number in some], tokenizer, max_length)
         optimizer.zero_grad()
