@@ -114,11 +114,15 @@ def digest(settings: Any) -> str:
 
 def file_digest(paths: Iterable[Path]) -> str:
     """16 hexadecimal digits that change with the content of any of the files."""
+    from lavis_mafa.progress import Bar  # with torch, for which light commands need not wait
+
     found = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
+        bar = Bar(total=path.stat().st_size, desc=f"digest of {path.name}", unit="B", unit_scale=True, delay=1)
+        with bar, path.open("rb") as file:
             while piece := file.read(1 << 24):
                 found.update(piece)
+                bar.update(len(piece))
     return found.hexdigest()[:16]
 
 

@@ -494,7 +494,7 @@ def _reason(rows: Rows, kind: str, row: int, about: int, first: int) -> str:
 def write_problems(path: Path, rows: Rows, problems: Problems) -> None:
     """One JSON object a line, in the order of rows; whole or not at all."""
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
-        for place in range(len(problems.kind)):
+        for place in Bar(range(len(problems.kind)), desc="problems", unit="row", delay=1):
             file.write(json.dumps(describe(rows, problems, place), ensure_ascii=False) + "\n")
 
 
