@@ -89,7 +89,7 @@ def test_the_pace_holds_where_work_becomes_slower(clock, shown):
 
     def work():
         with Bar(desc="images", unit="image") as bar:
-            for seconds, count in ((0.01, 2000), (1.0, 30)):
+            for seconds, count in ((0.01, 2000), (1.0, 35)):
                 for _ in clock(count, seconds):
                     bar.update()
 
