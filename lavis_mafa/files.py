@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,11 +196,3 @@ def run_checkpoint(folder: Path, key: str, resumes: bool = False) -> Path:
     if runs := runs_with(folder, "checkpoint_*.pth"):
         raise UserError(f"{key}: {folder} is a folder of runs; name one of them, such as {runs[-1]}.")
     return folder
-
-
-if __name__ == "__main__":  # python -m lavis_mafa.files FOLDER, for shell scripts: of the run there, or of the newest run below
-    given = Path(sys.argv[1])
-    try:
-        print(last_checkpoint(max(runs_with(given, "checkpoint_*.pth"), default=given)))
-    except UserError as error:
-        sys.exit(str(error))
