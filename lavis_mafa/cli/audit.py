@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
 from lavis_mafa.cli.options import add_columns, count, named_columns, positive
 from lavis_mafa.errors import UserError
 
-PAGE, YAML, CLEAN, RESULT = "audit.html", "data.yaml", Path("clean.jsonl"), "audit.json"
+PAGE, YAML, RESULT = "audit.html", "data.yaml", "audit.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.miner is not None and arguments.con_d is None:
         raise UserError("--miner finds candidates for a Con-D to judge; give --con-d too.")
     from lavis_mafa.files import check_unfinished, write_text
+    from lavis_mafa.progress import Bar
 
     folder: Path = arguments.output
     check_unfinished(folder, PAGE)
@@ -55,22 +55,20 @@ def run(arguments: argparse.Namespace) -> int:
     page = _page(arguments, checked, counted, mined)
     write_text(folder / PAGE, page)
     write_text(folder / RESULT, json.dumps({"check": checked, "count": counted, "mine": mined}, indent=2, ensure_ascii=False) + "\n")
-    print(f"\nThe page: {folder / PAGE}, {len(page) / 1e6:.1f} MB")
+    print(f"\nThe page: {folder / PAGE}, {Bar.format_sizeof(os.path.getsize(folder / PAGE), 'B')}")
     return int(checked["bad_rows"] > 0)
 
 
 def _check(arguments: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
-    """As `check-data` does; where rows are bad, the good ones are written to be judged."""
+    """As `check-data` does, and which files hold the good rows, for Con-D to judge: those whose rows all are, and others cleaned."""
     from lavis_mafa.datasets.images import MIN_SIDE
     from lavis_mafa.files import write_text
     from lavis_mafa.tools import check_data
 
     folder = arguments.output
     sources = check_data.from_files(arguments.data, arguments.images, columns=columns)
-    clean = folder / _clean(arguments)
-    if arguments.con_d is not None:  # which judges the good rows alone
-        with _of_clean():
-            check_data.check_sources(sources, clean)
+    if arguments.con_d is not None:
+        check_data.check_columns(sources, "--con-d judges good rows alone, which audit writes anew where others are bad")
     rows = check_data.read_sources(sources)
     folder.mkdir(parents=True, exist_ok=True)
     check_data.judge(rows, sources, MIN_SIDE, arguments.workers)
@@ -79,27 +77,18 @@ def _check(arguments: argparse.Namespace, columns: dict[str, str]) -> dict[str, 
     check_data.write_problems(folder / "problems.jsonl", rows, problems)
     write_text(folder / "check.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(check_data.format_results(results), flush=True)
-    results["cleaned_rows"] = None
-    if results["bad_rows"] and arguments.con_d is not None:
-        with _of_clean():
-            check_data.check_ids(rows)
-        results["cleaned_rows"] = check_data.write_clean(clean, rows)
+    if arguments.con_d is not None:
+        bad = set(rows.file_of[problems.row[problems.kind < len(check_data.BAD)]].tolist())
+        results |= {"good_rows": 0, "good_files": []}
+        for number, file in enumerate(rows.files):
+            path, good = file.path, int((rows.file_of == number).sum())
+            if number in bad:
+                name = "clean" if len(rows.files) == 1 else f"clean_{number + 1}"
+                path = folder / f"{name}{'.arrow' if path.suffix == '.arrow' else '.jsonl'}"
+                good = check_data.write_clean(path, rows, number)
+            results["good_rows"] += good
+            results["good_files"] += [str(path)] if good else []
     return results
-
-
-def _clean(arguments: argparse.Namespace) -> str:
-    """What the good rows are called, where some are bad."""
-    return CLEAN.with_suffix(".arrow" if all(path.suffix == ".arrow" for path in arguments.data) else CLEAN.suffix).name
-
-
-@contextlib.contextmanager
-def _of_clean() -> Iterator[None]:
-    """audit has no `--clean`, of which the messages of check-data speak."""
-    try:
-        yield
-    except UserError as error:
-        told = str(error).replace("--clean", "that file")
-        raise UserError(f"--con-d judges good rows, which audit writes as one file: {told}") from error
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +115,7 @@ def _judged(
     from lavis_mafa.config.schema import type_defaults
 
     folder, on_gpu = arguments.output, torch.cuda.is_available()
-    good = checked["rows"] if checked["cleaned_rows"] is None else checked["cleaned_rows"]
+    good = checked["good_rows"]
     if good < 2:
         raise UserError(f"{good} rows are good, but a batch with negatives has at least 2; see {folder / 'problems.jsonl'}.")
     arch, size = block["arch"], block["model_type"]
@@ -135,8 +124,7 @@ def _judged(
     pairs = min(arguments.samples or good, good)
     batch = min(96, max(2, pairs // 4))  # the paper's sizes, as far as there are pairs
     space = max(batch, min(4_800, pairs // 2))
-    storage = [str(folder / _clean(arguments))] if checked["bad_rows"] else [str(path) for path in arguments.data]
-    info = {"annotations": {"train": {"storage": storage}}, "images": {"storage": str(arguments.images)}}
+    info = {"annotations": {"train": {"storage": checked["good_files"]}}, "images": {"storage": str(arguments.images)}}
     processor = {"eval": {"name": "albef_image_eval", "image_size": sizes["image_size"]}}
     processor["train"] = {**processor["eval"], "name": "albef_image_train"}
     run = {"task": "mafa_pretrain", "batch_size_train": batch, "grit": {"search_space": space, "queue_size": space}}
@@ -176,7 +164,6 @@ def _page(arguments: argparse.Namespace, checked: dict[str, Any], counted: dict[
         bad=[KINDS[kind] for kind in BAD if of[kind]["rows"]],
         files=", ".join(map(str, arguments.data)),
         folder=arguments.output,
-        clean=_clean(arguments),
         con_d=arguments.con_d,
         version=__version__,
         **values,

@@ -551,12 +551,17 @@ def check_sources(sources: Sequence[Source], path: Path) -> None:
         raise UserError("--clean writes images with captions, but the run has splits without; check the others with --annotations.")
     if len({file.images for file in files}) > 1:
         raise UserError("--clean writes one file, but the data sets have several image folders; check them one at a time.")
-    for file in (file.path for file in files if file.path.suffix.lower() == ".parquet" and file.path.is_file()):
+    check_columns(sources, "--clean")
+
+
+def check_columns(sources: Sequence[Source], why: str) -> None:
+    """Before anything heavy: their rows can be written as JSON; raises UserError, which says ``why`` they are to be."""
+    for file in (file.path for source in sources for file in source.files if ending(file.path) == ".parquet" and file.path.is_file()):
         with one_message(file):
             schema = pyarrow.parquet.read_schema(file)
         for column in schema:
             if _holds_bytes(column.type):
-                raise UserError(f"--clean: column '{column.name}' of {file} holds {column.type}, which JSON cannot; leave it out.")
+                raise UserError(f"{why}: column '{column.name}' of {file} holds {column.type}, which JSON cannot; leave it out.")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -578,15 +583,19 @@ def check_ids(rows: Rows) -> None:
             )
 
 
-def write_clean(path: Path, rows: Rows) -> int:
+def write_clean(path: Path, rows: Rows, only: int | None = None) -> int:
     """Write the good rows, of a row with several captions the good ones, whole or not at all; returns their number, 0 without a file.
+
+    Args:
+        only: the number of a file, whose rows alone are written; None: all rows.
 
     Raises:
         UserError: an annotation file was changed since it was checked, or a column that training ignores cannot be read.
     """
-    records = Bar(_good_records(rows), desc="clean", unit="row")
+    numbers = range(len(rows.files)) if only is None else [only]
+    records = Bar(_good_records(rows, numbers), desc="clean", unit="row")
     if path.suffix == ".arrow":
-        return _write_arrow(path, rows, records)
+        return _write_arrow(path, [rows.files[number] for number in numbers], records)
     good = map(_as_json, records)
     first = next(good, None)
     if first is None:
@@ -600,33 +609,35 @@ def write_clean(path: Path, rows: Rows) -> int:
     return written
 
 
-def _write_arrow(path: Path, rows: Rows, records: Iterable[dict[str, Any]]) -> int:
+def _write_arrow(path: Path, files: Sequence[AnnotationFile], records: Iterable[dict[str, Any]]) -> int:
     """Where images lie is written, not their bytes."""
-    said = {file.columns.get("caption", "caption") for file in rows.files}
+    said = {file.columns.get("caption", "caption") for file in files}
     found = [{name: [one] if name in said and isinstance(one, str) else one for name, one in record.items()} for record in records]
     if not found:
         return 0
     schemas = []
-    for file in rows.files:
+    for file in files:
         schema, caption = read_mapped(file.path, file.columns.get("image", "image")).schema, file.columns.get("caption", "caption")
         schemas.append(schema.set(schema.get_field_index(caption), pa.field(caption, TEXTS)))
     try:
         table = pa.Table.from_pylist(found, pa.unify_schemas(schemas))
     except pa.ArrowTypeError as error:
         raise UserError(f"--clean writes one file, but the files' columns differ ({error}); clean them one at a time.") from error
-    table = places_from(rows.files[0].images or Path(), table)
+    table = places_from(files[0].images or Path(), table)
     with arrow_file(path, table.schema) as writer:
         writer.write_table(table, ROWS_AT_ONCE)
     return len(found)
 
 
-def _good_records(rows: Rows) -> Iterator[dict[str, Any]]:
-    """Each good record once, as it was written and with the ids that training reads; ``rows`` may hold only some of a file."""
+def _good_records(rows: Rows, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Each good record of these files once, as it was written and with the ids that training reads; ``rows`` may hold only some of a
+    file."""
     bad_row = (rows.image_of < 0) | rows.lists | (rows.id_of_another >= 0)
     bad_row[~bad_row] = rows.bad_image[rows.image_of[~bad_row]] != 0
-    after, row = np.cumsum(rows.captions), 0
-    for number, file in enumerate(rows.files):
-        end, typed = int(np.searchsorted(rows.file_of, number, side="right")), _typed(rows, number)
+    after = np.cumsum(rows.captions)
+    for number in numbers:
+        file, typed = rows.files[number], _typed(rows, number)
+        row, end = map(int, np.searchsorted(rows.file_of, [number, number + 1]))
         for at, record in enumerate(read_records(file.path, names=file.columns)):
             if row == end:
                 break
