@@ -53,7 +53,8 @@ def read_captions(name: str, options: list[str]) -> tuple[list[str], Any]:
         builder = registry.get_builder_class(dataset)(block)
         builder.build_processors()
         found, process = read_annotated(dataset, block), builder.text_processors["train"]
-        for caption in [] if found is None else pc.unique(pc.list_flatten(found.table["caption"])).to_pylist():
+        distinct = [] if found is None else pc.unique(pc.list_flatten(found.table["caption"])).to_pylist()
+        for caption in Bar(distinct, desc=f"captions of {dataset}", unit="caption", delay=1):
             with contextlib.suppress(EmptyCaption):  # training replaces such a sample, and `check-data` counts them
                 captions[clean_caption(process, caption)] = None
     if len(captions) < 2:
@@ -84,7 +85,7 @@ def train_teacher(captions: Sequence[str], tokenizer: Any, max_length: int, reci
 @torch.no_grad()
 def _share_guessed(model: BertForMaskedLM, captions: list[str], tokenizer: Any, max_length: int, batch_size: int) -> float:
     right = asked = 0
-    for start in range(0, len(captions), batch_size):
+    for start in Bar(range(0, len(captions), batch_size), desc="captions held out", unit="batch", delay=1):
         logits, labels = _guess(model, captions[start : start + batch_size], tokenizer, max_length)
         right, asked = right + int((logits.argmax(dim=1) == labels).sum()), asked + len(labels)
     return right / max(1, asked)

@@ -147,7 +147,8 @@ def score_pairs(
     """
     used, text = text.unique(return_inverse=True)
     named = [captions[number] for number in used.tolist()]
-    parts = [model.text_rows(named[start : start + TEXTS_AT_ONCE]) for start in range(0, len(named), TEXTS_AT_ONCE)]
+    starts = Bar(range(0, len(named), TEXTS_AT_ONCE), desc="texts", unit="batch", delay=1)
+    parts = [model.text_rows(named[start : start + TEXTS_AT_ONCE]) for start in starts]
     texts, text_features = tuple(map(joined_texts, zip(*(rows for rows, _ in parts), strict=True))), torch.cat([f for _, f in parts])
     found = {name: torch.empty(len(image)) for name in scores}
     with Bar(total=len(image), desc="minimal pairs", unit="pair") as bar:
