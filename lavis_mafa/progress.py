@@ -31,7 +31,7 @@ class Bar(tqdm):
     # tqdm's thread looks for bars that skip too many updates; ours skip none, and data loaders fork
     monitor_interval = 0
 
-    def __init__(self, *arguments: Any, delay: float = 0.0, **settings: Any) -> None:
+    def __init__(self, *arguments: Any, delay: float = 0.0, disable: bool = False, **settings: Any) -> None:
         self.plain = not sys.stderr.isatty()
         if self.plain:
             how: dict[str, Any] = {"file": _Lines(sys.stderr), "mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES}
@@ -40,8 +40,8 @@ class Bar(tqdm):
             if not all(os.get_terminal_size(sys.stderr.fileno())):  # a container's terminal may not tell
                 size = {"ncols": 80, "nrows": 24}
             how = {"file": sys.stderr, "delay": delay, **size}
-        how |= {"miniters": 1, "disable": rank() != 0, "leave": None}  # one below another is wiped off when it is done
-        super().__init__(*arguments, **how | settings)
+        how |= {"miniters": 1, "leave": None}  # one below another is wiped off when it is done
+        super().__init__(*arguments, disable=disable or rank() != 0, **how | settings)
 
     @property
     def format_dict(self) -> dict[str, Any]:

@@ -130,8 +130,8 @@ def test_on_a_terminal_a_bar_within_another_is_wiped_off(clock, shown):
 
 def test_only_the_first_rank_speaks(clock, shown, monkeypatch):
     monkeypatch.setattr(progress, "rank", lambda: 1)
-    for size in (None, (24, 90)):
-        assert shown(lambda: [*Bar(clock(35), total=35, desc="mine")], size) == ""
+    for size, disable in ((None, False), ((24, 90), False), (None, True)):
+        assert shown(lambda disable=disable: [*Bar(clock(35), total=35, desc="mine", disable=disable)], size) == ""
 
 
 def test_a_delay_hides_what_is_nearly_always_short(clock, shown):
