@@ -70,9 +70,8 @@ def word_maps(
             cam = cross.attention_map.float().mean(dim=1)
         else:
             with torch.enable_grad():
-                given = [
-                    (key.detach().requires_grad_(), value.detach()) for key, value in images
-                ]  # so that a frozen model has maps too
+                # so that a frozen model has maps too
+                given = [(key.detach().requires_grad_(), value.detach()) for key, value in images]
                 states = model.fuse(given, texts[0].detach(), reading, reading.first)
                 score, attention = model.itm_head(states)[:, 1].sum(), cross.attention_map
                 (gradient,) = torch.autograd.grad(score, attention)

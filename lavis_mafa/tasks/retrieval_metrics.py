@@ -88,7 +88,7 @@ def best_first(scores: Tensor, relevant: Tensor) -> Tensor:
 def _one_direction(scores: Tensor, relevant: Tensor) -> QueryMetrics:
     asked = relevant.any(dim=1)
     parts = []
-    with Bar(total=int(asked.sum()), desc="ranks", unit="query", delay=1) as bar:
+    with Bar(total=int(asked.sum()), desc="metrics", unit="query", delay=1) as bar:
         for some, right in zip(scores[asked].split(AT_ONCE), relevant[asked].split(AT_ONCE), strict=True):
             parts.append(_of_queries(some, right))
             bar.update(len(some))
