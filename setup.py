@@ -37,7 +37,7 @@ WITH_LAVIS = [
     "tensorboard",
     "matplotlib",
     "jinja2",
-    "tqdm",
+    "tqdm>=4.60",
     "braceexpand",
 ]
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,11 +113,15 @@ def digest(settings: Any) -> str:
 
 def file_digest(paths: Iterable[Path]) -> str:
     """16 hexadecimal digits that change with the content of any of the files."""
+    from lavis_mafa.progress import Bar  # with torch, for which light commands need not wait
+
     found = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
+        bar = Bar(total=path.stat().st_size, desc=f"digest of {path.name}", unit="B", unit_scale=True, delay=1)
+        with bar, path.open("rb") as file:
             while piece := file.read(1 << 24):
                 found.update(piece)
+                bar.update(len(piece))
     return found.hexdigest()[:16]
 
 
@@ -193,11 +196,3 @@ def run_checkpoint(folder: Path, key: str, resumes: bool = False) -> Path:
     if runs := runs_with(folder, "checkpoint_*.pth"):
         raise UserError(f"{key}: {folder} is a folder of runs; name one of them, such as {runs[-1]}.")
     return folder
-
-
-if __name__ == "__main__":  # python -m lavis_mafa.files FOLDER, for shell scripts: of the run there, or of the newest run below
-    given = Path(sys.argv[1])
-    try:
-        print(last_checkpoint(max(runs_with(given, "checkpoint_*.pth"), default=given)))
-    except UserError as error:
-        sys.exit(str(error))

@@ -14,6 +14,7 @@ import torch
 
 from lavis_mafa.errors import UserError, did_you_mean
 from lavis_mafa.files import numbered_checkpoints, run_checkpoint
+from lavis_mafa.progress import Bar
 from lavis_mafa.weights import damage, not_a_checkpoint, shipped
 
 PREFIX = "lavis:"
@@ -107,12 +108,14 @@ def fetched(text: str, key: str) -> str:
 
 def _download(name: str, address: str, file: Path) -> None:
     """Whole or not at all, with its size and a bar on stderr; raises OSError, also for what is no checkpoint."""
-    with urllib.request.urlopen(address, timeout=60) as answer:  # noqa: S310 - an address of LAVIS's own
-        size = int(answer.headers.get("Content-Length") or 0)
-    print(f"{name}: {f'{size / 1e6:,.0f} MB' if size else 'a file'} from {address} to {file}", file=sys.stderr, flush=True)
     part = file.with_name(f".{file.name}.part")
     try:
-        torch.hub.download_url_to_file(address, str(part), progress=True)
+        with urllib.request.urlopen(address, timeout=60) as answer, part.open("wb") as content:  # noqa: S310 - an address of LAVIS's own
+            size = int(answer.headers.get("Content-Length") or 0)
+            print(f"{name}: {f'{size / 1e6:,.0f} MB' if size else 'a file'} from {address} to {file}", file=sys.stderr, flush=True)
+            with Bar(total=size or None, desc=file.name, unit="B", unit_scale=True) as bar:
+                while piece := answer.read(1 << 20):
+                    bar.update(content.write(piece))
         with part.open("rb") as content:
             beginning = content.read(32)
         if size and part.stat().st_size != size:

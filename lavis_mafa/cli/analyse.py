@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.set_defaults(analyse=_minimal_pairs)
     grounding = kinds.add_parser("grounding", help=GROUNDING, description=GROUNDING)
     _add_common(grounding, "run.batch_size_eval", "expressions")
-    what = "Parquet or JSON lines: image, text, box, boxes (docs/data.md, grit_boxes)"
+    what = "Parquet, JSON or JSON lines: image, text, box, boxes (docs/data.md, grit_boxes)"
     grounding.add_argument("--boxes", required=True, type=Path, metavar="FILE", help=what)
     grounding.add_argument("--images", type=Path, metavar="DIR", help="that image paths start from (default: the folder of --boxes)")
     grounding.add_argument("--by", choices=("itm", "itc"), default="itm", help="matching logit or cosine (default: itm)")

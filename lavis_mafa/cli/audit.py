@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-from collections.abc import Iterator
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from lavis_mafa.cli.options import add_columns, count, named_columns, positive
 from lavis_mafa.errors import UserError
 
-PAGE, CLEAN, RESULT = "audit.html", Path("clean.jsonl"), "audit.json"
+PAGE, RESULT = "audit.html", "audit.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.miner is not None and arguments.con_d is None:
         raise UserError("--miner finds candidates for a Con-D to judge; give --con-d too.")
     from lavis_mafa.files import check_unfinished, write_text
+    from lavis_mafa.progress import Bar
 
     folder: Path = arguments.output
     check_unfinished(folder, PAGE)
@@ -57,22 +57,20 @@ def run(arguments: argparse.Namespace) -> int:
     page = _page(arguments, checked, counted, mined)
     write_text(folder / PAGE, page)
     write_text(folder / RESULT, json.dumps({"check": checked, "count": counted, "mine": mined}, indent=2, ensure_ascii=False) + "\n")
-    print(f"\nThe page: {folder / PAGE}, {len(page) / 1e6:.1f} MB")
+    print(f"\nThe page: {folder / PAGE}, {Bar.format_sizeof(os.path.getsize(folder / PAGE), 'B')}")
     return int(checked["bad_rows"] > 0)
 
 
 def _check(arguments: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
-    """As `check-data` does; where rows are bad, the good ones are written to be judged."""
+    """As `check-data` does, and which files hold the good rows, for Con-D to judge: those whose rows all are, and others cleaned."""
     from lavis_mafa.datasets.images import MIN_SIDE
     from lavis_mafa.files import write_text
     from lavis_mafa.tools import check_data
 
     folder = arguments.output
     sources = check_data.from_files(arguments.data, arguments.images, columns=columns)
-    clean = folder / _clean(arguments)
-    if arguments.con_d is not None:  # which judges the good rows alone
-        with _of_clean():
-            check_data.check_sources(sources, clean)
+    if arguments.con_d is not None:
+        check_data.check_columns(sources, "--con-d judges good rows alone, which audit writes anew where others are bad")
     rows = check_data.read_sources(sources)
     folder.mkdir(parents=True, exist_ok=True)
     check_data.judge(rows, sources, MIN_SIDE, arguments.workers)
@@ -81,27 +79,18 @@ def _check(arguments: argparse.Namespace, columns: dict[str, str]) -> dict[str, 
     check_data.write_problems(folder / "problems.jsonl", rows, problems)
     write_text(folder / "check.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(check_data.format_results(results), flush=True)
-    results["cleaned_rows"] = None
-    if results["bad_rows"] and arguments.con_d is not None:
-        with _of_clean():
-            check_data.check_ids(rows)
-        results["cleaned_rows"] = check_data.write_clean(clean, rows)
+    if arguments.con_d is not None:
+        bad = set(rows.file_of[problems.row[problems.kind < len(check_data.BAD)]].tolist())
+        results |= {"good_rows": 0, "good_files": []}
+        for number, file in enumerate(rows.files):
+            path, good = file.path, int((rows.file_of == number).sum())
+            if number in bad:
+                name = "clean" if len(rows.files) == 1 else f"clean_{number + 1}"
+                path = folder / f"{name}{'.arrow' if path.suffix == '.arrow' else '.jsonl'}"
+                good = check_data.write_clean(path, rows, number)
+            results["good_rows"] += good
+            results["good_files"] += [str(path)] if good else []
     return results
-
-
-def _clean(arguments: argparse.Namespace) -> str:
-    """What the good rows are called, where some are bad."""
-    return CLEAN.with_suffix(".arrow" if all(path.suffix == ".arrow" for path in arguments.data) else CLEAN.suffix).name
-
-
-@contextlib.contextmanager
-def _of_clean() -> Iterator[None]:
-    """audit has no `--clean`, of which the messages of check-data speak."""
-    try:
-        yield
-    except UserError as error:
-        told = str(error).replace("--clean", "that file")
-        raise UserError(f"--con-d judges good rows, which audit writes as one file: {told}") from error
 
 
 def _check_judges(arguments: argparse.Namespace) -> None:
@@ -121,13 +110,11 @@ def _judged(arguments: argparse.Namespace, columns: dict[str, str], checked: dic
     from lavis_mafa.tools.mine_pass import MineResult, run_mine
     from lavis_mafa.tools.passes import Pass
 
-    folder = arguments.output
-    good = checked["rows"] if checked["cleaned_rows"] is None else checked["cleaned_rows"]
+    folder, good = arguments.output, checked["good_rows"]
     if good < 2:
         raise UserError(f"{good} rows are good, but a batch with negatives has at least 2; see {folder / 'problems.jsonl'}.")
-    files = [folder / _clean(arguments)] if checked["bad_rows"] else arguments.data
     of = Pass(
-        annotations=files,
+        annotations=list(map(Path, checked["good_files"])),
         images=arguments.images,
         columns=columns,
         con_d=arguments.con_d,
@@ -166,7 +153,6 @@ def _page(arguments: argparse.Namespace, checked: dict[str, Any], counted: dict[
         bad=[KINDS[kind] for kind in BAD if of[kind]["rows"]],
         files=", ".join(map(str, arguments.data)),
         folder=arguments.output,
-        clean=_clean(arguments),
         con_d=arguments.con_d,
         version=__version__,
         **values,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,21 +46,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _of_split(runs: list[Run], names: list[str], split: str, metrics: list[str]) -> str:
+    from lavis_mafa.progress import Bar
     from lavis_mafa.tools.run_files import read_queries
     from lavis_mafa.tools.significance import DIRECTIONS, interval, metric_name, of_direction, p_text, paired
 
     a, b = (run.folder for run in runs)
     rows, words = [["", *names, f"{names[0]} - {names[1]}", ""]], []
-    for direction in DIRECTIONS:
-        for metric in metrics:
-            found = paired(a, b, split, metric, direction)
-            cells = []
-            for folder, mean in ((a, found.mean_a), (b, found.mean_b)):
-                low, high = interval(*of_direction(read_queries(folder, split), folder, metric, direction))
-                cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
-            difference = f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
-            rows.append([f"{direction.upper()} {metric_name(metric)}", *cells, difference, p_text(found.p)])
-            words += [found.sentence(*names)] if metric == metrics[0] else []
+    for direction, metric in Bar([*product(DIRECTIONS, metrics)], desc=f"drawing queries of {split}", unit="metric", delay=1):
+        found = paired(a, b, split, metric, direction)
+        cells = []
+        for folder, mean in ((a, found.mean_a), (b, found.mean_b)):
+            low, high = interval(*of_direction(read_queries(folder, split), folder, metric, direction))
+            cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]")
+        difference = f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+        rows.append([f"{direction.upper()} {metric_name(metric)}", *cells, difference, p_text(found.p)])
+        words += [found.sentence(*names)] if metric == metrics[0] else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:4], widths[1:4]), row[4]]).rstrip() for row in rows]
     asked = read_queries(a, split)["direction"].to_pylist()

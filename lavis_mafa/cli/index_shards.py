@@ -19,15 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from lavis_mafa.datasets.shards import shard_files
+    from lavis_mafa.progress import Bar
     from lavis_mafa.tools.index_shards import check_output, write_index
 
     check_output(arguments.output)
     shards = shard_files(arguments.shards)
     total = sum(map(os.path.getsize, shards))
-    with tqdm(total=total, desc="shards", unit="B", unit_scale=True, disable=None) as bar:
+    with Bar(total=total, desc="shards", unit="B", unit_scale=True) as bar:
         root, pairs, left_out = write_index(shards, arguments.output, arguments.caption_key, bar.update)
     size = os.path.getsize(arguments.output)
     print(f"{pairs:,} pairs of {len(shards):,} shards: {arguments.output} ({size / pairs:.0f} bytes a pair with its caption)")

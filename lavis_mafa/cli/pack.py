@@ -26,11 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from lavis_mafa.config.data import AnnotationFile, files_of
     from lavis_mafa.datasets.annotations import read_annotations
     from lavis_mafa.datasets.formats import PAIRS
+    from lavis_mafa.progress import Bar
     from lavis_mafa.tools import pack
     from lavis_mafa.tools.index_shards import LeftOut, check_output
 
@@ -47,14 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
             f"{path} has no column {names.image!r} of image bytes (--image names it), and --images, the folder that the image paths of "
             "annotations start from, is not given."
         )
-    with tqdm(desc="pack", unit="pair", disable=None, total=sum(one.rows for one in tables) if tables else None) as bar:
+    if tables:
+        count, schema = sum(one.rows for one in tables), pack.schema_of(files, names)
+    else:
+        given = [AnnotationFile(path, None) for path in files]
+        table = read_annotations(given, replace(PAIRS, hint=""), allow_absolute_paths=arguments.allow_absolute_paths)
+        count, schema = len(table), pack.schema_of_annotations(table)
+    with Bar(total=count, desc="pack", unit="pair") as bar:
         if tables:
-            schema, rows = pack.schema_of(files, names), pack.rows_of_tables(files, names, left_out, bar.update)
+            rows = pack.rows_of_tables(files, names, left_out, bar.update)
         else:
-            given = [AnnotationFile(path, None) for path in files]
-            table = read_annotations(given, replace(PAIRS, hint=""), allow_absolute_paths=arguments.allow_absolute_paths)
-            bar.total = len(table)
-            schema, rows = pack.schema_of_annotations(table), pack.rows_of_annotations(table, arguments.images, left_out, bar.update)
+            rows = pack.rows_of_annotations(table, arguments.images, left_out, bar.update)
         pairs, images = pack.write_pack(rows, schema, arguments.output)
     size = os.path.getsize(arguments.output)
     print(f"{pairs:,} pairs of {images:,} images, {size / 1e6:,.1f} MB: {arguments.output}")

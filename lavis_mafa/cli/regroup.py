@@ -42,22 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.output.exists():
         raise UserError(f"--output: {arguments.output} exists already and is never overwritten; choose another folder.")
-    from tqdm import tqdm
-
     from lavis_mafa.datasets.shards import shard_files
+    from lavis_mafa.progress import Bar
     from lavis_mafa.tools.features import check_own_pairs, read_features
     from lavis_mafa.tools.index_shards import LeftOut, pairs_of
     from lavis_mafa.tools.regroup import ORDER, grouped_order, write_shards
 
     left_out, samples = LeftOut(), []
-    for shard in tqdm(shard_files(arguments.shards), desc="shards", unit="shard", disable=None):
+    for shard in Bar(shard_files(arguments.shards), desc="shards", unit="shard"):
         samples += [(shard, sample) for sample in pairs_of(shard, arguments.caption_key, left_out).samples]
     features = read_features(arguments.features, len(samples))
     if not arguments.force:
         check_own_pairs(features)
-    with tqdm(total=len(samples), desc="group", unit="pair", disable=None) as bar:
+    with Bar(total=len(samples), desc="group", unit="pair") as bar:
         order = grouped_order(features, arguments.batch_size, arguments.search_space, arguments.seed, bar.update)
-    with tqdm(total=len(samples), desc="write", unit="pair", disable=None) as bar:
+    with Bar(total=len(samples), desc="write", unit="pair") as bar:
         shards = write_shards(samples, order, arguments.output, arguments.batch_size, bar.update)
     print(f"{len(samples):,} pairs in {shards:,} shards, every {arguments.batch_size} a GRIT batch: {arguments.output}")
     print(f"Which pair was which: {arguments.output / ORDER}")

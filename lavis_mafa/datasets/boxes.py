@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.json
 import pyarrow.parquet
 import torch
 from torch.utils.data import Dataset, default_collate
 
 from lavis_mafa.config.data import AnnotationFile, ending
 from lavis_mafa.datasets.annotations import LEAVES, clean_caption, shown
-from lavis_mafa.datasets.formats import SAME_IMAGE, Columns, as_named, known_columns, one_message
+from lavis_mafa.datasets.formats import SAME_IMAGE, Columns, as_named, known_columns, one_message, read_records
 from lavis_mafa.datasets.ids import Id, id_of_json, is_missing_text, shown_json
 from lavis_mafa.datasets.images import load_rgb, upright_size
 from lavis_mafa.errors import EmptyCaption, UserError
@@ -27,7 +26,6 @@ CORNERS = ("left", "top", "right", "bottom")
 HIT = 0.5  # the overlap from which on a box is the right one
 EXPRESSIONS = Columns(single=("image",), several="text", optional=(SAME_IMAGE,))  # to train on: no box is looked at
 BOXES = Columns(single=("image", "text", "box"), several="boxes", optional=("expression_id",))
-LONGEST_LINE = 1 << 26  # bytes
 
 
 def overlap(one: Box, other: Box) -> float:
@@ -67,8 +65,8 @@ class Expression:
 def read_expressions(
     files: Sequence[AnnotationFile], images: Path | None = None, allow_absolute_paths: bool = False, select: Any = None
 ) -> list[Expression]:
-    """Expressions from .parquet or .jsonl files with ``image``, ``text``, ``box`` and ``boxes``, and if they are to be named with
-    ``expression_id`` (else they are numbered from 0), such as the ``grounding`` view of ``build-scenes``.
+    """Expressions from .parquet, .json or .jsonl files with ``image``, ``text``, ``box`` and ``boxes``, and if they are to be named
+    with ``expression_id`` (else they are numbered from 0), such as the ``grounding`` view of ``build-scenes``.
 
     A box is ``{left, top, right, bottom}`` in pixels of the image, the last two exclusive.
 
@@ -97,28 +95,31 @@ def read_expressions(
 
 
 def _rows(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    if path.suffix.lower() not in (".parquet", ".jsonl"):
-        raise UserError(f"{shown(path)}: boxes are read from .parquet and .jsonl files, such as grounding_val.parquet of scenes.")
+    if ending(path) not in (".parquet", ".json", ".jsonl"):
+        raise UserError(f"{shown(path)}: boxes are read from .parquet, .json or .jsonl, such as grounding_val.parquet of scenes.")
     if not path.is_file():
         raise UserError(f"{shown(path)}: there is no such file.")
     with one_message(path):
-        if ending(path) == ".parquet":
-            table = pyarrow.parquet.read_table(path)
-        else:
-            table = pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=LONGEST_LINE))
-        table.validate(full=True)
         theirs = as_named(path, BOXES, columns)[1]
-        table = table.rename_columns([theirs.get(name, name) for name in table.column_names])
-        names = table.column_names
-        if "box" in names and "boxes" not in names:
+        if ending(path) == ".parquet":
+            names = pyarrow.parquet.read_schema(path).names
+            wanted = [name for name in names if theirs.get(name, name) in BOXES.known]
+            table = pyarrow.parquet.read_table(path, columns=wanted)
+            table.validate(full=True)
+            records = table.to_pylist()
+        else:
+            records = list(read_records(path, BOXES, columns))
+            names = list(dict.fromkeys(name for record in records for name in record))
+        if not records:
+            raise UserError(f"{shown(path)}: no rows.")
+        ours = {theirs.get(name, name): name for name in names}
+        if "box" in ours and "boxes" not in ours:
             raise UserError(
                 f"{shown(path)}: no column 'boxes', the list of boxes that each row's thing is to be found among; where grounding is "
                 "evaluated each row needs them: those of all things of the image, or what a detector finds there."
             )
-        rows: list[dict[str, Any]] = table.select(known_columns(path, BOXES, names)).to_pylist()
-    if not rows:
-        raise UserError(f"{shown(path)}: no rows.")
-    return rows
+        known = known_columns(path, BOXES, [theirs.get(name, name) for name in names])
+    return [{name: record.get(ours[name]) for name in known} for record in records]
 
 
 def _ids(places: list[str], given: list[Any]) -> list[Id]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,9 +24,11 @@ from lavis_mafa.datasets.ids import id_of_json, shown_json, with_numbers, writte
 from lavis_mafa.datasets.separated_values import other_separator, separated_rows
 from lavis_mafa.datasets.stored import PLACE
 from lavis_mafa.errors import UserError, did_you_mean
+from lavis_mafa.progress import Bar
 
 ROWS_AT_ONCE = 1 << 16
 CHARACTERS_AT_ONCE = 1 << 20
+LONG = 3.0  # seconds of reading
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,27 @@ def read_records(path: Path, columns: Columns = PAIRS, names: Mapping[str, str] 
                 yield dict(zip(header, row, strict=True))
 
 
-def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """A text file, compressed where it ends in ``.gz``."""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open(encoding="utf-8-sig", newline=newline)
+@contextlib.contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file, compressed where it ends in ``.gz``; where reading it takes long, a bar tells how far it is."""
+    bar = Bar(total=path.stat().st_size, desc=f"reading {path.name}", unit="B", unit_scale=True, delay=LONG, leave=False)
+    with bar, io.BufferedReader(_Counted(path, bar.update)) as raw:
+        content: Any = gzip.open(raw) if path.suffix.lower() == ".gz" else raw
+        with io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text:
+            yield text
+
+
+class _Counted(io.FileIO):
+    """Tells how many bytes were read each time."""
+
+    def __init__(self, path: Path, tell: Callable[[int], object]) -> None:
+        super().__init__(path)
+        self.tell_bytes = tell
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self.tell_bytes(count)
+        return count
 
 
 def as_named(path: Path, columns: Columns, names: Mapping[str, str] | None = None) -> tuple[Columns, dict[str, str]]:

@@ -179,9 +179,12 @@ class AlbefMafa(DualEncoder[AlbefBlock]):
     def keys_values(self, image_tokens: Tensor) -> KeysValues:
         return self.text_encoder.bert.keys_values(image_tokens)
 
-    def fuse(self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None) -> Tensor:
+    def fuse(
+        self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None, layers: int | None = None
+    ) -> Tensor:
         bert = self.text_encoder.bert
-        return bert(reading.take(texts), reading.tokens, images, chosen, layers=slice(bert.fusion_layer, None))
+        run = slice(bert.fusion_layer, None if layers is None else bert.fusion_layer + layers)
+        return bert(reading.take(texts), reading.tokens, images, chosen, layers=run)
 
     def fused(self, ids: Tensor, states: Tensor) -> Tensor:
         return states

@@ -489,8 +489,13 @@ class DualEncoder(MafaModel[Block], MomentumModel, BaseModel):
         """[K, N, width] -> what any text reads of each image."""
         raise NotImplementedError
 
-    def fuse(self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None) -> Tensor:
-        """P of B texts, each read with its image -> [S, width], or of the ``chosen`` tokens; ``texts``: the tuple's first."""
+    def fuse(
+        self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None, layers: int | None = None
+    ) -> Tensor:
+        """P of B texts, each read with its image -> [S, width], or of the ``chosen`` tokens; ``texts``: the tuple's first.
+
+        ``layers``: by the first so many of those that look at images; None: by all.
+        """
         raise NotImplementedError
 
     def text_states(self, ids: Tensor, mask: Tensor, padded: bool = False) -> Tensor:

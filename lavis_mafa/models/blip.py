@@ -104,6 +104,9 @@ class BlipMafa(DualEncoder[BlipBlock]):
     def keys_values(self, image_tokens: Tensor) -> KeysValues:
         return self.text_encoder.keys_values(image_tokens)
 
-    def fuse(self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None) -> Tensor:
+    def fuse(
+        self, images: KeysValues, texts: Tensor, reading: Reading, chosen: Tokens | None = None, layers: int | None = None
+    ) -> Tensor:
         """Each text, whose [CLS] becomes [ENC], is read together with its image."""
-        return self.text_encoder.read(led_by(self.tokenizer.enc_token_id, texts), reading, images=images, chosen=chosen)
+        texts = led_by(self.tokenizer.enc_token_id, texts)
+        return self.text_encoder.read(texts, reading, images=images, chosen=chosen, layers=slice(layers))

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lavis_mafa.distributed import is_distributed, rank, world_size
 from lavis_mafa.errors import UserError
 from lavis_mafa.objectives.mining import best_query
+from lavis_mafa.progress import Bar
 
+TEXTS_AT_ONCE = 256
 NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
 
 
@@ -60,11 +62,12 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
         raise UserError(
             f"there are {len(data_loader.dataset.image)} images and {len(texts)} texts to score; needed: at least one of each."
         )
-    parts = [model.text_rows(texts[start : start + 256]) for start in range(0, len(texts), 256)]
+    starts = Bar(range(0, len(texts), TEXTS_AT_ONCE), desc="texts", unit="batch")
+    parts = [model.text_rows(texts[start : start + TEXTS_AT_ONCE]) for start in starts]
     text = tuple(joined_texts(column) for column in zip(*(rows for rows, _ in parts), strict=True))
     text_features = torch.cat([features for _, features in parts])
     images, image_features = torch.empty(0), list[Tensor]()
-    for samples in data_loader:
+    for samples in Bar(data_loader, desc="images", unit="batch"):
         states, features = model.image_rows(samples["image"].to(model.device))
         done = sum(len(part) for part in image_features)
         if done == 0 and rank_by != "itc":  # in main memory and once: token states of a whole gallery fit no GPU
@@ -78,17 +81,17 @@ def retrieval_scores(model: RetrievalModel, data_loader: Any, top_k: int, rank_b
         cosine = similarity.cpu()
         return RetrievalScores(rank_by, cosine, cosine.T, cosine)
 
-    def matching(image_index: Tensor, text_index: Tensor) -> Tensor:
+    def matching(image_index: Tensor, text_index: Tensor, queries: str) -> Tensor:
         scores = [torch.empty(0, device=similarity.device)]  # a rank has no row where there are fewer rows than ranks
-        for start in range(0, len(image_index), pairs_at_once):
+        for start in Bar(range(0, len(image_index), pairs_at_once), desc=f"matching of {queries}", unit="batch"):
             rows, which = image_index[start : start + pairs_at_once].cpu().unique(return_inverse=True)
             columns = text_index[start : start + pairs_at_once].cpu()
             logits = model.match_rows(images[rows].to(model.device), text, which, columns)
             scores.append(logits[:, 1].float())
         return torch.cat(scores)
 
-    image_to_text = _rank_rows(similarity, top_k, rank_by, matching)
-    text_to_image = _rank_rows(similarity.T, top_k, rank_by, lambda text, image: matching(image, text))
+    image_to_text = _rank_rows(similarity, top_k, rank_by, lambda image, text: matching(image, text, "images"))
+    text_to_image = _rank_rows(similarity.T, top_k, rank_by, lambda text, image: matching(image, text, "texts"))
     check_scores(image_to_text, "image")
     check_scores(text_to_image, "text")
     return RetrievalScores(rank_by, image_to_text.cpu(), text_to_image.cpu(), similarity.cpu())

@@ -64,16 +64,18 @@ def word_maps(
     cross = layers[number - 1]
     cross.save_attention = True
     try:
-        with torch.enable_grad():
-            given = [(key.detach().requires_grad_(), value.detach()) for key, value in images]  # so that a frozen model has maps too
-            states = model.fuse(given, texts[0].detach(), reading, reading.first)
-            score = model.itm_head(states)[:, 1].sum()
-            attention = cross.attention_map
-            if by == "grad_cam":
+        if by == "attention":
+            with torch.no_grad():
+                model.fuse(images, texts[0], reading, layers=number)
+            cam = cross.attention_map.float().mean(dim=1)
+        else:
+            with torch.enable_grad():
+                # so that a frozen model has maps too
+                given = [(key.detach().requires_grad_(), value.detach()) for key, value in images]
+                states = model.fuse(given, texts[0].detach(), reading, reading.first)
+                score, attention = model.itm_head(states)[:, 1].sum(), cross.attention_map
                 (gradient,) = torch.autograd.grad(score, attention)
-                cam = word_cam(attention.detach(), gradient)
-            else:
-                cam = attention.detach().float().mean(dim=1)
+            cam = word_cam(attention.detach(), gradient)
     finally:
         cross.save_attention, cross.attention_map = False, None
     collected: Tensor = reading.tokens.images.collect(cam)[:, 1:]  # type: ignore[union-attr]

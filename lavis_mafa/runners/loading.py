@@ -24,6 +24,7 @@ from lavis_mafa.distributed import gather_in_rank_order, gather_objects, gather_
 from lavis_mafa.errors import UserError, death_of_a_worker
 from lavis_mafa.grit import GritQueue, GritSampler, next_epoch_order
 from lavis_mafa.grit.sampler import ROW_TYPES, saved_tensor
+from lavis_mafa.progress import Bar
 from lavis_mafa.signals import patient_worker
 
 logger = logging.getLogger(__name__)
@@ -327,7 +328,8 @@ def unreadable(dataset: Any, split: str, workers: int) -> list[dict[str, Any]]:
     loader = _loader(_Tried(dataset), 16, rows, list, workers if many else 0)
     if many:
         logger.info("%s: reading its %d images once before training", split, len(rows))
-    return [result for results in loader for result in results if result is not None]
+    looked_at = Bar(itertools.chain.from_iterable(loader), total=len(rows), desc=f"images of {split}", unit="image", delay=1)
+    return [result for result in looked_at if result is not None]
 
 
 def one_row_an_image(dataset: Any) -> list[int]:

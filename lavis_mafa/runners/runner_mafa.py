@@ -31,6 +31,7 @@ from lavis_mafa.distributed import barrier, broadcast_object, group_of_one, rank
 from lavis_mafa.errors import UserError, WorkerLost
 from lavis_mafa.files import replacing
 from lavis_mafa.models.sanity import ShareWatch
+from lavis_mafa.progress import Bar
 from lavis_mafa.runners.agreement import check_ranks_agree
 from lavis_mafa.runners.checkpoint import CheckpointFolder, RunState, load_model
 from lavis_mafa.runners.loading import BadSamples, GritFeed, check_evaluation_images, eval_loader, patient, train_loader
@@ -389,7 +390,7 @@ class RunnerMafa(RunnerBase):
         """All features without training, for GRIT's separate pass."""
         model = self.unwrap_dist_model(self.model)
         model.eval()
-        for samples in self.train_loader:
+        for samples in Bar(self.train_loader, desc="features for GRIT", unit="batch"):
             self.bad_samples.add(samples, self.settings.batch_size_train)
             samples = self._on_device(samples)
             with autocast(self.settings.precision, self.device):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_mafa.errors import UserError, did_you_mean
+from lavis_mafa.progress import Bar
 
 # A full stop belongs to these words and to single letters.
 ABBREVIATIONS = """
@@ -188,7 +189,7 @@ def _tokens(texts: Texts) -> Texts:
 
 def _scores(references: Texts, captions: Texts, names: Sequence[str]) -> dict[str, float]:
     scores: dict[str, float] = {}
-    for name in names:
+    for name in Bar(names, desc="caption metrics", unit="metric", delay=1):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the scorers print their counts
                 score: Any = _spice(references, captions) if name == "spice" else _scorer(name).compute_score(references, captions)[0]

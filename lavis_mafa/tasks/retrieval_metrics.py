@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.retrieval import check_scores
+from lavis_mafa.progress import Bar
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 500  # queries, bounds memory
@@ -86,7 +87,11 @@ def best_first(scores: Tensor, relevant: Tensor) -> Tensor:
 
 def _one_direction(scores: Tensor, relevant: Tensor) -> QueryMetrics:
     asked = relevant.any(dim=1)
-    parts = [_of_queries(some, right) for some, right in zip(scores[asked].split(AT_ONCE), relevant[asked].split(AT_ONCE), strict=True)]
+    parts = []
+    with Bar(total=int(asked.sum()), desc="metrics", unit="query", delay=1) as bar:
+        for some, right in zip(scores[asked].split(AT_ONCE), relevant[asked].split(AT_ONCE), strict=True):
+            parts.append(_of_queries(some, right))
+            bar.update(len(some))
     return QueryMetrics(asked.nonzero().flatten(), {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
@@ -202,7 +207,7 @@ def _best(
     """Query id -> the ids of its ``top`` highest scores, best first, and of equal ones those that do not match."""
     place = {number: j for j, number in enumerate(found)}
     ids, best = torch.tensor(found), dict[int, list[int]]()
-    for start in range(0, len(queries), AT_ONCE):
+    for start in Bar(range(0, len(queries), AT_ONCE), desc="ECCV Caption", unit="batch", delay=1):
         part = scores[start : start + AT_ONCE]
         part = part if columns is None else part[:, columns]
         right = torch.zeros(part.shape, dtype=torch.bool)

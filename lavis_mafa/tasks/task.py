@@ -17,7 +17,6 @@ from lavis.datasets.data_utils import prepare_sample
 from lavis.tasks.base_task import BaseTask
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lavis_mafa.config.check import check_device, check_lavis, doubtful
 from lavis_mafa.config.schema import RunBlock
@@ -26,6 +25,7 @@ from lavis_mafa.datasets.splits import with_training_splits
 from lavis_mafa.distributed import gather_objects, rank
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import write_text
+from lavis_mafa.progress import Bar
 
 logger = logging.getLogger(__name__)
 Task = TypeVar("Task", bound="MafaTask")
@@ -89,7 +89,7 @@ class MafaTask(BaseTask):
 
 def batches(loader: Any, what: str, cuda_enabled: bool) -> Iterator[dict[str, Any]]:
     """The loader's batches on their device; rank 0 shows progress."""
-    for samples in tqdm(loader, desc=what, unit="batch", disable=rank() != 0):
+    for samples in Bar(loader, desc=what, unit="batch"):
         yield prepare_sample(samples, cuda_enabled=cuda_enabled)
 
 

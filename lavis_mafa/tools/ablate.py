@@ -21,7 +21,7 @@ from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.read import find_yaml, plain
 from lavis_mafa.config.schema import MODEL_BLOCKS, RUN_BLOCKS, typed_block
 from lavis_mafa.errors import UserError, did_you_mean
-from lavis_mafa.files import digest, last_checkpoint, runs_with
+from lavis_mafa.files import LATEST, digest, last_checkpoint, runs_with
 from lavis_mafa.tools.run_files import last_epoch, read_evaluations, read_metrics, wall_seconds
 from lavis_mafa.weights import shipped
 
@@ -407,8 +407,8 @@ def _chain(runs: list[Run], con_d: Path | None = None) -> list[str]:
         launch = f'torchrun --nproc_per_node="${{NPROC:-{processes[1]}}}" -m lavis_mafa' if processes else "lavis-mafa"
         options = shlex.join([*run.options, f"run.output_dir={run.folder}"])
         if before is not None:
-            options += f' model.pretrained="$(python -m lavis_mafa.files {shlex.quote(str(before.folder))})"'
+            options += f" model.pretrained={shlex.quote(str(before.folder / LATEST / before.last_checkpoint))}"
         elif con_d is not None:
-            options += f' model.discriminator.checkpoint="$(ls {shlex.quote(str(con_d))}/*/checkpoint_best.pth | tail -n 1)"'
+            options += f" model.discriminator.checkpoint={shlex.quote(str(con_d / LATEST / 'checkpoint_best.pth'))}"
         lines.append(f"{launch} train --cfg-path {shlex.quote(run.yaml)} --options {options}")
     return lines

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,18 +19,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lavis_mafa.datasets.indexed import BadSample, IndexedDataset
-from lavis_mafa.distributed import rank
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit import group_by_similarity
 from lavis_mafa.grit.sampler import seeded_generator
 from lavis_mafa.objectives import mine_hard_negatives
 from lavis_mafa.objectives.itm import candidate_pairs
 from lavis_mafa.objectives.mining import best_query, most_similar_query
+from lavis_mafa.progress import Bar
 from lavis_mafa.tools.features import Features
 
 KEEP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST_MATRIX = 9600  # 737 MB of similarities
 PAIRS_AT_ONCE = 512
+WITHOUT_NEWS = 5.0  # seconds that scoring a block may take without a bar of its own
 COLUMNS, TRUTH = ("image_features", "text_features", "index", "image_key"), ("concept", "text_key")
 Progress = Callable[[int], object]
 Blocks = Sequence[tuple[int, Tensor]]  # number, LongTensor[m] of data set rows
@@ -282,8 +282,12 @@ def match_probabilities(encoder: Encoder, block: Block, image: Tensor, text: Ten
     if not len(image):
         return torch.empty(0)
     distinct, place = torch.unique(image * len(block) + text, return_inverse=True)
-    parts = distinct.split(pairs_at_once)
-    probability = torch.cat([_probability(encoder, block, part // len(block), part % len(block)) for part in parts])
+    parts = []
+    with Bar(total=len(distinct), desc="Con-D", unit="pair", delay=WITHOUT_NEWS, leave=False) as bar:
+        for part in distinct.split(pairs_at_once):
+            parts.append(_probability(encoder, block, part // len(block), part % len(block)))
+            bar.update(len(part))
+    probability = torch.cat(parts)
     if bool(probability.isnan().any()):
         first = int(distinct[probability.isnan()][0])
         pair = f"image {int(block.index[first // len(block)])}, text {int(block.index[first % len(block)])}"
@@ -307,8 +311,6 @@ def reason_of(bad: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def progress_bar(samples: int) -> Iterator[Progress]:
-    """Samples done, rate and time left on stderr; rank 0's alone. The rate is the mean so far, since a block scores after encoding."""
-    from tqdm import tqdm
-
-    with tqdm(total=samples, unit="pair", smoothing=0, disable=rank() != 0, file=sys.stderr, mininterval=1.0) as bar:
+    """The rate is the mean so far, since a block scores after encoding."""
+    with Bar(total=samples, desc="pairs", unit="pair", smoothing=0) as bar:
         yield bar.update

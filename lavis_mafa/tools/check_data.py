@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from lavis_mafa.config.data import SPLITS, AnnotationFile, ending, files_of
 from lavis_mafa.datasets.annotations import (
@@ -51,6 +49,7 @@ from lavis_mafa.datasets.images import ImageTooLargeError, ImageTooSmallError, l
 from lavis_mafa.datasets.stored import StoredImage, has_places, image_source, places_from
 from lavis_mafa.errors import EmptyCaption, UserError, did_you_mean
 from lavis_mafa.files import replacing
+from lavis_mafa.progress import Bar
 from lavis_mafa.tools.index_shards import arrow_file
 from lavis_mafa.tools.training_data import split_files
 
@@ -339,7 +338,7 @@ def judge(rows: Rows, sources: Sequence[Source], min_side: int, workers: int) ->
         _judge_captions(rows, number, source.process)
     # its workers die with the command, read ahead no further than needed, and share the Arrow column
     loader = DataLoader(_Images(rows, min_side), batch_size=AT_ONCE, num_workers=workers, collate_fn=list)
-    looked_at = tqdm(itertools.chain.from_iterable(loader), total=len(rows.path), desc="images", unit="image", file=sys.stderr)
+    looked_at = Bar(itertools.chain.from_iterable(loader), total=len(rows.path), desc="images", unit="image")
     for number, (kind, reason, content) in enumerate(looked_at):
         rows.bad_image[number], rows.content[number] = IMAGE_KINDS.index(kind), content
         if reason:
@@ -375,7 +374,7 @@ def _judge_captions(rows: Rows, source: int, process: Process) -> None:
     captions = rows.caption[first:end]
     distinct = pc.unique(captions)
     reasons: dict[int, str] = {}
-    for index in tqdm(range(len(distinct)), desc="captions", unit="caption", file=sys.stderr):
+    for index in Bar(range(len(distinct)), desc="captions", unit="caption"):
         try:
             clean_caption(process, distinct[index].as_py())
         except EmptyCaption as error:
@@ -495,7 +494,7 @@ def _reason(rows: Rows, kind: str, row: int, about: int, first: int) -> str:
 def write_problems(path: Path, rows: Rows, problems: Problems) -> None:
     """One JSON object a line, in the order of rows; whole or not at all."""
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
-        for place in range(len(problems.kind)):
+        for place in Bar(range(len(problems.kind)), desc="problems", unit="row", delay=1):
             file.write(json.dumps(describe(rows, problems, place), ensure_ascii=False) + "\n")
 
 
@@ -552,12 +551,17 @@ def check_sources(sources: Sequence[Source], path: Path) -> None:
         raise UserError("--clean writes images with captions, but the run has splits without; check the others with --annotations.")
     if len({file.images for file in files}) > 1:
         raise UserError("--clean writes one file, but the data sets have several image folders; check them one at a time.")
-    for file in (file.path for file in files if file.path.suffix.lower() == ".parquet" and file.path.is_file()):
+    check_columns(sources, "--clean")
+
+
+def check_columns(sources: Sequence[Source], why: str) -> None:
+    """Before anything heavy: their rows can be written as JSON; raises UserError, which says ``why`` they are to be."""
+    for file in (file.path for source in sources for file in source.files if ending(file.path) == ".parquet" and file.path.is_file()):
         with one_message(file):
             schema = pyarrow.parquet.read_schema(file)
         for column in schema:
             if _holds_bytes(column.type):
-                raise UserError(f"--clean: column '{column.name}' of {file} holds {column.type}, which JSON cannot; leave it out.")
+                raise UserError(f"{why}: column '{column.name}' of {file} holds {column.type}, which JSON cannot; leave it out.")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -579,15 +583,19 @@ def check_ids(rows: Rows) -> None:
             )
 
 
-def write_clean(path: Path, rows: Rows) -> int:
+def write_clean(path: Path, rows: Rows, only: int | None = None) -> int:
     """Write the good rows, of a row with several captions the good ones, whole or not at all; returns their number, 0 without a file.
+
+    Args:
+        only: the number of a file, whose rows alone are written; None: all rows.
 
     Raises:
         UserError: an annotation file was changed since it was checked, or a column that training ignores cannot be read.
     """
-    records = tqdm(_good_records(rows), desc="clean", unit="row", file=sys.stderr)
+    numbers = range(len(rows.files)) if only is None else [only]
+    records = Bar(_good_records(rows, numbers), desc="clean", unit="row")
     if path.suffix == ".arrow":
-        return _write_arrow(path, rows, records)
+        return _write_arrow(path, [rows.files[number] for number in numbers], records)
     good = map(_as_json, records)
     first = next(good, None)
     if first is None:
@@ -601,33 +609,35 @@ def write_clean(path: Path, rows: Rows) -> int:
     return written
 
 
-def _write_arrow(path: Path, rows: Rows, records: Iterable[dict[str, Any]]) -> int:
+def _write_arrow(path: Path, files: Sequence[AnnotationFile], records: Iterable[dict[str, Any]]) -> int:
     """Where images lie is written, not their bytes."""
-    said = {file.columns.get("caption", "caption") for file in rows.files}
+    said = {file.columns.get("caption", "caption") for file in files}
     found = [{name: [one] if name in said and isinstance(one, str) else one for name, one in record.items()} for record in records]
     if not found:
         return 0
     schemas = []
-    for file in rows.files:
+    for file in files:
         schema, caption = read_mapped(file.path, file.columns.get("image", "image")).schema, file.columns.get("caption", "caption")
         schemas.append(schema.set(schema.get_field_index(caption), pa.field(caption, TEXTS)))
     try:
         table = pa.Table.from_pylist(found, pa.unify_schemas(schemas))
     except pa.ArrowTypeError as error:
         raise UserError(f"--clean writes one file, but the files' columns differ ({error}); clean them one at a time.") from error
-    table = places_from(rows.files[0].images or Path(), table)
+    table = places_from(files[0].images or Path(), table)
     with arrow_file(path, table.schema) as writer:
         writer.write_table(table, ROWS_AT_ONCE)
     return len(found)
 
 
-def _good_records(rows: Rows) -> Iterator[dict[str, Any]]:
-    """Each good record once, as it was written and with the ids that training reads; ``rows`` may hold only some of a file."""
+def _good_records(rows: Rows, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Each good record of these files once, as it was written and with the ids that training reads; ``rows`` may hold only some of a
+    file."""
     bad_row = (rows.image_of < 0) | rows.lists | (rows.id_of_another >= 0)
     bad_row[~bad_row] = rows.bad_image[rows.image_of[~bad_row]] != 0
-    after, row = np.cumsum(rows.captions), 0
-    for number, file in enumerate(rows.files):
-        end, typed = int(np.searchsorted(rows.file_of, number, side="right")), _typed(rows, number)
+    after = np.cumsum(rows.captions)
+    for number in numbers:
+        file, typed = rows.files[number], _typed(rows, number)
+        row, end = map(int, np.searchsorted(rows.file_of, [number, number + 1]))
         for at, record in enumerate(read_records(file.path, names=file.columns)):
             if row == end:
                 break

@@ -6,7 +6,7 @@ They stay on the disk where they are ``.npy`` files (memory-mapped); what is tak
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
 from lavis_mafa.objectives.trust import is_sane
+from lavis_mafa.progress import Bar
 
 ROWS_AT_ONCE = 16_384
 ENOUGH = 20_000  # pairs, to see whether they are pairs
@@ -39,8 +40,8 @@ class Features(NamedTuple):
     def digest(self) -> str:
         """16 hexadecimal digits that change with any number in them."""
         found = hashlib.sha256()
-        for side in self:
-            for start in range(0, len(side), ROWS_AT_ONCE):
+        for name, side in zip(SIDES, self, strict=True):
+            for start in _starts(side, f"digest of {name} features"):
                 found.update(side[start : start + ROWS_AT_ONCE].tobytes())
         return found.hexdigest()[:16]
 
@@ -172,8 +173,13 @@ def _array(column: pa.ChunkedArray, where: str) -> np.ndarray:
     return numbers.reshape(len(column), len(numbers) // max(len(column), 1))
 
 
+def _starts(array: np.ndarray, what: str) -> Iterable[int]:
+    """Where the parts begin in which an array is read, which may take minutes."""
+    return Bar(range(0, len(array), ROWS_AT_ONCE), desc=what, unit="part", delay=1)
+
+
 def _check_rows(array: np.ndarray, where: str) -> None:
-    for start in range(0, len(array), ROWS_AT_ONCE):
+    for start in _starts(array, "features"):
         with np.errstate(over="ignore"):  # then it is not finite, as it is said below
             length = np.linalg.norm(array[start : start + ROWS_AT_ONCE].astype(np.float32), axis=1)
         bad = np.flatnonzero(~np.isfinite(length) | (length == 0))

@@ -25,6 +25,7 @@ from lavis_mafa.datasets.images import on_white
 from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import digest
+from lavis_mafa.progress import Bar
 from lavis_mafa.tools.run_files import Run
 from lavis_mafa.tools.training_data import Annotated, read_annotated
 
@@ -194,7 +195,8 @@ def gallery_data(runs: list[Run], data: list[TrainingRows], candidates: list[lis
         return connections.number(c, [c.direction, *places, round(c.probability, 4), c.verdict, true, c.epoch, c.times, c.run])
 
     # pictures are bounded: those of the surest come first, then those of the disagreements
-    for candidate in (*lists["gallery"][:400], *doubted, *missed, *lists["gallery"][400:]):
+    ordered = (*lists["gallery"][:400], *doubted, *missed, *lists["gallery"][400:])
+    for candidate in Bar(ordered, desc="pictures", unit="connection", delay=1):
         add(candidate)
     return {
         "lists": {name: [add(c) for c in chosen] for name, chosen in lists.items()},

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lavis_mafa.datasets.boxes import Box, Expression, GroundedImages
 from lavis_mafa.errors import UserError
 from lavis_mafa.models.grounding import expression_maps, heat_of, hottest_box
+from lavis_mafa.progress import Bar
 from lavis_mafa.tools.significance import Accuracy
 
 FIGURES = {
@@ -90,7 +90,7 @@ def ground(model: Any, images: GroundedImages, by: str = "itm", layer: int | Non
         UserError: an image cannot be read, or there is no such layer.
     """
     tally = Tally()
-    with tqdm(total=len(images.expressions), desc=f"Grad-CAM of {by.upper()}", unit="text") as bar:
+    with Bar(total=len(images.expressions), desc=f"Grad-CAM of {by.upper()}", unit="text") as bar:
         for chunk in torch.arange(len(images)).split(images_at_once):
             rows, of_image = images.asked(chunk.tolist())
             pixels = torch.stack([_pixels(images, number) for number in chunk.tolist()])

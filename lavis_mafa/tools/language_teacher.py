@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import trange
 from transformers import BertConfig, BertForMaskedLM
 
 from lavis_mafa.datasets.annotations import clean_caption
@@ -22,6 +21,7 @@ from lavis_mafa.errors import EmptyCaption, UserError
 from lavis_mafa.files import built_folder
 from lavis_mafa.models.encoders import build_tokenizer, tokenize
 from lavis_mafa.objectives.lm import IGNORED, mask_tokens, masked_lm_loss
+from lavis_mafa.progress import Bar
 from lavis_mafa.tools.training_data import read_annotated
 
 MASKED = 0.15  # share of words that BERT masks
@@ -53,7 +53,8 @@ def read_captions(name: str, options: list[str]) -> tuple[list[str], Any]:
         builder = registry.get_builder_class(dataset)(block)
         builder.build_processors()
         found, process = read_annotated(dataset, block), builder.text_processors["train"]
-        for caption in [] if found is None else pc.unique(pc.list_flatten(found.table["caption"])).to_pylist():
+        distinct = [] if found is None else pc.unique(pc.list_flatten(found.table["caption"])).to_pylist()
+        for caption in Bar(distinct, desc=f"captions of {dataset}", unit="caption", delay=1):
             with contextlib.suppress(EmptyCaption):  # training replaces such a sample, and `check-data` counts them
                 captions[clean_caption(process, caption)] = None
     if len(captions) < 2:
@@ -71,7 +72,7 @@ def train_teacher(captions: Sequence[str], tokenizer: Any, max_length: int, reci
     model = BertForMaskedLM(BertConfig(**sizes, pad_token_id=tokenizer.pad_token_id)).train()
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
-    for _ in trange(recipe.steps, unit="step", disable=None):
+    for _ in Bar(range(recipe.steps), desc="teacher", unit="step"):
         some = torch.randint(len(trained), (recipe.batch_size,)).tolist()
         logits, labels = _guess(model, [captions[trained[number]] for number in some], tokenizer, max_length)
         optimizer.zero_grad()
@@ -84,7 +85,7 @@ def train_teacher(captions: Sequence[str], tokenizer: Any, max_length: int, reci
 @torch.no_grad()
 def _share_guessed(model: BertForMaskedLM, captions: list[str], tokenizer: Any, max_length: int, batch_size: int) -> float:
     right = asked = 0
-    for start in range(0, len(captions), batch_size):
+    for start in Bar(range(0, len(captions), batch_size), desc="captions held out", unit="batch", delay=1):
         logits, labels = _guess(model, captions[start : start + batch_size], tokenizer, max_length)
         right, asked = right + int((logits.argmax(dim=1) == labels).sum()), asked + len(labels)
     return right / max(1, asked)

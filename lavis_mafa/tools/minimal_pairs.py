@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lavis_mafa.errors import UserError
 from lavis_mafa.grit.sampler import seeded_generator
 from lavis_mafa.models.retrieval import joined_texts
 from lavis_mafa.objectives.mining import best_query
+from lavis_mafa.progress import Bar
 from lavis_mafa.tools.candidates import shuffled
 from lavis_mafa.tools.significance import Accuracy
 
@@ -147,10 +147,11 @@ def score_pairs(
     """
     used, text = text.unique(return_inverse=True)
     named = [captions[number] for number in used.tolist()]
-    parts = [model.text_rows(named[start : start + TEXTS_AT_ONCE]) for start in range(0, len(named), TEXTS_AT_ONCE)]
+    starts = Bar(range(0, len(named), TEXTS_AT_ONCE), desc="texts", unit="batch", delay=1)
+    parts = [model.text_rows(named[start : start + TEXTS_AT_ONCE]) for start in starts]
     texts, text_features = tuple(map(joined_texts, zip(*(rows for rows, _ in parts), strict=True))), torch.cat([f for _, f in parts])
     found = {name: torch.empty(len(image)) for name in scores}
-    with tqdm(total=len(image), desc="minimal pairs", unit="pair") as bar:
+    with Bar(total=len(image), desc="minimal pairs", unit="pair") as bar:
         for numbers, pixels in batches:
             tokens, features = model.image_rows(pixels.to(model.device))
             pairs = torch.isin(image, numbers).nonzero().flatten()

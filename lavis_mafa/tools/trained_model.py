@@ -11,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
-from tqdm import tqdm
 
 from lavis_mafa.config.check import check_yaml
 from lavis_mafa.config.checkpoints import COVERED
@@ -19,6 +18,7 @@ from lavis_mafa.config.schema import RunBlock
 from lavis_mafa.datasets.indexed import IndexedDataset, image_source_of
 from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import UserError
+from lavis_mafa.progress import Bar
 from lavis_mafa.runners.job import prepare
 from lavis_mafa.runners.loading import BadSamples
 
@@ -177,6 +177,6 @@ class Reader:
             generator=torch.Generator(),
         )
         bad = BadSamples(self.output / "bad_samples.jsonl", run.max_bad_share)
-        for samples in tqdm(loader, desc=what, unit="batch"):
+        for samples in Bar(loader, desc=what, unit="batch"):
             bad.add(samples, self.batch_size)
             yield samples

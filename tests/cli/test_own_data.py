@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -159,18 +160,27 @@ def test_audit_without_a_con_d_checks_and_says_what_one_would_tell(work, tmp_pat
     assert "image and caption of another row" in capsys.readouterr().out
 
 
-def test_audit_is_check_count_and_mine_on_one_page(work, tmp_path):
-    """A bad row is told, and left out of what Con-D is asked about."""
+def test_audit_is_check_count_and_mine_on_one_page(work, tmp_path, capsys):
+    """Bad rows are told, and left out of what Con-D is asked about; files of several layouts, each with ids of its own."""
     rows = [json.loads(line) for line in (work / "data/pairs.jsonl").read_text().splitlines()]
-    rows[3]["image"], rows[4]["caption"] = "gone.png", "<script>alert(1)</script>"
-    named = [{"path": row["image"], "text": row["caption"]} for row in rows]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
-    call = ["audit", str(tmp_path / "p.jsonl"), "--images", "data/images", "--columns", "image=path", "caption=text", "--workers", "0"]
+    rows[3]["image"], rows[31]["image"], rows[4]["caption"] = "gone.png", "gone.png", "<script>alert(1)</script>"
+    named = [{"path": row["image"], "text": row["caption"], "image_id": str(number % 16)} for number, row in enumerate(rows)]
+    in_lists = [row | {"text": [row["text"]]} for row in named[:10]]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in in_lists))
+    (tmp_path / "p.csv").write_text("path,text\n" + "".join(f"{row['path']},{row['text']}\n" for row in named[10:16]))
+    last = pa.Table.from_pylist(named[16:])
+    with pa.ipc.new_file(tmp_path / "p.arrow", last.schema) as writer:
+        writer.write_table(last)
+    files = [str(tmp_path / name) for name in ("p.jsonl", "p.csv", "p.arrow")]
+    call = ["audit", *files, "--images", "data/images", "--columns", "image=path", "caption=text", "--workers", "0"]
     folder = tmp_path / "audit"
     assert main([*call, "--con-d", "output/con_d/latest", "--miner", "output/con_d/latest", "--output", str(folder)]) == 1
     page, results = (folder / "audit.html").read_text(), json.loads((folder / "audit.json").read_text())
-    assert results["check"]["kinds"]["missing"]["rows"] == 1 and "1 of 32 rows are bad" in page
-    assert results["count"]["samples"] == results["mine"]["samples"] == 31
+    assert results["check"]["kinds"]["missing"]["rows"] == 2 and "2 of 32 rows are bad" in page
+    assert results["check"]["good_files"] == [f"{folder}/clean_1.jsonl", files[1], f"{folder}/clean_3.arrow"]
+    assert f"<code>{files[1]}</code>, <code>{folder}/clean_3.arrow</code>." in page
+    assert results["count"]["samples"] == results["mine"]["samples"] == results["check"]["good_rows"] == 30
+    assert re.search(r"The page: \S+audit.html, \d[\d.]+kB", capsys.readouterr().out)
     assert results["count"] == json.loads((folder / "count/count.json").read_text())
     assert [way["sampling"] for way in results["count"]["ways"]] == ["random", "GRIT"]
     shown = data_of(page)

@@ -56,9 +56,12 @@ def train(run_yaml, monkeypatch):
 
 
 def kill_the_workers() -> None:
-    for child in multiprocessing.active_children():
+    """The news arrive in the middle of this step: the workers are dead, and it is for PyTorch to bury them."""
+    children = multiprocessing.active_children()
+    for child in children:
         child.kill()
-    time.sleep(0.2)  # the news arrive in the middle of this step
+    for child in children:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 
 
 def the_run(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -51,9 +52,13 @@ def test_half_an_overlap_is_a_hit():
 # --- the file ----------------------------------------------------------------------------------------------------------
 
 
-def test_parquet_and_json_lines_say_the_same(boxes_file):
-    one, other = read_boxes(boxes_file), read_boxes(boxes_file.with_suffix(".jsonl"))
-    assert [(e.image, e.text, e.box, e.boxes) for e in one] == [(e.image, e.text, e.box, e.boxes) for e in other]
+def test_parquet_and_json_say_the_same_whatever_other_columns_hold(boxes_file):
+    rows = [json.loads(line) | {"score": number or "none"} for number, line in enumerate(boxes_file.with_suffix(".jsonl").open())]
+    boxes_file.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    boxes_file.with_suffix(".json").write_text(json.dumps(rows))
+    one, *others = (read_boxes(boxes_file.with_suffix(suffix)) for suffix in (".parquet", ".jsonl", ".json"))
+    for other in others:
+        assert [(e.image, e.text, e.box, e.boxes) for e in one] == [(e.image, e.text, e.box, e.boxes) for e in other]
     assert one[1].box == (20, 0, 32, 10) and len(one[1].boxes) == 4 and one[1].image == boxes_file.parent / "1.png"
 
 
@@ -92,7 +97,7 @@ def test_what_a_file_may_not_be(boxes_file):
     boxes_file.write_text("no parquet")
     with pytest.raises(UserError, match="cannot be read as .parquet"):
         read_boxes(boxes_file)
-    for name, message in (("boxes.csv", "boxes are read from .parquet and .jsonl files"), ("other.parquet", "there is no such file")):
+    for name, message in (("boxes.csv", "boxes are read from .parquet, .json or .jsonl"), ("other.parquet", "there is no such file")):
         with pytest.raises(UserError, match=message):
             read_boxes(boxes_file.with_name(name))
 

@@ -12,7 +12,7 @@ import reduced
 from lavis_mafa.config.check import check_combinations
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import soft_masks
-from lavis_mafa.models.soft_masks import told_of, word_maps
+from lavis_mafa.models.soft_masks import looking_layers, told_of, word_maps
 from lavis_mafa.models.transformer import Reading
 from lavis_mafa.objectives.itc import itc_loss
 from lavis_mafa.objectives.soft_mask import soft_mask
@@ -70,6 +70,19 @@ def test_word_maps_are_those_of_lavis(by):
         assert wanted.max() > 1e-4
         place += length
     assert place == len(found)
+
+
+@both
+def test_the_attention_itself_asks_no_layer_above(family):
+    model = build(family)
+    ids, mask = model.words(CAPTIONS)
+    every = torch.arange(4)
+    reading, images = Reading.of(mask, model.device, every, every, 4), model.keys_values(model.image_states(batch(family)["image"]))
+    texts = model.text_states(ids, mask) if family == "albef" else ids
+    before = word_maps(model, images, (texts, mask), reading, 1, "attention")
+    looking_layers(model)[1].query.weight.data.fill_(float("nan"))
+    assert torch.equal(word_maps(model, images, (texts, mask), reading, 1, "attention"), before) and before.max() > 0
+    assert word_maps(model, images, (texts, mask), reading, 1).isnan().any()
 
 
 def test_a_frozen_model_has_maps_and_a_layer_that_is_not_there_none():

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
+from lavis_mafa import signals as interrupt
 from lavis_mafa.cli.main import main
 
 
@@ -21,6 +23,8 @@ def strike(number: int) -> None:
     # a launcher, or a cluster, signals the whole group, workers of data loaders included
     if ranks > 1 and number != signal.SIGKILL:
         os.kill(os.getppid(), number)
+        while not interrupt.asked():  # a busy launcher may take longer than an epoch to pass it on
+            time.sleep(0.01)
     elif number == signal.SIGKILL:
         os.kill(os.getpid(), number)
     else:

@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from lavis_mafa.datasets.emoji.drawings import ARTISTS, find_drawings, package_versions, render, same_pictures
 from lavis_mafa.datasets.emoji.texts import KINDS, Concept, read_concepts, true_pairs
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import built_folder
+from lavis_mafa.progress import Bar
 
 SPLITS = ("train", "seen", "unseen")
 UNSEEN_FAMILIES = 0.1
@@ -179,7 +179,7 @@ def _write(folder: Path, size: int, seed: int, progress: bool, sources: dict[str
         (folder / "images" / artist.name).mkdir(parents=True)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*SPLITS, "train_captions")}
     images: dict[str, Counter[str]] = {name: Counter() for name in SPLITS}
-    for concept in tqdm(concepts, desc="emoji", unit="concept", disable=not progress):
+    for concept in Bar(concepts, desc="emoji", unit="concept", disable=not progress):
         for artist_name, file in drawings[concept.code].items():
             image = f"images/{artist_name}/{concept.code}.png"
             render(file, size).save(folder / image)

@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from lavis_mafa.datasets.emoji.drawings import ARTISTS, PACKAGES, package_versions
 from lavis_mafa.datasets.scenes.concepts import NOUNS, Drawings, cut_drawings
@@ -21,6 +20,7 @@ from lavis_mafa.datasets.scenes.views import CORNERS, VIEWS, Row, corners, image
 from lavis_mafa.datasets.scenes.world import COLOURS, NUMBERS, Box, Caption, Scene, World, draw_scene, tell
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import built_folder
+from lavis_mafa.progress import Bar
 
 LAYOUT = 1  # counts up when the same packages, world and seed would give other pictures, captions, facts, splits or words
 NEW_ARTIST = "twemoji"  # whose drawings are in the split ``test`` alone
@@ -144,7 +144,7 @@ def _write(folder: Path, world: World, counts: dict[str, int], seed: int, progre
                     to_paint.append((row["image"], scenes[int(row["scene"].removeprefix(f"{split}-"))], tuple(card.values())))
         for parent in {(folder / image).parent for image, *_ in to_paint}:
             parent.mkdir(parents=True)
-        for image, scene, card in tqdm(to_paint, desc=f"scenes, {split}", unit="image", disable=not progress):
+        for image, scene, card in Bar(to_paint, desc=f"scenes, {split}", unit="image", disable=not progress):
             paint(scene, drawings, card).save(folder / image)
 
     (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
