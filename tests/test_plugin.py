@@ -147,8 +147,11 @@ assert "albef_mafa" in lavis.registry.list_models()
 
 def test_after_torch_lavis_knows_us_however_it_comes(tmp_path):
     """By whichever module of ours comes first, registered twice, and by a LAVIS that imports its parts in another order."""
-    rooms = ("models", "tasks", "runners", "datasets")
-    files = [file for room in rooms for file in sorted((ROOT / "lavis_mafa" / room).rglob("*.py"))]
+    files: list[Path] = []
+    for room in ("models", "tasks", "runners", "datasets"):
+        here = sorted((ROOT / "lavis_mafa" / room).rglob("*.py"))
+        all_alike = here[0].read_text().startswith("import lavis ")  # a room's __init__ comes before each of its modules
+        files += here[:2] if all_alike else here
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
     asked = ("load_model('albef_mafa', 'tiny')", *["registry.get_model_class('albef_mafa').from_config"] * 7)  # one of eight builds
     codes = {name: f"as_tools_do({name!r}){LAVIS_KNOWS_US}{asked[number % 8]}" for number, name in enumerate(names)}
