@@ -41,9 +41,14 @@ BATCH, LENGTH = 6, 12
 JUDGED = {"ecm": {"enabled": True, "threshold": 1.0, "ambiguous_from": 1.0}}  # nothing found, so nothing added to the LM
 SYNTHETIC = {"itm": {"synthetic": {"judge": False}}, "language_teacher": {"init": "bert-base-uncased"}}
 ONE = {"depth": 1}
+FEWER = {"image_encoder": {"depth": 2}, "text_encoder": {"layers": 2, "fusion_layer": 1}, "qformer": {"layers": 2}}
 COLLECTS = ("albef with a teacher",)
 BLOCKS = {
-    "albef with a teacher": {"arch": "albef_mafa", "itc": {"momentum_distillation": {"queue_size": 24}}},
+    "albef with a teacher": {  # with a second layer that looks at images, as soft masks need it
+        "arch": "albef_mafa",
+        "itc": {"momentum_distillation": {"queue_size": 24}},
+        "text_encoder": {"layers": 3},
+    },
     "albef, ITC alone, taught": {
         "arch": "albef_mafa",
         "itc": {"momentum_distillation": {"queue_size": 24, "mlm": False}},
@@ -78,6 +83,8 @@ def tiny(name: str) -> Any:
         changes |= {**JUDGED, "discriminator": {"arch": arch, "precision": "fp32"}, "max_text_length": LENGTH}
         changes |= {"mlm": {"mask_probability": 1.0}} if arch == "albef_mafa" else {}
     own = OmegaConf.load(CONFIGS / f"{arch}_tiny.yaml").model
+    for part in FEWER.keys() & own.keys():
+        own[part].update({key: count for key, count in FEWER[part].items() if key in own[part]})
     config: Any = OmegaConf.merge(own, changes, BLOCKS[name], {"model_type": "tiny"})
     return typed_block("model", config)
 
