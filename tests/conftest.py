@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,22 +12,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import launched
 
+LONGEST = ("test_plugin.py", "test_plan.py", "test_saving.py", "test_project_yamls.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long runs first, so that no core waits for another at the end."""
-    items.sort(key=lambda item: item.path.parent.name != "runs" and item.path.name != "test_plugin.py")
+    """The longest files first, then all others with slow tests, so that no core waits for another at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("ranks")}
+    items.sort(key=lambda item: (item.path.parent.name != "runs" and item.path.name not in LONGEST, item.path not in slow))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # or it visits all that was imported again and again
 
 
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory) -> Path:
-    """The whole emoji set, as `lavis-mafa build-emoji --size 24` writes it."""
+    """The whole emoji set, as `lavis-mafa build-emoji --size 24` writes it; one for all of xdist's processes."""
     from lavis_mafa.datasets.emoji import build_emoji
 
-    folder = tmp_path_factory.mktemp("data") / "emoji"
-    build_emoji(folder, size=24, progress=False)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emoji"
+    with FileLock(folder.with_suffix(".lock")):
+        build_emoji(folder, size=24, progress=False)  # which leaves a complete one as it is
     return folder
 
 

@@ -160,7 +160,7 @@ def read_settings(path: Path, options: list[str]) -> dict[str, Any]:
         if option.endswith("="):  # of a shell's variable that is not set, most likely: training would start without a checkpoint
             raise UserError(f"--options {option}: there is no value; write {option}null for none.")
         try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([option]))  # type: ignore[assignment]
+            config.merge_with(OmegaConf.from_dotlist([option]))
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
             raise UserError(f"--options {option}: cannot be set ({' '.join(str(error).split())}).") from error
     try:

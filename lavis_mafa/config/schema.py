@@ -735,8 +735,11 @@ def type_defaults(arch: str, kind: str) -> dict[str, Any]:
     return defaults
 
 
+_hints = cache(typing.get_type_hints)  # it compiles each annotation, which is a text
+
+
 def _typed(schema: Any, values: dict[Any, Any], key: str) -> Any:
-    hints, found = typing.get_type_hints(schema), Mistakes()
+    hints, found = _hints(schema), Mistakes()
     fields = {field.name: field for field in dataclasses.fields(schema)}
     given: dict[str, Any] = {}
     for name, value in values.items():

@@ -11,6 +11,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Table:
     plotted: bool = False
 
 
+@cache
 def load_tables() -> dict[str, Table]:
     """Every table of ``configs/ablations.yaml`` by its key."""
     tables = {}

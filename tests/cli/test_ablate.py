@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import statistics
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,13 @@ def test_a_row_is_a_switch_of_a_small_base_too(key, base):
 
 
 def test_equal_rows_of_two_tables_share_a_run():
-    def folder(key: str, number: int) -> Path:
+    @cache
+    def planned(key: str) -> list[Trial]:
         table = find_table(key)
-        yaml = next(iter(table.finetune.values()))
-        trials = plan_trials(table, [42], table.base, yaml, [], Path("runs"))
-        return next(trial.runs[0].folder for trial in trials if trial.row.number == number)
+        return plan_trials(table, [42], table.base, next(iter(table.finetune.values())), [], Path("runs"))
+
+    def folder(key: str, number: int) -> Path:
+        return next(trial.runs[0].folder for trial in planned(key) if trial.row.number == number)
 
     assert folder("mafa-4", 4) == folder("mafa-13", 5)
     assert folder("vilta-4", 3) == folder("vilta-6", 2) != folder("vilta-4", 5)

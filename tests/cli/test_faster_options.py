@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from torch import nn
 
+import launched
 import outputs
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
@@ -74,9 +75,12 @@ def test_a_compiled_run_trains_validates_saves_and_resumes(run_yaml, monkeypatch
 
 @pytest.mark.parametrize("environment", [{"PATH": ""}, {"CXX": "true"}], ids=["none", "one that fails"])
 def test_without_a_compiler_nothing_begins(run_yaml, environment):
-    """In a process of its own from the start: torch reads ``CXX`` when it is imported."""
-    command = [sys.executable, "-m", "lavis_mafa", "train", "--cfg-path", str(run_yaml), "--options", "run.compile=true"]
-    done = subprocess.run(command, cwd=run_yaml.parent, env={**os.environ, **environment}, capture_output=True, text=True)
+    arguments = ["-m", "lavis_mafa", "train", "--cfg-path", str(run_yaml), "--options", "run.compile=true"]
+    if "CXX" in environment:  # in a process of its own from the start: torch reads it when it is imported
+        complete = {**os.environ, **environment}
+        done = subprocess.run([sys.executable, *arguments], cwd=run_yaml.parent, env=complete, capture_output=True, text=True)
+    else:
+        done = launched.run(*arguments, cwd=run_yaml.parent, env=environment)
     said = [line for line in done.stderr.splitlines() if not re.match(r"W\d{4} ", line)]  # torch's own, of its CUDA
     assert done.returncode == 2 and len(said) == 1, done.stderr
     assert "run.compile is true, but torch cannot compile here" in said[0] and "CXX" in said[0] and "run.compile: false" in said[0]

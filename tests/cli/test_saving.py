@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import launched
 from lavis_mafa.cli.main import main
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import position
@@ -32,8 +33,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_killed_at_every_line_and_every_write_of_a_save_one_good_checkpoint_is_left(tmp_path, keep):
-    command = [sys.executable, str(Path(__file__).with_name("killed_save.py")), str(tmp_path / "run"), str(keep)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = launched.run(Path(__file__).with_name("killed_save.py"), tmp_path / "run", keep, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     moments = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(moments) > 100 and moments[-1]["over"]

@@ -1,4 +1,7 @@
-"""A tiny BLIP-2 from nothing to captions and answers, with one and with two processes, through the shipped YAMLs."""
+"""A tiny BLIP-2 from nothing to captions and answers, with two processes, through the shipped YAMLs.
+
+With one it is resumed in test_blip2_resume.py, and compared in test_quickstart.py; what tasks make of shares is in test_ranks.py.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +30,16 @@ SHORT = [
 SHORT += ["run.grit.queue_size=64", "run.grit.search_space=32"]
 
 
-def chain(emoji: Path, folder: Path, processes: int) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def runs(emoji, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("blip2")
     script = Path(__file__).with_name("blip2_chain.py")
     ports = ",".join(launched.free_port() for _ in range(5))
-    done = launched.run(script, emoji, ports, *SHORT, cwd=folder, processes=processes, timeout=280)
+    done = launched.run(script, emoji, ports, *SHORT, cwd=folder, processes=2, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     (folder / "stderr.txt").write_text(done.stderr)
-    return {name: Path(path) for name, path in json.loads(done.stdout.strip().splitlines()[-1]).items()}
-
-
-@pytest.fixture(scope="module", params=[1, 2], ids=["one_process", "two_processes"])
-def runs(request, emoji, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp(f"blip2_{request.param}")
-    return {**chain(emoji, folder, request.param), "folder": folder}
+    folders = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"folder": folder, **{name: Path(path) for name, path in folders.items()}}
 
 
 def records(run: Path) -> list[dict[str, Any]]:

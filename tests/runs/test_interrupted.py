@@ -19,7 +19,7 @@ from lavis_mafa.runners.step import Stepper
 pytestmark = pytest.mark.slow
 
 STEPS = 9  # of an epoch: batches of 16 from the first 60 concepts
-EPOCHS = 3
+EPOCHS = 2
 ALBEF = ["run.valid_splits=[val]"]
 MOMENTUM = ["model.itc.momentum_distillation={queue_size: 64, momentum: 0.5}"]
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
@@ -74,7 +74,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_bits(train, tmp_path, kin
     print(f"seed {seed}")  # shown when the test fails
     chosen = random.Random(seed)
     # the very first step, an epoch's last one, and wherever chance will have it
-    plan = [1, STEPS - 1, chosen.randrange(1, STEPS - 2), chosen.randrange(1, STEPS - 2)]
+    plan = [1, STEPS - 1, chosen.randrange(1, STEPS - 2)]
     plan = [-(-count // 2) * 2 for count in plan] if "accumulation" in kind else plan
     for count in plan:
         capsys.readouterr()
@@ -149,8 +149,9 @@ def test_two_processes_terminated_and_killed_end_with_the_same_bits(launch, tmp_
     options = [*options, "run.batch_size_train=8", "run.save_every_steps=2"]
     code, said = launch("whole", *options, processes=2, yaml=yaml)
     assert code == 0, said
-    code, said = launch("parts", *options, at=("step", 3, "SIGTERM"), processes=2, yaml=yaml)
-    assert code != 0 and "stopped after epoch 0, step" in said, said
+    if kind != "blip2":  # three interpreters that import everything; what is saved then is what one process saves
+        code, said = launch("parts", *options, at=("step", 3, "SIGTERM"), processes=2, yaml=yaml)
+        assert code != 0 and "stopped after epoch 0, step" in said, said
     code, said = launch("parts", *options, at=("step", 9, "SIGKILL"), processes=2, yaml=yaml)
     assert code != 0, said
     code, said = launch("parts", *options, processes=2, yaml=yaml)

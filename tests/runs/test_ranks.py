@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,49 +22,59 @@ SHORT = ["run.grit.search_space=64", "run.batch_size_train=8", "run.max_epoch=1"
 SLACK = 10  # seconds, on a busy machine
 
 
-@pytest.fixture
-def two_ranks(tiny_yaml, tmp_path):
+def run_two_ranks(folder: Path, yaml: Path, how: str, *options: str) -> tuple[list[int], list[str], float]:
     """Start ``ranks_launcher.py`` twice, by hand as a cluster does; each rank's exit code and what it said, and how many seconds
     after rank 1 misbehaved both had ended."""
+    arguments = [how, "train", "--cfg-path", yaml, "--options", *SHORT, *options]
+    ranks = launched.start_ranks(2, LAUNCHER, *arguments, cwd=folder)
+    try:
+        done = [rank.communicate(120) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    at = re.search(r"^at ([\d.]+)$", done[1].stderr, re.MULTILINE)
+    return [rank.returncode for rank in done], [rank.stderr for rank in done], time.time() - float(at[1]) if at else 0.0
 
-    def run(how: str, *options: str) -> tuple[list[int], list[str], float]:
-        arguments = [how, "train", "--cfg-path", tiny_yaml, "--options", *SHORT, *options]
-        ranks = launched.start_ranks(2, LAUNCHER, *arguments, cwd=tmp_path)
-        try:
-            done = [rank.communicate(120) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        at = re.search(r"^at ([\d.]+)$", done[1].stderr, re.MULTILINE)
-        return [rank.returncode for rank in done], [rank.stderr for rank in done], time.time() - float(at[1]) if at else 0.0
 
-    return run
+@pytest.fixture
+def two_ranks(tiny_yaml, tmp_path):
+    return partial(run_two_ranks, tmp_path, tiny_yaml)
+
+
+@pytest.fixture(scope="module")
+def misbehaved(tiny_yaml, tmp_path_factory) -> dict[str, tuple[Path, list[int], list[str], float]]:
+    """The folder and the end of each job that is waited for in vain: all at once, since waiting is most of what they do."""
+    jobs = {"dies": [], "hangs": ["run.rank_timeout_minutes=0.1"], "keeps_the_lock": []}
+    folders = {how: tmp_path_factory.mktemp(how) for how in jobs}
+    with ThreadPoolExecutor() as at_once:
+        ends = {how: at_once.submit(run_two_ranks, folders[how], tiny_yaml, how, *options) for how, options in jobs.items()}
+    return {how: (folders[how], *end.result()) for how, end in ends.items()}
 
 
 def lines_of_ours(*texts: str) -> list[str]:
     return [line for text in texts for line in text.splitlines() if line.startswith("lavis-mafa")]
 
 
-def test_a_rank_that_is_killed_ends_the_job_in_the_stated_time_with_its_name(two_ranks):
-    codes, said, seconds = two_ranks("dies")
+def test_a_rank_that_is_killed_ends_the_job_in_the_stated_time_with_its_name(misbehaved):
+    _, codes, said, seconds = misbehaved["dies"]
     assert codes == [3, -9]
     (line,) = lines_of_ours(*said)
     assert "rank 1 (" in line and "died or cannot be reached" in line and "last seen " in line and "--resume auto" in line
     assert "Traceback" not in said[0] and 0 < seconds < 10 + SLACK
 
 
-def test_a_rank_that_hangs_ends_the_job_in_the_stated_time_with_its_name_and_place(two_ranks, tmp_path):
-    codes, said, seconds = two_ranks("hangs", "run.rank_timeout_minutes=0.1")
+def test_a_rank_that_hangs_ends_the_job_in_the_stated_time_with_its_name_and_place(misbehaved):
+    folder, codes, said, seconds = misbehaved["hangs"]
     assert codes == [3, 3], said
     (line,) = lines_of_ours(*said)
     assert "rank 1 (" in line and "loading data, epoch 0 step" in line and "ranks_launcher.py" in line
     assert "The others wait for rank 1 (" in line and 6 < seconds < 6 + 10 + SLACK
-    run = outputs.only_run(tmp_path)
+    run = outputs.only_run(folder)
     assert "ranks_launcher.py" in (run / "hang_rank1.txt").read_text() and (run / "hang_rank0.txt").is_file()
 
 
-def test_a_rank_that_is_stuck_with_pythons_lock_is_named_by_the_others_and_shows_its_stack(two_ranks):
-    codes, said, _ = two_ranks("keeps_the_lock")
+def test_a_rank_that_is_stuck_with_pythons_lock_is_named_by_the_others_and_shows_its_stack(misbehaved):
+    _, codes, said, _ = misbehaved["keeps_the_lock"]
     assert codes == [3, 9], said
     (line,) = lines_of_ours(*said)
     assert "rank 1 (" in line and "no heartbeat for" in line

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,18 +74,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_yaml, run_cli, tmp_path):
     assert [r["loss"] for r in metrics(second)] == wanted
 
 
-def test_two_processes_write_a_state_and_connections_each(tiny_yaml, run_cli, tmp_path):
-    options = ["run.grit.search_space=64", "run.batch_size_train=8"]
-    done = run_cli("train", "--cfg-path", tiny_yaml, "--options", *options, processes=2)
-    assert done.returncode == 0, done.stderr
-    run = only_run(tmp_path)
-    assert (run / "checkpoint_1.rank0.pth").is_file() and (run / "checkpoint_1.rank1.pth").is_file()
-    assert len(list((run / "connections").glob("epoch_1_rank_*.parquet"))) == 2
-
-
 def test_two_processes_equal_one_with_the_same_global_batch(tiny_yaml, run_cli, tmp_path):
     """batch_scope: global. Same samples a step, same negatives, so the same training up to rounding; without dropout and masking,
-    whose draws differ between ranks."""
+    whose draws differ between ranks. Each process writes its state and its connections."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
@@ -101,6 +91,9 @@ def test_two_processes_equal_one_with_the_same_global_batch(tiny_yaml, run_cli, 
     for a, b in zip(first, second, strict=True):
         for name in ("loss_itc", "loss_itm", "false_negative_share"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-4), (a["epoch"], a["step"], name)
+    run = only_run(two)
+    assert (run / "checkpoint_1.rank0.pth").is_file() and (run / "checkpoint_1.rank1.pth").is_file()
+    assert len(list((run / "connections").glob("epoch_1_rank_*.parquet"))) == 2
 
 
 LIKE_LAVIS = """
@@ -133,20 +126,14 @@ registry.get_runner_class(cfg.run_cfg.runner)(cfg=cfg, job_id=now(), task=task, 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_launcher_that_knows_lavis_alone_finds_us(tiny_yaml, tmp_path, processes):
-    """The imports and calls of LAVIS's train.py, in its order; nothing of ours is imported."""
+    """The imports and calls of LAVIS's train.py, in its order; where there is one process, it begins with nothing imported."""
     script = tmp_path / "train.py"
     script.write_text(LIKE_LAVIS)
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port", "29517"]
     options = ["run.seed=42", "run.device=cpu", "run.max_epoch=1", "run.batch_size_train=8", "run.test_splits=[]"]
-    done = subprocess.run(
-        [*launch, str(script), "--cfg-path", str(tiny_yaml), "--options", *options, "run.dist_url=env://"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arguments = [str(script), "--cfg-path", str(tiny_yaml), "--options", *options, "run.dist_url=env://"]
+    if processes == 1:
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    else:
+        done = launched.run(*arguments, cwd=tmp_path, processes=processes)
     assert done.returncode == 0, done.stderr
     assert (only_run(tmp_path) / "checkpoint_0.pth").is_file()

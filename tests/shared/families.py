@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -25,9 +28,17 @@ def build(family: tuple[str, bool], con_d: Any = None, **changes: Any) -> Any:
     name, teacher = family
     itc = {**(TEACHER if teacher else {}), **changes.pop("itc", {})}
     ecm = {"enabled": con_d is not None, "use_in": ["itc", "itm", "lm"], "resample_ambiguous": True, **changes.pop("ecm", {})}
-    model = REDUCED[name].ours(itc=itc, ecm=ecm, **changes).train()
+    built, random = _built(name, json.dumps({"itc": itc, "ecm": ecm, **changes}))
+    torch.set_rng_state(random)
+    model = deepcopy(built, {id(built.tokenizer): built.tokenizer})
     model.set_discriminator(con_d)
     return model
+
+
+@lru_cache(maxsize=16)
+def _built(name: str, settings: str) -> tuple[Any, Tensor]:
+    """Many tests ask for the same model; it and torch's random state after it."""
+    return REDUCED[name].ours(**json.loads(settings)).train(), torch.get_rng_state()
 
 
 def batch(family: tuple[str, bool], count: int = 4, **more: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from lavis_mafa.tools.cost import (
     LM,
     SOFT_MASKS,
     TEXT,
+    Cost,
     StepSize,
     build,
     build_con_d,
@@ -39,8 +41,14 @@ BATCH, LENGTH = 6, 12
 JUDGED = {"ecm": {"enabled": True, "threshold": 1.0, "ambiguous_from": 1.0}}  # nothing found, so nothing added to the LM
 SYNTHETIC = {"itm": {"synthetic": {"judge": False}}, "language_teacher": {"init": "bert-base-uncased"}}
 ONE = {"depth": 1}
+FEWER = {"image_encoder": {"depth": 2}, "text_encoder": {"layers": 2, "fusion_layer": 1}, "qformer": {"layers": 2}}
+COLLECTS = ("albef with a teacher",)
 BLOCKS = {
-    "albef with a teacher": {"arch": "albef_mafa", "itc": {"momentum_distillation": {"queue_size": 24}}},
+    "albef with a teacher": {  # with a second layer that looks at images, as soft masks need it
+        "arch": "albef_mafa",
+        "itc": {"momentum_distillation": {"queue_size": 24}},
+        "text_encoder": {"layers": 3},
+    },
     "albef, ITC alone, taught": {
         "arch": "albef_mafa",
         "itc": {"momentum_distillation": {"queue_size": 24, "mlm": False}},
@@ -75,8 +83,18 @@ def tiny(name: str) -> Any:
         changes |= {**JUDGED, "discriminator": {"arch": arch, "precision": "fp32"}, "max_text_length": LENGTH}
         changes |= {"mlm": {"mask_probability": 1.0}} if arch == "albef_mafa" else {}
     own = OmegaConf.load(CONFIGS / f"{arch}_tiny.yaml").model
+    for part in FEWER.keys() & own.keys():
+        own[part].update({key: count for key, count in FEWER[part].items() if key in own[part]})
     config: Any = OmegaConf.merge(own, changes, BLOCKS[name], {"model_type": "tiny"})
     return typed_block("model", config)
+
+
+@cache
+def plain_cost(name: str) -> Cost:
+    """Of a block as it is; GRIT's separate pass is counted by itself."""
+    block = tiny(name)
+    length = LENGTH if hasattr(block, "ecm") else block.max_text_length
+    return cost_of(block, StepSize(BATCH, length), collects=name in COLLECTS)
 
 
 def real_step(block: Any, con_d: Any) -> tuple[float, int]:
@@ -106,9 +124,7 @@ def real_step(block: Any, con_d: Any) -> tuple[float, int]:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_parts_add_up_to_a_real_step(name):
-    block = tiny(name)
-    size = StepSize(BATCH, LENGTH if hasattr(block, "ecm") else block.max_text_length)
-    cost = cost_of(block, size)
+    block, cost = tiny(name), plain_cost(name)
     flops, found = real_step(block, build_con_d(block))
     # which pairs are mined decides how the texts of an image lie side by side, and a pair that is found twice is judged once
     assert sum(part.total for part in cost.flops.values()) == pytest.approx(flops, rel=0.06)
@@ -128,7 +144,7 @@ def test_two_images_cost_twice_the_images_and_twice_the_fusion_layers():
 
 def test_synthetic_texts_are_counted_where_they_are_made_and_judged():
     size, block = StepSize(BATCH, LENGTH), tiny("blip, one layer of each")
-    unjudged = cost_of(block, size).flops
+    unjudged = plain_cost("blip, one layer of each").flops
     block.itm.synthetic.judge = True
     found = cost_of(block, size).flops
     ids, mask = torch.full((BATCH, LENGTH), 7), torch.ones(BATCH, LENGTH, dtype=torch.bool)
@@ -141,7 +157,7 @@ def test_synthetic_texts_are_counted_where_they_are_made_and_judged():
 
 def test_soft_masks_are_counted_by_themselves_and_leave_the_images_to_matching():
     block = tiny("albef with a teacher")
-    plain, size = cost_of(block, StepSize(BATCH, LENGTH)), StepSize(BATCH, LENGTH)
+    plain, size = plain_cost("albef with a teacher"), StepSize(BATCH, LENGTH)
     block.itm.soft_mask = SoftMask()
     found = cost_of(block, size)
     assert found.flops[SOFT_MASKS].forward > 0 and found.flops[SOFT_MASKS].backward == 0
@@ -189,8 +205,8 @@ def test_half_precision_saves_memory_and_checkpointing_more():
 
 
 def test_what_con_d_finds_and_the_other_ranks_rows_are_counted():
-    block, size = tiny("blip"), StepSize(BATCH, LENGTH)
-    plain, more, gathered = (cost_of(block, s) for s in (size, StepSize(BATCH, LENGTH, 1, 0.5), StepSize(BATCH, LENGTH, 4)))
+    block, plain = tiny("blip"), plain_cost("blip")
+    more, gathered = cost_of(block, StepSize(BATCH, LENGTH, 1, 0.5)), cost_of(block, StepSize(BATCH, LENGTH, 4))
     assert more.flops[LM].forward == pytest.approx(1.5 * plain.flops[LM].forward)
     assert more.flops[IMAGE] == gathered.flops[IMAGE] == plain.flops[IMAGE] and gathered.logits == plain.logits == BATCH * 11 * 30524
     assert sum(gathered.saved.values()) > sum(plain.saved.values())
@@ -198,7 +214,7 @@ def test_what_con_d_finds_and_the_other_ranks_rows_are_counted():
 
 def test_what_con_d_is_spared_is_counted():
     plain, seldom, half = (
-        cost_of(tiny("blip"), StepSize(BATCH, LENGTH)),
+        plain_cost("blip"),
         cost_of(with_con_d("blip", every=4), StepSize(BATCH, LENGTH)),
         cost_of(with_con_d("blip", image_size=24), StepSize(BATCH, LENGTH)),
     )
@@ -215,7 +231,7 @@ def with_con_d(name: str, every: int = 1, image_size: int | None = None) -> Any:
 
 
 def test_grits_separate_pass_is_the_encoders_once_more():
-    cost = cost_of(tiny("albef with a teacher"), StepSize(BATCH, LENGTH), collects=True)
+    cost = plain_cost("albef with a teacher")
     assert cost.features == pytest.approx(cost.flops[IMAGE].forward + cost.flops[TEXT].forward, rel=0.01)
 
 
