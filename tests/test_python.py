@@ -53,7 +53,6 @@ def state() -> dict:
         "random": [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()],
         "torch": [torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.distributed.is_initialized()],
         "process": [os.getcwd(), dict(os.environ), sys.unraisablehook, list(sys.argv), list(sys.path)],
-        "threads": [thread.name for thread in threading.enumerate() if not thread.daemon],
     }
 
 
@@ -66,13 +65,13 @@ def page(work) -> dict:
         patch.chdir(work)
         exec(first, names)
         job._quiet_imports()  # of LAVIS, which does as it likes
-        names["before"] = state()
+        names["before"], threads = state(), threading.enumerate()
         for number, block in enumerate(blocks):
             exec(compile(block, f"python.md, block {number}", "exec"), names)
-        for thread in threading.enumerate():  # of what was collected: they are told to end
-            if thread is not threading.main_thread() and not thread.daemon:
-                thread.join(10)
-        names["after"] = state()
+        new = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+        for thread in new:
+            thread.join(10)  # it was told to end
+        names["after"], names["left"] = state(), [thread.name for thread in new if thread.is_alive()]
     return names
 
 
@@ -108,7 +107,7 @@ def test_a_connection_is_a_pair_of_rows(page):
 
 @pytest.mark.slow
 def test_the_program_goes_on_as_before(page):
-    assert page["after"] == page["before"]
+    assert page["after"] == page["before"] and not page["left"]
 
 
 @pytest.mark.slow
