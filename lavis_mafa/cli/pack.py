@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pairs", nargs="+", metavar="PAIRS", help=what)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="of annotation files: where image paths start from")
     parser.add_argument("--allow-absolute-paths", action="store_true", help="of annotation files: image paths may leave that folder")
-    parser.add_argument("--image", default="image", metavar="COLUMN", help="of tables with image bytes: their column (default: image)")
+    parser.add_argument("--image", default="image", metavar="COLUMN", help="the column of images, bytes or paths (default: image)")
     parser.add_argument("--caption", default="caption", metavar="COLUMN", help="and that of the captions (default: caption)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.arrow", help="the file to write, which must not exist yet")
 
@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         if tables:
             schema, rows = pack.schema_of(files, names), pack.rows_of_tables(files, names, left_out, bar.update)
         else:
-            given = [AnnotationFile(path, None) for path in files]
+            called = {"image": names.image, "caption": names.caption}
+            given = [AnnotationFile(path, None, called) for path in files]
             table = read_annotations(given, replace(PAIRS, hint=""), allow_absolute_paths=arguments.allow_absolute_paths)
             bar.total = len(table)
             schema, rows = pack.schema_of_annotations(table), pack.rows_of_annotations(table, arguments.images, left_out, bar.update)
