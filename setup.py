@@ -25,7 +25,7 @@ QUICKSTART = [
 WITH_LAVIS = [
     "salesforce-lavis==1.0.2",
     "torchvision",
-    "transformers>=4.25,<4.27",
+    "transformers>=4.25,<4.58",  # LAVIS 1.0.2 itself allows none later than 4.26: docs/install.md
     "timm==0.4.12",
     "omegaconf>=2.3",
     "fairscale==0.4.4",

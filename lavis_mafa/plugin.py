@@ -8,14 +8,18 @@ imported.
 from __future__ import annotations
 
 import importlib.abc
+import importlib.metadata
 import importlib.util
+import logging
 import os
+import re
 import sys
 from typing import Any
 
 REGISTRY = "lavis.common.registry"
 # what the last line of LAVIS's __init__ registers, in 1.0.2 as in later versions, whatever order they import their parts in
 LAST_OF_LAVIS = "SPLIT_NAMES"
+FIRST_UNTESTED = (4, 58)  # of transformers: setup.py has it too
 
 
 def install_hook() -> None:
@@ -25,6 +29,7 @@ def install_hook() -> None:
     if REGISTRY not in sys.modules:
         sys.meta_path.insert(0, _AfterLavis())
     elif LAST_OF_LAVIS not in sys.modules[REGISTRY].Registry.mapping["state"]:  # LAVIS is importing torch
+        _fit_transformers()
         _register_at_the_end(sys.modules[REGISTRY].Registry)
     # else LAVIS came first: whoever imports lavis_mafa registers by hand
 
@@ -109,15 +114,28 @@ def _register_at_the_end(registry: Any) -> None:
         try:
             register()
         except ImportError as error:  # an incomplete install must not break programs that only use LAVIS
-            import logging
-
             logging.getLogger("lavis_mafa").warning("lavis_mafa could not register with LAVIS: %s", error)
 
     registry.register = staticmethod(register_and_us)
 
 
-def _give_back_moved_names() -> None:
-    """LAVIS 1.0.2 imports three functions from where transformers had them until 4.48."""
+def beyond_tested() -> str | None:
+    """What to say where transformers is newer than those that LAVIS and our models were tested with; None where it is not."""
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or tuple(map(int, found.groups())) < FIRST_UNTESTED:
+        return None
+    newest = f"{FIRST_UNTESTED[0]}.{FIRST_UNTESTED[1] - 1}"
+    return f"transformers is {version}, but LAVIS and lavis-mafa run with 4.25 to {newest}; docs/install.md says how to install one."
+
+
+def _fit_transformers() -> None:
+    """Warn of a release that is too new, and put back three functions where LAVIS 1.0.2 imports them from."""
+    if (message := beyond_tested()) is not None:
+        logging.getLogger("lavis_mafa").warning(message)
     try:
         from transformers import modeling_utils, pytorch_utils
     except ImportError:  # LAVIS will say so
@@ -156,6 +174,6 @@ class _ThenRegister(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
-        _give_back_moved_names()
+        _fit_transformers()
         self.loader.exec_module(module)
         _register_at_the_end(module.Registry)

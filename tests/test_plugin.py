@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lavis_mafa.plugin import beyond_tested
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -37,8 +39,24 @@ def test_load_model_needs_no_import_of_ours():
 
 
 def test_lavis_before_torch():
-    done = python("import lavis.tasks, torch; from lavis.common.registry import registry as r; print(r.get_task_class('mafa_pretrain'))")
+    done = python(
+        "import lavis.tasks, torch; from lavis.common.registry import registry as r; print(r.get_task_class('mafa_pretrain'))"
+    )
     assert "MafaPretrainTask" in done.stdout, done.stderr
+
+
+def test_a_transformers_beyond_those_tested_is_one_line(tmp_path, monkeypatch):
+    for version, untested in (("4.26.1", False), ("4.57.6", False), ("4.58.0rc1", True), ("5.1.0", True)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        assert (beyond_tested() is not None) == untested
+    info = tmp_path / "transformers-5.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.1.0\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = python("import lavis; from lavis_mafa.cli.main import main; print(main(['ls']))", PYTHONPATH=path)
+    line = "transformers is 5.1.0, but LAVIS and lavis-mafa run with 4.25 to 4.57; docs/install.md says"
+    ours = [told for told in done.stderr.splitlines() if "5.1.0" in told]
+    assert [told.split(" how ")[0] for told in ours] == [line, f"lavis-mafa ls: {line}"] and done.stdout.split() == ["2"], done.stderr
 
 
 def test_torch_without_lavis_is_left_alone():

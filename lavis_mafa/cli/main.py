@@ -18,6 +18,7 @@ from lavis_mafa import __version__
 from lavis_mafa import signals as interrupt
 from lavis_mafa.cli.complete import complete
 from lavis_mafa.errors import RankLost, UserError, WorkerLost, death_of_a_worker, did_you_mean, of_the_file_system
+from lavis_mafa.plugin import beyond_tested
 
 COMMANDS = {
     "train": "pre-train or fine-tune from a YAML (same flags as LAVIS's train.py)",
@@ -228,6 +229,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError(
             f"LAVIS 1.0.2 needs Python 3.11 or older, and this is {here}; lavis_mafa.objectives and lavis_mafa.grit work here."
         )
+    if asked in COMMANDS and (message := beyond_tested()) is not None:
+        raise UserError(message)
     parser = _parser(asked)
     try:
         arguments = parser.parse_args(argv)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pairs", nargs="+", metavar="PAIRS", help=what)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="of annotation files: where image paths start from")
     parser.add_argument("--allow-absolute-paths", action="store_true", help="of annotation files: image paths may leave that folder")
-    parser.add_argument("--image", default="image", metavar="COLUMN", help="of tables with image bytes: their column (default: image)")
+    parser.add_argument("--image", default="image", metavar="COLUMN", help="the column of images, bytes or paths (default: image)")
     parser.add_argument("--caption", default="caption", metavar="COLUMN", help="and that of the captions (default: caption)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.arrow", help="the file to write, which must not exist yet")
 
@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     if tables:
         count, schema = sum(one.rows for one in tables), pack.schema_of(files, names)
     else:
-        given = [AnnotationFile(path, None) for path in files]
+        called = {"image": names.image, "caption": names.caption}
+        given = [AnnotationFile(path, None, called) for path in files]
         table = read_annotations(given, replace(PAIRS, hint=""), allow_absolute_paths=arguments.allow_absolute_paths)
         count, schema = len(table), pack.schema_of_annotations(table)
     with Bar(total=count, desc="pack", unit="pair") as bar:

@@ -306,6 +306,9 @@ def files_of(path: Path, key: str) -> list[Path]:
     """The file itself; of a folder the annotation files in it, and of a pattern (``*``, ``?``, ``**``) those that match."""
     path = path.expanduser()
     if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            splits = ", ".join(sorted(str(one.parent) for one in path.glob("*/dataset_info.json")))
+            raise UserError(f"{key}: {path} holds several splits, as Hugging Face's datasets saves them; name one: {splits}.")
         saved = (path / "dataset_info.json").is_file()  # by Hugging Face's datasets, beside its data
         allowed = (".arrow",) if saved else ENDINGS
         files = sorted(file for file in path.iterdir() if ending(file) in allowed and file.is_file())

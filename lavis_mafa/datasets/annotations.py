@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from lavis_mafa.config.data import AnnotationFile, annotation_file, ending
+from lavis_mafa.datasets.arrow_files import images_of
 from lavis_mafa.datasets.facts import TEXTS, check_facts, fact_columns, one_each
 from lavis_mafa.datasets.formats import FORMATS, PAIRS, SAME_IMAGE, TWO, Columns, as_named, one_message
 from lavis_mafa.datasets.ids import id_texts, is_blank, is_missing, is_text, number_columns, pc, with_numbers
@@ -181,7 +182,8 @@ def read_rows(path: Path, columns: Columns = PAIRS, names: Mapping[str, str] | N
     found = {}
     for name in columns.single:
         if not is_text(_plain(table[name].type)):
-            raise UserError(f"{path}: column '{name}' holds {table[name].type}; allowed: text.")
+            remedy = f" Image bytes are packed first: lavis-mafa pack {path} --output FILE.arrow" if images_of(table, name) else ""
+            raise UserError(f"{path}: column '{name}' holds {table[name].type}; allowed: text.{remedy}")
         found[name] = table[name].cast(pa.string())
     found[columns.several] = text_lists(path, table, columns.several)
     numbers = []

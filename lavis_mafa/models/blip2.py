@@ -26,7 +26,8 @@ from lavis_mafa.models.encoders import (
     with_own_file,
     without_vit,
 )
-from lavis_mafa.models.qformer import together
+from lavis_mafa.models.generation import Writing, write
+from lavis_mafa.models.qformer import QFormerWords, together
 from lavis_mafa.models.retrieval import without_autocast
 from lavis_mafa.models.step import Encoded, StepInputs, check_lengths
 from lavis_mafa.models.transformer import POSITIONS, KeysValues, Reading, named_images, numbers, on_device
@@ -255,21 +256,18 @@ class Blip2Mafa(MafaModel[Blip2Block], Blip2Qformer):
         samples = self.check_samples(samples, "image")
         check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)
         images = self.ln_vision(self.visual_encoder(samples["image"].to(self.device)))
-        outputs = self.Qformer.generate(
-            input_ids=torch.full((len(samples["image"]), 1), self.tokenizer.bos_token_id, device=self.device),
-            query_embeds=self.query_tokens.expand(len(images), -1, -1),
-            encoder_hidden_states=images,
-            encoder_attention_mask=torch.ones(images.shape[:2], dtype=torch.long, device=self.device),
-            max_length=max_length,
-            min_length=min_length,
-            num_beams=1 if use_nucleus_sampling else num_beams,
-            do_sample=use_nucleus_sampling,
+        first = torch.full((len(images), 1), self.tokenizer.bos_token_id, device=self.device)
+        how = Writing(
+            longest=max(1, max_length - 1),  # LAVIS's lengths count [DEC]
+            shortest=min_length - 1,
+            end=self.tokenizer.sep_token_id,
+            beams=num_beams,
+            lines=num_captions,
+            sampled=use_nucleus_sampling,
             top_p=top_p,
             temperature=temperature,
             repetition_penalty=repetition_penalty,
             length_penalty=length_penalty,
-            num_return_sequences=num_captions,
-            eos_token_id=self.tokenizer.sep_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
         )
-        return self.tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        lines = write(QFormerWords(self.Qformer, self.query_tokens, images), first, how)
+        return self.tokenizer.batch_decode(lines, skip_special_tokens=True)

@@ -36,7 +36,7 @@ from lavis_mafa.models.encoders import (
     with_own_file,
     without_vit,
 )
-from lavis_mafa.models.generation import GeneratedLengths
+from lavis_mafa.models.generation import Writing, write
 from lavis_mafa.models.hub import config_of
 from lavis_mafa.models.step import PretrainOutput, check_lengths, check_samples, checked_answers
 from lavis_mafa.models.vit import fit_position_embeddings
@@ -55,11 +55,35 @@ OPT = "opt_model."
 OF_STAGE_2 = ("opt_proj.", OPT)
 
 
-class Opt(GeneratedLengths, OPTForCausalLM):
-    """LAVIS's OPT, whose beam search does not count the prompt."""
+class OptWords:
+    """What OPT has read of R images' queries and the words after them: see :class:`lavis_mafa.models.generation.Reader`."""
+
+    def __init__(self, opt: OPTForCausalLM, queries: Tensor, prompts: Tensor) -> None:
+        """Queries [R, Q, width]; LongTensor[R, T], 0 where a prompt is padded."""
+        self.opt, self.before = opt, None
+        self.queries: Tensor | None = queries
+        self.seen = torch.cat([prompts.new_ones(queries.shape[:2]), prompts], dim=1)
+
+    def read(self, ids: Tensor) -> Tensor:
+        if self.before is not None:
+            self.seen = torch.cat([self.seen, torch.ones_like(ids)], dim=1)
+        states = self.opt(
+            input_ids=ids,
+            query_embeds=self.queries,
+            attention_mask=self.seen,
+            past_key_values=self.before,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.queries, self.before = None, states.past_key_values
+        return states.logits[:, -1]
+
+    def take(self, rows: Tensor) -> None:
+        self.seen = self.seen[rows]
+        self.before = self.opt._reorder_cache(self.before, rows)
 
 
-def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
+def build_opt(settings: LanguageModel) -> tuple[OPTForCausalLM, Any]:
     """LAVIS's OPT (which takes query embeddings) and its tokenizer; raises UserError.
 
     ``init``: a hub name or a local folder as OPT is published, or a folder of a whole BLIP-2 with OPT; null builds one of the given
@@ -68,14 +92,14 @@ def build_opt(settings: LanguageModel) -> tuple[Opt, Any]:
     dtype = PRECISIONS[settings.precision]
     if settings.init is None:
         tokenizer = byte_tokenizer()
-        return _norms_in_fp32(Opt(_config(settings, len(tokenizer))).to(dtype)), tokenizer
+        return _norms_in_fp32(OPTForCausalLM(_config(settings, len(tokenizer))).to(dtype)), tokenizer
     tokenizer = from_hub(lambda name: AutoTokenizer.from_pretrained(name, use_fast=False), settings.init, KEY, WHAT)
     if (sizes := opt_in_blip2(settings.init)) is not None:
-        model = _norms_in_fp32(Opt(OPTConfig(**sizes)).to(dtype))
+        model = _norms_in_fp32(OPTForCausalLM(OPTConfig(**sizes)).to(dtype))
         state = {n: value for n, value in read_weights(settings.init, KEY).items() if n.startswith(OPT)}
         load_exactly(model, {n.removeprefix(OPT): value for n, value in state.items()}, f"{KEY}: {settings.init}")
     else:
-        model = model_from_hub(Opt, settings.init, KEY, WHAT, "opt", may_miss=("lm_head.",), torch_dtype=dtype)
+        model = model_from_hub(OPTForCausalLM, settings.init, KEY, WHAT, "opt", may_miss=("lm_head.",), torch_dtype=dtype)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(f"{KEY} is {settings.init!r}, whose tokenizer has {len(tokenizer)} words, its model {model.config.vocab_size}.")
     return _norms_in_fp32(model), tokenizer
@@ -111,7 +135,7 @@ def byte_tokenizer() -> GPT2Tokenizer:
         )
 
 
-def _norms_in_fp32(model: Opt) -> Opt:
+def _norms_in_fp32(model: OPTForCausalLM) -> OPTForCausalLM:
     """Norms stay in fp32 (0.1 % of the weights): a GPU computes them so anyway, and a CPU refuses mixed types."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -312,19 +336,19 @@ class Blip2OptMafa(Blip2OPT):
         check_lengths(min_length, max_length, num_beams, num_captions, use_nucleus_sampling)
         samples = self.check_samples(samples, "image")
         count = len(samples["image"])
-        return self._spoken(
-            samples["image"],
-            _one_each(samples.get("prompt", self.prompt), count),
-            max_length,
-            min_length,
-            num_beams=1 if use_nucleus_sampling else num_beams,
-            do_sample=use_nucleus_sampling,
+        how = Writing(
+            longest=max_length,
+            shortest=min_length,
+            end=self.eos_token_id,
+            beams=num_beams,
+            lines=num_captions,
+            sampled=use_nucleus_sampling,
             top_p=top_p,
             temperature=temperature,
             repetition_penalty=repetition_penalty,
             length_penalty=length_penalty,
-            num_return_sequences=num_captions,
         )
+        return self._spoken(samples["image"], _one_each(samples.get("prompt", self.prompt), count), how)
 
     def check_samples(self, samples: dict[str, Any], *keys: str) -> dict[str, Any]:
         """See :func:`lavis_mafa.models.step.check_samples`."""
@@ -363,37 +387,30 @@ class Blip2OptMafa(Blip2OPT):
         questions = samples["text_input"]
         prompts = _one_each(prompt, len(questions))
         asked = [self._asked(question, how, max_len) for question, how in zip(questions, prompts, strict=True)]
-        return self._spoken(samples["image"], asked, max_len, min_len, num_beams=num_beams, length_penalty=length_penalty)
+        how = Writing(longest=max_len, shortest=min_len, end=self.eos_token_id, beams=num_beams, length_penalty=length_penalty)
+        return self._spoken(samples["image"], asked, how)
 
     def _queries(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, queries, OPT's width]"""
         bert = self.Qformer.bert
         return self.opt_proj(bert.look(self.query_tokens, bert.keys_values(self.ln_vision(self.visual_encoder(image))))[0])
 
-    def _spoken(self, image: Tensor, prompts: list[str], max_len: int, min_len: int, **how: Any) -> list[str]:
-        """What the language model says after each image's queries and prompt, ``min_len`` to ``max_len`` tokens."""
+    def _spoken(self, image: Tensor, prompts: list[str], how: Writing) -> list[str]:
+        """What the language model says after each image's queries and prompt."""
         self.opt_tokenizer.padding_side = "left"  # what is said follows the prompt, not padding
         tokens = self.opt_tokenizer(prompts, return_tensors="pt", padding="longest").to(self.device)
         width = tokens.input_ids.shape[1]
-        room = self.opt_model.config.max_position_embeddings - self.query_tokens.shape[1] - width
-        if max_len > room:
+        positions = self.opt_model.config.max_position_embeddings
+        room = positions - self.query_tokens.shape[1] - width
+        if how.longest > room:
             raise UserError(
-                f"max_len is {max_len}, but the language model has {self.opt_model.config.max_position_embeddings} positions, of which "
+                f"max_len is {how.longest}, but the language model has {positions} positions, of which "
                 f"{self.query_tokens.shape[1]} are the image's and {width} the prompt's; allowed: at most {room}."
             )
         with self.maybe_autocast():
-            queries = self._queries(image.to(self.device))
-            seen = torch.ones(queries.shape[:2], dtype=torch.long, device=self.device)
-            outputs = self.opt_model.generate(
-                input_ids=tokens.input_ids,
-                query_embeds=queries,
-                attention_mask=torch.cat([seen, tokens.attention_mask], dim=1),
-                max_new_tokens=max_len,
-                min_length=min_len + width,  # transformers counts the prompt
-                eos_token_id=self.eos_token_id,
-                **how,
-            )
-        return [text.strip() for text in self.opt_tokenizer.batch_decode(outputs[:, width:], skip_special_tokens=True)]
+            reader = OptWords(self.opt_model, self._queries(image.to(self.device)), tokens.attention_mask)
+            lines = write(reader, tokens.input_ids, how)
+        return [text.strip() for text in self.opt_tokenizer.batch_decode(lines, skip_special_tokens=True)]
 
     def _asked(self, question: str, prompt: str, max_len: int) -> str:
         """The prompt with the question in it, the question cut where the language model's positions would not suffice."""

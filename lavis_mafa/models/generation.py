@@ -1,127 +1,147 @@
-"""What transformers' generation, and LAVIS's methods, ask of our Q-Former."""
+"""How texts are written token by token: the most probable, sampled, or searched for with beams.
+
+Releases of transformers differ in how they end and score the lines of a beam search, and from 4.50 on generate with none of LAVIS's
+models. Here it is the way of 4.26, LAVIS's own release, on every one.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import BertConfig
-from transformers.generation import GenerationConfig, GenerationMixin
-from transformers.generation.beam_search import BeamHypotheses
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from lavis_mafa.models.qformer import QueryBert, together
-from lavis_mafa.models.transformer import BertWithHead, Grid, KeysValues, Reading
+MOST_PROBABLE = 50  # words that are sampled from, whatever top_p: transformers' default
+NEVER = -1e9
 
 
-class GeneratedLengths:
-    """Mixin, before a transformers model that generates: a line of n generated tokens scores (sum of log p) / n ^ length_penalty.
+class Reader(Protocol):
+    """A language model that remembers what it has read of R texts."""
 
-    transformers 4.26 counts the prompt and its padding too; BLIP-2's reference, which gives the prompt as embeddings, does not. The end
-    token does not count; an empty line counts as one token.
+    def read(self, ids: Tensor) -> Tensor:
+        """LongTensor[R, T] that follow what was read -> logits [R, words] of what comes next."""
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these of the R texts, LongTensor[R']."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How to write: as BLIP-2's ``generate`` is asked, lengths counted without prompt and end."""
+
+    longest: int
+    end: int  # the token that ends a line, and is not part of it
+    shortest: int = 0
+    beams: int = 1
+    lines: int = 1  # a prompt; searched for with at least as many beams, or sampled
+    sampled: bool = False
+    top_p: float = 1.0
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+
+
+def write(reader: Reader, prompts: Tensor, how: Writing) -> list[list[int]]:
+    """The tokens that follow each of B prompts: B x ``lines`` lists, those of a prompt one after another.
+
+    A line of n tokens scores (sum of log p) / n ^ length_penalty; an empty one counts as one token.
+
+    Args:
+        prompts: LongTensor[B, T], padded on the left, of texts that the reader has not read.
     """
-
-    @staticmethod
-    def _expand_inputs_for_generation(
-        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **given: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """A row a beam or sample. Which of the other inputs transformers repeats depends on its version: here it is all."""
-        assert input_ids is not None
-        of_row = {name: value for name, value in given.items() if isinstance(value, Tensor) and len(value) == len(input_ids)}
-        repeated = {name: value.repeat_interleave(expand_size, dim=0) for name, value in of_row.items() if name != "cache_position"}
-        return input_ids.repeat_interleave(expand_size, dim=0), {**given, **repeated}
-
-    def beam_search(self, input_ids: Tensor, beam_scorer: Any, *args: Any, **kwargs: Any) -> Any:
-        beam_scorer._beam_hyps = [_Lines(given, before=input_ids.shape[1]) for given in beam_scorer._beam_hyps]
-        return super().beam_search(input_ids, beam_scorer, *args, **kwargs)  # type: ignore[misc]
+    searched = how.beams > 1 and not how.sampled
+    logits = reader.read(prompts)
+    rows = torch.arange(len(prompts), device=prompts.device).repeat_interleave(how.beams if searched else how.lines)
+    reader.take(rows)
+    return (_search if searched else _follow)(reader, prompts[rows], logits[rows], how)
 
 
-class _Lines(BeamHypotheses):
-    """The finished lines of one sample, ``before`` tokens of each given."""
-
-    def __init__(self, like: BeamHypotheses, before: int) -> None:
-        super().__init__(like.num_beams, like.length_penalty, like.early_stopping)
-        self.before = before
-
-    def add(self, hyp: Tensor, sum_logprobs: float, beam_indices: Tensor | None = None) -> None:
-        # the base class divides by its whole length to the same power
-        scale = len(hyp) / max(1, len(hyp) - self.before)
-        super().add(hyp, sum_logprobs * scale**self.length_penalty, beam_indices)
-
-    def is_done(self, best_sum_logprobs: float, cur_len: int) -> bool:
-        return super().is_done(best_sum_logprobs, max(1, cur_len - self.before))
+def _follow(reader: Reader, texts: Tensor, logits: Tensor, how: Writing) -> list[list[int]]:
+    """One line a row, of the most probable or of sampled tokens."""
+    first, going = texts.shape[1], torch.ones(len(texts), dtype=torch.bool, device=texts.device)
+    while True:
+        scores = _adjusted(logits.float(), texts, texts.shape[1] - first, how)
+        tokens = scores.softmax(dim=-1).multinomial(1)[:, 0] if how.sampled else scores.argmax(dim=-1)
+        texts = torch.cat([texts, tokens.masked_fill(~going, how.end)[:, None]], dim=1)
+        going = going & (tokens != how.end)
+        if texts.shape[1] - first == how.longest or not going.any():
+            lines = texts[:, first:].tolist()
+            return [line[: line.index(how.end)] if how.end in line else line for line in lines]
+        logits = reader.read(texts[:, -1:])
 
 
-class LavisBert(QueryBert):
-    """Called as LAVIS calls its own."""
+@dataclass
+class _Lines:
+    """The best lines of one prompt that have ended, as many as there are beams."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        query_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> BaseModelOutputWithPast:
-        """Queries alone, a text alone, or both together; images [B, N, width] have no padding.
+    how: Writing
+    best: list[tuple[float, list[int]]] = field(default_factory=list)
+    complete: bool = False
 
-        ``last_hidden_state``: [B, Q, width], or [B, T, width] of texts alone. Of queries and text together LAVIS reads the queries'.
-        """
-        images = None if encoder_hidden_states is None else self.keys_values(encoder_hidden_states)
-        if input_ids is None:
-            assert query_embeds is not None and images is not None, "queries without an image"
-            return BaseModelOutputWithPast(self.look(query_embeds, images)[0])
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        every = torch.arange(len(input_ids), device=input_ids.device)
-        if query_embeds is None:
-            states = self.read(input_ids, Reading.padded(mask.bool(), every)).view(*input_ids.shape, -1)
-        else:
-            assert images is not None, "queries without an image"
-            reading = together(mask.bool(), query_embeds.shape[1], input_ids.device, every, every)
-            states = self.match(query_embeds, input_ids, reading, images)
-        return BaseModelOutputWithPast(states)
+    def add(self, score: float, line: list[int]) -> None:
+        self.best.append((self.scored(score, len(line)), line))
+        self.best = sorted(self.best, key=lambda one: -one[0])[: self.how.beams]
+
+    def scored(self, score: float, length: int) -> float:
+        return score / max(1, length) ** self.how.length_penalty
 
 
-class SpeakingQFormer(GeneratedLengths, GenerationMixin, BertWithHead):
-    """A Q-Former with its head, whose beam search does not count [DEC]."""
+def _search(reader: Reader, texts: Tensor, logits: Tensor, how: Writing) -> list[list[int]]:
+    """The best of the lines that ``beams`` texts a prompt lead to."""
+    beams, first = how.beams, texts.shape[1]
+    ended = [_Lines(how) for _ in range(len(texts) // beams)]
+    sums = logits.new_full((len(ended), beams), NEVER, dtype=torch.float32)
+    sums[:, 0] = 0.0  # until they differ, one of a prompt's texts speaks for all
+    for length in range(how.longest):
+        if length:
+            logits = reader.read(texts[:, -1:])
+        scores = _adjusted(logits.float().log_softmax(dim=-1), texts, length, how) + sums.view(-1, 1)
+        best, places = scores.view(len(ended), -1).topk(2 * beams)
+        written, rows, tokens, totals = texts[:, first:].tolist(), list[int](), list[int](), list[float]()
+        for number, lines in enumerate(ended):
+            chosen = list(zip(best[number].tolist(), places[number].tolist(), strict=True))
+            of_prompt = [(total, number * beams + place // scores.shape[1], place % scores.shape[1]) for total, place in chosen]
+            going = [one for one in of_prompt if one[2] != how.end][:beams]
+            if not lines.complete:
+                for total, row, token in of_prompt[:beams]:
+                    if token == how.end:
+                        lines.add(total, written[row])
+                can_improve = len(lines.best) < beams or lines.best[-1][0] < lines.scored(chosen[0][0], length)
+                lines.complete = not can_improve
+            totals += [total for total, _, _ in going]
+            rows += [row for _, row, _ in going]
+            tokens += [token for _, _, token in going]
+        index = torch.tensor(rows, device=texts.device)
+        texts = torch.cat([texts[index], torch.tensor(tokens, device=texts.device)[:, None]], dim=1)
+        sums = torch.tensor(totals, device=texts.device).view(len(ended), beams)
+        if all(lines.complete for lines in ended):
+            break
+        reader.take(index)
+    written = texts[:, first:].tolist()
+    for number, lines in enumerate(ended):
+        if not lines.complete:
+            for row, total in enumerate(sums[number].tolist(), start=number * beams):
+                lines.add(total, written[row])
+    return [line for lines in ended for _, line in lines.best[: how.lines]]
 
-    main_input_name = "input_ids"
-    _supports_cache_class = False  # asked by transformers 4.36 and later
-    bert: LavisBert
 
-    def __init__(self, words: int, width: int, *sizes: Any) -> None:
-        super().__init__(LavisBert(words, width, *sizes))
-        self.config = BertConfig(vocab_size=words, hidden_size=width)
-        self.generation_config = GenerationConfig.from_model_config(self.config)
-
-    @property
-    def device(self) -> torch.device:
-        return self.bert.embeddings.LayerNorm.weight.device
-
-    def can_generate(self) -> bool:
-        return True
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        query_embeds: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: KeysValues | None = None,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Words LongTensor[B, T] that follow images' queries, or ``past_key_values`` -> logits [B, T, words]."""
-        bert, (count, width) = self.bert, input_ids.shape
-        before = past_key_values or bert.look(query_embeds, bert.keys_values(encoder_hidden_states))[1]
-        done = before[0][0].shape[1] - query_embeds.shape[1]
-        positions = torch.arange(done, done + width, device=input_ids.device).repeat(count)
-        states, after = bert.follow(bert.embeddings(input_ids.flatten(), positions), Grid(count, width), before)
-        return CausalLMOutputWithPast(logits=self.cls(states).view(count, width, -1), past_key_values=after)
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: KeysValues | None = None, **kwargs: Any) -> Any:
-        return {**kwargs, "input_ids": input_ids if past_key_values is None else input_ids[:, -1:], "past_key_values": past_key_values}
-
-    def _reorder_cache(self, past: KeysValues, beams: Tensor) -> KeysValues:
-        return [(keys.index_select(0, beams), values.index_select(0, beams)) for keys, values in past]
+def _adjusted(scores: Tensor, texts: Tensor, length: int, how: Writing) -> Tensor:
+    """Logits or log probabilities [R, words] of what follows ``texts``, ``length`` tokens of which are written."""
+    rules = LogitsProcessorList()
+    if how.repetition_penalty != 1.0:
+        rules.append(RepetitionPenaltyLogitsProcessor(how.repetition_penalty))
+    if length < how.shortest:
+        scores = scores.index_fill(1, torch.tensor([how.end], device=scores.device), -torch.inf)
+    if how.sampled:
+        rules.append(TemperatureLogitsWarper(float(how.temperature)))
+        rules.append(TopKLogitsWarper(min(MOST_PROBABLE, scores.shape[1])))
+        rules.append(TopPLogitsWarper(how.top_p))
+    return rules(texts, scores)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lavis_mafa.models.transformer import (
     AddNorm,
     BertLayer,
+    BertWithHead,
     Embeddings,
     Encoder,
     Grid,
@@ -166,3 +168,53 @@ class QueryBert(nn.Module):
 
     def _seen(self, images: KeysValues, number: int) -> tuple[Tensor, Tensor] | None:
         return images[number // self.every] if number % self.every == 0 else None
+
+
+class LavisBert(QueryBert):
+    """Called as LAVIS calls its own."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> BaseModelOutputWithPast:
+        """Queries alone, a text alone, or both together; images [B, N, width] have no padding.
+
+        ``last_hidden_state``: [B, Q, width], or [B, T, width] of texts alone. Of queries and text together LAVIS reads the queries'.
+        """
+        images = None if encoder_hidden_states is None else self.keys_values(encoder_hidden_states)
+        if input_ids is None:
+            assert query_embeds is not None and images is not None, "queries without an image"
+            return BaseModelOutputWithPast(self.look(query_embeds, images)[0])
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        every = torch.arange(len(input_ids), device=input_ids.device)
+        if query_embeds is None:
+            states = self.read(input_ids, Reading.padded(mask.bool(), every)).view(*input_ids.shape, -1)
+        else:
+            assert images is not None, "queries without an image"
+            reading = together(mask.bool(), query_embeds.shape[1], input_ids.device, every, every)
+            states = self.match(query_embeds, input_ids, reading, images)
+        return BaseModelOutputWithPast(states)
+
+
+class QFormerWords:
+    """What a Q-Former has read of R images' queries and the words after them: see :class:`lavis_mafa.models.generation.Reader`."""
+
+    def __init__(self, qformer: BertWithHead, queries: Tensor, images: Tensor) -> None:
+        """Queries [1, Q, width] over images [R, N, image width]."""
+        self.qformer, self.queries = qformer, queries.shape[1]
+        self.before: KeysValues = qformer.bert.look(queries, qformer.bert.keys_values(images))[1]
+
+    def read(self, ids: Tensor) -> Tensor:
+        bert, (count, width) = self.qformer.bert, ids.shape
+        done = self.before[0][0].shape[1] - self.queries
+        positions = torch.arange(done, done + width, device=ids.device).repeat(count)
+        states, self.before = bert.follow(bert.embeddings(ids.flatten(), positions), Grid(count, width), self.before)
+        return self.qformer.cls(states.view(count, width, -1)[:, -1])
+
+    def take(self, rows: Tensor) -> None:
+        self.before = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self.before]

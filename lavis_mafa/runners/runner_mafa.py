@@ -124,8 +124,14 @@ class RunnerMafa(RunnerBase):
 
     @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """LAVIS's AdamW and its two groups (no decay on biases and norms), fused: a seventh of the time on a CPU."""
-        return torch.optim.AdamW([{**group, "fused": True} for group in super().optimizer.param_groups])
+        """LAVIS 1.0.2's AdamW and its two groups (no decay on biases and norms), fused: a seventh of the time on a CPU."""
+        decaying: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                (others if weight.ndim < 2 or any(part in name for part in ("bias", "ln", "bn")) else decaying).append(weight)
+        groups = [{"params": decaying, "weight_decay": self.settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.settings.init_lr, betas=(0.9, self.settings.beta2), fused=True)
 
     @functools.cached_property
     def scaler(self) -> torch.amp.GradScaler | None:

@@ -97,7 +97,7 @@ class Stepper:
                 if isinstance(self.task, MafaTask):
                     output = self.task.step_output(model=self.model, samples=samples)
                 else:
-                    output = {"loss": self.task.train_step(model=self.model, samples=samples)}
+                    output = _of_lavis(self.task.train_step(model=self.model, samples=samples))
             loss = output["loss"] / length
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self._bad_loss |= ~torch.isfinite(loss.detach())
@@ -122,6 +122,12 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self._bad_loss = torch.zeros_like(self._bad_loss)
         return StepResult(output, not bad_anywhere, norm, stop, save_failed)
+
+
+def _of_lavis(given: Any) -> dict[str, Any]:
+    """What a task of LAVIS returns for a step: the loss, and in versions later than 1.0.2 its parts too."""
+    loss, parts = given if isinstance(given, tuple) else (given, {})
+    return {**parts, "loss": loss}
 
 
 class NonFinite:

@@ -27,7 +27,7 @@ from transformers import BertConfig
 from lavis_mafa.config.schema import DOWNSTREAM, FAMILIES, con_d_block
 from lavis_mafa.errors import UserError
 from lavis_mafa.models import albef_vqa, blip2, qformer, transformer
-from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, Opt
+from lavis_mafa.models.blip2_opt import POSITIONS, Blip2OptMafa, OPTForCausalLM
 from lavis_mafa.models.con_d import as_con_d, untrained
 from lavis_mafa.models.encoders import PRECISIONS
 from lavis_mafa.models.language_teacher import untrained_teacher
@@ -158,7 +158,8 @@ def build(settings: Any) -> Any:
         plain.max_text_length = min(settings.max_text_length, POSITIONS - settings.qformer.queries)
         model, language = Blip2OptMafa(plain), settings.language_model
         if language.init is not None:  # then of the size of what it would download
-            model.opt_model = Opt(_opt_config(language.init)).to(PRECISIONS[language.precision]).requires_grad_(not language.freeze)
+            opt = OPTForCausalLM(_opt_config(language.init)).to(PRECISIONS[language.precision])
+            model.opt_model = opt.requires_grad_(not language.freeze)
             for module in model.opt_model.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.float()

@@ -167,6 +167,11 @@ def write_pack(rows: Rows, schema: pa.Schema, output: Path) -> tuple[int, int]:
                 waiting, weight = [], 0
         if not pairs:
             raise UserError(f"nothing to write to {output}: none of the rows has an image and a caption.")
+        if not seen:
+            raise UserError(
+                f"nothing to write to {output}: the tables hold paths of images, without bytes. Hugging Face's save_to_disk and "
+                "push_to_hub write the bytes; or pack an annotation file of these paths with --images FOLDER."
+            )
         if waiting:
             writer.write_table(pa.Table.from_pylist(waiting, schema))
     return pairs, len(seen)

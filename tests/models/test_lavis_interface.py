@@ -202,10 +202,9 @@ def test_captions_of_blip_2_are_lavis_captions_and_every_argument_acts():
 def test_captions_of_blip_2_pass_every_argument_on(monkeypatch):
     """What needs a model that ends its lines to be seen (``length_penalty``), or many draws (``temperature``)."""
     model, seen = BLIP2.ours(), {}
-    monkeypatch.setattr(model.Qformer, "generate", lambda **given: seen.update(given) or torch.zeros(4, 3, dtype=torch.long))
-    asked = {"max_length": 9, "min_length": 2, "top_p": 0.7, "repetition_penalty": 1.3, "length_penalty": -0.5, "temperature": 0.6}
-    for sampled, beams in ((False, 5), (True, 1)):
-        model.generate(batch("blip2", 2), sampled, 5, num_captions=2, **asked)
-        wanted = {**asked, "do_sample": sampled, "num_beams": beams, "num_return_sequences": 2}
-        assert {name: seen[name] for name in wanted} == wanted
-        assert len(seen["encoder_hidden_states"]) == len(seen["query_embeds"]) == len(seen["input_ids"]) == 2
+    monkeypatch.setattr("lavis_mafa.models.blip2.write", lambda reader, prompts, how: seen.update(vars(how)) or [[0]] * 4)
+    shared = {"top_p": 0.7, "repetition_penalty": 1.3, "length_penalty": -0.5, "temperature": 0.6}
+    for sampled in (False, True):
+        model.generate(batch("blip2", 2), sampled, 5, max_length=9, min_length=2, num_captions=2, **shared)
+        of_model = {"end": model.tokenizer.sep_token_id, "sampled": sampled, "beams": 5, "lines": 2}
+        assert seen == {**shared, **of_model, "longest": 8, "shortest": 1}, "LAVIS's lengths count [DEC]"

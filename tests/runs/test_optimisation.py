@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lavis.common.registry import registry
+from lavis.runners.runner_base import RunnerBase
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import lavis_mafa.plugin
 from lavis_mafa.config.schema import RunBlock
+from lavis_mafa.runners.runner_mafa import RunnerMafa
 from lavis_mafa.runners.schedule import WarmupCosinePerStep
-from lavis_mafa.runners.step import Stepper
+from lavis_mafa.runners.step import Stepper, losses_of
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +65,27 @@ def test_a_short_last_window_is_divided_by_its_own_length():
     big = Training().run((0, 12), (12, 20))
     small = Training(accum_grad_iters=3).run((0, 4), (4, 8), (8, 12), (12, 16), (16, 20))
     torch.testing.assert_close(small, big)
+
+
+def test_the_optimizer_is_that_of_lavis():
+    model, run = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), RunBlock(weight_decay=0.3, beta2=0.98)
+    model.add_module("ln_vision", nn.Linear(2, 2))
+    model.add_module("frozen", nn.Linear(2, 2).requires_grad_(False))
+    ours = RunnerMafa.optimizer.func(SimpleNamespace(model=model, settings=run))
+    config = OmegaConf.create({"run_cfg": {"weight_decay": 0.3, "init_lr": run.init_lr, "beta2": 0.98}})
+    theirs = RunnerBase.optimizer.fget(SimpleNamespace(_optimizer=None, model=model, config=SimpleNamespace(run_cfg=config.run_cfg)))
+    for mine, group in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert [id(weight) for weight in mine["params"]] == [id(weight) for weight in group["params"]]
+        assert {**mine, "params": 0} == {**group, "params": 0, "fused": True}
+
+
+def test_a_task_may_return_the_parts_of_its_loss():
+    """As LAVIS's tasks do in versions later than 1.0.2."""
+    plain, parts = Training(), Training()
+    parts.stepper.task = SimpleNamespace(train_step=lambda *a, **k: (TASK.train_step(*a, **k), {"loss_itm": torch.ones(())}))
+    assert torch.equal(plain.run((0, 8)), parts.run((0, 8)))
+    output = parts.stepper({"x": parts.x, "y": parts.y}, 0, 1).output
+    assert losses_of(output).keys() == {"loss", "loss_itm"}
 
 
 def test_nothing_moves_inside_a_window():
