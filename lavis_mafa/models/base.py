@@ -129,6 +129,11 @@ class MafaModel(nn.Module, Generic[Block]):
                 parameter.requires_grad_(False)
 
     @property
+    def device(self) -> torch.device:
+        """LAVIS's own lists every parameter whenever it is asked."""
+        return next(self.parameters()).device
+
+    @property
     def gathers(self) -> bool:
         return self.batch_scope == "global"
 
