@@ -68,7 +68,6 @@ class MafaModel(nn.Module, Generic[Block]):
     keeps_precision: tuple[str, ...] = ()
     settings: Block
     temp: nn.Parameter
-    device: Any
     training: bool
     discriminator: Discriminator | None
     language_teacher: LanguageTeacher | None
