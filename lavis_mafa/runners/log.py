@@ -18,11 +18,11 @@ import torch
 from lavis.processors.blip_processors import BlipImageBaseProcessor
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from lavis_mafa.datasets.images import load_rgb
 from lavis_mafa.datasets.indexed import captions_of, image_source_of
 from lavis_mafa.distributed import gather_objects
+from lavis_mafa.progress import Bar
 from lavis_mafa.runners.trackers import Picture, Trackers, tag
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class MetricsLog:
         self.pending = self.skipped = self.timed = 0
         self.last_time = time.perf_counter()
         self.last_line = float("-inf")
-        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True) if folder is not None and sys.stderr.isatty() else None
+        self.bar = Bar(total=total_steps, unit="step") if folder is not None and sys.stderr.isatty() else None
 
     def add(self, metrics: dict[str, Tensor], skipped: bool = False) -> None:
         """One step; a metric that is not finite (nothing to measure, a step not applied) is left out of its average."""

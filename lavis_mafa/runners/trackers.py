@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -75,8 +76,8 @@ class Trackers:
         self.first_step = 0  # set by who resumes, before anything is told
         self._all = [_Patient(name, partial(self._open, name, folder, config)) for name in self.names]
 
-    def _open(self, name: str, folder: Path, config: dict[str, Any]) -> Tracker:
-        return KINDS[name](folder, config, self.first_step)
+    def _open(self, name: str, folder: Path, config: dict[str, Any], again: bool = False) -> Tracker:
+        return KINDS[name](folder, config, 0 if again else self.first_step)
 
     @property
     def keep_files(self) -> bool:
@@ -114,7 +115,7 @@ class Trackers:
 class _Patient:
     """One tracker, opened when it is first told something, and what it has still to be told, in order."""
 
-    def __init__(self, name: str, open_it: Callable[[], Tracker]) -> None:
+    def __init__(self, name: str, open_it: Callable[..., Tracker]) -> None:
         self.name, self.open = name, open_it
         self.tracker: Tracker | None = None
         self.left: deque[tuple[str, tuple[Any, ...]]] = deque(maxlen=KEPT)
@@ -137,12 +138,16 @@ class _Patient:
     def _hand_over(self) -> None:
         try:
             with generators_kept():  # what a library draws is no part of the training, which resumes to the bit
-                self.tracker = self.tracker or self.open()
+                if self.tracker is None:
+                    self.tracker = self.open()
+                    self.open = partial(self.open, again=True)
                 while self.left:
                     method, arguments = self.left[0]
                     getattr(self.tracker, method)(*arguments)
                     self.left.popleft()
         except KINDS[self.name].failures() as error:
+            if isinstance(self.tracker, TensorBoard):  # a writer that failed once writes no more
+                self.tracker = None
             self.again = time.monotonic() + PAUSE
             said = " ".join(str(error).split())[:300] or type(error).__name__
             if not self.warned:
@@ -249,7 +254,7 @@ class Wandb(_Kept):
         import wandb
         from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # its process is gone
 
-        return wandb.Error, OSError, HandleAbandonedError, MailboxClosedError
+        return wandb.Error, OSError, ValueError, HandleAbandonedError, MailboxClosedError  # ValueError: a variable of its environment
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._log(values, step)
@@ -297,7 +302,8 @@ class Mlflow(_Kept):
         number = self.client.create_experiment(name) if experiment is None else experiment.experiment_id
         self.id = self.client.create_run(number, run_name=folder.name).info.run_id
         self.save()
-        settings = [Param(key, str(value)[:500]) for key, value in flat(config).items()]  # longer ones are refused by older servers
+        # longer ones are refused by older servers
+        settings = [Param(_allowed(key), str(value)[:500]) for key, value in flat(config).items()]
         for first in range(0, len(settings), 100):  # as many as it takes
             self.client.log_batch(self.id, params=settings[first : first + 100])
 
@@ -305,14 +311,14 @@ class Mlflow(_Kept):
     def failures() -> tuple[type[Exception], ...]:
         from mlflow.exceptions import MlflowException
 
-        return MlflowException, OSError
+        return MlflowException, OSError, ValueError  # the last: a variable of its environment
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         if values := self.unknown(values, step):
             now = int(time.time() * 1000)
-            self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+            self.client.log_batch(self.id, metrics=[Metric(_allowed(name), value, now, step) for name, value in values.items()])
             self.told(values, step)
             self.save()
 
@@ -339,6 +345,11 @@ KINDS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "
 
 def _captions(pictures: list[Picture]) -> str:
     return "".join(f"{number}. {picture.caption}\n" for number, picture in enumerate(pictures, start=1))
+
+
+def _allowed(name: str) -> str:
+    """As MLflow takes it; a kind of question or a label may hold anything."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _set_defaults(prefix: str, variables: dict[str, str]) -> None:

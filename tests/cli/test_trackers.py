@@ -8,6 +8,7 @@ import os
 import signal
 import struct
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +236,51 @@ def test_tensorboard_without_a_place_to_write(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lavis_mafa"), Trackers(["tensorboard"], tmp_path, {}) as told:
         told.scalars({"loss/total": 1.0}, 1)
     assert "tensorboard fails" in caplog.text
+
+
+def test_tensorboard_goes_on_when_its_disk_has_room_again(tmp_path, monkeypatch, caplog):
+    """Of a resumed run, whose events after the checkpoint are forgotten once, not each time that it is opened."""
+    from tensorboard.compat.tensorflow_stub.io import gfile
+
+    plain, full = gfile.LocalFileSystem._write, []
+    monkeypatch.setattr(trackers, "PAUSE", 0.0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # its thread tells of the error, too
+
+    def write(*given):
+        if full:
+            raise OSError("no space left")
+        plain(*given)
+
+    monkeypatch.setattr(gfile.LocalFileSystem, "_write", write)
+    with Trackers(["tensorboard"], tmp_path, {"run": {"seed": 1}}) as told:
+        told.first_step = 1
+        told.scalars({"loss/total": 2.0}, 2)
+        full.append(True)
+        told.scalars({"loss/total": 3.0}, 3)
+        full.clear()
+        told.scalars({"loss/total": 4.0}, 4)
+    assert dict(tensorboard_points(tmp_path, "loss/total")) == {2: 2.0, 3: 3.0, 4: 4.0}
+    assert caplog.text.count("tensorboard fails") == 1 and "has not got" not in caplog.text
+
+
+def test_mlflow_takes_any_name(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with Trackers(["mlflow"], run, {"labels": {"red?": 1}}) as told:
+        told.scalars({"val/accuracy_what's this?": 1.0}, 1)
+    assert mlflow_points(run, "val/accuracy_what_s this_") == [(1, 1.0)]
+    assert mlflow_run(run)[1].data.params == {"labels.red_": "1"}
+
+
+@pytest.mark.parametrize(
+    ("tracker", "name", "value"), [("wandb", "WANDB_MODE", "of_line"), ("mlflow", "MLFLOW_HTTP_REQUEST_TIMEOUT", "soon")]
+)
+def test_a_wrong_variable_of_its_environment_is_a_warning(tmp_path, monkeypatch, caplog, tracker, name, value):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{launched.free_port()}")
+    with Trackers([tracker], tmp_path, {}) as told:
+        told.scalars({"loss/total": 1.0}, 1)
+    assert f"{tracker} fails" in caplog.text and value in caplog.text
 
 
 KILLED = """
