@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from shlex import quote
 from pathlib import Path
+from shlex import quote
 
 from lavis_mafa.cli.options import count
 from lavis_mafa.errors import UserError
