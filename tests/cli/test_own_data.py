@@ -82,6 +82,7 @@ def test_every_model_and_size_is_valid(work, model, size, con_d):
     name = f"{model}-{size}-{len(con_d)}.yaml"
     assert main(["init", *GIVEN, "--model", model, "--size", size, *con_d, "--output", name]) == 0
     assert main(["validate", name]) == 0, "the Con-D of another family has its own sizes"
+    assert ("randaugment: null" in Path(name).read_text()) == (size == "tiny"), "Con-D judges what the crop leaves"
 
 
 def test_a_con_d_with_words_of_its_own(work, tmp_path, refused):
