@@ -172,6 +172,7 @@ def test_a_caption_is_text_and_an_image_may_be_gone(tmp_path):
     row = {"probability": 0.5, "verdict": "positive", "image": 0, "text": 1, "caption": data.frame["caption"][0], "own_caption": "two"}
     shown = Connections(data.frame.assign(**row), data.rows).show()
     assert "&lt;script&gt;" in shown and "<script>" not in shown and "No such file" in shown
+    assert shown.count("<tr>") == 2, "the same pair in both rows, below the head"
     with pytest.raises(mafa.UserError, match="b.png"):
         data.image(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output: {folder} is not empty; choose another folder.")
     columns = named_columns(arguments.columns)
-    if arguments.con_d is not None:
+    named = arguments.con_d
+    if named is not None:
         _check_judges(arguments)
     checked = _check(arguments, columns)
     counted = mined = None
@@ -58,7 +60,18 @@ def run(arguments: argparse.Namespace) -> int:
     write_text(folder / PAGE, page)
     write_text(folder / RESULT, json.dumps({"check": checked, "count": counted, "mine": mined}, indent=2, ensure_ascii=False) + "\n")
     print(f"\nThe page: {folder / PAGE}, {Bar.format_sizeof(os.path.getsize(folder / PAGE), 'B')}")
+    _say_next(arguments, named, checked["bad_rows"])
     return int(checked["bad_rows"] > 0)
+
+
+def _say_next(arguments: argparse.Namespace, con_d: str | None, bad_rows: int) -> None:
+    if con_d is not None:
+        print(f"Next: {shlex.join(['lavis-mafa', 'explore', str(arguments.output)])} (look at the connections and mark what is right)")
+    if bad_rows == 0:
+        given = ["--data", *map(str, arguments.data), "--images", str(arguments.images)]
+        given += ["--columns", *arguments.columns] if arguments.columns else []
+        given += [] if con_d is None else ["--con-d", con_d]
+        print(f"Next: {shlex.join(['lavis-mafa', 'init', *given])} --model albef --size tiny --output my.yaml")
 
 
 def _check(arguments: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:

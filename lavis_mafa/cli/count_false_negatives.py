@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from lavis_mafa.cli.options import add_pass_arguments, pass_of, positive, share
@@ -33,9 +34,11 @@ def _share_or_file(text: str) -> float | Path:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.tools.count_pass import run_count
+    from lavis_mafa.tools.count_pass import CountResult, run_count
 
     counted = run_count(pass_of(arguments), arguments.output, **{name: getattr(arguments, name) for name in OWN})
     if counted is not None:
         print(counted)
+    if isinstance(counted, CountResult):
+        print(f"Next: lavis-mafa report {shlex.quote(str(arguments.output))} (a page)")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from shlex import quote
 
 from lavis_mafa.cli.options import count
 from lavis_mafa.errors import UserError
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
             explorer.serve_forever()
         except KeyboardInterrupt:  # the way to end it
             print(f"\nThe marks: {marks}" if marks.exists() else "\nNothing was marked.")
+            if marks.exists() and (folder / MINED).is_file():
+                print(f"Next: lavis-mafa mine --again {quote(str(folder))} --reviewed {quote(str(marks))} --output output/reviewed")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from lavis_mafa.cli.options import add_pass_arguments, pass_of, positive, share
@@ -33,16 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from lavis_mafa.tools.mine_pass import choose_again, run_mine
+    from lavis_mafa.tools.mine_pass import MineResult, choose_again, run_mine
 
     if arguments.again is not None:
         chosen = {name: getattr(arguments, name) for name in OF_CHOOSING}
         nothing = [name for name, value in vars(arguments).items() if name in OF_A_PASS and value not in (None, [], False)]
         if nothing:
             raise UserError(f"--again and --{nothing[0].replace('_', '-')} exclude each other: nothing is searched or judged anew.")
-        print(choose_again(arguments.again, arguments.output, **chosen))
-        return 0
-    mined = run_mine(pass_of(arguments), arguments.output, **{name: getattr(arguments, name) for name in OWN})
+        mined: object = choose_again(arguments.again, arguments.output, **chosen)
+    else:
+        mined = run_mine(pass_of(arguments), arguments.output, **{name: getattr(arguments, name) for name in OWN})
     if mined is not None:
         print(mined)
+    if isinstance(mined, MineResult):
+        folder = shlex.quote(str(mined.folder))
+        print(f"Next: lavis-mafa explore {folder} (look at them and mark what is right); lavis-mafa report {folder} (a page)")
     return 0

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from lavis_mafa.progress import Bar
     from lavis_mafa.tools.report import write_report
 
     output: Path = arguments.output
@@ -34,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
     for name, problem in gallery["problems"].items():
         print(f"{name}: {problem}")
     shown = f", {len(gallery['lists']['gallery']):,} of {gallery['candidates']:,} recorded connections" if gallery["candidates"] else ""
-    print(f"{output}: {', '.join(run.name for run in runs)}{shown}, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"{output}: {', '.join(run.name for run in runs)}{shown}, {Bar.format_sizeof(output.stat().st_size, 'B')}")
     return 0

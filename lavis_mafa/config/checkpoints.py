@@ -332,17 +332,23 @@ def _check_sizes(block: Any, shapes: Shapes, source: str, shown: str) -> None:
             misfits.append(f"{PARTS[part]} of {_size(sizes, told)}, but {_size(wanted, told)} is set; give its sizes in {shown}.{part}")
     if misfits:
         raise UserError(f"{source} does not fit the model: it has " + ", and ".join(misfits) + f", or another model_type in {shown}.")
-    rows = next((shapes[name][0] for name in EMBEDDINGS if shapes.get(name)), None)
-    words = words_of_tokenizer(block.tokenizer) if hasattr(block, "tokenizer") else None
-    if rows is not None and words is not None and rows not in (words, words + ADDED[block.arch]):
-        raise UserError(
-            f"{source} has embeddings of {rows} words, but model.tokenizer ({block.tokenizer}) has {words}; give the tokenizer that it "
-            "was trained with."
-        )
+    if hasattr(block, "tokenizer"):
+        check_embeddings(shapes, block.arch, block.tokenizer, source)
     wide = (shapes.get("ln_vision.weight") or [0])[0]
     if wide and wide != block.image_encoder.width:
         what = f"{CLIP_L}" if wide == 1024 else f"a checkpoint for an image encoder of width {wide}"
         raise UserError(f"{source} is {what}; {shown}.image_encoder.width is {block.image_encoder.width}.")
+
+
+def check_embeddings(shapes: Shapes, arch: str, tokenizer: str, source: str) -> None:
+    """A checkpoint has an embedding for each word of its tokenizer; raises UserError."""
+    rows = next((shapes[name][0] for name in EMBEDDINGS if shapes.get(name)), None)
+    words = words_of_tokenizer(tokenizer)
+    if rows is not None and words is not None and rows not in (words, words + ADDED[arch]):
+        raise UserError(
+            f"{source} has embeddings of {rows} words, but model.tokenizer ({tokenizer}) has {words}; give the tokenizer that it "
+            "was trained with."
+        )
 
 
 def _of_one_image(arch: str, sizes: dict[str, int], settings: TextEncoder, source: str) -> dict[str, int]:

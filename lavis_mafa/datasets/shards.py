@@ -78,7 +78,7 @@ def read_samples(path: Path, texts: Collection[str], progress: Callable[[int], N
             if start.startswith(magic):
                 raise UserError(
                     f"{path} is compressed, and of a compressed tar nothing can be read without all that stands before it; unpack it "
-                    f"once: {command} {path} (images are compressed already, so it hardly grows)."
+                    f"once: {command} < {path} > NEW.tar (images are compressed already, so it hardly grows)."
                 )
         file.seek(0)
         try:

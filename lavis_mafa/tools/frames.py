@@ -121,10 +121,11 @@ class Connections:
         return _image(self.rows, row, side)
 
     def show(self, frame: pd.DataFrame | None = None, most: int = 20) -> Html:
-        """The first ``most`` rows of ``frame`` (a part of this one, or all of it) as a table with images, for a notebook."""
+        """The first ``most`` pairs of ``frame`` (a part of this one, or all of it) as a table with images, for a notebook; one that
+        was found from both sides is there once."""
         heads = ("image", "caption", "probability", "verdict", "image's own caption", "caption's own image")
         lines = ["".join(f"<th>{head}</th>" for head in heads)]
-        for row in (self.frame if frame is None else frame).head(most).to_dict("records"):
+        for row in (self.frame if frame is None else frame).drop_duplicates(["image", "text"]).head(most).to_dict("records"):
             texts = [_text(row["caption"]), f"{row['probability']:.3f}", row["verdict"], _text(row["own_caption"])]
             cells = [self._thumbnail(row["image"]), *texts, self._thumbnail(row["text"])]
             lines.append("".join(f"<td style='text-align: left'>{cell}</td>" for cell in cells))

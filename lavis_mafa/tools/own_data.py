@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lavis_mafa.config.checkpoints import OF_MODEL, kind_of, shapes_of, sizes_of
+from lavis_mafa.config.checkpoints import OF_MODEL, check_embeddings, kind_of, shapes_of, sizes_of
 from lavis_mafa.config.data import AnnotationFile, files_of
 from lavis_mafa.config.read import at, read_settings
 from lavis_mafa.config.schema import FAMILIES, MODEL_DEFAULTS, WITH_MATCHING, model_types, type_defaults
@@ -72,6 +73,7 @@ def write_yaml(
         data=[" ".join(str(path).split()) for path in data],
         output=output,
         folder=_text(written.folder),
+        latest=shlex.quote(f"{written.folder}/latest"),
         rows=rows,
         arch=arch,
         size=size,
@@ -256,7 +258,9 @@ def con_d_block(name: str, flag: str) -> dict[str, Any]:
     for model_type in model_types(arch):
         sizes = type_defaults(arch, model_type)["model"]
         if all(sizes.get(part, {}).get(key) == value for part, of_part in own.items() for key, value in of_part.items()):
-            return {"arch": arch, "model_type": model_type, **_vocabulary(Path(path), arch, sizes["tokenizer"])}
+            words = _vocabulary(Path(path), arch, sizes["tokenizer"])
+            check_embeddings(shapes, arch, words.get("tokenizer", sizes["tokenizer"]), f"{flag}: {name}")
+            return {"arch": arch, "model_type": model_type, **words}
     known = ", ".join(model_types(arch))
     raise UserError(f"{flag}: {name} has other sizes than {arch}'s ({known}); name it in a YAML, with its sizes.")
 

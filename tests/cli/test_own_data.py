@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -81,9 +82,10 @@ def test_every_model_and_size_is_valid(work, model, size, con_d):
     name = f"{model}-{size}-{len(con_d)}.yaml"
     assert main(["init", *GIVEN, "--model", model, "--size", size, *con_d, "--output", name]) == 0
     assert main(["validate", name]) == 0, "the Con-D of another family has its own sizes"
+    assert ("randaugment: null" in Path(name).read_text()) == (size == "tiny"), "Con-D judges what the crop leaves"
 
 
-def test_a_con_d_with_words_of_its_own(work, tmp_path):
+def test_a_con_d_with_words_of_its_own(work, tmp_path, refused):
     """It is in the run's settings; the model that it judges for has the same."""
     words = tmp_path / "vocab.txt"
     words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "square", "red", "green", "blue"]) + "\n")
@@ -94,6 +96,10 @@ def test_a_con_d_with_words_of_its_own(work, tmp_path):
     assert yaml.safe_load((work / "words.yaml").read_text())["model"]["tokenizer"] == str(words)
     call = ["audit", "data/pairs.jsonl", "--images", "data/images", "--con-d", "output/words/latest", "--workers", "0"]
     assert main([*call, "--samples", "8", "--output", str(tmp_path / "audit")]) == 0
+    bare = next((work / "output/words/latest/").glob("checkpoint_*1.pth"))
+    bare = shutil.copy(bare, tmp_path / "bare.pth")  # without the run's settings
+    call = ["audit", "data/pairs.jsonl", "--images", "data/images", "--con-d", str(bare), "--output", str(tmp_path / "none")]
+    assert "embeddings of 1" in refused(*call) and not (tmp_path / "none").exists()
 
 
 def test_a_con_d_of_lavis_is_named_and_not_downloaded(work, tmp_path, monkeypatch, refused):
@@ -157,7 +163,10 @@ def test_audit_without_a_con_d_checks_and_says_what_one_would_tell(work, tmp_pat
     page = (tmp_path / "a/audit.html").read_text()
     assert "What a Con-D would tell" in page and "Training can use all rows as they are" in page and 'id="connections"' not in page
     assert json.loads((tmp_path / "a/audit.json").read_text())["count"] is None
-    assert "image and caption of another row" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "image and caption of another row" in said
+    following = shlex.split(said.splitlines()[-1].removeprefix("Next: lavis-mafa "))
+    assert main([*following[:-1], str(tmp_path / "next.yaml")]) == 0
 
 
 def test_audit_is_check_count_and_mine_on_one_page(work, tmp_path, capsys):
@@ -180,7 +189,9 @@ def test_audit_is_check_count_and_mine_on_one_page(work, tmp_path, capsys):
     assert results["check"]["good_files"] == [f"{folder}/clean_1.jsonl", files[1], f"{folder}/clean_3.arrow"]
     assert f"<code>{files[1]}</code>, <code>{folder}/clean_3.arrow</code>." in page
     assert results["count"]["samples"] == results["mine"]["samples"] == results["check"]["good_rows"] == 30
-    assert re.search(r"The page: \S+audit.html, \d[\d.]+kB", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"The page: \S+audit.html, \d[\d.]+kB", said) and f"Next: lavis-mafa explore {folder} " in said
+    assert "lavis-mafa init" not in said, "two rows are bad"
     assert results["count"] == json.loads((folder / "count/count.json").read_text())
     assert [way["sampling"] for way in results["count"]["ways"]] == ["random", "GRIT"]
     shown = data_of(page)

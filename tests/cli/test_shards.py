@@ -253,7 +253,7 @@ def test_a_shard_that_is_no_list_of_pairs_is_one_message(refused, tmp_path, memb
 def test_what_is_compressed_missing_or_named_twice_is_told(refused, tmp_path, shard):
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
     said = refused("index-shards", tmp_path / "b.tar.gz", *out(tmp_path))
-    assert "is compressed" in said and f"unpack it once: gunzip {tmp_path}" in said
+    assert "is compressed" in said and f"unpack it once: gunzip < {tmp_path}" in said
     assert f"'{tmp_path}/*.tar' names the shards in it" in refused("index-shards", tmp_path, *out(tmp_path))
     assert "named twice" in refused("index-shards", tmp_path / "*.tar", shard, *out(tmp_path))
     assert "ends in .arrow" in refused("index-shards", shard, "--output", tmp_path / "pairs.json")
