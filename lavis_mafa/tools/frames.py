@@ -175,7 +175,7 @@ def read_connections(folder: Path) -> Connections:
             "probability": one.probability,
             "verdict": VERDICTS[one.verdict],
             "image_path": path(one.image),
-            "caption": caption(one.text),
+            "caption": caption(one.text) if one.caption is None else one.caption,
             "own_caption": caption(one.image),
             "own_image_path": path(one.text),
             "true": one.true,
