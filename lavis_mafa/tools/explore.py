@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import pyarrow as pa
 
@@ -203,8 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 120  # seconds that an idle connection keeps its thread
 
     def do_GET(self) -> None:
-        asked = urlsplit(self.path)
-        self._send(self._refusal() or self.server.get(asked.path, dict(parse_qsl(asked.query))))
+        path, _, query = self.path.partition("?")
+        self._send(self._refusal() or self.server.get(path, dict(parse_qsl(query))))
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")

@@ -270,7 +270,7 @@ class Mined:
 
     Attributes:
         candidates: as :func:`lavis_mafa.tools.mine.judged` writes them. bad: samples that could not be read.
-        settings, origin: what ``mine.json`` says of the pass, and of where its data and judge are from.
+        settings, origin: what ``mine.json`` says of the pass, and of where its data and judge are from. reviewed: its file of marks.
     """
 
     text_processor = str
@@ -280,6 +280,8 @@ class Mined:
             results = json.loads((folder / MINED).read_text(encoding="utf-8"))
             self.settings, self.judge_name, count, images = (results[name] for name in ("settings", "judge", "data", "images"))
             self.origin = {name: results[name] for name in ORIGIN}
+            reviewed = results["reviewed"]
+            self.reviewed = None if reviewed is None else Path(reviewed["marks"])
             self.candidates = pq.read_table(folder / "connections.parquet").drop_columns(["outcome"])
             bad = folder / "bad_samples.jsonl"
             self.bad = [json.loads(line) for line in bad.read_text(encoding="utf-8").splitlines()] if bad.is_file() else []
