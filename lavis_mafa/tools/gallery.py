@@ -208,10 +208,16 @@ def gallery_data(runs: list[Run], data: list[TrainingRows], candidates: list[lis
         "images": images.entries,
         "runs": [run.name for run in runs],
         "sets": [sets.number(id(rows), None) for rows in data],  # runs on the same data have the same number
-        "key": digest([str(run.folder.resolve()) for run in runs]),  # of marks that a browser keeps
+        # of marks that a browser keeps: a folder of the same name may come to hold other data
+        "key": digest([[str(run.folder.resolve()), *_some_rows(of)] for run, of in zip(runs, data, strict=True)]),
         "problems": {run.name: of.problem for run, of in zip(runs, data, strict=True) if of.problem},
         "candidates": len(everyone),
     }
+
+
+def _some_rows(rows: TrainingRows) -> list[Any]:
+    """What tells data from others: how many rows, and three of them."""
+    return [len(rows), *((rows.image_name(row), rows.captions(row)) for row in (0, len(rows) // 2, len(rows) - 1))]
 
 
 def _alternating(candidates: list[Candidate]) -> Iterator[Candidate]:

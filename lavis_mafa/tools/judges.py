@@ -172,6 +172,8 @@ def _read_scores(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     if absent := [name for name in COLUMNS if name not in table.column_names]:
         there = ", ".join(table.column_names)
         raise UserError(f"--scores: {path} has no column {absent[0]}, but {there}; needed: {', '.join(COLUMNS)}.")
+    if twice := [name for name in COLUMNS if table.column_names.count(name) > 1]:
+        raise UserError(f"--scores: {path} has two columns {twice[0]}; allowed: one.")
     rows = []
     for name in COLUMNS[:2]:
         column = table[name]

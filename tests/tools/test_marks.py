@@ -94,6 +94,7 @@ def test_what_is_no_mark_is_refused(tmp_path, rows, message):
     [
         ("m.csv", "image,text,mark\n1,2\n", "row 1 has 2 values, not 3"),
         ("m.csv", "", "no column 'image'"),
+        ("m.csv", "image,text,mark,mark\n1,2,accept,reject\n", "two columns 'mark'"),
         ("m.csv", "image,text,mark\nx,2,accept\n", "holds string, not int64"),
         ("m.parquet", "no parquet", "cannot be read"),
         ("m.txt", "", "allowed: a .parquet or .csv file"),
@@ -246,9 +247,16 @@ def test_choosing_again_searches_nothing(mined, tmp_path, capsys):
     assert "no whole result of mine" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
+def page_of(folder: Path) -> dict:
+    run = open_runs([folder])
+    rows = rows_of_all(run)
+    return gallery_data(run, rows, [distinct_candidates(0, run[0].connections, rows[0])], 100)
+
+
 def test_a_mark_is_of_the_caption_that_was_judged(mined, tmp_path):
-    """Not of the first one of its row: on a page, in its export, and in a frame."""
+    """Not of the first one of its row: on a page, in its export, and in a frame. A browser's marks are of these data, too."""
     shutil.copytree(mined / "mine", tmp_path / "mine")
+    before = page_of(tmp_path / "mine")["key"]
     pairs = pq.read_table(tmp_path / "mine" / "pairs.parquet")
     several = pa.array([["another", caption] for caption in pairs["caption"].to_pylist()], TEXTS)
     pq.write_table(pairs.set_column(pairs.column_names.index("caption"), "caption", several), tmp_path / "mine" / "pairs.parquet")
@@ -256,9 +264,8 @@ def test_a_mark_is_of_the_caption_that_was_judged(mined, tmp_path):
     judged = {(row["direction"], row["image"], row["text"]): row["caption"] for row in found}
     frame = api.connections(tmp_path / "mine").frame
     assert dict(zip(zip(*(frame[n] for n in ("direction", "image", "text")), strict=True), frame["caption"], strict=True)) == judged
-    run = open_runs([tmp_path / "mine"])
-    rows = rows_of_all(run)
-    page = gallery_data(run, rows, [distinct_candidates(0, run[0].connections, rows[0])], 100)
+    page = page_of(tmp_path / "mine")
+    assert page["key"] == page_of(tmp_path / "mine")["key"] != before
     for way, anchor, other, *_ in page["connections"]:
         image, text = (page["rows"][place] for place in ((anchor, other) if way == 0 else (other, anchor)))
         assert text[1:3] == [judged[DIRECTIONS[way], image[3], text[3]], 0] and image[1:3] == ["another", 1]
