@@ -81,10 +81,7 @@ def _pass(data: Data | Name, options: Options, **given: Any) -> Pass:
     """The pass of one of the two functions below, as the commands would have it from their flags."""
     from lavis_mafa.tools.passes import Pass
 
-    if isinstance(data, str | Path):  # of a YAML the pass reads the data, with the options
-        where = {"cfg_path": str(data)} if _is_yaml(data) else open_data(data).where
-    else:
-        where = data.where
+    where = _where(data)
     for name in ("con_d", "miner"):
         given[name] = None if given.get(name) is None else str(given[name])
     for name in ("features", "scores", "guide_features"):
@@ -252,7 +249,7 @@ def mine(
 
 
 def init(
-    data: Data,
+    data: Data | Name,
     output: Name,
     *,
     model: Literal["albef", "blip", "blip2"],
@@ -281,7 +278,7 @@ def init(
     """
     from lavis_mafa.tools.own_data import write_yaml
 
-    where = data.where
+    where = _where(data)
     if where.get("images") is None:
         raise UserError("init writes a YAML for files of pairs with a folder of images; give mafa.open_data(files, images=FOLDER).")
     files = {"val": _paths(val), "test": _paths(test)}
@@ -408,6 +405,13 @@ def _folder(run: Any) -> Path:
     return Path(folder)
 
 
+def _where(data: Data | Name) -> Mapping[str, Any]:
+    """The fields of a pass that name data; of a YAML they are not opened yet, since the options may change them."""
+    if not isinstance(data, str | Path):
+        return data.where
+    return {"cfg_path": str(data)} if _is_yaml(data) else open_data(data).where
+
+
 def _is_yaml(name: Name) -> bool:
     return Path(name).suffix in (".yaml", ".yml")
 
@@ -417,7 +421,9 @@ def _paths(names: Name | Sequence[Name] | None) -> list[Path] | None:
 
 
 def _several(values: Any) -> list[Any] | None:
-    return None if values is None else [values] if isinstance(values, int | float) else list(values)
+    import numpy as np
+
+    return None if values is None else np.atleast_1d(values).tolist()
 
 
 def _overrides(options: Options) -> list[str]:

@@ -212,7 +212,7 @@ def _sizes(batch_size: Sequence[int] | None, search_space: Sequence[int] | None,
     """All B and M; raises UserError unless 2 <= B <= M. An empty sequence is none of them."""
 
     def asked(given: Sequence[int] | None, key: str, default: int) -> list[int]:
-        return [int(OmegaConf.select(config, key) or default)] if given is None else list(given)
+        return [int(OmegaConf.select(config, key) or default)] if given is None else list(map(int, given))
 
     batch_sizes = asked(batch_size, "run.batch_size_train", BATCH)
     search_spaces = asked(search_space, "run.grit.search_space", SPACE)
