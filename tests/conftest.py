@@ -20,9 +20,15 @@ LONGEST = ("test_plugin.py", "test_plan.py", "test_saving.py", "test_project_yam
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, then all others with slow tests, so that no core waits for another at the end."""
+    """The longest files first, then all others with slow tests, so that no core waits for another at the end; the very first one needs
+    no emoji, which another process builds meanwhile."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("ranks")}
-    items.sort(key=lambda item: (item.path.parent.name != "runs" and item.path.name not in LONGEST, item.path not in slow))
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        name = item.path.name
+        return name != LONGEST[0], item.path.parent.name != "runs" and name not in LONGEST, item.path not in slow
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:

@@ -39,9 +39,8 @@ def test_load_model_needs_no_import_of_ours():
 
 
 def test_lavis_before_torch():
-    done = python(
-        "import lavis.tasks, torch; from lavis.common.registry import registry as r; print(r.get_task_class('mafa_pretrain'))"
-    )
+    asked = "from lavis.common.registry import registry as r; print(r.get_task_class('mafa_pretrain'))"
+    done = python(f"import lavis.tasks, torch; {asked}")
     assert "MafaPretrainTask" in done.stdout, done.stderr
 
 

@@ -68,7 +68,6 @@ class MafaModel(nn.Module, Generic[Block]):
     keeps_precision: tuple[str, ...] = ()
     settings: Block
     temp: nn.Parameter
-    device: Any
     training: bool
     discriminator: Discriminator | None
     language_teacher: LanguageTeacher | None
@@ -127,6 +126,11 @@ class MafaModel(nn.Module, Generic[Block]):
         for name, parameter in self.named_parameters():
             if any(re.match(names, name) for names in idle):
                 parameter.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """LAVIS's own lists every parameter whenever it is asked."""
+        return next(self.parameters()).device
 
     @property
     def gathers(self) -> bool:

@@ -22,7 +22,8 @@ NOT_RANKED = -100.0  # LAVIS's score of a pair outside the top k
 class RetrievalModel(Protocol):
     """What scoring asks of a model; see :class:`lavis_mafa.models.base.MafaModel`."""
 
-    device: Any
+    @property
+    def device(self) -> Any: ...
 
     def text_rows(self, captions: list[str]) -> tuple[tuple[Tensor, ...], Tensor]: ...
 
