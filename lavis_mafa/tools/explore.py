@@ -253,7 +253,7 @@ def _query(given: dict[str, str]) -> Query:
         except (KeyError, ValueError):
             return None
 
-    marked, order, after = (given.get(name) for name in ("marked", "order", "after"))
+    marked, order, after = given.get("marked"), given.get("order"), number("after", int)
     return Query(
         way=number("way", int),
         low=number("from", float),
@@ -262,7 +262,7 @@ def _query(given: dict[str, str]) -> Query:
         words=given.get("find", ""),
         marked=marked if marked in MARKED else None,
         order=order if order in ORDERS else ORDERS[0],
-        after=int(after) if after is not None and after.isdecimal() else -1,
+        after=-1 if after is None else after,
     )
 
 
