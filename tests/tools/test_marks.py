@@ -16,6 +16,7 @@ import pytest
 from lavis_mafa import api
 from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.facts import TEXTS
+from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools.gallery import DIRECTIONS, distinct_candidates, gallery_data, rows_of_all
 from lavis_mafa.tools.marks import FORMULA, SCHEMA, confirmed, fitted, read_marks, write_marks
@@ -269,6 +270,18 @@ def test_a_mark_is_of_the_caption_that_was_judged(mined, tmp_path):
     for way, anchor, other, *_ in page["connections"]:
         image, text = (page["rows"][place] for place in ((anchor, other) if way == 0 else (other, anchor)))
         assert text[1:3] == [judged[DIRECTIONS[way], image[3], text[3]], 0] and image[1:3] == ["another", 1]
+
+
+def test_negative_cosines_are_positives_where_they_were_mined(mined, tmp_path):
+    """Without a margin nothing is below it."""
+    shutil.copytree(mined / "mine", tmp_path / "mine")
+    found = pq.read_table(tmp_path / "mine" / "connections.parquet")
+    for name in ("probability", "own_probability"):
+        lower = pc.subtract(found[name], pa.scalar(2, pa.float32()))
+        found = found.set_column(found.column_names.index(name), name, lower)
+    pq.write_table(found, tmp_path / "mine" / "connections.parquet")
+    connections = open_runs([tmp_path / "mine"])[0].connections
+    assert set(connections.filter(pc.equal(connections["outcome"], MINED))["verdict"].to_pylist()) == {"positive"}
 
 
 def test_a_count_is_corrected_by_marks(mined, tmp_path, capsys):
