@@ -68,7 +68,7 @@ def open_data(
     from lavis_mafa.tools.frames import open_files, open_yaml
 
     files = _paths(data) or []
-    if len(files) == 1 and files[0].suffix in (".yaml", ".yml"):
+    if len(files) == 1 and _is_yaml(files[0]):
         if images is not None or columns:
             raise UserError("images and columns belong to files of pairs; a YAML names its own.")
         return open_yaml(str(files[0]), _overrides(options))
@@ -81,12 +81,12 @@ def _pass(data: Data | Name, options: Options, **given: Any) -> Pass:
     """The pass of one of the two functions below, as the commands would have it from their flags."""
     from lavis_mafa.tools.passes import Pass
 
-    opened = open_data(data) if isinstance(data, str | Path) else data
+    where = _where(data)
     for name in ("con_d", "miner"):
         given[name] = None if given.get(name) is None else str(given[name])
     for name in ("features", "scores", "guide_features"):
         given[name] = _paths(given[name])
-    where = {**opened.where, "options": [*opened.where.get("options", ()), *_overrides(options)]}
+    where = {**where, "options": [*where.get("options", ()), *_overrides(options)]}
     return Pass(**where, **given)
 
 
@@ -249,7 +249,7 @@ def mine(
 
 
 def init(
-    data: Data,
+    data: Data | Name,
     output: Name,
     *,
     model: Literal["albef", "blip", "blip2"],
@@ -278,7 +278,7 @@ def init(
     """
     from lavis_mafa.tools.own_data import write_yaml
 
-    where = data.where
+    where = _where(data)
     if where.get("images") is None:
         raise UserError("init writes a YAML for files of pairs with a folder of images; give mafa.open_data(files, images=FOLDER).")
     files = {"val": _paths(val), "test": _paths(test)}
@@ -332,9 +332,8 @@ def evaluate(what: Run | Name, options: Options = ()) -> dict[str, dict[str, Any
     """
     from lavis_mafa.runners.train import evaluate
 
-    text = str(_folder(what))
-    is_yaml = text.endswith((".yaml", ".yml"))
-    return _finished(lambda: evaluate(text if is_yaml else Path(text), _overrides(options))).evaluations
+    name = _folder(what)
+    return _finished(lambda: evaluate(str(name) if _is_yaml(name) else name, _overrides(options))).evaluations
 
 
 def _page(run: Path) -> Path:
@@ -383,9 +382,12 @@ def connections(run: Run | MineResult | Name) -> Connections:
 
 
 def report(
-    runs: Run | MineResult | Name | Sequence[Run | MineResult | Name], output: Name = "report.html", gallery: int = 5000
+    runs: Run | CountResult | MineResult | Name | Sequence[Run | CountResult | MineResult | Name],
+    output: Name = "report.html",
+    gallery: int = 5000,
 ) -> Path:
-    """One HTML page about runs: curves, retrieval, and the ``gallery`` surest connections. Returns where it is; raises UserError."""
+    """One HTML page about runs, counts and what was mined, with the ``gallery`` surest connections. Returns where it is; raises
+    UserError."""
     from lavis_mafa.tools.report import write_report
 
     several = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
@@ -397,7 +399,21 @@ def report(
 
 
 def _folder(run: Any) -> Path:
-    return Path(run) if isinstance(run, str | Path) else run.folder
+    folder = run if isinstance(run, str | Path) else run.folder
+    if folder is None:
+        raise UserError("this count is in no folder; give count_false_negatives an output.")
+    return Path(folder)
+
+
+def _where(data: Data | Name) -> Mapping[str, Any]:
+    """The fields of a pass that name data; of a YAML they are not opened yet, since the options may change them."""
+    if not isinstance(data, str | Path):
+        return data.where
+    return {"cfg_path": str(data)} if _is_yaml(data) else open_data(data).where
+
+
+def _is_yaml(name: Name) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
 
 
 def _paths(names: Name | Sequence[Name] | None) -> list[Path] | None:
@@ -405,11 +421,13 @@ def _paths(names: Name | Sequence[Name] | None) -> list[Path] | None:
 
 
 def _several(values: Any) -> list[Any] | None:
-    return None if values is None else [values] if isinstance(values, int | float) else list(values)
+    import numpy as np
+
+    return None if values is None else np.atleast_1d(values).tolist()
 
 
 def _overrides(options: Options) -> list[str]:
     """``KEY=VALUE``, as ``--options`` takes them."""
     if isinstance(options, Mapping):
         return [f"{key}={json.dumps(str(value) if isinstance(value, Path) else value)}" for key, value in options.items()]
-    return list(options)
+    return [options] if isinstance(options, str) else list(options)

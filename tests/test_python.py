@@ -153,14 +153,53 @@ def test_features_and_a_guide_need_no_model(tmp_path):
     both = [tmp_path / "features.npy"] * 2
     data = mafa.open_data(tmp_path / "pairs.csv")
     call = {"features": both, "guide_features": both, "guide_margin": 0.1, "search_space": 16, "force": True}
-    counted = mafa.count_false_negatives(data, **call, batch_size=16, random_only=False)
+    counted = mafa.count_false_negatives(data, **call, batch_size=np.int64(16), random_only=False)
     assert set(counted.frame()["wrt_image"]) == set(counted.frame()["wrt_text"]) == {16.0} and counted.folder is None
-    mined = mafa.mine(data, **call, batch_size=16, output=tmp_path / "mined")
+    mined = mafa.mine(data, **call, batch_size=np.int64(16), output=tmp_path / "mined")
     with pytest.warns(UserWarning, match="changed since then|could not be read"):
         (tmp_path / "mined/pairs.parquet").unlink()
         found = mafa.connections(mined)
     assert set(zip(found.frame["image"], found.frame["text"], strict=True)) == {(n, n ^ 1) for n in range(16)}
-    assert mined.results["mined"] == 16 and found.frame["caption"].isna().all()
+    assert mined.results["mined"] == 16 and found.frame["own_caption"].isna().all()
+    assert found.frame["caption"].tolist() == [f"number {n}" for n in found.frame["text"]], "which is beside what was found"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"threshold": 80}, "--threshold is 80; allowed: 0 to 1"),
+        ({"samples": 0}, "--samples is 0; allowed: a whole number from 1"),
+        ({"margin": -0.1}, "--margin is -0.1"),
+        ({"per_image": 1.5}, "--per-image is 1.5"),
+        ({"at_most": 0}, "--at-most is 0"),
+    ],
+)
+def test_numbers_are_those_that_flags_take(tmp_path, given, message):
+    with pytest.raises(mafa.UserError, match=re.escape(message)):
+        mafa.mine("my.yaml", con_d="con_d.pth", output=tmp_path / "mined", **given)
+
+
+def test_what_is_not_given_or_not_there(tmp_path):
+    (tmp_path / "pairs.csv").write_text("image,caption\na.png,one\n")
+    for call, message in (
+        (lambda: mafa.report([]), "no run is given"),
+        (lambda: mafa.open_data(tmp_path / "pairs.csv", images=tmp_path / "nowhere"), "but there is no such folder"),
+        (lambda: mafa.init("my.yaml", tmp_path / "new.yaml", model="albef", size="tiny"), "for files of pairs with a folder of images"),
+    ):
+        with pytest.raises(mafa.UserError, match=message):
+            call()
+
+
+def test_a_count_takes_what_its_flags_take(tmp_path):
+    for given, message in (({"correction": 83}, "--correction is 83"), ({"same_image": "no"}, "allowed: count, exclude")):
+        with pytest.raises(mafa.UserError, match=message):
+            mafa.count_false_negatives("my.yaml", con_d="con_d.pth", **given)
+
+
+def test_the_data_of_a_yaml_are_those_of_the_options():
+    """They are not opened without them."""
+    options = {"datasets.grit_pairs.build_info.images.storage": "elsewhere"}
+    assert mafa._pass("none.yaml", options, features=None, scores=None, guide_features=None).options == mafa._overrides(options)
 
 
 def test_a_caption_is_text_and_an_image_may_be_gone(tmp_path):

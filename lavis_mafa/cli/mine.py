@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.again is not None:
         chosen = {name: getattr(arguments, name) for name in OF_CHOOSING}
-        nothing = [name for name, value in vars(arguments).items() if name in OF_A_PASS and value not in (None, [], False)]
+        given = {name: value for name, value in vars(arguments).items() if name in OF_A_PASS and value is not False}
+        nothing = [name for name, value in given.items() if value not in (None, [])]
         if nothing:
             raise UserError(f"--again and --{nothing[0].replace('_', '-')} exclude each other: nothing is searched or judged anew.")
         mined: object = choose_again(arguments.again, arguments.output, **chosen)

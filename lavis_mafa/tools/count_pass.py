@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -18,7 +18,7 @@ from lavis_mafa.tools.candidates import Known, progress_bar
 from lavis_mafa.tools.count import Count, count_false_negatives, count_results, format_count, samplings
 from lavis_mafa.tools.count_plots import count_plot
 from lavis_mafa.tools.marks import factor_of
-from lavis_mafa.tools.passes import Pass, Unjudged, judging
+from lavis_mafa.tools.passes import Pass, Unjudged, check_numbers, judging
 from lavis_mafa.tools.run_files import COUNTED
 
 Same = Literal["count", "exclude"]
@@ -83,12 +83,17 @@ def run_count(
         UserError: settings that do not go together, files, checkpoints or features that are wrong, or a judge that cannot judge.
     """
     confirmed = None
+    check_numbers(batch_size=batch_size, search_space=search_space, correction=None if isinstance(correction, Path) else correction)
+    for flag, same in (("--same-image", same_image), ("--same-text", same_text)):
+        if same not in (None, *get_args(Same)):
+            raise UserError(f"{flag} is {same!r}; allowed: {', '.join(get_args(Same))}.")
     if isinstance(correction, Path):
         # a guide's cosines have no threshold
         confirmed = factor_of(correction, None if of.guide_features is not None else (threshold or [0.5])[0])
         correction = confirmed.factor or 0.0
     if not correction:
-        raise UserError("--correction is 0, which leaves no false negatives; allowed: above 0, up to 1.")
+        told = "" if confirmed is None else f" by {confirmed.rejected:,} marks, all of them reject"
+        raise UserError(f"--correction is 0{told}, which leaves no false negatives; allowed: above 0, up to 1.")
     if random_only and search_space:
         raise UserError("--random-only and --search-space exclude each other: random batches have no search space.")
     of.check(folder, COUNTED, threshold)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import pyarrow as pa
 
@@ -203,8 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 120  # seconds that an idle connection keeps its thread
 
     def do_GET(self) -> None:
-        asked = urlsplit(self.path)
-        self._send(self._refusal() or self.server.get(asked.path, dict(parse_qsl(asked.query))))
+        path, _, query = self.path.partition("?")
+        self._send(self._refusal() or self.server.get(path, dict(parse_qsl(query))))
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -253,7 +253,7 @@ def _query(given: dict[str, str]) -> Query:
         except (KeyError, ValueError):
             return None
 
-    marked, order, after = (given.get(name) for name in ("marked", "order", "after"))
+    marked, order, after = given.get("marked"), given.get("order"), number("after", int)
     return Query(
         way=number("way", int),
         low=number("from", float),
@@ -262,7 +262,7 @@ def _query(given: dict[str, str]) -> Query:
         words=given.get("find", ""),
         marked=marked if marked in MARKED else None,
         order=order if order in ORDERS else ORDERS[0],
-        after=int(after) if after is not None and after.isdecimal() else -1,
+        after=-1 if after is None else after,
     )
 
 

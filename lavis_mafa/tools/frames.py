@@ -75,6 +75,8 @@ def _image(rows: TrainingRows, row: int, side: int | None) -> Image.Image:
 
 def open_files(files: Sequence[Path], images: Path | None, columns: Mapping[str, str]) -> Data:
     """Pairs of annotation files; without ``images`` their image paths must be absolute. Raises UserError."""
+    if images is not None and not images.is_dir():
+        raise UserError(f"images is {str(images)!r}, but there is no such folder.")
     named = [AnnotationFile(file, columns=columns) for path in files for file in files_of(path, "data")]
     table = read_annotations(named, allow_absolute_paths=images is None)
     truth = GroundTruth.from_table(table)  # now: what is wrong with it is told here
@@ -176,7 +178,7 @@ def read_connections(folder: Path) -> Connections:
             "probability": one.probability,
             "verdict": VERDICTS[one.verdict],
             "image_path": path(one.image),
-            "caption": caption(one.text),
+            "caption": caption(one.text) if one.caption is None else one.caption,
             "own_caption": caption(one.image),
             "own_image_path": path(one.text),
             "true": one.true,

@@ -152,6 +152,7 @@ class Candidate:
     epoch: int
     times: int
     true: bool | None = None
+    caption: str | None = None  # that was judged; None where a row may have several, of which it is not known
 
 
 def distinct_candidates(run: int, connections: pa.Table, rows: TrainingRows) -> list[Candidate]:
@@ -164,10 +165,11 @@ def distinct_candidates(run: int, connections: pa.Table, rows: TrainingRows) -> 
         times[pair] += 1
     pairs = sorted(last)
     match = rows.matches([image for _, image, _ in pairs], [text for _, _, text in pairs])
-    found = [
-        Candidate(run, *pair, last[pair]["probability"], VERDICTS.index(last[pair]["verdict"]), last[pair]["epoch"], times[pair], true)
-        for pair, true in zip(pairs, match, strict=True)
-    ]
+    found = []
+    for pair, true in zip(pairs, match, strict=True):
+        seen = last[pair]
+        said = seen["probability"], VERDICTS.index(seen["verdict"]), seen["epoch"], times[pair]
+        found.append(Candidate(run, *pair, *said, true, seen.get("caption")))
     return sorted(found, key=lambda c: -c.probability)
 
 
@@ -182,15 +184,16 @@ def gallery_data(runs: list[Run], data: list[TrainingRows], candidates: list[lis
     lists = {"gallery": list(islice(_alternating(everyone), at_most)), "doubted": doubted, "missed": missed}
     connections, rows, images, sets = _Once(), _Once(), Thumbnails(), _Once()
 
-    def row(run: int, index: int) -> int:
-        captions, path = data[run].captions(index), data[run].image_path(index)
+    def row(run: int, index: int, judged: str | None = None) -> int:
+        captions = data[run].captions(index) if judged is None else [judged]
+        path = data[run].image_path(index)
         image = images.add(path, f"row {index} of the training data")
         # runs on the same data share their rows
         entry = [image, captions[0] if captions else None, max(0, len(captions) - 1), index, data[run].image_name(index)]
-        return rows.number((id(data[run]), index), entry)
+        return rows.number((id(data[run]), index, judged), entry)
 
     def add(c: Candidate) -> int:
-        places = [row(c.run, index) for index in ((c.image, c.text) if c.direction == 0 else (c.text, c.image))]  # the anchor first
+        places = [row(c.run, c.image), row(c.run, c.text, c.caption)][:: 1 if c.direction == 0 else -1]  # the anchor first
         true = None if c.true is None else int(c.true)
         return connections.number(c, [c.direction, *places, round(c.probability, 4), c.verdict, true, c.epoch, c.times, c.run])
 
@@ -205,10 +208,16 @@ def gallery_data(runs: list[Run], data: list[TrainingRows], candidates: list[lis
         "images": images.entries,
         "runs": [run.name for run in runs],
         "sets": [sets.number(id(rows), None) for rows in data],  # runs on the same data have the same number
-        "key": digest([str(run.folder.resolve()) for run in runs]),  # of marks that a browser keeps
+        # of marks that a browser keeps: a folder of the same name may come to hold other data
+        "key": digest([[str(run.folder.resolve()), *_some_rows(of)] for run, of in zip(runs, data, strict=True)]),
         "problems": {run.name: of.problem for run, of in zip(runs, data, strict=True) if of.problem},
         "candidates": len(everyone),
     }
+
+
+def _some_rows(rows: TrainingRows) -> list[Any]:
+    """What tells data from others: how many rows, and three of them."""
+    return [len(rows), *((rows.image_name(row), rows.captions(row)) for row in (0, len(rows) // 2, len(rows) - 1))]
 
 
 def _alternating(candidates: list[Candidate]) -> Iterator[Candidate]:

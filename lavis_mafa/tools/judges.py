@@ -172,6 +172,8 @@ def _read_scores(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     if absent := [name for name in COLUMNS if name not in table.column_names]:
         there = ", ".join(table.column_names)
         raise UserError(f"--scores: {path} has no column {absent[0]}, but {there}; needed: {', '.join(COLUMNS)}.")
+    if twice := [name for name in COLUMNS if table.column_names.count(name) > 1]:
+        raise UserError(f"--scores: {path} has two columns {twice[0]}; allowed: one.")
     rows = []
     for name in COLUMNS[:2]:
         column = table[name]
@@ -270,7 +272,7 @@ class Mined:
 
     Attributes:
         candidates: as :func:`lavis_mafa.tools.mine.judged` writes them. bad: samples that could not be read.
-        settings, origin: what ``mine.json`` says of the pass, and of where its data and judge are from.
+        settings, origin: what ``mine.json`` says of the pass, and of where its data and judge are from. reviewed: its file of marks.
     """
 
     text_processor = str
@@ -280,6 +282,8 @@ class Mined:
             results = json.loads((folder / MINED).read_text(encoding="utf-8"))
             self.settings, self.judge_name, count, images = (results[name] for name in ("settings", "judge", "data", "images"))
             self.origin = {name: results[name] for name in ORIGIN}
+            reviewed = results["reviewed"]
+            self.reviewed = None if reviewed is None else Path(reviewed["marks"])
             self.candidates = pq.read_table(folder / "connections.parquet").drop_columns(["outcome"])
             bad = folder / "bad_samples.jsonl"
             self.bad = [json.loads(line) for line in bad.read_text(encoding="utf-8").splitlines()] if bad.is_file() else []

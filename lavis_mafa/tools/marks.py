@@ -52,6 +52,8 @@ def read_marks(path: Path, flag: str = "--reviewed") -> pa.Table:
         raise UserError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
     if missing := [name for name in NEEDED if name not in table.column_names]:
         raise UserError(f"{where} has no column {missing[0]!r}; it needs {', '.join(NEEDED)}, and has {', '.join(table.column_names)}.")
+    if twice := [name for name in SCHEMA.names if table.column_names.count(name) > 1]:
+        raise UserError(f"{where} has two columns {twice[0]!r}; keep one.")
     columns = [_column(where, table[field.name], field) if field.name in table.column_names else None for field in SCHEMA]
     columns = [pa.nulls(len(table), field.type) if one is None else one for one, field in zip(columns, SCHEMA, strict=True)]
     marks = pa.table(columns, schema=SCHEMA)

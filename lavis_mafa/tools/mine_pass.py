@@ -19,7 +19,7 @@ from lavis_mafa.tools.candidates import Encoder, ReadableRows, blocks_of, progre
 from lavis_mafa.tools.features import Features
 from lavis_mafa.tools.judges import Given, Mined
 from lavis_mafa.tools.marks import fitted, read_marks
-from lavis_mafa.tools.passes import Judging, Pass, Unjudged, judging
+from lavis_mafa.tools.passes import Judging, Pass, Unjudged, check_numbers, judging
 from lavis_mafa.tools.run_files import MINED
 from lavis_mafa.tools.training_data import Opened
 from lavis_mafa.weights import weight_files
@@ -71,6 +71,7 @@ def run_mine(
     Raises:
         UserError: as of :func:`run_count`; or the folder was begun with other settings.
     """
+    check_numbers(batch_size=batch_size, search_space=search_space, margin=margin, per_image=per_image, at_most=at_most)
     of.check(folder, MINED, threshold)
     one = [None if size is None else [size] for size in (batch_size, search_space)]
     bad: list[dict[str, Any]] = []
@@ -112,7 +113,8 @@ def choose_again(
     at_most: int | None = None,
     reviewed: Path | None = None,
 ) -> MineResult:
-    """The result in ``before`` by other rules, or with marks, from the same candidates; no model is asked, and what is not given stays.
+    """The result in ``before`` by other rules, or with marks, from the same candidates; no model is asked, and what is not given stays,
+    its marks too.
 
     Raises:
         UserError: ``before`` holds no whole result; or a threshold is given where a guide judged; or the marks are of other data.
@@ -124,7 +126,7 @@ def choose_again(
         raise UserError(f"--threshold is given, but in {before} a guide judged, whose margin is {rules.guide_margin:g}.")
     source = mine.SourceRows(mined)
     source.root = mined.root
-    rules, marks = _rules(rules, threshold, margin, per_image, at_most), _marks(reviewed, source)
+    rules, marks = _rules(rules, threshold, margin, per_image, at_most), _marks(reviewed or mined.reviewed, source)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**mined.settings, **vars(rules)}
     origin = {"judge": mined.judge_name, **mined.origin}

@@ -74,6 +74,7 @@ class Pass:
                 "nobody judges: give --con-d with --cfg-path; or, for --features, --scores or --guide-features, or --write-pairs to "
                 "have the pairs written that a judge of yours should see."
             )
+        check_numbers(samples=self.samples, guide_margin=self.guide_margin, threshold=threshold)
         if self.guide_margin is not None and self.guide_features is None:
             raise UserError("--guide-margin belongs to --guide-features; --scores and --con-d have --threshold.")
         if threshold is not None and self.guide_features is not None:
@@ -124,6 +125,15 @@ class Pass:
                 f"result is given. Give {who} was trained on such images and texts; or, where most captions do fit many of the images, "
                 "--force, and it is marked."
             )
+
+
+def check_numbers(**given: Any) -> None:
+    """Raises UserError unless all are what their flags take, one number or several: shares from 0 to 1, or whole numbers from 1."""
+    for name, value in given.items():
+        share = name in ("threshold", "margin", "guide_margin", "correction")
+        for one in [] if value is None else value if isinstance(value, Sequence) else [value]:
+            if not (0 <= one <= 1 if share else one >= 1 and one == int(one)):
+                raise UserError(f"{_flag(name)} is {one!r}; allowed: {'0 to 1' if share else 'a whole number from 1'}.")
 
 
 def _flag(name: str) -> str:
@@ -202,7 +212,7 @@ def _sizes(batch_size: Sequence[int] | None, search_space: Sequence[int] | None,
     """All B and M; raises UserError unless 2 <= B <= M. An empty sequence is none of them."""
 
     def asked(given: Sequence[int] | None, key: str, default: int) -> list[int]:
-        return [int(OmegaConf.select(config, key) or default)] if given is None else list(given)
+        return [int(OmegaConf.select(config, key) or default)] if given is None else list(map(int, given))
 
     batch_sizes = asked(batch_size, "run.batch_size_train", BATCH)
     search_spaces = asked(search_space, "run.grit.search_space", SPACE)

@@ -92,6 +92,8 @@ def report_page(runs: list[Run], at_most: int, template: str = "report.html", **
 
 def write_report(folders: Sequence[Path], output: Path, at_most: int = AT_MOST) -> tuple[list[Run], dict[str, Any]]:
     """Write the page about runs to ``output``; returns them, and the data of its gallery. Raises UserError: it cannot be written."""
+    if not folders:
+        raise UserError("no run is given.")
     if output.is_dir():
         raise UserError(f"--output: {output} is a folder; give a file, such as {output / 'report.html'}.")
     runs = open_runs(list(folders))

@@ -168,7 +168,8 @@ def _open_mined(folder: Path, name: str) -> Run:
         limit = rules["threshold"] if rules.get("guide_margin") is None else None  # of a guide it is another one for each anchor
         own = table["own_probability"]
         above = pc.greater(table["probability"], pc.subtract(own, rules["guide_margin"]) if limit is None else limit)
-        above = pc.and_(above, pc.greater_equal(table["probability"], pc.multiply(own, rules["margin"])))
+        if rules["margin"]:  # else below nothing: a guide's cosines may be negative
+            above = pc.and_(above, pc.greater_equal(table["probability"], pc.multiply(own, rules["margin"])))
         further = {column: table[column] for column in ("outcome", "caption")}
     except (pa.ArrowInvalid, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no whole result of mine: {' '.join(str(error).split())}") from error

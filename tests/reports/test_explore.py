@@ -191,6 +191,7 @@ def test_nonsense_is_refused(explorer):
         f"/image/{explorer.key}/-1",
         f"/image/{explorer.key}/../../config.yaml",
         "//etc/passwd",
+        "ftp://[",
     ):
         assert ask(explorer, path)[0].status == 404
     explorer.shown.remove(7)  # a row that no connection has
@@ -206,6 +207,7 @@ def test_nonsense_is_refused(explorer):
         and ask(explorer, "/", "POST", "", **origin)[0].status == 404
     )
     assert find(explorer, way="x", kind="y", after="z", order="sideways", marked="perhaps", **{"from": "nan?"})["total"] == 400
+    assert find(explorer, after="9" * 5000)["total"] == 400, "more digits than Python takes"
     for query in ({"after": "9" * 40}, {"way": "9" * 40}, {"kind": "-" + "9" * 40}):
         assert find(explorer, **query)["items"] == []
 

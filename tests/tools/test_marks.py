@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lavis_mafa import api
 from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.facts import TEXTS
+from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
+from lavis_mafa.tools.gallery import DIRECTIONS, distinct_candidates, gallery_data, rows_of_all
 from lavis_mafa.tools.marks import FORMULA, SCHEMA, confirmed, fitted, read_marks, write_marks
 from lavis_mafa.tools.mine import KNOWN, MINED, OUTCOMES, OVER_ALL, REJECTED, Rules, choose
 from lavis_mafa.tools.render import TEMPLATES
+from lavis_mafa.tools.run_files import open_runs
 
 BITES = [
     "=1+1",
@@ -90,6 +95,7 @@ def test_what_is_no_mark_is_refused(tmp_path, rows, message):
     [
         ("m.csv", "image,text,mark\n1,2\n", "row 1 has 2 values, not 3"),
         ("m.csv", "", "no column 'image'"),
+        ("m.csv", "image,text,mark,mark\n1,2,accept,reject\n", "two columns 'mark'"),
         ("m.csv", "image,text,mark\nx,2,accept\n", "holds string, not int64"),
         ("m.parquet", "no parquet", "cannot be read"),
         ("m.txt", "", "allowed: a .parquet or .csv file"),
@@ -225,18 +231,57 @@ def test_the_pass_and_the_choice_from_its_result_agree(mined, tmp_path, capsys):
     assert pq.read_table(tmp_path / "same" / "pairs.parquet").equals(pq.read_table(mined / "mine" / "pairs.parquet"))
     assert main([*again, str(tmp_path / "fewer"), "--at-most", "1"]) == 0
     assert json.loads((tmp_path / "fewer" / "mine.json").read_text())["mined"] == 1
+    assert main(["mine", "--again", str(tmp_path / "again"), "--per-image", "9", "--output", str(tmp_path / "kept")]) == 0
+    assert json.loads((tmp_path / "kept" / "mine.json").read_text())["reviewed"] == results[1]["reviewed"], "marks stay"
 
 
 def test_choosing_again_searches_nothing(mined, tmp_path, capsys):
     again = ["mine", "--again", str(mined / "mine"), "--output", str(tmp_path / "new")]
     for flags, message in [
         (["--samples", "3"], "--again and --samples exclude each other"),
+        (["--seed", "0"], "--again and --seed exclude each other"),
         (["--threshold", "0.3"], "a guide judged"),
         (["--reviewed", "no.csv"], "no.csv cannot be read"),
     ]:
         assert main([*again, *flags]) == 2 and message in capsys.readouterr().err
     assert main(["mine", "--again", str(tmp_path), "--output", str(tmp_path / "new")]) == 2
     assert "no whole result of mine" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def page_of(folder: Path) -> dict:
+    run = open_runs([folder])
+    rows = rows_of_all(run)
+    return gallery_data(run, rows, [distinct_candidates(0, run[0].connections, rows[0])], 100)
+
+
+def test_a_mark_is_of_the_caption_that_was_judged(mined, tmp_path):
+    """Not of the first one of its row: on a page, in its export, and in a frame. A browser's marks are of these data, too."""
+    shutil.copytree(mined / "mine", tmp_path / "mine")
+    before = page_of(tmp_path / "mine")["key"]
+    pairs = pq.read_table(tmp_path / "mine" / "pairs.parquet")
+    several = pa.array([["another", caption] for caption in pairs["caption"].to_pylist()], TEXTS)
+    pq.write_table(pairs.set_column(pairs.column_names.index("caption"), "caption", several), tmp_path / "mine" / "pairs.parquet")
+    found = pq.read_table(tmp_path / "mine" / "connections.parquet").to_pylist()
+    judged = {(row["direction"], row["image"], row["text"]): row["caption"] for row in found}
+    frame = api.connections(tmp_path / "mine").frame
+    assert dict(zip(zip(*(frame[n] for n in ("direction", "image", "text")), strict=True), frame["caption"], strict=True)) == judged
+    page = page_of(tmp_path / "mine")
+    assert page["key"] == page_of(tmp_path / "mine")["key"] != before
+    for way, anchor, other, *_ in page["connections"]:
+        image, text = (page["rows"][place] for place in ((anchor, other) if way == 0 else (other, anchor)))
+        assert text[1:3] == [judged[DIRECTIONS[way], image[3], text[3]], 0] and image[1:3] == ["another", 1]
+
+
+def test_negative_cosines_are_positives_where_they_were_mined(mined, tmp_path):
+    """Without a margin nothing is below it."""
+    shutil.copytree(mined / "mine", tmp_path / "mine")
+    found = pq.read_table(tmp_path / "mine" / "connections.parquet")
+    for name in ("probability", "own_probability"):
+        lower = pc.subtract(found[name], pa.scalar(2, pa.float32()))
+        found = found.set_column(found.column_names.index(name), name, lower)
+    pq.write_table(found, tmp_path / "mine" / "connections.parquet")
+    connections = open_runs([tmp_path / "mine"])[0].connections
+    assert set(connections.filter(pc.equal(connections["outcome"], MINED))["verdict"].to_pylist()) == {"positive"}
 
 
 def test_a_count_is_corrected_by_marks(mined, tmp_path, capsys):
