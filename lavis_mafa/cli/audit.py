@@ -148,8 +148,7 @@ def _page(arguments: argparse.Namespace, checked: dict[str, Any], counted: dict[
     """One file that needs no other: what was checked and, with a Con-D, what was counted and mined, with a gallery."""
     from lavis_mafa import __version__
     from lavis_mafa.tools.check_data import BAD, KINDS
-    from lavis_mafa.tools.render import render
-    from lavis_mafa.tools.tables import Table
+    from lavis_mafa.tools.render import Table, render
 
     of = checked["kinds"]
     kinds = [[text, f"{of[kind]['rows']:,}", f"{of[kind]['share']:.2%}"] for kind, text in KINDS.items()]

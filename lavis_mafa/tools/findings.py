@@ -15,7 +15,7 @@ from lavis_mafa.tools.count_plots import count_plots
 from lavis_mafa.tools.curves import PAGE, Plot, as_svg, draw_histogram, finish
 from lavis_mafa.tools.gallery import Candidate
 from lavis_mafa.tools.mine import MINED, QUARTILES, review_lines, rules_words
-from lavis_mafa.tools.tables import Table, number
+from lavis_mafa.tools.render import Table, number
 
 LITTLE = 0.01  # share of false negatives below which a Con-D finds little to do
 

@@ -36,7 +36,7 @@ from lavis_mafa.tools.candidates import (
     match_probabilities,
 )
 from lavis_mafa.tools.gallery import DIRECTIONS, Thumbnails, webp_url
-from lavis_mafa.tools.tables import Table, number
+from lavis_mafa.tools.render import Table, number
 from lavis_mafa.tools.trained_model import Opened
 
 KINDS = ("random", "hardest of a random batch", "hardest of its GRIT batch")

@@ -15,10 +15,10 @@ from torch import Tensor
 from lavis_mafa.files import last_checkpoint, write_bytes, write_text
 from lavis_mafa.runners.checkpoint import rank_file
 from lavis_mafa.tools import curves
+from lavis_mafa.tools.render import Table, number
 from lavis_mafa.tools.report import ITC, by_score, con_d_score, report_page
 from lavis_mafa.tools.run_files import last_epoch, open_runs, read_connections, read_evaluations, read_metrics
 from lavis_mafa.tools.significance import DIRECTIONS, Comparison, half_widths, paired
-from lavis_mafa.tools.tables import Table, number
 from lavis_mafa.weights import read_checkpoint
 
 AT_MOST = 2000  # connections in the page

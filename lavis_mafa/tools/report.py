@@ -22,10 +22,9 @@ from lavis_mafa.tools import curves
 from lavis_mafa.tools.count import capital
 from lavis_mafa.tools.findings import count_section, mine_section, own_plot
 from lavis_mafa.tools.gallery import VERDICTS, Candidate, distinct_candidates, gallery_data, rows_of_all
-from lavis_mafa.tools.render import render
+from lavis_mafa.tools.render import Table, number, render
 from lavis_mafa.tools.run_files import COUNTED, MINED, Run, last_epoch, open_runs
 from lavis_mafa.tools.significance import ITC, METRICS, half_widths
-from lavis_mafa.tools.tables import Table, number
 
 AT_MOST = 5000  # connections in the gallery
 SHOWN = """

@@ -16,8 +16,7 @@ import run_folder
 from lavis_mafa.cli.main import main
 from lavis_mafa.tools.curves import Plot
 from lavis_mafa.tools.findings import Section
-from lavis_mafa.tools.render import TEMPLATES, render
-from lavis_mafa.tools.tables import Table
+from lavis_mafa.tools.render import TEMPLATES, Table, render
 
 BITES = [
     "<script>window.bitten = 1</script>",
