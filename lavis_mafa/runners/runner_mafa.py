@@ -219,7 +219,8 @@ class RunnerMafa(RunnerBase):
         for split in self.test_splits:
             self._evaluate_split(split, "last" if best_epoch is None else "best")
         self._hand_in_files()
-        logger.info("finished in %s; files in %s", datetime.timedelta(seconds=int(time.time() - started)), self.output_dir)
+        took = datetime.timedelta(seconds=int(time.time() - started))
+        logger.info("finished in %s; files in %s (a page about them: lavis-mafa report %s)", took, self.output_dir, self.output_dir)
 
     def _hand_in_files(self) -> None:
         """What the finished run is, and the page about it, for trackers that keep files."""

@@ -36,6 +36,8 @@ models/test_generation.py
 models/test_lavis_interface.py::test_captions_by_the_number
 models/test_words.py::test_any_text_is_cut_as_by_transformers
 tools/test_export.py::test_transformers_blip_says_the_same
+tools/test_hub.py::test_transformers_matches_as_ours
+tools/test_hub.py::test_transformers_writes_what_ours_writes
 """
 
 
