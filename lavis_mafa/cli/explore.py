@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_folder", type=Path, metavar="RUN", help="folder of a run, of `mine` or of `audit`")
     add("--port", type=_port, default=8765, metavar="N", help="of the address 127.0.0.1 (default: 8765; 0: any that is free)")
-    add("--marks", type=Path, metavar="FILE", help="where marks are kept, .parquet or .csv (default: RUN/marks.parquet)")
+    add(
+        "--marks",
+        type=Path,
+        metavar="FILE",
+        help="where marks are kept, .parquet or .csv (default: RUN/marks.parquet, or those that `mine` chose with)",
+    )
     add("--open", action="store_true", help="open a browser too")
 
 
@@ -31,10 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
         folder = folder / "mine"
     if (folder / "count.json").is_file():
         raise UserError(f"{folder} is a result of count-false-negatives, which keeps no pairs; `lavis-mafa mine` does.")
-    marks: Path = arguments.marks or folder / "marks.parquet"
+    (found,) = open_runs([folder])
+    reviewed = (found.mined or {}).get("reviewed")
+    before = None if reviewed is None else Path(reviewed["marks"])  # what is marked now is added to what the result was chosen with
+    marks: Path = arguments.marks or (before if before is not None and before.is_file() else folder / "marks.parquet")
     if not marks.parent.is_dir():
         raise UserError(f"--marks is {marks}, but there is no folder {marks.parent}.")
-    (found,) = open_runs([folder])
     with Explorer(found, marks, arguments.port) as explorer:
         if explorer.connections.rows.problem:
             print(explorer.connections.rows.problem)

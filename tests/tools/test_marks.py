@@ -18,6 +18,7 @@ from lavis_mafa.cli.main import main
 from lavis_mafa.datasets.facts import TEXTS
 from lavis_mafa.datasets.ids import pc
 from lavis_mafa.errors import UserError
+from lavis_mafa.tools.explore import Explorer
 from lavis_mafa.tools.gallery import DIRECTIONS, distinct_candidates, gallery_data, rows_of_all
 from lavis_mafa.tools.marks import FORMULA, SCHEMA, confirmed, fitted, read_marks, write_marks
 from lavis_mafa.tools.mine import KNOWN, MINED, OUTCOMES, OVER_ALL, REJECTED, Rules, choose
@@ -199,7 +200,7 @@ def passed(folder: Path, output: Path) -> list[str]:
     return ["mine", *flags, "--batch-size", "8", "--search-space", "24", "--force", "--output", str(output)]
 
 
-def test_the_pass_and_the_choice_from_its_result_agree(mined, tmp_path, capsys):
+def test_the_pass_and_the_choice_from_its_result_agree(mined, tmp_path, capsys, monkeypatch):
     found = pq.read_table(mined / "mine" / "connections.parquet").to_pylist()
     good, bad = ([row for row in found if (row["outcome"] == "mined") == yes and row["image"] >= 0] for yes in (True, False))
     below = next(row for row in bad if row["outcome"] == "not above the threshold")
@@ -233,6 +234,10 @@ def test_the_pass_and_the_choice_from_its_result_agree(mined, tmp_path, capsys):
     assert json.loads((tmp_path / "fewer" / "mine.json").read_text())["mined"] == 1
     assert main(["mine", "--again", str(tmp_path / "again"), "--per-image", "9", "--output", str(tmp_path / "kept")]) == 0
     assert json.loads((tmp_path / "kept" / "mine.json").read_text())["reviewed"] == results[1]["reviewed"], "marks stay"
+
+    monkeypatch.setattr(Explorer, "serve_forever", lambda _: None)
+    capsys.readouterr()
+    assert main(["explore", str(tmp_path / "again"), "--port", "0"]) == 0 and "3 pairs marked" in capsys.readouterr().out
 
 
 def test_choosing_again_searches_nothing(mined, tmp_path, capsys):
