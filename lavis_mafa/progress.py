@@ -8,8 +8,6 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from lavis_mafa.distributed import rank
-
 SECONDS_BETWEEN_LINES = 10.0  # and before the first one, so that short work prints none
 LINE = "{desc}: {n_fmt} of {total_fmt} ({percentage:.0f} %), {rate_fmt}, {elapsed} so far, {remaining} left"
 LINE_WITHOUT_TOTAL = "{desc}: {n_fmt}, {rate_fmt}, {elapsed} so far"
@@ -41,12 +39,21 @@ class Bar(tqdm):
                 size = {"ncols": 80, "nrows": 24}
             how = {"file": sys.stderr, "delay": delay, **size}
         how |= {"miniters": 1, "leave": None}  # one below another is wiped off when it is done
-        super().__init__(*arguments, disable=disable or rank() != 0, **how | settings)
+        super().__init__(*arguments, disable=disable or not _first(), **how | settings)
 
     @property
     def format_dict(self) -> dict[str, Any]:
         known = super().format_dict
         return {**known, "bar_format": LINE if known["total"] else LINE_WITHOUT_TOTAL} if self.plain else known
+
+
+def _first() -> bool:
+    """Is this rank 0? Who reads annotations and waits for no torch is no rank of many."""
+    if "torch" not in sys.modules:
+        return True
+    from lavis_mafa.distributed import rank
+
+    return rank() == 0
 
 
 class _Lines:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import lavis_mafa
-from lavis_mafa import progress
+from lavis_mafa import distributed
 from lavis_mafa.progress import Bar
 
 
@@ -129,7 +129,7 @@ def test_on_a_terminal_a_bar_within_another_is_wiped_off(clock, shown):
 
 
 def test_only_the_first_rank_speaks(clock, shown, monkeypatch):
-    monkeypatch.setattr(progress, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     for size, disable in ((None, False), ((24, 90), False), (None, True)):
         assert shown(lambda disable=disable: [*Bar(clock(35), total=35, desc="mine", disable=disable)], size) == ""
 

@@ -7,6 +7,8 @@ import io
 import json
 import random
 import re
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from urllib.parse import urlencode
@@ -277,3 +279,9 @@ def test_ctrl_c_says_where_the_marks_are(folder, tmp_path, capsys, monkeypatch):
     assert main(["explore", str(folder), "--port", "0", "--marks", str(tmp_path / "m.csv")]) == 0
     said = capsys.readouterr().out
     assert "400 connections, 0 pairs marked: http://127.0.0.1:" in said and f"The marks: {tmp_path / 'm.csv'}" in said
+
+
+def test_it_opens_without_torch():
+    """Which takes as long to import as all else together."""
+    code = "import sys, lavis_mafa.cli.explore, lavis_mafa.tools.explore; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
