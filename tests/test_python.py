@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import os
 import random
@@ -23,6 +25,7 @@ from lavis_mafa import api as mafa
 from lavis_mafa import signals
 from lavis_mafa.cli.main import main
 from lavis_mafa.runners import job
+from lavis_mafa.tools.gallery import Thumbnails
 from lavis_mafa.weights import shipped
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -257,3 +260,16 @@ def _kinds(cell) -> list[list[str]]:
     """What a cell shows, but for what goes on."""
     outputs = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
     return [sorted(output.get("data", {"stdout": None})) for output in outputs]
+
+
+def test_images_are_upright_as_training_reads_them(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera that was held sideways
+    Image.new("RGB", (400, 200)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "pairs.csv").write_text("image,caption\na.jpg,a dog\n")
+    data = mafa.open_data(tmp_path / "pairs.csv", images=tmp_path)
+    assert data.image(0).size == (200, 400) and data.image(0, side=100).size == (50, 100)
+    images = Thumbnails()
+    images.add(data.rows.image_path(0), "")
+    content = base64.b64decode(images.entries[0]["src"].partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (48, 96)

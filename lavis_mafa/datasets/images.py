@@ -94,6 +94,13 @@ def load_rgb(source: str | PathLike[str] | StoredImage, crop: DrawCrop | None = 
         return picture if crop is None else picture.crop(box or crop(picture.size))
 
 
+def thumbnail(source: str | PathLike[str] | StoredImage, side: int) -> Image.Image:
+    """:func:`load_rgb`, fitted into ``side`` pixels; raises as that does."""
+    picture = load_rgb(source, lambda size: (0, 0, *size), side)
+    picture.thumbnail((side, side))
+    return picture
+
+
 def upright_size(path: str | PathLike[str]) -> tuple[int, int]:
     """Width and height of the picture that :func:`load_rgb` makes of a file, from its header; raises as that does."""
     with _opened(path) as image:

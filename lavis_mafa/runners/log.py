@@ -19,7 +19,7 @@ from lavis.processors.blip_processors import BlipImageBaseProcessor
 from PIL import Image
 from torch import Tensor
 
-from lavis_mafa.datasets.images import load_rgb
+from lavis_mafa.datasets.images import thumbnail
 from lavis_mafa.datasets.indexed import captions_of, image_source_of
 from lavis_mafa.distributed import gather_objects
 from lavis_mafa.progress import Bar
@@ -224,10 +224,9 @@ def _distinct(rows: list[dict[str, Any]], dataset: Any) -> Iterator[Picture]:
             continue
         known.add(found)
         try:
-            image = load_rgb(source)
+            image = thumbnail(source, SIDE)
         except OSError:  # it was read a while ago; a picture less is no reason to stop
             continue
-        image.thumbnail((SIDE, SIDE))
         yield Picture(image, f"{own} | found: {found} ({row['probability']:.3f})")
 
 

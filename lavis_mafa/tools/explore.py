@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl
 import pyarrow as pa
 
 from lavis_mafa import __version__
-from lavis_mafa.datasets.images import load_rgb
+from lavis_mafa.datasets.images import thumbnail
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools.connections import MARKED, ORDERS, Connections, Query
 from lavis_mafa.tools.marks import MARKS, SCHEMA, Confirmed, confirmed, fitted, read_marks, write_marks
@@ -127,6 +127,18 @@ class Explorer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, run: Run, marks: Path, port: int) -> None:
+        try:  # first: that another has the port is known before the data are read
+            super().__init__((LOOPBACK, port), _Handler)
+        except OSError as error:
+            raise UserError(f"--port {port} cannot be taken ({error.strerror}); free is, for example, {_free_port()}.") from error
+        self.url = f"http://{LOOPBACK}:{self.server_address[1]}/"
+        try:
+            self._open(run, marks)
+        except UserError:
+            self.server_close()
+            raise
+
+    def _open(self, run: Run, marks: Path) -> None:
         self.connections = Connections(run)
         self.marks = KeptMarks(marks, self.connections)
         self.key = secrets.token_hex(4)  # of image addresses, which browsers keep: the next data have the same rows
@@ -142,11 +154,6 @@ class Explorer(ThreadingHTTPServer):
             version=__version__,
         )
         self.page = Reply(page.encode(), "text/html; charset=utf-8", policy=_policy(page))
-        try:
-            super().__init__((LOOPBACK, port), _Handler)
-        except OSError as error:
-            raise UserError(f"--port {port} cannot be taken ({error.strerror}); free is, for example, {_free_port()}.") from error
-        self.url = f"http://{LOOPBACK}:{self.server_address[1]}/"
 
     def get(self, path: str, given: dict[str, str]) -> Reply:
         """The page, or one of the things that its script asks for."""
@@ -187,10 +194,9 @@ class Explorer(ThreadingHTTPServer):
         if source is None or not source.is_file():
             return Reply.refusal(404, "image not known" if source is None else "image is missing")
         try:
-            picture = load_rgb(source, lambda size: (0, 0, *size), SIDE)
+            picture = thumbnail(source, SIDE)
         except OSError:
             return Reply.refusal(404, "image is unreadable")
-        picture.thumbnail((SIDE, SIDE))
         content = io.BytesIO()
         picture.save(content, format="WEBP", quality=80, method=2)
         return Reply(content.getvalue(), "image/webp", cache="private, max-age=86400, immutable")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +16,11 @@ from PIL import Image
 from lavis_mafa.config.data import AnnotationFile, files_of
 from lavis_mafa.datasets.annotations import read_annotations
 from lavis_mafa.datasets.ground_truth import GroundTruth
-from lavis_mafa.datasets.images import on_white
-from lavis_mafa.datasets.stored import Source
+from lavis_mafa.datasets.images import load_rgb, thumbnail
 from lavis_mafa.errors import UserError
 from lavis_mafa.tools.gallery import DIRECTIONS, VERDICTS, TrainingRows, distinct_candidates, rows_of_all, webp_url
 from lavis_mafa.tools.run_files import open_runs
 from lavis_mafa.tools.training_data import Annotated, read_annotated
-
-
-def open_image(source: Source, side: int | None = None) -> Image.Image:
-    """The image as RGB, transparent parts on white; fitted into ``side`` pixels. Raises UserError: it cannot be read."""
-    try:
-        with Image.open(io.BytesIO(source.read_bytes())) as image:
-            picture = on_white(image)
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise UserError(f"{source}: {' '.join(str(error).split())}.") from error
-    if side is not None:
-        picture.thumbnail((side, side))
-    return picture
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,10 @@ def _image(rows: TrainingRows, row: int, side: int | None) -> Image.Image:
     source = rows.image_path(row)
     if source is None:
         raise UserError(rows.problem or f"there is no row {row}; allowed: 0 to {len(rows) - 1}.")
-    return open_image(source, side)
+    try:
+        return load_rgb(source) if side is None else thumbnail(source, side)
+    except OSError as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}.") from error
 
 
 def open_files(files: Sequence[Path], images: Path | None, columns: Mapping[str, str]) -> Data:

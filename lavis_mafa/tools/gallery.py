@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageFile
 
-from lavis_mafa.datasets.images import on_white
+from lavis_mafa.datasets.images import thumbnail
 from lavis_mafa.datasets.stored import Source
 from lavis_mafa.errors import UserError
 from lavis_mafa.files import digest
@@ -279,11 +279,10 @@ def _data_url(path: Source) -> str:
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         kind, small = image.format or "", max(image.size) <= SIDE and len(content) <= AS_IT_IS
-        image.draft("RGB", (2 * SIDE, 2 * SIDE))  # of a large JPEG, decode an eighth of the pixels
-        picture = on_white(image)
-    if small and kind in FORMATS:
-        return f"data:{FORMATS[kind]};base64," + base64.b64encode(content).decode()
-    return webp_url(picture)
+        if small and kind in FORMATS:
+            image.load()  # of a torn one this says so
+            return f"data:{FORMATS[kind]};base64," + base64.b64encode(content).decode()
+    return webp_url(thumbnail(path, SIDE))
 
 
 def webp_url(picture: Image.Image) -> str:
